@@ -1,0 +1,29 @@
+# `make fit` and `make test` set up everything they need in .venv and run.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: fit test test-slow lint clean
+
+fit: $(INSTALLED)  ## Imprint the embedded backbone on scikit-learn's digits.
+	$(BIN)/python -m imprint_pl fit --config configs/quickstart.yaml
+
+test: $(INSTALLED)  ## The test suite (under 10 minutes on 2 cores).
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)  ## The long tests.
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)  ## ruff: check and format.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, $(PYTHON) is {v.major}.{v.minor}; try make PYTHON=python3.12")'
+	@echo "Installing into .venv (once; some 5 minutes and 8 GB, most of it CUDA)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,1 @@
+"""Weight imprinting in PyTorch Lightning."""
