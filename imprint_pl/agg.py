@@ -1,0 +1,30 @@
+"""AGG: from the scores of proxies to the scores of classes, vectorised over samples.
+
+Stands at the right end of the paper's figure. It knows the proxies' classes, not how they came.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Max(nn.Module):
+    """max: a class scores as its best proxy does, by inner product.
+
+    score_c(z) = max over proxies p of class c of (w_p · z + b_p). A class without a proxy scores −∞.
+    """
+
+    name = "max"
+
+    def forward(
+        self, z: Tensor, proxies: Tensor, bias: Tensor, proxy_classes: Tensor, num_classes: int
+    ) -> Tensor:
+        """Embeddings `z (B, d)`, proxies `(P, d)`, bias `(P,)`, proxy_classes `(P,)` → `(B, C)`."""
+        scores = torch.addmm(bias, z, proxies.T)
+        classes = proxy_classes.expand(len(z), -1)
+        lowest = scores.new_full((len(z), num_classes), -torch.inf)
+        return lowest.scatter_reduce(1, classes, scores, "amax")
+
+
+AGGS = {part.name: part for part in (Max,)}

@@ -1,0 +1,214 @@
+"""Neural collapse: how tightly each class huddles around its mean, as functions and as metrics.
+
+NC1 says how multimodal the classes of a task are, and so how many proxies a class deserves
+(Westerhoff et al., TMLR 2025, Section 5.4). Low is collapsed.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from imprint_pl.moments import CHUNK, Moments
+
+# Relative to the largest eigenvalue. Without a tolerance rounding makes NC1 explode.
+TOLERANCE = 1e-10
+LARGEST_STATE = 4 * 2**30
+
+
+def nc1(x: Tensor, y: Tensor, *, average: str = "macro", as_published: bool = False) -> float:
+    """Within-class over between-class variability of embeddings.
+
+    NC1 = tr(Σ_W Σ_B⁺) / C, with μ_c the mean of class c, μ_G the mean of all samples,
+    Σ_B = (1/C) Σ_c (μ_c − μ_G)(μ_c − μ_G)ᵀ and Σ_W the average of the classes' covariances. In
+    float64. The paper takes it on l2-normalised embeddings; pass what you want measured.
+
+    Args:
+        x: `(N, d)`, embeddings.
+        y: `(N,)`, integer labels; only the classes that occur count.
+        average: "macro" gives each class the same weight, "micro" each sample.
+        as_published: centre class samples by μ_c − μ_G as the paper's code does, which adds
+            μ_Gᵀ Σ_B⁺ μ_G / C.
+
+    Returns:
+        NC1, a float; NaN with a warning for fewer than two classes.
+
+    Source: Papyan et al. 2020; Westerhoff et al. 2025, Section 3.4.
+
+    >>> x = torch.tensor([[-1.0], [1.0], [3.0], [4.0], [5.0]])
+    >>> y = torch.tensor([0, 0, 1, 1, 1])
+    >>> round(nc1(x, y), 4)  # Σ_W = (1 + 2/3) / 2, μ_G = 2.4, Σ_B = (2.4² + 1.6²) / 2
+    0.1002
+    """
+    _check_average(average)
+    classes, y = torch.unique(y, return_inverse=True)
+    if len(classes) < 2:
+        return _too_few_classes(len(classes))
+    moments = Moments.of(x, y, len(classes), gram="none")
+    projector = _between_pseudo_root(moments)
+    weights = torch.ones_like(moments.counts) if average == "micro" else 1 / moments.counts
+    # Only the part of Σ_W inside the span of the class means counts: C numbers a sample, not d².
+    trace = 0.0
+    for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+        centred = (rows.to(projector.dtype) - moments.means[labels]) @ projector
+        trace += (centred.square().sum(1) * weights[labels]).sum().item()
+    trace /= (weights * moments.counts).sum().item()
+    if as_published:
+        trace += (moments.global_mean @ projector).square().sum().item()
+    return trace / len(classes)
+
+
+def vci(x: Tensor, y: Tensor, *, average: str = "macro", as_published: bool = False) -> float:
+    """Variability collapse index: 1 − tr(Σ_T⁺ Σ_B) / rank(Σ_B), with Σ_T = Σ_W + Σ_B.
+
+    0 when the classes are collapsed to their means, 1 when the means tell nothing. Arguments,
+    average and warning as in `nc1`; float64.
+
+    Source: Xu and Liu 2023, "Quantifying the Variability Collapse of Neural Networks".
+
+    >>> x = torch.tensor([[0.0, 0.0], [0.0, 2.0], [4.0, 0.0], [4.0, 2.0]])
+    >>> abs(round(vci(x, torch.tensor([0, 0, 1, 1])), 4))
+    0.0
+    """
+    _check_average(average)
+    classes, y = torch.unique(y, return_inverse=True)
+    if len(classes) < 2:
+        return _too_few_classes(len(classes))
+    weights = 1 / torch.bincount(y).double() if average == "macro" else None
+    moments = Moments.of(x, y, len(classes), class_weights=weights)
+    return _vci(moments, average, as_published)
+
+
+class _CollapseMetric(Metric):
+    """Sums over batches and ranks; the value is the same however the samples are dealt out.
+
+    Args:
+        num_classes: C; classes that never occur do not count.
+        embedding_dim: d.
+        average: "macro" or "micro", as in `nc1`.
+        class_counts: `(C,)`, the samples of each class, if known beforehand. Without them "macro"
+            keeps a Gram matrix a class, `8 C d²` bytes; with them one, `8 d²`.
+        as_published: as in `nc1`.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        *,
+        average: str = "macro",
+        class_counts: Tensor | None = None,
+        as_published: bool = False,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        _check_average(average)
+        self.average, self.as_published = average, as_published
+        per_class = average == "macro" and class_counts is None
+        size = 8 * embedding_dim**2 * (num_classes if per_class else 1)
+        if size > LARGEST_STATE:
+            raise ValueError(
+                f"{type(self).__name__} would keep {size / 2**30:.1f} GiB of sums for "
+                f"num_classes={num_classes}, embedding_dim={embedding_dim}: give class_counts, "
+                'or average="micro"'
+            )
+        weights = None
+        if average == "macro" and class_counts is not None:
+            weights = 1 / torch.as_tensor(class_counts).double().clamp(min=1)
+        zeros = Moments.zeros(
+            num_classes,
+            embedding_dim,
+            gram="per_class" if per_class else "pooled",
+            class_weights=weights,
+        )
+        self.add_state("counts", zeros.counts, dist_reduce_fx="sum")
+        self.add_state("sums", zeros.sums, dist_reduce_fx="sum")
+        self.add_state("gram", zeros.gram, dist_reduce_fx="sum")
+        self.class_weights = zeros.class_weights
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Adds embeddings `x (B, d)` with labels `y (B,)` in 0..C−1."""
+        self._moments().add(x.to(self.sums.device), y.to(self.sums.device))
+
+    def _moments(self) -> Moments:
+        weights = self.class_weights
+        if weights is not None:
+            weights = weights.to(self.sums.device)
+        return Moments(self.counts, self.sums, self.gram, weights)
+
+    def compute(self) -> Tensor:
+        moments = _present_classes(self._moments())
+        if moments.num_classes < 2:
+            return torch.tensor(_too_few_classes(moments.num_classes))
+        return torch.tensor(self._value(moments), dtype=torch.float64)
+
+
+class NC1(_CollapseMetric):
+    __doc__ = f"""NC1 as a torchmetrics metric. See `nc1`. {_CollapseMetric.__doc__}"""
+
+    def _value(self, moments: Moments) -> float:
+        projector = _between_pseudo_root(moments)
+        trace = ((moments.within(self.average) @ projector) * projector).sum()
+        if self.as_published:
+            trace = trace + (moments.global_mean @ projector).square().sum()
+        return trace.item() / moments.num_classes
+
+
+class VCI(_CollapseMetric):
+    __doc__ = f"""VCI as a torchmetrics metric. See `vci`. {_CollapseMetric.__doc__}"""
+
+    def _value(self, moments: Moments) -> float:
+        return _vci(moments, self.average, self.as_published)
+
+
+def _vci(moments: Moments, average: str, as_published: bool) -> float:
+    deviations = (moments.means - moments.global_mean) / moments.num_classes**0.5
+    within = moments.within(average)
+    if as_published:
+        within = within + torch.outer(moments.global_mean, moments.global_mean)
+    total = within + deviations.T @ deviations
+    values, vectors = torch.linalg.eigh(total)
+    kept = values > TOLERANCE * values[-1]
+    projected = deviations @ vectors[:, kept]
+    trace = (projected.square() / values[kept]).sum().item()
+    rank = _between_pseudo_root(moments).shape[1]
+    return 1 - trace / rank if rank else float("nan")
+
+
+def _between_pseudo_root(moments: Moments) -> Tensor:
+    """`(d, rank)`: R with Σ_B⁺ = R Rᵀ, from the singular vectors of the class means."""
+    deviations = (moments.means - moments.global_mean) / moments.num_classes**0.5
+    _, values, rows = torch.linalg.svd(deviations, full_matrices=False)
+    kept = values.square() > TOLERANCE * values[:1].square()
+    return rows[kept].T / values[kept]
+
+
+def _present_classes(moments: Moments) -> Moments:
+    present = moments.counts > 0
+    gram, weights = moments.gram, moments.class_weights
+    return Moments(
+        moments.counts[present],
+        moments.sums[present],
+        gram[present] if gram.ndim == 3 else gram,
+        None if weights is None else weights[present],
+    )
+
+
+def _check_average(average: str) -> None:
+    if average not in ("macro", "micro"):
+        raise ValueError(f'average={average!r}: expected "macro" or "micro"')
+
+
+def _too_few_classes(number: int) -> float:
+    warnings.warn(
+        f"neural collapse compares classes, and there is {number}: the value is NaN",
+        stacklevel=3,
+    )
+    return float("nan")

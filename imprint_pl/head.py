@@ -1,0 +1,108 @@
+"""The imprinted head: NORM_inf, proxies, AGG. The only thing that a deployed classifier needs
+besides its backbone, a plain `nn.Module` from embeddings to class scores.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import Tensor, nn
+
+from imprint_pl.errors import ImprintError
+from imprint_pl.gen.base import Proxies
+
+
+class ImprintedHead(nn.Module):
+    """Embeddings `(B, d)` → class scores `(B, C)`; the largest score decides.
+
+    Empty when made, filled by `fill` (see `imprint_pl.imprint`) or by `load_state_dict`, which
+    takes the sizes from the file.
+
+    Args:
+        norm_inf: module applied to the embeddings, a part of `imprint_pl.norm`.
+        agg: module that turns proxies into class scores, a part of `imprint_pl.agg`.
+
+    Attributes:
+        proxies: `(P, d)` parameter, so that a head can be fine-tuned.
+        bias: `(P,)`.
+        proxy_classes: `(P,)` int64, the class of each proxy.
+        class_names: C names, or an empty list where there are none.
+    """
+
+    def __init__(self, norm_inf: nn.Module, agg: nn.Module) -> None:
+        super().__init__()
+        self.norm_inf = norm_inf
+        self.agg = agg
+        self.clear()
+
+    def clear(self) -> None:
+        """Empties the head."""
+        old = getattr(self, "proxies", None)
+        device = None if old is None else old.device
+        self.proxies = nn.Parameter(torch.zeros(0, 0, device=device))
+        self.register_buffer("bias", torch.zeros(0, device=device))
+        self.register_buffer("proxy_classes", torch.zeros(0, dtype=torch.int64, device=device))
+        self.class_names: list[str] = []
+        self.num_classes = 0
+
+    def fill(
+        self, proxies: Proxies, num_classes: int, class_names: list[str] | None = None
+    ) -> ImprintedHead:
+        """Puts proxies in, copied: a head filled under inference mode must still be trainable."""
+        device = self.proxies.device
+        with torch.inference_mode(False):
+            self.proxies = nn.Parameter(proxies.weights.detach().clone().to(device))
+            self.bias = proxies.bias.detach().clone().to(device)
+            self.proxy_classes = proxies.classes.detach().clone().to(device)
+        self.num_classes = num_classes
+        self.class_names = list(class_names or [])
+        return self
+
+    @property
+    def is_empty(self) -> bool:
+        return self.num_classes == 0
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.proxies.shape[1]
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Embeddings `(B, d)` → scores `(B, C)`.
+
+        Raises:
+            ImprintError: the head is empty, or made for another `d`.
+        """
+        if self.is_empty:
+            raise ImprintError("this head has no proxies yet: imprint it, or load a checkpoint")
+        if embeddings.shape[-1] != self.embedding_dim:
+            raise ImprintError(
+                f"embeddings of {embeddings.shape[-1]} numbers for a head made for "
+                f"{self.embedding_dim}: use the backbone that the head was imprinted with"
+            )
+        z = self.norm_inf(embeddings)
+        return self.agg(z, self.proxies, self.bias, self.proxy_classes, self.num_classes)
+
+    def name_of(self, label: int) -> str:
+        """The class's name, or its number where it has none."""
+        return self.class_names[label] if self.class_names else str(label)
+
+    def get_extra_state(self) -> Tensor:
+        """What is not a tensor, as JSON in bytes: safe for `weights_only` and safetensors alike."""
+        text = json.dumps({"num_classes": self.num_classes, "class_names": self.class_names})
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        values = json.loads(bytes(state.cpu().tolist()).decode())
+        self.num_classes = values["num_classes"]
+        self.class_names = values["class_names"]
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # The sizes are the file's: make room of the saved shape first.
+        for name in ("proxies", "bias", "proxy_classes"):
+            saved = state_dict.get(prefix + name)
+            if saved is not None:
+                own = getattr(self, name)
+                room = torch.empty(saved.shape, dtype=saved.dtype, device=own.device)
+                setattr(self, name, nn.Parameter(room) if name == "proxies" else room)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,0 +1,228 @@
+"""The paper in one function: embeddings and labels in, an imprinted head out. Read this first.
+
+    embeddings ─ NORM_pre ─ GEN (per class) ─ NORM_post ─ proxies ┐
+    embedding  ─ NORM_inf ───────────────────────────────── AGG ──┴ class scores
+
+A recipe names the five parts. Every published imprinting method is one of them, or one keyword away.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imprint_pl.agg import AGGS
+from imprint_pl.errors import ImprintError
+from imprint_pl.gen import GENERATORS
+from imprint_pl.head import ImprintedHead
+from imprint_pl.moments import Moments
+from imprint_pl.norm import NORMS
+
+# The slots of a recipe, in the order of the figure, and the parts that fit each.
+SLOTS = {"norm_pre": NORMS, "gen": GENERATORS, "norm_post": NORMS, "norm_inf": NORMS, "agg": AGGS}
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # Qi et al. 2018: the mean.
+    "qi": dict(norm_pre="l2", gen="mean", norm_post="l2", norm_inf="l2", agg="max"),
+    # Westerhoff et al. 2025: the paper's best.
+    "robust": dict(norm_pre="l2", gen="kmeans", k=20, norm_post="l2", norm_inf="l2", agg="max"),
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The five parts of a recipe, ready to use, and the plain parameters that name them."""
+
+    norm_pre: nn.Module
+    gen: Any
+    norm_post: nn.Module
+    norm_inf: nn.Module
+    agg: nn.Module
+    parameters: dict[str, Any]
+
+    def empty_head(self) -> ImprintedHead:
+        """A head with these NORM_inf and AGG, to be filled."""
+        return ImprintedHead(self.norm_inf, self.agg)
+
+
+def resolve(recipe: str = "robust", **overrides: Any) -> Parts:
+    """Builds the parts of a recipe; an explicit keyword beats the recipe's.
+
+    Args:
+        recipe: a name in `RECIPES`.
+        overrides: `norm_pre, gen, norm_post, norm_inf, agg` (a name or an instance) and their
+            parameters (`k`). `None` means not given.
+
+    Raises:
+        ImprintError: an unknown recipe, part or keyword (near names are given), or a keyword that
+            none of the chosen parts uses.
+
+    >>> resolve("robust", k=5).parameters["k"]
+    5
+    >>> resolve("qi", k=5)
+    Traceback (most recent call last):
+    imprint_pl.errors.ImprintError: k=5 is not used by norm_pre='l2', gen='mean', norm_post='l2', \
+norm_inf='l2', agg='max': leave it out, or choose a part that takes it (k: kmeans)
+    """
+    if recipe not in RECIPES:
+        raise ImprintError(f"unknown recipe {recipe!r}{_near(recipe, RECIPES)}")
+    given = {name: value for name, value in overrides.items() if value is not None}
+    chosen = RECIPES[recipe] | given
+    unused = set(given) - set(SLOTS)
+    parts, parameters = {}, {"recipe": recipe}
+    for slot, table in SLOTS.items():
+        part = chosen[slot]
+        if isinstance(part, str):
+            if part not in table:
+                raise ImprintError(f"unknown {slot}={part!r}{_near(part, table)}")
+            used = {n: chosen[n] for n in _parameters_of(table[part]) if n in chosen}
+            unused -= set(used)
+            part = table[part](**used)
+        parts[slot] = part
+        parameters[slot] = part.name
+        parameters |= {name: getattr(part, name) for name in _parameters_of(type(part))}
+    if unused:
+        raise ImprintError(_unused_message(unused, given, parameters))
+    return Parts(**parts, parameters=parameters)
+
+
+def imprint(
+    x: Tensor,
+    y: Tensor,
+    recipe: str = "robust",
+    *,
+    num_classes: int | None = None,
+    class_names: list[str] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    **overrides: Any,
+) -> ImprintedHead:
+    """Imprints a head: one pass, no gradient.
+
+    Args:
+        x: `(N, d)`, embeddings of the training samples, float, finite.
+        y: `(N,)`, labels 0..C−1.
+        recipe: "robust" (the paper's best: k-means with 20 proxies a class) or another of
+            `RECIPES`.
+        num_classes: C; the largest label + 1 by default.
+        class_names: C names, kept in the head and used in messages.
+        seed: fixes every random choice; the global generators are left alone.
+        progress: show a bar on stderr.
+        overrides: `norm_pre, gen, k, norm_post, norm_inf, agg`; see `resolve`.
+
+    Returns:
+        An `ImprintedHead`, embeddings `(B, d)` → class scores `(B, C)`, on `x`'s device.
+
+    Raises:
+        ImprintError: shapes, labels or values that do not fit, a class without samples.
+
+    Source: Westerhoff et al. 2025, Figure 1.
+
+    >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+    >>> head = imprint(x, torch.tensor([0, 0, 1, 1]), "qi")
+    >>> head(torch.tensor([[5.0, 1.0], [1.0, 2.0]])).argmax(1)
+    tensor([0, 1])
+    """
+    return imprint_parts(
+        x, y, resolve(recipe, **overrides), num_classes, class_names, seed, progress
+    )
+
+
+def imprint_parts(
+    x: Tensor,
+    y: Tensor,
+    parts: Parts,
+    num_classes: int | None = None,
+    class_names: list[str] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> ImprintedHead:
+    """As `imprint`, from parts that `resolve` built."""
+    if num_classes is None and class_names:
+        num_classes = len(class_names)
+    x, y, num_classes = _checked(x, y, num_classes, class_names)
+    z = parts.norm_pre(x)
+    if parts.gen.from_moments:
+        gram = "pooled" if parts.gen.needs_gram else "none"
+        proxies = parts.gen(Moments.of(z, y, num_classes, gram=gram))
+    else:
+        proxies = parts.gen(z, y, num_classes, seed, progress)
+    proxies = proxies._replace(weights=parts.norm_post(proxies.weights))
+    return parts.empty_head().to(x.device).fill(proxies, num_classes, class_names)
+
+
+def _checked(
+    x: Tensor, y: Tensor, num_classes: int | None, class_names: list[str] | None
+) -> tuple[Tensor, Tensor, int]:
+    x, y = torch.as_tensor(x), torch.as_tensor(y)
+    if x.ndim != 2 or not x.is_floating_point() or 0 in x.shape:
+        raise ImprintError(
+            f"embeddings of shape {tuple(x.shape)} and type {x.dtype}: expected floats (N, d)"
+        )
+    if y.shape != x.shape[:1] or y.is_floating_point() or y.is_complex():
+        raise ImprintError(
+            f"labels of shape {tuple(y.shape)} and type {y.dtype} for {len(x)} embeddings: "
+            f"expected integers ({len(x)},)"
+        )
+    x, y = x.float(), y.long().to(x.device)
+    bad = ~x.isfinite().all(1)
+    if bad.any():
+        raise ImprintError(
+            f"{int(bad.sum())} of {len(x)} embeddings are not finite, the first is sample "
+            f"{int(bad.nonzero()[0])}: look at that image, or at the backbone's precision"
+        )
+    if num_classes is None:
+        num_classes = int(y.max()) + 1
+    if class_names and len(class_names) != num_classes:
+        raise ImprintError(f"{len(class_names)} class_names for num_classes={num_classes}")
+    outside = (y < 0) | (y >= num_classes)
+    if outside.any():
+        first = int(outside.nonzero()[0])
+        raise ImprintError(
+            f"label {int(y[first])} of sample {first} is out of range: labels are "
+            f"0..{num_classes - 1} for num_classes={num_classes}"
+        )
+    empty = (torch.bincount(y, minlength=num_classes) == 0).nonzero().flatten().tolist()
+    if empty:
+        names = [f"{c} ({class_names[c]!r})" if class_names else str(c) for c in empty[:5]]
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        raise ImprintError(
+            f"class {', '.join(names)}{more} has no training sample: add samples, "
+            "or leave the class out and number the labels without gaps"
+        )
+    return x, y, num_classes
+
+
+def _parameters_of(part: type) -> list[str]:
+    if part.__init__ in (object.__init__, nn.Module.__init__):
+        return []
+    names = list(inspect.signature(part.__init__).parameters)
+    return [name for name in names if name != "self"]
+
+
+def _near(name: str, known) -> str:
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return f"{hint} (known: {', '.join(known)})"
+
+
+def _unused_message(unused: set[str], given: dict, parameters: dict) -> str:
+    takers = {
+        name: [n for table in SLOTS.values() for n, p in table.items() if name in _parameters_of(p)]
+        for name in unused
+    }
+    unknown = sorted(name for name in unused if not takers[name])
+    if unknown:
+        known = {n for table in SLOTS.values() for p in table.values() for n in _parameters_of(p)}
+        return f"unknown keyword {unknown[0]!r}{_near(unknown[0], [*SLOTS, *sorted(known)])}"
+    name = sorted(unused)[0]
+    chosen = ", ".join(f"{slot}={parameters[slot]!r}" for slot in SLOTS)
+    return (
+        f"{name}={given[name]!r} is not used by {chosen}: leave it out, or choose a part that "
+        f"takes it ({name}: {', '.join(dict.fromkeys(takers[name]))})"
+    )

@@ -1,0 +1,144 @@
+"""The sums that everything needs: class counts, class sums and the Gram matrix of the embeddings.
+
+On the ground floor of the house: the mean, NC1 and the closed forms are functions of these sums.
+Sums add up over batches, ranks and files, and a class can be subtracted again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Rows taken to float64 at a time, so that a large set needs no float64 copy of itself.
+CHUNK = 4096
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 where the device has no float64 (Apple's MPS)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@dataclass
+class Moments:
+    """Sums over labelled embeddings, in float64.
+
+    Attributes:
+        counts: `(C,)`, samples of each class.
+        sums: `(C, d)`, sum of each class.
+        gram: `(d, d)`, Σ w z zᵀ over all samples, w the weight of the sample's class; `(C, d, d)`,
+            a Gram matrix a class; or `None` where only counts and sums are kept.
+        class_weights: `(C,)` or `None` for ones; used in `gram` alone. With 1 / count, known
+            beforehand, the weighted Gram gives the average of the classes' covariances.
+    """
+
+    counts: Tensor
+    sums: Tensor
+    gram: Tensor | None = None
+    class_weights: Tensor | None = None
+
+    @classmethod
+    def zeros(
+        cls,
+        num_classes: int,
+        dim: int,
+        *,
+        gram: str = "pooled",
+        class_weights: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Moments:
+        """Empty sums. `gram` is "none", "pooled" `(d, d)` or "per_class" `(C, d, d)`."""
+        options = {"dtype": sum_dtype(torch.device(device)), "device": device}
+        shapes = {"none": None, "pooled": (dim, dim), "per_class": (num_classes, dim, dim)}
+        if gram not in shapes:
+            raise ValueError(f"gram={gram!r}: expected one of {list(shapes)}")
+        shape = shapes[gram]
+        return cls(
+            counts=torch.zeros(num_classes, **options),
+            sums=torch.zeros(num_classes, dim, **options),
+            gram=None if shape is None else torch.zeros(shape, **options),
+            class_weights=None if class_weights is None else class_weights.to(**options),
+        )
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, num_classes: int, **kwargs) -> Moments:
+        """The sums of embeddings `x (N, d)` with labels `y (N,)` in 0..C−1."""
+        return cls.zeros(num_classes, x.shape[1], device=x.device, **kwargs).add(x, y)
+
+    @property
+    def num_classes(self) -> int:
+        return self.counts.shape[0]
+
+    @property
+    def means(self) -> Tensor:
+        """`(C, d)`, the class means; NaN for a class without samples."""
+        return self.sums / self.counts[:, None]
+
+    @property
+    def global_mean(self) -> Tensor:
+        """`(d,)`, the mean of all samples."""
+        return self.sums.sum(0) / self.counts.sum()
+
+    def add(self, x: Tensor, y: Tensor) -> Moments:
+        """Adds a batch in place: `x (B, d)` of any float dtype, `y (B,)` in 0..C−1."""
+        for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+            rows = rows.to(self.sums.dtype)
+            self.counts += torch.bincount(labels, minlength=self.num_classes)
+            self.sums.index_add_(0, labels, rows)
+            if self.gram is None:
+                continue
+            if self.gram.ndim == 3:
+                for c in labels.unique().tolist():
+                    of_class = rows[labels == c]
+                    self.gram[c].addmm_(of_class.T, of_class)
+            elif self.class_weights is None:
+                self.gram.addmm_(rows.T, rows)
+            else:
+                self.gram.addmm_(rows.T * self.class_weights[labels], rows)
+        return self
+
+    def __add__(self, other: Moments) -> Moments:
+        return self._combine(other, 1)
+
+    def __sub__(self, other: Moments) -> Moments:
+        return self._combine(other, -1)
+
+    def _combine(self, other: Moments, sign: int) -> Moments:
+        gram = None
+        if self.gram is not None and other.gram is not None:
+            gram = self.gram + sign * other.gram
+        return Moments(
+            self.counts + sign * other.counts,
+            self.sums + sign * other.sums,
+            gram,
+            self.class_weights,
+        )
+
+    def within(self, average: str = "macro") -> Tensor:
+        """Σ_W `(d, d)`, the within-class covariance (biased: divided by n).
+
+        `"macro"` averages the covariances of the classes that have samples, `"micro"` pools all
+        samples. A pooled Gram matrix gives `"micro"`; `"macro"` asks for a Gram matrix a class, or
+        for `class_weights` of 1 / count, or for classes of one size.
+        """
+        present = self.counts > 0
+        counts, sums = self.counts[present], self.sums[present]
+        weights = torch.ones_like(counts) if average == "micro" else 1 / counts
+        if self.gram is None:
+            raise ValueError("the within-class covariance asks for Moments with a Gram matrix")
+        if self.gram.ndim == 3:
+            gram = torch.einsum("c,cij->ij", weights, self.gram[present])
+        else:
+            kept = torch.ones_like(counts)
+            if self.class_weights is not None:
+                kept = self.class_weights[present]
+            ratio = weights / kept
+            if not torch.allclose(ratio, ratio[:1]):
+                raise ValueError(
+                    f"average={average!r} cannot be had from this pooled Gram matrix: the classes "
+                    'differ in size; keep Moments with gram="per_class" or with class_weights'
+                )
+            gram = self.gram * ratio[0]
+        scatter = gram - (sums.T * (weights / counts)) @ sums
+        return scatter / (weights * counts).sum()
