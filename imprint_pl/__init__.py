@@ -1,1 +1,43 @@
-"""Weight imprinting in PyTorch Lightning."""
+"""Weight imprinting in PyTorch Lightning: a classifier on a frozen foundation model in one pass.
+
+    from imprint_pl import ImprintedClassifier, imprint
+
+`imprint` works on embeddings, `ImprintedClassifier` is a LightningModule on images. The README
+shows both.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from imprint_pl.errors import ImprintError
+    from imprint_pl.head import ImprintedHead
+    from imprint_pl.imprinting import imprint
+    from imprint_pl.module import ImprintedClassifier
+
+try:
+    __version__ = version("imprint-pl")
+except PackageNotFoundError:  # run from a source tree that was not installed
+    __version__ = "0+unknown"
+
+_HOMES = {
+    "ImprintError": "errors",
+    "ImprintedClassifier": "module",
+    "ImprintedHead": "head",
+    "imprint": "imprinting",
+}
+__all__ = ["ImprintError", "ImprintedClassifier", "ImprintedHead", "imprint"]
+
+
+def __getattr__(name: str):
+    # On demand: whoever wants `--help` or the maths should not wait for Lightning.
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"imprint_pl.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 class Max(nn.Module):
     """max: a class scores as its best proxy does, by inner product.
 
-    score_c(z) = max over proxies p of class c of (w_p · z + b_p). A class without a proxy scores −∞.
+    score_c(z) = max over proxies p of class c of (w_p · z + b_p); −∞ for a class without
+    proxies.
     """
 
     name = "max"
@@ -22,8 +23,8 @@ class Max(nn.Module):
     ) -> Tensor:
         """Embeddings `z (B, d)`, proxies `(P, d)`, bias `(P,)`, proxy_classes `(P,)` → `(B, C)`."""
         scores = torch.addmm(bias, z, proxies.T)
-        classes = proxy_classes.expand(len(z), -1)
-        lowest = scores.new_full((len(z), num_classes), -torch.inf)
+        classes = proxy_classes.expand_as(scores)
+        lowest = scores.new_full((scores.shape[0], num_classes), -torch.inf)
         return lowest.scatter_reduce(1, classes, scores, "amax")
 
 

@@ -3,7 +3,7 @@
     embeddings ─ NORM_pre ─ GEN (per class) ─ NORM_post ─ proxies ┐
     embedding  ─ NORM_inf ───────────────────────────────── AGG ──┴ class scores
 
-A recipe names the five parts. Every published imprinting method is one of them, or one keyword away.
+A recipe names the five parts; a published imprinting method is one of them, or a keyword away.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from imprint_pl.agg import AGGS
 from imprint_pl.errors import ImprintError
-from imprint_pl.gen import GENERATORS
+from imprint_pl.gen import GENERATORS, Proxies
 from imprint_pl.head import ImprintedHead
 from imprint_pl.moments import Moments
 from imprint_pl.norm import NORMS
@@ -141,23 +141,33 @@ def imprint_parts(
     class_names: list[str] | None = None,
     seed: int = 0,
     progress: bool = False,
+    allow_empty: bool = False,
 ) -> ImprintedHead:
-    """As `imprint`, from parts that `resolve` built."""
+    """As `imprint`, from parts that `resolve` built.
+
+    `allow_empty` accepts classes without samples, which get no proxy and the score −∞: for an
+    epoch that was cut short on purpose.
+    """
     if num_classes is None and class_names:
         num_classes = len(class_names)
-    x, y, num_classes = _checked(x, y, num_classes, class_names)
+    x, y, num_classes = _checked(x, y, num_classes, class_names, allow_empty)
+    present, y = torch.unique(y, return_inverse=True)
     z = parts.norm_pre(x)
     if parts.gen.from_moments:
         gram = "pooled" if parts.gen.needs_gram else "none"
-        proxies = parts.gen(Moments.of(z, y, num_classes, gram=gram))
+        proxies = parts.gen(Moments.of(z, y, len(present), gram=gram))
     else:
-        proxies = parts.gen(z, y, num_classes, seed, progress)
-    proxies = proxies._replace(weights=parts.norm_post(proxies.weights))
+        proxies = parts.gen(z, y, len(present), seed, progress)
+    proxies = Proxies(parts.norm_post(proxies.weights), proxies.bias, present[proxies.classes])
     return parts.empty_head().to(x.device).fill(proxies, num_classes, class_names)
 
 
 def _checked(
-    x: Tensor, y: Tensor, num_classes: int | None, class_names: list[str] | None
+    x: Tensor,
+    y: Tensor,
+    num_classes: int | None,
+    class_names: list[str] | None,
+    allow_empty: bool,
 ) -> tuple[Tensor, Tensor, int]:
     x, y = torch.as_tensor(x), torch.as_tensor(y)
     if x.ndim != 2 or not x.is_floating_point() or 0 in x.shape:
@@ -188,7 +198,7 @@ def _checked(
             f"0..{num_classes - 1} for num_classes={num_classes}"
         )
     empty = (torch.bincount(y, minlength=num_classes) == 0).nonzero().flatten().tolist()
-    if empty:
+    if empty and not allow_empty:
         names = [f"{c} ({class_names[c]!r})" if class_names else str(c) for c in empty[:5]]
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         raise ImprintError(

@@ -30,7 +30,7 @@ def kmeans(x: Tensor, k: int, *, seed: int = 0, device: torch.device | str | Non
         return x.clone()
     if k == 1:
         return x.mean(0, keepdim=True, dtype=torch.float64).to(x.dtype)
-    import faiss  # noqa: PLC0415  (a second to import, and not needed by every recipe)
+    import faiss
 
     parameters = faiss.ClusteringParameters()
     parameters.niter = ITERATIONS

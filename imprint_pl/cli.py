@@ -1,0 +1,77 @@
+"""The commands: `python -m imprint_pl fit | validate | test | predict`.
+
+Lightning's own command line with our module, data sets and run folder; a user's mistake ends in one
+line that says what to change, not in a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from imprint_pl import __version__
+from imprint_pl.errors import ImprintError
+
+COMMANDS = ("fit", "validate", "test", "predict")
+HELP = f"""\
+imprint_pl {__version__}: an image classifier on a frozen foundation model, imprinted in one pass
+
+usage: python -m imprint_pl COMMAND [options]
+
+commands:
+  fit        imprint a head on the training images and measure it
+  validate   measure a checkpoint on the validation images
+  test       measure a checkpoint on the test images
+  predict    label the images of a data set, of files or of folders; writes a CSV
+
+examples:
+  python -m imprint_pl fit --config configs/quickstart.yaml
+  python -m imprint_pl fit --data FashionMNIST --model.backbone torchvision/resnet18
+  python -m imprint_pl fit --config configs/image_folder.yaml --data.root photos
+  python -m imprint_pl test --data Digits --ckpt_path CHECKPOINT
+  python -m imprint_pl predict --ckpt_path CHECKPOINT --images photo.jpg holiday/
+
+`python -m imprint_pl COMMAND --help` lists every option.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0, or 2 for a user's mistake."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if argv[0] == "--version":
+        print(f"imprint_pl {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        return _fail(f"unknown command {argv[0]!r}: give one of {', '.join(COMMANDS)}")
+    try:
+        # Importing Lightning takes seconds: not before it is needed.
+        from imprint_pl.commands import run
+
+        run([_packaged_config(arguments) for arguments in argv])
+    except ImprintError as error:
+        return _fail(str(error))
+    return 0
+
+
+def _packaged_config(argument: str) -> str:
+    """`configs/x.yaml` of the package where the current folder has no such file."""
+    name, equals, value = argument.rpartition("=")
+    package = Path(__file__).parent
+    path = Path(value)
+    if path.parts[:1] == ("configs",) and path.suffix == ".yaml" and not path.exists():
+        # Inside a wheel the configs lie in the package, in a source tree beside it.
+        for folder in (package, package.parent):
+            if (folder / path).is_file():
+                return f"{name}{equals}{folder / path}"
+    return argument
+
+
+def _fail(message: str) -> int:
+    # Every rank of a distributed run fails; one says why.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    return 2

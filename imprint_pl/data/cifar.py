@@ -1,0 +1,188 @@
+"""CIFAR-10 from its own "python version" files, which are pickles.
+
+torchvision checks the published checksums and then unpickles without restriction. Here any files
+of the format are read, and nothing is unpickled but arrays of numbers, lists and strings.
+"""
+
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from imprint_pl.data.arrays import ArrayDataset, fetch, missing_files
+from imprint_pl.data.images import ImageDataModule, Splits
+from imprint_pl.errors import ImprintError
+
+FOLDER = "cifar-10-batches-py"
+TRAIN_FILES = [f"data_batch_{number}" for number in range(1, 6)]
+TEST_FILE = "test_batch"
+NAMES_FILE = "batches.meta"
+SHAPE = (3, 32, 32)
+
+
+class CIFAR10(ImageDataModule):
+    """CIFAR-10, 3 x 32 x 32: 50,000 train and 10,000 test images.
+
+    Reads `<root>/cifar-10-batches-py/`: `data_batch_1` to `data_batch_5`, `test_batch` and
+    `batches.meta`, each with any number of images. Only where none of them is there the published
+    archive is fetched, so that files of one's own are never overwritten.
+    """
+
+    name = "cifar10"
+
+    def prepare_data(self) -> None:
+        missing = self._missing()
+        if self.download and len(missing) == len(TRAIN_FILES) + 2:
+            reason = fetch("CIFAR10", self.root)
+            if self._missing():
+                raise missing_files(self.root, FOLDER, self._missing(), reason)
+
+    def load(self) -> Splits:
+        if self._missing():
+            raise missing_files(self.root, FOLDER, self._missing())
+        folder = self._folder()
+        names = _entry(read_pickle(folder / NAMES_FILE), "label_names", folder / NAMES_FILE)
+        class_names = [_text(name) for name in names]
+        train = [_read_batch(folder / file, len(class_names)) for file in TRAIN_FILES]
+        images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
+        test_images, test_labels = _read_batch(folder / TEST_FILE, len(class_names))
+        return Splits(
+            class_names,
+            ArrayDataset(torch.from_numpy(images), torch.from_numpy(labels)),
+            ArrayDataset(torch.from_numpy(test_images.copy()), torch.from_numpy(test_labels)),
+        )
+
+    def _folder(self) -> Path:
+        return Path(self.root, FOLDER).absolute()
+
+    def _missing(self) -> list[str]:
+        names = [*TRAIN_FILES, TEST_FILE, NAMES_FILE]
+        return [name for name in names if not (self._folder() / name).is_file()]
+
+
+def read_pickle(path: Path):
+    """Read a pickle of arrays of numbers, lists, dictionaries, strings and numbers.
+
+    Arrays come back as `StoredArray`, and strings of Python 2 as Latin-1 text.
+
+    Raises:
+        ImprintError: naming the file, and the forbidden global if it asks for one; nothing that the
+            file names is imported or called.
+    """
+    try:
+        with open(path, "rb") as file:
+            unpickler = _ArraysOnly(file, encoding="latin1")
+            unpickler.path = path
+            return unpickler.load()
+    except ImprintError:
+        raise
+    # A damaged pickle can raise nearly anything.
+    except Exception as error:
+        raise ImprintError(
+            f"cannot read {path} ({type(error).__name__}: {error}): it is cut short, damaged, or "
+            "no file of CIFAR-10's python version; fetch it again"
+        ) from error
+
+
+class StoredArray:
+    """Stands in for numpy's array while a pickle is read: numpy's own would trust the file."""
+
+    def __init__(self, *_) -> None:
+        self.values = None
+
+    def __setstate__(self, state) -> None:
+        _version, shape, dtype, is_fortran, content = state
+        self._fill(content, dtype, shape, "F" if is_fortran else "C")
+
+    @classmethod
+    def from_buffer(cls, content, dtype, shape, order) -> "StoredArray":
+        array = cls()
+        array._fill(content, dtype, shape, order)
+        return array
+
+    def _fill(self, content, dtype, shape, order) -> None:
+        if isinstance(content, str):
+            content = content.encode("latin1")
+        self.values = np.frombuffer(content, dtype.numpy()).reshape(shape, order=order)
+
+
+class _StoredDtype:
+    def __init__(self, name, *_) -> None:
+        self.name = _text(name)
+        self.byte_order = "="
+        if not re.fullmatch(r"[biu][1248]", self.name):
+            raise ValueError(f"the array type {self.name!r} is not one of whole numbers")
+
+    def __setstate__(self, state) -> None:
+        self.byte_order = _text(state[1])
+
+    def numpy(self) -> np.dtype:
+        return np.dtype(self.name).newbyteorder(self.byte_order)
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise ValueError(f"the encoding {encoding!r} is not latin1")
+    return text.encode("latin1")
+
+
+def _no_bytes() -> bytes:
+    return b""
+
+
+class _ArraysOnly(pickle.Unpickler):
+    # What Python 2, old and new numpy write for arrays and bytes, with stand-ins of our own.
+    ALLOWED = {  # noqa: RUF012
+        ("numpy.core.multiarray", "_reconstruct"): StoredArray,
+        ("numpy._core.multiarray", "_reconstruct"): StoredArray,
+        ("numpy.core.numeric", "_frombuffer"): StoredArray.from_buffer,
+        ("numpy._core.numeric", "_frombuffer"): StoredArray.from_buffer,
+        ("numpy", "ndarray"): StoredArray,
+        ("numpy", "dtype"): _StoredDtype,
+        ("_codecs", "encode"): _encode,
+        ("builtins", "bytes"): _no_bytes,
+        ("__builtin__", "bytes"): _no_bytes,
+    }
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self.ALLOWED:
+            raise ImprintError(
+                f"{self.path} asks for {module}.{name}, which a data file has no use for and which "
+                "could run any code: do not trust it; fetch CIFAR-10's python version again"
+            )
+        return self.ALLOWED[module, name]
+
+
+def _read_batch(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    content = read_pickle(path)
+    data, labels = (_entry(content, key, path) for key in ("data", "labels"))
+    pixels = data.values if isinstance(data, StoredArray) else None
+    width = int(np.prod(SHAPE))
+    if pixels is None or pixels.dtype != np.uint8 or pixels.shape[1:] != (width,):
+        found = "no array" if pixels is None else f"{pixels.dtype} of shape {pixels.shape}"
+        raise ImprintError(f"{path}: 'data' must be uint8 of shape (n, {width}), but is {found}")
+    if isinstance(labels, StoredArray):
+        labels = labels.values.tolist()
+    if len(labels) != len(pixels):
+        raise ImprintError(f"{path} has {len(pixels)} images but {len(labels)} labels")
+    for label in labels:
+        if not isinstance(label, int) or not 0 <= label < num_classes:
+            raise ImprintError(
+                f"{path} has the label {label!r}, but {NAMES_FILE} names {num_classes} classes: "
+                f"labels run from 0 to {num_classes - 1}"
+            )
+    return pixels.reshape(-1, *SHAPE), np.array(labels, dtype=np.int64)
+
+
+def _entry(content, key: str, path: Path):
+    if isinstance(content, dict):
+        by_text = {_text(name): value for name, value in content.items()}
+        if key in by_text:
+            return by_text[key]
+    raise ImprintError(f"{path} has no entry {key!r}: it is no file of CIFAR-10's python version")
+
+
+def _text(value) -> str:
+    return value.decode("latin1") if isinstance(value, bytes) else value

@@ -1,0 +1,115 @@
+"""Image files as a data set, and the loader that brings them from the workers.
+
+A batch is a list of images of different sizes. Between a worker and the main process it travels as
+one flat tensor, since a shared-memory file for each image would soon exhaust the open files.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from imprint_pl.data.decode import read_image
+from imprint_pl.errors import ImprintError
+
+
+class ImageFileDataset(Dataset):
+    """Images decoded from files when asked for.
+
+    A batch, `__getitems__(indices)`, is `(images, labels)`: a list of uint8 `(C, H, W)` tensors and
+    int64 `(B,)`; without labels the list alone. Inside a DataLoader's worker a file that cannot be
+    read makes the batch an `ImprintError` object, which `ImageFileLoader` raises: torch would wrap
+    an exception in the worker's traceback.
+
+    Args:
+        paths: one file a sample.
+        labels: `(N,)` int64; None for images to predict.
+        max_side: longest side in pixels; larger images are shrunk.
+    """
+
+    def __init__(
+        self, paths: Sequence[str], labels: Tensor | None = None, max_side: int | None = None
+    ) -> None:
+        self.paths = list(paths)
+        self.labels = labels
+        self.max_side = max_side
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | Tensor:
+        image = read_image(self.paths[index], self.max_side)
+        return image if self.labels is None else (image, self.labels[index])
+
+    def __getitems__(self, indices: Sequence[int]):
+        try:
+            images = [read_image(self.paths[index], self.max_side) for index in indices]
+        except ImprintError as error:
+            if get_worker_info() is None:
+                raise
+            return error
+        return images if self.labels is None else (images, self.labels[list(indices)])
+
+    def select(self, positions: Tensor, labels: Tensor) -> "ImageFileDataset":
+        """The samples at `positions` `(M,)`, under new labels `(M,)`."""
+        paths = [self.paths[position] for position in positions.tolist()]
+        return ImageFileDataset(paths, labels, self.max_side)
+
+
+class PackedBatch(NamedTuple):
+    """A batch laid end to end: the bytes `(sum of C*H*W,)`, the shapes, the labels or None."""
+
+    flat: Tensor
+    shapes: list[torch.Size]
+    labels: Tensor | None
+
+
+def pack(batch):
+    """Collate for `ImageFileLoader`: pack a worker's batch, and leave one that need not travel."""
+    if get_worker_info() is None or isinstance(batch, ImprintError):
+        return batch
+    images, labels = batch if isinstance(batch, tuple) else (batch, None)
+    flat = torch.cat([image.flatten() for image in images])
+    return PackedBatch(flat, [image.shape for image in images], labels)
+
+
+def unpack(batch):
+    """Undo `pack`; the images are views of the flat bytes."""
+    if not isinstance(batch, PackedBatch):
+        return batch
+    parts = batch.flat.split([shape.numel() for shape in batch.shapes])
+    images = [part.view(shape) for part, shape in zip(parts, batch.shapes, strict=True)]
+    return images if batch.labels is None else (images, batch.labels)
+
+
+class ImageFileLoader(DataLoader):
+    """A DataLoader over an `ImageFileDataset` with `collate_fn=pack`.
+
+    It raises what went wrong in a worker as the plain `ImprintError` it was, when the batch's turn
+    comes.
+    """
+
+    def __iter__(self):
+        batches = super().__iter__()
+        failure = None
+        try:
+            for batch in batches:
+                if isinstance(batch, ImprintError):
+                    failure = batch
+                    break
+                yield unpack(batch)
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            failure = ImprintError(
+                f"a process that decodes images was killed ({error}). Most often memory, or "
+                "shared memory (/dev/shm), ran out: lower batch_size or num_workers, or set "
+                "max_side to shrink the images."
+            )
+        # Before raising: workers that a traceback keeps alive are left to the garbage collector,
+        # which then waits five seconds for each of them.
+        del batches
+        if failure is not None:
+            raise failure

@@ -1,0 +1,259 @@
+"""Image files of one's own: a folder a class, or any files to predict.
+
+The files are found here, decoded by the workers (files.py, decode.py) and never kept.
+"""
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from imprint_pl.data import tasks
+from imprint_pl.data.decode import EXTENSIONS
+from imprint_pl.data.files import ImageFileDataset
+from imprint_pl.data.images import ImageDataModule, Splits
+from imprint_pl.errors import ImprintError
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+TEST_SEED = 0
+
+
+class ImageFolder(ImageDataModule):
+    """Images in a folder a class; the folders' names, sorted, are the classes.
+
+    Either `<root>/train/<class>/` with `<root>/val/`, `<root>/test/` or both (one alone serves as
+    validation and test), or `<root>/<class>/` alone: then `test_fraction` of each class is held
+    out as validation and test. Folders may be nested; hidden files and files that are no images
+    are ignored. A batch's images are a list of uint8 `(C, H, W)` of the files' own sizes.
+
+    Args:
+        root: The folder.
+        test_fraction: Part of each class held out as the test split where the folder has no split
+            of its own. It depends on no seed, so that a later test never sees training images.
+        max_side: Longest side in pixels; larger images are shrunk in the workers. Left out, images
+            keep their size: a photo of 12 megapixels takes 36 MB, a batch of 64 of them 2.3 GB, and
+            each worker has two batches under way.
+        classes: Classes to keep, as names or as indices into the sorted names (where all names are
+            numbers, a number is a name); they become labels 0..C-1 in this order. All of them where
+            left out.
+        shots: Training images a class, drawn at random; all of them where left out. A class with
+            fewer is an error.
+        val_fraction: Part of each class's training images to hold out for validation, where the
+            folder has no `val`; 0 validates on the test split.
+        batch_size: Images a batch (and a process); smaller than for sets in memory, since photos
+            are large.
+        num_workers: Processes that decode image files; where left out, one for each processor core
+            that this process has (16 at most).
+        seed: Of the shots and of the held-out validation part.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        test_fraction: float = 0.2,
+        max_side: int | None = None,
+        classes: list[int | str] | None = None,
+        shots: int | None = None,
+        val_fraction: float = 0.0,
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            root=root,
+            classes=classes,
+            shots=shots,
+            val_fraction=val_fraction,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            download=False,
+            seed=seed,
+        )
+        if not 0 < test_fraction < 1:
+            raise ImprintError(
+                f"test_fraction={test_fraction} is not between 0 and 1: it is the part of each "
+                "class to hold out as test, as in test_fraction=0.2"
+            )
+        _check_max_side(max_side)
+        self.name = Path(root).resolve().name
+        self.test_fraction = test_fraction
+        self.max_side = max_side
+
+    def load(self) -> Splits:
+        folders = _split_folders(Path(self.root))
+        train_folder = folders.get("train", Path(self.root))
+        class_names, train = self._read(train_folder)
+        others = {
+            split: self._read(folders[split], class_names)[1]
+            for split in ("val", "test")
+            if split in folders
+        }
+        if others:
+            test = others.get("test", others.get("val"))
+            return Splits(class_names, train, test, others.get("val"))
+        every_class = range(len(class_names))
+        staying, held = tasks.draw(
+            train.labels, class_names, every_class, self.test_fraction, seed=TEST_SEED
+        )
+        rank_zero_info(
+            f"{train_folder} has no test split: {len(held)} of its {len(train)} images are held "
+            f"out as validation and test (test_fraction={self.test_fraction})"
+        )
+        return Splits(
+            class_names,
+            train.select(staying, train.labels[staying]),
+            train.select(held, train.labels[held]),
+        )
+
+    def _read(
+        self, folder: Path, class_names: list[str] | None = None
+    ) -> tuple[list[str], ImageFileDataset]:
+        found = _subfolders(folder)
+        if not found:
+            raise ImprintError(
+                f"{folder} has no class folders: put the images of each class into a folder of "
+                "the class's name; images without classes are for ImageFiles (predict)"
+            )
+        if class_names is None:
+            class_names = found
+        for name in found:
+            if name not in class_names:
+                raise ImprintError(
+                    f"the class folder {folder / name} has no counterpart among the training "
+                    f"classes ({tasks.near_names(name, class_names)}): rename or remove it, or "
+                    "add training images"
+                )
+        absent = [name for name in class_names if name not in found]
+        if absent:
+            rank_zero_warn(f"{folder} has no folder for {', '.join(absent)}: not evaluated")
+        paths: list[str] = []
+        labels: list[int] = []
+        for name in found:
+            images = list(find_images(folder / name))
+            if not images:
+                raise ImprintError(
+                    f"the class folder {folder / name} holds no image: add images "
+                    f"({', '.join(EXTENSIONS)}) or remove the folder"
+                )
+            paths += images
+            labels += [class_names.index(name)] * len(images)
+        return class_names, ImageFileDataset(paths, torch.tensor(labels), self.max_side)
+
+
+class ImageFiles(ImageDataModule):
+    """Image files without labels, to predict.
+
+    A batch is a list of uint8 `(C, H, W)` of the files' own sizes; `paths` names the files in the
+    same order.
+
+    Args:
+        paths: Files, folders (searched with their subfolders, sorted) and patterns such as
+            `photos/*.jpg` or `photos/**/*.png`; each file is taken once, in the order given.
+        batch_size: Images a batch (and a process).
+        num_workers: Processes that decode image files; where left out, one for each processor core
+            that this process has (16 at most).
+        max_side: Longest side in pixels; larger images are shrunk in the workers.
+    """
+
+    name = "files"
+
+    def __init__(
+        self,
+        paths: list[str] | str,
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        max_side: int | None = None,
+    ) -> None:
+        super().__init__(batch_size=batch_size, num_workers=num_workers, download=False)
+        _check_max_side(max_side)
+        given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+        found = [path for place in given for path in _files_at(str(place))]
+        if not found:
+            raise ImprintError("paths is empty: name image files, folders or patterns")
+        self.paths = list(dict.fromkeys(found))
+        self.max_side = max_side
+
+    def setup(self, stage: str | None = None) -> None:
+        self.predict_dataset = ImageFileDataset(self.paths, max_side=self.max_side)
+
+    def _dataset(self, split: str) -> ImageFileDataset:
+        if split != "predict":
+            raise ImprintError(
+                f"ImageFiles has no labels and so no {split} split: it serves predict only; "
+                "use ImageFolder for images in a folder a class"
+            )
+        return super()._dataset(split)
+
+
+def find_images(folder: str | Path) -> Iterator[str]:
+    """Yield the image files below a folder, sorted, without hidden files and folders."""
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if _is_image(name):
+                yield os.path.join(place, name)
+
+
+def _is_image(name: str) -> bool:
+    base, extension = os.path.splitext(os.path.basename(name))
+    return extension.lower() in EXTENSIONS and not base.startswith(".")
+
+
+def _subfolders(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise ImprintError(
+            f"the folder {folder} does not exist or is no folder: set root to the folder that "
+            "holds train/<class>/ or <class>/"
+        )
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    folders = {}
+    for name in _subfolders(root):
+        for split, spellings in SPLIT_NAMES.items():
+            # Without regard to case: "Train" and "Test" taken for two classes would be a bad joke.
+            if name.lower() in spellings:
+                folders.setdefault(split, root / name)
+    if folders and "train" not in folders:
+        names = ", ".join(f"{folder.name}/" for folder in folders.values())
+        raise ImprintError(
+            f"{root} has {names} but no train/: add train/<class>/, or rename the folder if it "
+            "is a class"
+        )
+    return folders
+
+
+def _files_at(place: str) -> Sequence[str]:
+    path = os.path.expanduser(place)
+    if os.path.isfile(path):
+        return [path]
+    if os.path.isdir(path):
+        found = list(find_images(path))
+    else:
+        found = []
+        for match in sorted(glob.glob(path, recursive=True)):
+            if os.path.isdir(match):
+                found += find_images(match)
+            elif _is_image(match):
+                found.append(match)
+    if not found:
+        exists = "holds no image" if os.path.isdir(path) else "matches no image file"
+        raise ImprintError(
+            f"{place!r} {exists} ({', '.join(EXTENSIONS)}): check the path, which is "
+            f"relative to {os.getcwd()}"
+        )
+    return found
+
+
+def _check_max_side(max_side: int | None) -> None:
+    if max_side is not None and max_side < 1:
+        raise ImprintError(f"max_side={max_side}: the longest side is at least 1 pixel")

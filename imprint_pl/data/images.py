@@ -1,0 +1,240 @@
+"""The base of the image data modules: classes, shots, held-out validation, and the loaders.
+
+A data set only says how its splits are read (`load`); what a task needs is done here, once. Batches
+are `(images, labels)` with uint8 images at their native size, in the data set's own order.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from imprint_pl.data import tasks
+from imprint_pl.data.files import ImageFileDataset, ImageFileLoader, pack
+from imprint_pl.errors import ImprintError
+
+MOST_WORKERS = 16
+INDICES_SHOWN = 10
+
+
+@dataclass
+class Splits:
+    """What `ImageDataModule.load` returns: the whole splits of a data set, before any selection.
+
+    Each data set has `labels` `(N,)` int64 that index `class_names`, `select(positions, labels)`,
+    which returns the samples at `positions` under new labels, and `__getitems__(indices)`, which
+    returns a whole batch.
+
+    Args:
+        class_names: the names in label order.
+        train: the training split.
+        test: the test split.
+        val: a validation split of its own, where the data set has one.
+    """
+
+    class_names: list[str]
+    train: Dataset
+    test: Dataset
+    val: Dataset | None = None
+
+
+def as_it_is(batch):
+    """Collate nothing: the data sets fetch whole batches."""
+    return batch
+
+
+class ImageDataModule(LightningDataModule):
+    """Images and labels of a task, ready for one pass in a fixed order.
+
+    Train batches are neither shuffled nor dropped: imprinting looks at each image once. Validation
+    is the test split, as in the paper, unless the data set has one of its own or `val_fraction`
+    holds a part of train out.
+
+    After `setup`: `class_names` (list of str, the chosen classes in the order given),
+    `num_classes`, `task` (short name, such as `"mnist"` or `"mnist (classes 0,1,2)"`), and
+    `train_dataset`, `val_dataset`, `test_dataset`, each with `labels` `(N,)` int64 in 0..C-1.
+
+    A subclass sets `name` and writes `load`; `prepare_data` where files have to be fetched first.
+
+    Args:
+        root: Folder that holds the data set's files.
+        classes: Classes to keep, as indices or names (where all names are numbers, a number is a
+            name); they become labels 0..C-1 in this order. All of them where left out.
+        shots: Training images a class, drawn at random; all of them where left out. A class with
+            fewer is an error. With the same seed fewer shots are a subset of more.
+        val_fraction: Part of each class's training images to hold out for validation (at least one
+            image); 0 validates on the test split, as in the paper.
+        batch_size: Images a batch (and a process).
+        num_workers: Processes that decode image files; where left out, one for each processor core
+            that this process has (16 at most), and none for sets in memory, which need none.
+        download: Whether to fetch files that are missing.
+        seed: Of the shots and of the held-out part.
+    """
+
+    name = "images"
+
+    def __init__(
+        self,
+        root: str = "data",
+        classes: list[int | str] | None = None,
+        shots: int | None = None,
+        val_fraction: float = 0.0,
+        batch_size: int = 256,
+        num_workers: int | None = None,
+        download: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if shots is not None and shots < 1:
+            raise ImprintError(f"shots={shots}: a class needs at least 1 training image")
+        if not 0 <= val_fraction < 1:
+            raise ImprintError(
+                f"val_fraction={val_fraction} is not in [0, 1): it is the part of the training "
+                "images to hold out, as in val_fraction=0.1"
+            )
+        if batch_size < 1:
+            raise ImprintError(f"batch_size={batch_size}: a batch holds at least 1 image")
+        if num_workers is not None and num_workers < 0:
+            raise ImprintError(f"num_workers={num_workers} is negative: 0 decodes without workers")
+        self.root = str(root)
+        self.classes = classes
+        self.shots = shots
+        self.val_fraction = val_fraction
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.download = download
+        self.seed = seed
+        self._is_set_up = False
+
+    def load(self) -> Splits:
+        """Read the whole splits from disk, without any network."""
+        raise NotImplementedError(f"{type(self).__name__} must say how its splits are read: load()")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the splits and select the task's samples; further calls do nothing.
+
+        Args:
+            stage: Lightning's; ignored, since validation is the test split and the classes come
+                from train.
+        """
+        if self._is_set_up:
+            return
+        if self.trainer is None:
+            # In plain Python nobody else calls it, and setup alone should be enough.
+            self.prepare_data()
+        splits = self.load()
+        names = splits.class_names
+        chosen = tasks.resolve_classes(self.classes, names)
+
+        if self.val_fraction and splits.val is not None:
+            raise ImprintError(
+                f"val_fraction={self.val_fraction}, but {self.name!r} has a validation split of "
+                "its own: leave out either of the two"
+            )
+        drawn, held = tasks.draw(
+            splits.train.labels, names, chosen, self.val_fraction, self.shots, self.seed
+        )
+        self.train_dataset = _select(splits.train, chosen, drawn)
+        self.test_dataset = _select(splits.test, chosen)
+        if self.val_fraction:
+            self.val_dataset = _select(splits.train, chosen, held)
+        elif splits.val is not None:
+            self.val_dataset = _select(splits.val, chosen)
+        else:
+            self.val_dataset = self.test_dataset
+        self.predict_dataset = self.test_dataset
+        counts = torch.bincount(self.train_dataset.labels, minlength=len(chosen))
+        for index, count in zip(chosen, counts.tolist(), strict=True):
+            if count == 0:
+                raise ImprintError(
+                    f"class {index} ({names[index]!r}) of {self.name!r} has no "
+                    "training image: add images or leave the class out with classes=[...]"
+                )
+        for split, dataset in (("test", self.test_dataset), ("validation", self.val_dataset)):
+            if len(dataset) == 0:
+                raise ImprintError(
+                    f"the {split} split of {self.name!r} has no image of the classes "
+                    f"{[names[index] for index in chosen]}: add images or choose other classes"
+                )
+        self.class_names = [names[index] for index in chosen]
+        self.num_classes = len(chosen)
+        self.task = self.name
+        if self.classes is not None:
+            self.task += f" ({_summary(chosen, names)})"
+        self._is_set_up = True
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """The test split, labels included."""
+        return self._loader("predict")
+
+    def sample_names(self, split: str = "predict") -> list[str] | None:
+        """Name the samples of a split, in the order of its loader.
+
+        Args:
+            split: `train`, `val`, `test` or `predict` (the test split).
+
+        Returns:
+            One path a sample, or None where the images come from arrays: count them instead.
+        """
+        return getattr(self._dataset(split), "paths", None)
+
+    def _dataset(self, split: str) -> Dataset:
+        if split not in ("train", "val", "test", "predict"):
+            raise ImprintError(f"unknown split {split!r}: it is train, val, test or predict")
+        self.setup()
+        return getattr(self, f"{split}_dataset")
+
+    def _loader(self, split: str) -> DataLoader:
+        dataset = self._dataset(split)
+        from_files = isinstance(dataset, ImageFileDataset)
+        workers = self.num_workers
+        if workers is None:
+            workers = self._free_processors() if from_files else 0
+        sampler = None
+        if self.trainer is not None and self.trainer.world_size > 1:
+            # Lightning would shuffle a sampler of its own making; it leaves this one alone.
+            sampler = DistributedSampler(
+                dataset, self.trainer.world_size, self.trainer.global_rank, shuffle=False
+            )
+        loader_class = ImageFileLoader if from_files else DataLoader
+        return loader_class(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=workers,
+            collate_fn=pack if from_files else as_it_is,
+            # Without one, each pass over a loader would draw a number from the global generator.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def _free_processors(self) -> int:
+        available = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        )
+        processes = self.trainer.num_devices if self.trainer is not None else 1
+        return min(max((available or 1) // processes, 1), MOST_WORKERS)
+
+
+def _select(dataset: Dataset, chosen: list[int], positions: Tensor | None = None) -> Dataset:
+    if positions is None:
+        positions = torch.arange(len(dataset.labels))
+    kept, labels = tasks.relabel(dataset.labels[positions], chosen)
+    return dataset.select(positions[kept], labels)
+
+
+def _summary(chosen: list[int], names: list[str]) -> str:
+    if len(chosen) > INDICES_SHOWN:
+        return f"{len(chosen)} of {len(names)} classes"
+    return f"class{'es' * (len(chosen) > 1)} {','.join(str(index) for index in chosen)}"

@@ -1,0 +1,339 @@
+"""ImprintedClassifier: a frozen backbone and an imprinted head as a LightningModule.
+
+A thin shell: it embeds the training set during one epoch, has the head imprinted on the last batch,
+and measures. The maths is in `imprinting.py` and below.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from imprint_pl.backbone import load_backbone
+from imprint_pl.batch import dealt_samples, images_of, split_batch
+from imprint_pl.collapse import nc1
+from imprint_pl.errors import ImprintError
+from imprint_pl.imprinting import imprint_parts, resolve
+from imprint_pl.store import EmbeddingStore
+
+# Above this, a value a class would drown a logger; `class_accuracy` and the run folder have them.
+LOGGED_CLASSES = 20
+
+
+class ImprintedClassifier(LightningModule):
+    """Images to class scores, by a head imprinted in one epoch without a gradient.
+
+    Use it with a plain `Trainer(max_epochs=1)`. Training images are embedded in the order of the
+    loader; on the last batch the head is filled, before that epoch's validation. Fitting again
+    imprints again; resuming from a finished checkpoint has nothing left to do.
+
+    Args:
+        backbone: "efficientnet_lite0" (embedded, needs no download), "torchvision/<name>",
+            "timm/<name>", or any `nn.Module`; see `load_backbone`.
+        recipe: "robust" (the paper's best: k-means, 20 proxies a class) or "qi" (the class mean).
+        norm_pre: normalisation before GEN: "none" or "l2". The recipe's where not given, as are
+            all the parts below.
+        gen: generator of the proxies: "mean" or "kmeans".
+        k: proxies a class.
+        norm_post: normalisation of the proxies.
+        norm_inf: normalisation of embeddings at inference.
+        agg: from proxies to class scores: "max".
+        seed: fixes every random choice.
+        image_size: side of the backbone's input in pixels; its own by default.
+        pretrained: load the backbone's weights; without them it is random.
+        weights: file with the backbone's weights, instead of a download.
+        preprocess: for an `nn.Module` that is to read uint8 images: `dict(size=, mean=, std=)`.
+        precision: "32", "bf16" or "16": autocast inside the backbone.
+        compile: `torch.compile` the backbone.
+        save_backbone: keep the backbone in checkpoints too.
+
+    Logged: `train/nc1`, `train/embed_seconds`, `train/gen_seconds`, `train/images_per_second`;
+    `val/…` and `test/…`: `accuracy` (micro), `macro_f1`, and `accuracy/<class>` up to 20 classes.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "efficientnet_lite0",
+        recipe: str = "robust",
+        norm_pre: str | None = None,
+        gen: str | None = None,
+        k: int | None = None,
+        norm_post: str | None = None,
+        norm_inf: str | None = None,
+        agg: str | None = None,
+        seed: int = 0,
+        image_size: int | None = None,
+        pretrained: bool = True,
+        weights: str | None = None,
+        preprocess: dict[str, Any] | None = None,
+        precision: str = "32",
+        compile: bool = False,
+        save_backbone: bool = False,
+    ) -> None:
+        super().__init__()
+        # A module among the hyperparameters would break weights_only loading; nor does a path of
+        # this machine belong into a checkpoint.
+        named = isinstance(backbone, str)
+        self.save_hyperparameters(ignore=["weights"] if named else ["weights", "backbone"])
+        self.automatic_optimization = False
+        self.strict_loading = False
+        self.save_backbone = save_backbone
+        self.seed = seed
+        self.parts = resolve(
+            recipe,
+            norm_pre=norm_pre,
+            gen=gen,
+            k=k,
+            norm_post=norm_post,
+            norm_inf=norm_inf,
+            agg=agg,
+        )
+        self.backbone = load_backbone(
+            backbone,
+            pretrained=pretrained,
+            weights=weights,
+            image_size=image_size,
+            preprocess=preprocess,
+            compile=compile,
+            precision=precision,
+        )
+        self.head = self.parts.empty_head()
+        self.metrics: MetricCollection | None = None
+        self.class_accuracy: Tensor | None = None
+        self._store = EmbeddingStore()
+        self._seen = 0
+
+    @property
+    def class_names(self) -> list[str]:
+        """The C class names; numbers where the data had no names."""
+        return [self.head.name_of(label) for label in range(self.head.num_classes)]
+
+    def forward(self, images: Any) -> Tensor:
+        """A batch of images (see `Backbone.forward`) → class scores `(B, C)`."""
+        return self.head(self.embed(images))
+
+    @torch.no_grad()
+    def embed(self, images: Any) -> Tensor:
+        """A batch of images → embeddings `(B, d)`, float32."""
+        return self.backbone(images).float()
+
+    def train(self, mode: bool = True) -> ImprintedClassifier:
+        """The backbone stays in eval mode: frozen is not eval, BatchNorm would drift."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def configure_optimizers(self) -> None:
+        """None: nothing is trained."""
+
+    # The imprint epoch.
+
+    def on_fit_start(self) -> None:
+        # A gradient scaler (16-mixed) cannot step without gradients.
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            self.trainer.precision_plugin.scaler = None
+
+    def on_train_epoch_start(self) -> None:
+        self._store = EmbeddingStore()
+        self.head.clear()
+        self._epoch_start = time.perf_counter()
+
+    @torch.no_grad()
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        images, labels = split_batch(batch)
+        self._store.add(self.embed(images), labels)
+        if self.trainer.is_last_batch:
+            # Lightning's mock optimizer: without a step ModelCheckpoint believes that nothing was
+            # trained and saves nothing.
+            self.optimizers().step()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Here, not in on_train_epoch_end: validation comes before that.
+        if self.trainer.is_last_batch:
+            self._imprint()
+
+    def _imprint(self) -> None:
+        embed_seconds = time.perf_counter() - self._epoch_start
+        gathered = self._store.gather(dealt_samples(self.trainer.train_dataloader))
+        result = None
+        if gathered is not None:
+            try:
+                result = self._imprint_on_rank_zero(*gathered)
+            except ImprintError as error:
+                # The other ranks wait for a head: they must get the error instead.
+                result = error
+        result = self.trainer.strategy.broadcast(result)
+        if isinstance(result, Exception):
+            raise result
+        state, logged = result
+        self.head.load_state_dict(state)
+        logged["embed_seconds"] = embed_seconds
+        logged["images_per_second"] = logged.pop("images") / embed_seconds
+        for name, value in logged.items():
+            self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=1)
+
+    def _imprint_on_rank_zero(self, x: Tensor, y: Tensor) -> tuple[dict, dict]:
+        start = time.perf_counter()
+        names = list(getattr(self.trainer.datamodule, "class_names", None) or [])
+        shortened = bool(self.trainer.fast_dev_run) or self.trainer.limit_train_batches != 1.0
+        head = imprint_parts(
+            x,
+            y,
+            self.parts,
+            class_names=names or None,
+            num_classes=len(names) or getattr(self.trainer.datamodule, "num_classes", None),
+            seed=self.seed,
+            progress=self.trainer.progress_bar_callback is not None,
+            allow_empty=shortened,
+        )
+        gen_seconds = time.perf_counter() - start
+        # As the paper has it: on unit vectors, whatever the recipe.
+        value = nc1(nn.functional.normalize(x), y) if len(y.unique()) > 1 else float("nan")
+        return head.state_dict(), {"nc1": value, "gen_seconds": gen_seconds, "images": len(y)}
+
+    def on_train_epoch_end(self) -> None:
+        if self.trainer.max_epochs != 1:
+            rank_zero_info(
+                f"Imprinting takes one epoch, max_epochs={self.trainer.max_epochs} would imprint "
+                "the same again: stopping here. Give max_epochs=1."
+            )
+            self.trainer.should_stop = True
+
+    # Validation and test.
+
+    def on_validation_epoch_start(self) -> None:
+        self._start_metrics("validate")
+
+    def on_test_epoch_start(self) -> None:
+        self._start_metrics("test")
+
+    def _start_metrics(self, stage: str) -> None:
+        self._seen = 0
+        self.metrics = None
+        if not self.head.is_empty:
+            self._check_task()
+            C = self.head.num_classes
+            self.metrics = MetricCollection(
+                {
+                    "accuracy": MulticlassAccuracy(C, average="micro"),
+                    "macro_f1": MulticlassF1Score(C, average="macro"),
+                    "class_accuracy": MulticlassAccuracy(C, average=None),
+                }
+            ).to(self.device)
+        elif self.trainer.state.fn != "fit":
+            raise ImprintError(f"cannot {stage}: {_EMPTY}")
+        elif not self.trainer.sanity_checking:
+            rank_zero_warn(
+                "validation before the end of the imprint epoch is skipped: the head is still "
+                "empty (val_check_interval < 1 makes no sense here)"
+            )
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._measure(batch, self.trainer.val_dataloaders)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._measure(batch, self.trainer.test_dataloaders)
+
+    def _measure(self, batch: Any, loader: Any) -> None:
+        if self.metrics is None:
+            return
+        images, labels = split_batch(batch)
+        self._check_labels(labels)
+        scores = self(images)
+        samples = dealt_samples(loader)
+        if samples is not None:
+            # Count each sample once: the sampler repeats some to make the ranks even.
+            position = torch.arange(self._seen, self._seen + len(labels))
+            once = position * self.trainer.world_size + self.trainer.global_rank < samples
+            self._seen += len(labels)
+            scores, labels = scores[once.to(scores.device)], labels[once.to(labels.device)]
+        if len(labels):
+            self.metrics.update(scores, labels)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+
+    def _log_metrics(self, stage: str) -> None:
+        if self.metrics is None:
+            return
+        values = self.metrics.compute()
+        self.class_accuracy = values.pop("class_accuracy").cpu()
+        for name, value in values.items():
+            self.log(f"{stage}/{name}", value, prog_bar=True, sync_dist=True)
+        if self.head.num_classes <= LOGGED_CLASSES:
+            for name, value in zip(self.class_names, self.class_accuracy, strict=True):
+                self.log(f"{stage}/accuracy/{name}", value.to(self.device), sync_dist=True)
+
+    def on_predict_start(self) -> None:
+        if self.head.is_empty:
+            raise ImprintError(f"cannot predict: {_EMPTY}")
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Images with or without labels → class scores `(B, C)`."""
+        return self(images_of(batch))
+
+    def _check_task(self) -> None:
+        names = list(getattr(self.trainer.datamodule, "class_names", None) or [])
+        if names and self.head.class_names and names != self.head.class_names:
+            raise ImprintError(
+                f"the head was imprinted for the classes {_shown(self.head.class_names)}, the data "
+                f"has {_shown(names)}: give the data and classes of the checkpoint's task"
+            )
+
+    def _check_labels(self, labels: Tensor) -> None:
+        C = self.head.num_classes
+        outside = (labels < 0) | (labels >= C)
+        if outside.any():
+            raise ImprintError(
+                f"label {int(labels[outside][0])} is out of range for a head of {C} classes "
+                f"(0..{C - 1}): give the data and classes of the checkpoint's task"
+            )
+
+    # Checkpoints: the head, and what names the backbone.
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = super().state_dict(*args, **kwargs)
+        if not self.save_backbone:
+            prefix = kwargs.get("prefix", "") + "backbone."
+            for key in [key for key in state if key.startswith(prefix)]:
+                del state[key]
+        return state
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["backbone"] = self.backbone.source()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        missing = [f"head.{name}" for name in self.head.state_dict() if f"head.{name}" not in state]
+        if missing:
+            raise ImprintError(
+                f"the checkpoint has no {missing[0]!r}: it was not written by ImprintedClassifier"
+            )
+        saved, own = checkpoint.get("backbone", {}), self.backbone.source()
+        if any(key.startswith("backbone.") for key in state):
+            return
+        for key in sorted(saved.keys() & own.keys()):
+            if saved[key] != own[key]:
+                raise ImprintError(
+                    f"the checkpoint was imprinted on a backbone with {key}={saved[key]!r}, this "
+                    f"one has {key}={own[key]!r}: give the same backbone and weights "
+                    "(save_backbone=True keeps them in the checkpoint)"
+                )
+
+
+_EMPTY = "the head has no proxies yet; fit first, or give ckpt_path"
+
+
+def _shown(names: list[str]) -> str:
+    more = ", …" if len(names) > 6 else ""
+    return f"[{', '.join(names[:6])}{more}] ({len(names)})"

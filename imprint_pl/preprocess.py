@@ -1,0 +1,135 @@
+"""From uint8 images of any size to a backbone's input, on the device where the images are.
+
+The same numbers as the model's own transform of a PIL image, to about one step of 255.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from imprint_pl.errors import ImprintError
+
+
+class Preprocess(nn.Module):
+    """uint8 images to normalised float32 ones, on the device of this module.
+
+    Agrees with the usual transforms on PIL images to about 1/255 before normalisation.
+
+    Args:
+        size: side of the output in pixels, or (height, width).
+        mean, std: a number for each channel, for values in [0, 1].
+        interpolation: "bilinear" or "bicubic", always with antialiasing.
+        resize: side in pixels before the crop (what it is the side of, `crop_mode` says).
+        crop_pct: size / resize, instead of `resize` (timm's word; rounded down as there).
+        crop_mode: "center" makes the shorter side `resize`, "border" the longer one (the rest is
+            filled with the mean), "squash" both; then the centre is cut out. The default is
+            "center" where `resize` or `crop_pct` is given, else the whole image is squashed.
+
+    Shapes: `(B, C, H, W)`, or a list of `(C, H, W)` of any sizes, to `(B, len(mean), *size)`.
+    Channels: grey is repeated for three means, alpha (of 2 or 4 channels) is dropped.
+    `config` holds the settings as plain values: `Preprocess(**config)` makes an equal one.
+
+    >>> Preprocess(2, [0.5], [0.5])(torch.tensor([[[[0, 255], [51, 255]]]], dtype=torch.uint8))
+    tensor([[[[-1.0000,  1.0000],
+              [-0.6000,  1.0000]]]])
+    """
+
+    def __init__(
+        self, size, mean, std, interpolation="bilinear", resize=None, crop_pct=None, crop_mode=None
+    ):
+        super().__init__()
+        crop_mode = crop_mode or ("squash" if resize is None and crop_pct is None else "center")
+        if interpolation not in ("bilinear", "bicubic"):
+            raise ImprintError(f"interpolation {interpolation!r}: expected 'bilinear' or 'bicubic'")
+        if crop_mode not in ("center", "squash", "border"):
+            raise ImprintError(f"crop_mode {crop_mode!r}: expected 'center', 'squash' or 'border'")
+        if resize is not None and crop_pct is not None:
+            raise ImprintError(f"resize={resize} and crop_pct={crop_pct}: give one of the two")
+        if len(mean) != len(std) or len(mean) not in (1, 3) or min(std) <= 0:
+            raise ImprintError(f"mean={mean}, std={std}: expected 1 or 3 numbers each, std above 0")
+        self.size = pair_of_sides(size, "size")
+        self.interpolation, self.crop_mode = interpolation, crop_mode
+        if resize is None:
+            resize = [math.floor(side / (crop_pct or 1.0)) for side in self.size]
+        self.resize = pair_of_sides(resize, "resize")
+        self.config = {
+            "size": list(self.size),
+            "mean": [float(value) for value in mean],
+            "std": [float(value) for value in std],
+            "interpolation": interpolation,
+            "resize": list(self.resize),
+            "crop_mode": crop_mode,
+        }
+        # Not persistent: they belong to the settings, not to the weights.
+        for name in ("mean", "std"):
+            values = torch.tensor(self.config[name]).view(1, -1, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+
+    def forward(self, images: Tensor | list[Tensor]) -> Tensor:
+        if isinstance(images, Tensor):
+            return self._batch(images)
+        groups: dict = {}
+        for index, image in enumerate(images):
+            groups.setdefault(image.shape, []).append(index)
+        out = self.mean.new_empty(len(images), self.mean.shape[1], *self.size, dtype=torch.float32)
+        for indices in groups.values():
+            out[indices] = self._batch(torch.stack([images[index] for index in indices]))
+        return out
+
+    def _batch(self, images: Tensor) -> Tensor:
+        channels, out_channels = images.shape[1], self.mean.shape[1]
+        if not 1 <= channels <= 4 or (channels > 2 and out_channels == 1):
+            raise ImprintError(
+                f"images of shape {tuple(images.shape)}: expected (B, C, H, W) with 1 (grey), "
+                f"2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels for a model of {out_channels}; "
+                "images stored (B, H, W, C) need .permute(0, 3, 1, 2)"
+            )
+        images = images[:, : 1 if channels < 3 else 3].to(self.mean.device).float()
+        images = self._crop(self._resize(images)).expand(-1, out_channels, -1, -1)
+        return (images - 255 * self.mean.float()) / (255 * self.std.float())
+
+    def _target(self, height: int, width: int) -> tuple[int, int]:
+        if self.crop_mode == "squash":
+            return self.resize
+        if self.crop_mode == "center" and self.resize[0] == self.resize[1]:
+            # As torchvision: the longer side is rounded down.
+            side = self.resize[0]
+            if width <= height:
+                return int(side * height / width), side
+            return side, int(side * width / height)
+        ratios = height / self.resize[0], width / self.resize[1]
+        ratio = min(ratios) if self.crop_mode == "center" else max(ratios)
+        return max(1, round(height / ratio)), max(1, round(width / ratio))
+
+    def _resize(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        target = self._target(height, width)
+        if self.interpolation == "bilinear":
+            return functional.interpolate(images, target, mode="bilinear", antialias=True)
+        # Bicubic overshoots. PIL clips after the horizontal pass and again after the vertical one;
+        # a single clamp at the end differs from it by up to 10/255 on photographs. (Pillow 13
+        # goes vertically first where the height shrinks more: only squashed portraits feel it.)
+        for step in ((height, target[1]), target):
+            images = functional.interpolate(images, step, mode="bicubic", antialias=True)
+            images = images.clamp(0, 255)
+        return images
+
+    def _crop(self, images: Tensor) -> Tensor:
+        (height, width), (image_height, image_width) = self.size, images.shape[-2:]
+        down, across = max(0, height - image_height), max(0, width - image_width)
+        if down or across:
+            fill = (255 * self.mean.float()).round() if self.crop_mode == "border" else 0
+            pad = (across // 2, (across + 1) // 2, down // 2, (down + 1) // 2)
+            images = functional.pad(images - fill, pad) + fill
+        top = round((images.shape[-2] - height) / 2)
+        left = round((images.shape[-1] - width) / 2)
+        return images[..., top : top + height, left : left + width]
+
+
+def pair_of_sides(value, what: str) -> tuple[int, int]:
+    sides = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ImprintError(f"{what}={value!r}: expected pixels above 0, or (height, width)")
+    return sides

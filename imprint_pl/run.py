@@ -1,0 +1,142 @@
+"""What a command leaves behind: `summary.json`, `per_class.csv`, `predictions.csv` and a table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from imprint_pl.batch import dealt_samples
+from imprint_pl.store import EmbeddingStore
+
+DATA_PARAMETERS = ("classes", "shots", "val_fraction", "batch_size")
+
+
+def summarise(trainer: Trainer, model: LightningModule, stage: str) -> dict[str, Any]:
+    """The figures and parameters of a finished `fit` ("val") or `validate`, `test` ("test").
+
+    Fractions and seconds; `None` where the command did not produce the figure.
+    """
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    data = trainer.datamodule
+    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "") or trainer.ckpt_path
+    return {
+        "task": getattr(data, "task", type(data).__name__),
+        "recipe": model.parts.parameters["recipe"],
+        "accuracy": metrics.get(f"{stage}/accuracy"),
+        "macro_f1": metrics.get(f"{stage}/macro_f1"),
+        "nc1": metrics.get("train/nc1"),
+        "embed_seconds": metrics.get("train/embed_seconds"),
+        "gen_seconds": metrics.get("train/gen_seconds"),
+        "images_per_second": metrics.get("train/images_per_second"),
+        "checkpoint": str(checkpoint) if checkpoint else None,
+        **{name: value for name, value in model.parts.parameters.items() if name != "recipe"},
+        "seed": model.seed,
+        "num_classes": model.head.num_classes,
+        "num_proxies": len(model.head.proxies),
+        **{f"backbone_{name}": value for name, value in model.backbone.source().items()},
+        **{name: getattr(data, name) for name in DATA_PARAMETERS if hasattr(data, name)},
+    }
+
+
+def write_summary(folder: Path, summary: dict[str, Any], model: LightningModule) -> None:
+    """`summary.json`, and `per_class.csv` with each class's accuracy."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # NaN is not JSON.
+    plain = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in summary.items()
+    }
+    (folder / "summary.json").write_text(json.dumps(plain, indent=2) + "\n")
+    if model.class_accuracy is not None:
+        with open(folder / "per_class.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["label", "class", "accuracy"])
+            for label, value in enumerate(model.class_accuracy.tolist()):
+                writer.writerow([label, model.head.name_of(label), round(value, 6)])
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """One row with the figures, under a line that says what was run."""
+    table = Table(box=box.ROUNDED, title=_what(summary), title_justify="left", title_style="")
+    row = {
+        "task": summary["task"],
+        "recipe": summary["recipe"],
+        "accuracy": _number(summary["accuracy"], 100, 2, " %"),
+        "macro F1": _number(summary["macro_f1"], 100, 2, " %"),
+        "NC1": _number(summary["nc1"], 1, 3),
+        "embedding": _number(summary["embed_seconds"], 1, 1, " s"),
+        "GEN": _number(summary["gen_seconds"], 1, 2, " s"),
+    }
+    row = {name: value for name, value in row.items() if value is not None}
+    for name in row:
+        table.add_column(name, justify="left" if name in ("task", "recipe") else "right")
+    table.add_row(*row.values())
+    Console().print(table)
+
+
+def _what(summary: dict[str, Any]) -> str:
+    k = f" k={summary['k']}" if "k" in summary else ""
+    return (
+        f"{summary['backbone_name']}: {summary['norm_pre']} / {summary['gen']}{k} / "
+        f"{summary['norm_post']} / {summary['norm_inf']} / {summary['agg']}, "
+        f"{summary['num_proxies']} proxies for {summary['num_classes']} classes"
+    )
+
+
+def _number(value: float | None, factor: float, digits: int, unit: str = "") -> str | None:
+    return None if value is None else f"{value * factor:.{digits}f}{unit}"
+
+
+class PredictionWriter(Callback):
+    """Writes a CSV of predictions: file or index, label, class name, score.
+
+    Args:
+        path: the CSV; `predictions.csv` in the run's folder where `None`.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = None if path is None else Path(path)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Every rank asks: log_dir is a broadcast.
+        folder = trainer.log_dir
+        if self.path is None:
+            self.path = Path(folder or trainer.default_root_dir) / "predictions.csv"
+        self._store = EmbeddingStore()
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        best = outputs.max(1)
+        self._store.add(best.values[:, None], best.indices)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        gathered = self._store.gather(dealt_samples(trainer.predict_dataloaders))
+        if gathered is None:
+            return
+        scores, labels = gathered
+        names = getattr(trainer.datamodule, "sample_names", lambda split: None)("predict")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["index" if names is None else "file", "label", "class", "score"])
+            for i, (score, label) in enumerate(zip(scores[:, 0], labels, strict=True)):
+                sample = i if names is None else names[i]
+                name = pl_module.head.name_of(int(label))
+                writer.writerow([sample, int(label), name, f"{float(torch.as_tensor(score)):.6g}"])
+        self.count = len(labels)

@@ -1,0 +1,93 @@
+"""The embeddings of one epoch, gathered over batches and over ranks: float32, on the CPU, in the
+order of the data set. On the ground floor; it does not know what the embeddings are for.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from imprint_pl.errors import ImprintError
+
+# Rows that travel between ranks at a time.
+CHUNK = 8192
+
+
+class EmbeddingStore:
+    """Collects rows with labels; `gather` brings them together on rank 0 and empties the store."""
+
+    def __init__(self) -> None:
+        self._embeddings: list[Tensor] = []
+        self._labels: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self._labels))
+
+    def add(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Adds a batch `(B, d)` with labels `(B,)`.
+
+        Raises:
+            ImprintError: a value that is not finite; names the batch and the sample in it.
+        """
+        embeddings = embeddings.detach().to("cpu", torch.float32)
+        finite = embeddings.isfinite().all(1)
+        if not finite.all():
+            raise ImprintError(
+                f"batch {len(self._labels)} has {int((~finite).sum())} embeddings with NaN or "
+                f"infinite values, the first is its sample {int((~finite).nonzero()[0])}: look at "
+                "that image, or at the backbone's weights and precision"
+            )
+        self._embeddings.append(embeddings)
+        self._labels.append(labels.to("cpu", torch.int64))
+
+    def gather(self, samples: int | None = None) -> tuple[Tensor, Tensor] | None:
+        """`(N, d)` and `(N,)` on rank 0, `None` on the others.
+
+        Args:
+            samples: how many samples a `DistributedSampler` dealt to the ranks; what it repeated
+                to make them even is dropped. `None` keeps every row.
+        """
+        x, y = _concatenate(self._embeddings), _concatenate(self._labels)
+        self._embeddings, self._labels = [], []
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return x, y
+        gathered_x, gathered_y = _gather_rows(x), _gather_rows(y)
+        if gathered_x is None:
+            return None
+        return gathered_x[:samples], gathered_y[:samples]
+
+
+def _concatenate(chunks: list[Tensor]) -> Tensor:
+    """As `torch.cat`, but frees each chunk once copied: the peak is one copy, not two."""
+    if not chunks:
+        return torch.empty(0, 0)
+    rows = torch.empty(sum(map(len, chunks)), *chunks[0].shape[1:], dtype=chunks[0].dtype)
+    start = 0
+    for i, chunk in enumerate(chunks):
+        rows[start : start + len(chunk)] = chunk
+        start += len(chunk)
+        chunks[i] = None
+    return rows
+
+
+def _gather_rows(rows: Tensor) -> Tensor | None:
+    """Row j of rank r becomes row j · ranks + r on rank 0; ranks may hold different numbers."""
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(ranks)]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=device))
+    counts = torch.cat(counts).cpu()
+    parts = []
+    for start in range(0, int(counts.max()), CHUNK):
+        size = min(CHUNK, int(counts.max()) - start)
+        piece = rows.new_zeros(size, *rows.shape[1:])
+        own = rows[start : start + size]
+        piece[: len(own)] = own
+        piece = piece.to(device)
+        pieces = [torch.empty_like(piece) for _ in range(ranks)] if rank == 0 else None
+        dist.gather(piece, pieces)
+        if rank == 0:
+            held = torch.arange(start, start + size)[:, None] < counts
+            parts.append(torch.stack(pieces, 1).cpu()[held])
+    return _concatenate(parts) if rank == 0 else None

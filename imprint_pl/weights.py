@@ -1,0 +1,109 @@
+"""Weights of backbones: read safely from files, fetched from where their libraries keep them, and
+compared with the model that they are for, so that a mistake ends in a message with a cure.
+"""
+
+import re
+import socket
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from imprint_pl.errors import ImprintError
+
+# What timm looks for in a repository of the hub, in this order.
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def read_state_dict(file) -> dict[str, Tensor]:
+    """A state dict from a file, never through pickle's code execution."""
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ImprintError(f"weights {str(file)!r}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ImprintError(
+            f"weights {str(file)!r} cannot be read safely; save model.state_dict() with torch.save "
+            f"or safetensors ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ImprintError(f"weights {str(file)!r}: expected a state dict of tensors")
+    return dict(state)
+
+
+def load_fitting(
+    model: nn.Module, state: dict[str, Tensor], file, head: tuple[str, ...] = ()
+) -> None:
+    """Load all of the state dict but the classifier, or say what does not fit."""
+    own = model.state_dict()
+    state = {k: v for k, v in state.items() if not k.startswith(tuple(f"{h}." for h in head))}
+    faults = [f"{key} is missing" for key in own if key not in state]
+    # Files older than this counter lack it, and eval mode does not read it.
+    faults = [fault for fault in faults if "num_batches_tracked" not in fault]
+    faults += [
+        f"{key} is {tuple(value.shape)} instead of {tuple(own[key].shape)}"
+        for key, value in state.items()
+        if key in own and value.shape != own[key].shape
+    ]
+    faults += [f"{key} is not in the model" for key in state if key not in own]
+    if faults:
+        raise ImprintError(
+            f"weights {str(file)!r} do not fit {type(model).__name__}: {'; '.join(faults[:3])}"
+            + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def download(name: str, url: str) -> Path:
+    folder = Path(torch.hub.get_dir(), "checkpoints")
+    path = folder / url.rpartition("/")[2]
+    if path.is_file():
+        return path
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        expected = re.search(r"-([a-f0-9]+)\.", path.name)
+        torch.hub.download_url_to_file(url, str(path), expected and expected.group(1))
+    except (OSError, RuntimeError) as error:
+        raise not_fetched(name, path.name, folder, error) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return path
+
+
+def find_timm_weights(name: str, cfg) -> tuple[str, str]:
+    """The file of the pretrained weights and its folder; fails where neither it nor a hub is."""
+    if not (cfg.hf_hub_id or cfg.url):
+        raise ImprintError(f"backbone {name!r} has no pretrained weights: use weights=<file>")
+    if not cfg.hf_hub_id:
+        return cfg.url.rpartition("/")[2], f"{torch.hub.get_dir()}/checkpoints"
+    from huggingface_hub import constants, get_session, try_to_load_from_cache
+
+    repository, _, revision = cfg.hf_hub_id.partition("@")
+    files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else HUB_FILES
+    folder = f"{constants.HF_HUB_CACHE} (hf download {repository} {files[0]})"
+    cached = [try_to_load_from_cache(repository, f, revision=revision or None) for f in files]
+    if not any(isinstance(path, str) for path in cached):
+        try:
+            # Without a network timm would go on trying for most of a minute.
+            get_session().head(constants.ENDPOINT, timeout=10)
+        except Exception as error:
+            raise not_fetched(name, files[0], folder, error) from error
+    return files[0], folder
+
+
+def not_fetched(name, file, place, error) -> ImprintError:
+    return ImprintError(
+        f"backbone {name!r}: its pretrained weights could not be fetched ({error}). Put the file "
+        f"{file} into {place}, or give weights=<that file>, or pretrained=False for random weights"
+    )

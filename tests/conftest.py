@@ -1,0 +1,30 @@
+"""Fixtures that several test files use."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+ACCEPTANCE = SHARED / "acceptance" / "fashion_mnist_efficientnet_lite0.safetensors"
+
+
+@pytest.fixture(scope="session")
+def acceptance():
+    """Real embeddings, for which the reference implementation's scores are known."""
+    if not ACCEPTANCE.is_file():
+        pytest.skip("the acceptance embeddings (../shared/acceptance) are not on this machine")
+    from safetensors.torch import load_file
+
+    file = load_file(ACCEPTANCE)
+    return {name: t.float() if t.is_floating_point() else t for name, t in file.items()}
+
+
+@pytest.fixture
+def blobs():
+    """40 points in 3 classes, well apart: embeddings `(40, 5)` and labels."""
+    generator = torch.Generator().manual_seed(3)
+    y = torch.arange(40) % 3
+    x = torch.randn(40, 5, generator=generator) + 6 * torch.eye(3, 5)[y]
+    return x, y

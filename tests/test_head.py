@@ -1,0 +1,89 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from imprint_pl import ImprintError, imprint
+from imprint_pl.agg import Max
+from imprint_pl.gen import Proxies
+from imprint_pl.head import ImprintedHead
+from imprint_pl.imprinting import resolve
+from imprint_pl.norm import L2
+
+
+def test_max_gives_each_class_its_best_proxy_plus_bias():
+    proxies = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    bias, classes = torch.tensor([0.0, 0.5, -2.0]), torch.tensor([1, 1, 0])
+    scores = Max()(torch.tensor([[2.0, 3.0], [4.0, 0.0]]), proxies, bias, classes, 2)
+    assert scores.tolist() == [[3.0, 3.5], [2.0, 4.0]]
+
+
+def test_an_empty_head_says_so():
+    with pytest.raises(ImprintError, match="no proxies yet"):
+        ImprintedHead(L2(), Max())(torch.zeros(1, 3))
+
+
+def test_embeddings_of_another_size_are_refused(blobs):
+    with pytest.raises(ImprintError, match="embeddings of 7 numbers for a head made for 5"):
+        imprint(*blobs)(torch.zeros(2, 7))
+
+
+def test_a_saved_head_resizes_an_empty_one_and_scores_the_same(blobs, tmp_path):
+    x, y = blobs
+    head = imprint(x, y, "robust", k=4, class_names=["a", "b", "c"])
+    torch.save(head.state_dict(), tmp_path / "head.pt")
+    other = resolve("robust").empty_head()
+    other.load_state_dict(torch.load(tmp_path / "head.pt", weights_only=True))
+    assert torch.equal(other(x), head(x))
+    assert other.class_names == ["a", "b", "c"]
+    assert isinstance(other.proxies, nn.Parameter)
+
+
+def test_a_saved_head_scores_the_same_in_a_fresh_process(blobs, tmp_path):
+    x, y = blobs
+    head = imprint(x, y, "robust", k=4)
+    torch.save(
+        {"head": head.state_dict(), "x": x, "scores": head(x).detach()}, tmp_path / "file.pt"
+    )
+    code = (
+        "import sys, torch; from imprint_pl.imprinting import resolve;"
+        "file = torch.load(sys.argv[1], weights_only=True); head = resolve('robust').empty_head();"
+        "head.load_state_dict(file['head']); assert torch.equal(head(file['x']), file['scores'])"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "file.pt"], check=True)
+
+
+def test_a_head_filled_under_inference_mode_can_still_be_trained():
+    with torch.inference_mode():
+        head = imprint(torch.eye(3), torch.arange(3), "qi")
+    head(torch.randn(4, 3)).sum().backward()
+    assert head.proxies.grad is not None
+
+
+def test_a_smaller_head_replaces_a_larger_one(blobs):
+    x, y = blobs
+    small, large = imprint(x, y, "qi"), imprint(x, y, "robust", k=9)
+    large.load_state_dict(small.state_dict())
+    torch.testing.assert_close(large(x), small(x))
+
+
+def test_a_head_is_moved_and_cast_with_its_module(blobs):
+    head = imprint(*blobs).double()
+    assert head(blobs[0].double()).dtype == torch.float64
+
+
+def test_filling_copies(blobs):
+    weights = torch.eye(3)
+    head = ImprintedHead(L2(), Max()).fill(Proxies(weights, torch.zeros(3), torch.arange(3)), 3)
+    weights.zero_()
+    assert head.proxies.sum() == 3
+
+
+def test_a_head_exports_with_torch_export(blobs):
+    x, y = blobs
+    head = imprint(x, y, "robust", k=3).eval()
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(head, (x,), dynamic_shapes=({0: batch},))
+    torch.testing.assert_close(program.module()(x[:7]), head(x[:7]))

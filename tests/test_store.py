@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from imprint_pl import ImprintError
+from imprint_pl.batch import images_of, split_batch
+from imprint_pl.store import EmbeddingStore
+
+X, Y = torch.arange(12.0).reshape(6, 2), torch.arange(6)
+
+
+def test_batches_come_back_in_order_and_the_store_is_empty_after():
+    store = EmbeddingStore()
+    store.add(X[:4], Y[:4])
+    store.add(X[4:].half(), Y[4:].int())
+    assert len(store) == 6
+    x, y = store.gather()
+    assert torch.equal(x, X)
+    assert torch.equal(y, Y)
+    assert x.dtype == torch.float32
+    assert y.dtype == torch.int64
+    assert len(store) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_names_batch_and_sample(value):
+    store = EmbeddingStore()
+    store.add(X, Y)
+    bad = X.clone()
+    bad[3, 1] = value
+    with pytest.raises(ImprintError, match="batch 1 has 1 embeddings .* its sample 3"):
+        store.add(bad, Y)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (X, Y),
+        [X, Y],
+        (X, Y, "more"),
+        {"image": X, "label": Y},
+        {"pixel_values": X, "labels": Y, "id": 3},
+        {"x": X, "target": Y},
+    ],
+)
+def test_the_usual_batches_are_split(batch):
+    images, labels = split_batch(batch)
+    assert torch.equal(images, X)
+    assert torch.equal(labels, Y)
+
+
+def test_two_single_images_are_not_taken_for_images_and_labels():
+    pair = [torch.zeros(3, 4, 4), torch.zeros(3, 5, 4)]
+    assert images_of(pair) is pair
+    assert images_of((pair, torch.tensor([0, 1]))) is pair
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (X, "a batch of Tensor has no labels"),
+        ({"photo": X}, r"keys \['photo'\] has no images: give one of image, images"),
+        ({"image": X}, "has no labels"),
+        ((X, Y.float()), "torch.float32 for 6 images"),
+        ((X, Y[:2]), r"labels of shape \(2,\)"),
+        ((X, torch.zeros(6, 10, dtype=torch.int64)), r"labels of shape \(6, 10\)"),
+    ],
+)
+def test_a_batch_of_another_shape_is_refused_with_a_cure(batch, message):
+    with pytest.raises(ImprintError, match=message):
+        split_batch(batch)
