@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -131,9 +133,19 @@ class ImprintCLI(LightningCLI):
                 name = type(self.datamodule).__name__
                 loggers.insert(0, CSVLogger(config.get("default_root_dir") or "runs", name=name))
             kwargs["logger"] = sorted(loggers, key=lambda entry: not isinstance(entry, CSVLogger))
+        callbacks = config.get("callbacks") or []
+        callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
         if self.subcommand == "predict":
             self.writer = PredictionWriter(self._get(self.config, "output"))
-            kwargs["callbacks"] = [*(config.get("callbacks") or []), self.writer]
+            callbacks.append(self.writer)
+        if self.subcommand != "fit":
+            kwargs["enable_checkpointing"] = False
+        elif config.get("enable_checkpointing") is not False and not any(
+            isinstance(callback, ModelCheckpoint) for callback in callbacks
+        ):
+            # Lightning's own name, epoch=0-step=1, says nothing here.
+            callbacks.append(ModelCheckpoint(filename="imprinted"))
+        kwargs["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
@@ -165,11 +177,19 @@ class ImprintCLI(LightningCLI):
 
 
 def _quieten() -> None:
-    # Hints that do not apply to a pass without training, or that a user cannot act on.
+    """Leaves out what Lightning says on every run and nobody can act on."""
     for message in (
+        # Ours serve images from memory, or start workers themselves.
         ".*does not have many workers.*",
-        ".*`training_step` returned `None`.*",
-        ".*The number of training batches .* is smaller than the logging interval.*",
-        ".*exists and is not empty.*",
+        # Ours count each sample once.
+        ".*it is recommended to use .*devices=1.*",
+        ".*LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", message)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_is_worth_saying)
+
+
+def _is_worth_saying(record: logging.LogRecord) -> bool:
+    advertisements = ("💡 Tip", "TPU available", "HPU available", "`Trainer.fit` stopped")
+    return not record.getMessage().startswith(advertisements)

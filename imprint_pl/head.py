@@ -80,7 +80,7 @@ class ImprintedHead(nn.Module):
                 f"embeddings of {embeddings.shape[-1]} numbers for a head made for "
                 f"{self.embedding_dim}: use the backbone that the head was imprinted with"
             )
-        z = self.norm_inf(embeddings)
+        z = self.norm_inf(embeddings.to(self.proxies.dtype))
         return self.agg(z, self.proxies, self.bias, self.proxy_classes, self.num_classes)
 
     def name_of(self, label: int) -> str:

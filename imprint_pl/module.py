@@ -7,6 +7,7 @@ and measures. The maths is in `imprinting.py` and below.
 from __future__ import annotations
 
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -25,6 +26,15 @@ from imprint_pl.store import EmbeddingStore
 
 # Above this, a value a class would drown a logger; `class_accuracy` and the run folder have them.
 LOGGED_CLASSES = 20
+
+# Lightning's warnings about what is meant to be so here: a frozen backbone, nothing to optimise.
+INTENDED = (
+    ".*`LightningModule.configure_optimizers` returned `None`.*",
+    ".*module\\(s\\) in eval mode at the start of training.*",
+    ".*`training_step` returned `None`.*",
+    ".*Found keys that are in the model state dict but not in the checkpoint: .'backbone.*",
+    ".*The number of training batches .* is smaller than the logging interval.*",
+)
 
 
 class ImprintedClassifier(LightningModule):
@@ -78,6 +88,8 @@ class ImprintedClassifier(LightningModule):
         save_backbone: bool = False,
     ) -> None:
         super().__init__()
+        for message in INTENDED:
+            warnings.filterwarnings("ignore", message)
         # A module among the hyperparameters would break weights_only loading; nor does a path of
         # this machine belong into a checkpoint.
         named = isinstance(backbone, str)
@@ -143,6 +155,7 @@ class ImprintedClassifier(LightningModule):
     def on_train_epoch_start(self) -> None:
         self._store = EmbeddingStore()
         self.head.clear()
+        self._warned = False
         self._epoch_start = time.perf_counter()
 
     @torch.no_grad()
@@ -229,7 +242,8 @@ class ImprintedClassifier(LightningModule):
             ).to(self.device)
         elif self.trainer.state.fn != "fit":
             raise ImprintError(f"cannot {stage}: {_EMPTY}")
-        elif not self.trainer.sanity_checking:
+        elif not self.trainer.sanity_checking and not self._warned:
+            self._warned = True
             rank_zero_warn(
                 "validation before the end of the imprint epoch is skipped: the head is still "
                 "empty (val_check_interval < 1 makes no sense here)"

@@ -26,7 +26,7 @@ def summarise(trainer: Trainer, model: LightningModule, stage: str) -> dict[str,
     Fractions and seconds; `None` where the command did not produce the figure.
     """
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    data = trainer.datamodule
+    data, backbone = trainer.datamodule, model.backbone.source()
     checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "") or trainer.ckpt_path
     return {
         "task": getattr(data, "task", type(data).__name__),
@@ -42,7 +42,9 @@ def summarise(trainer: Trainer, model: LightningModule, stage: str) -> dict[str,
         "seed": model.seed,
         "num_classes": model.head.num_classes,
         "num_proxies": len(model.head.proxies),
-        **{f"backbone_{name}": value for name, value in model.backbone.source().items()},
+        "backbone": backbone["name"],
+        **{name: backbone[name] for name in ("pretrained", "weights", "image_size", "precision")},
+        "weights_sha256": backbone["sha256"],
         **{name: getattr(data, name) for name in DATA_PARAMETERS if hasattr(data, name)},
     }
 
@@ -50,9 +52,8 @@ def summarise(trainer: Trainer, model: LightningModule, stage: str) -> dict[str,
 def write_summary(folder: Path, summary: dict[str, Any], model: LightningModule) -> None:
     """`summary.json`, and `per_class.csv` with each class's accuracy."""
     folder.mkdir(parents=True, exist_ok=True)
-    # NaN is not JSON.
     plain = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        name: _json_number(value) if isinstance(value, float) else value
         for name, value in summary.items()
     }
     (folder / "summary.json").write_text(json.dumps(plain, indent=2) + "\n")
@@ -66,7 +67,7 @@ def write_summary(folder: Path, summary: dict[str, Any], model: LightningModule)
 
 def print_summary(summary: dict[str, Any]) -> None:
     """One row with the figures, under a line that says what was run."""
-    table = Table(box=box.ROUNDED, title=_what(summary), title_justify="left", title_style="")
+    table = Table(box=box.ROUNDED)
     row = {
         "task": summary["task"],
         "recipe": summary["recipe"],
@@ -80,16 +81,23 @@ def print_summary(summary: dict[str, Any]) -> None:
     for name in row:
         table.add_column(name, justify="left" if name in ("task", "recipe") else "right")
     table.add_row(*row.values())
-    Console().print(table)
+    console = Console()
+    console.print(f"\n{_what(summary)}", highlight=False, soft_wrap=True)
+    console.print(table)
 
 
 def _what(summary: dict[str, Any]) -> str:
     k = f" k={summary['k']}" if "k" in summary else ""
     return (
-        f"{summary['backbone_name']}: {summary['norm_pre']} / {summary['gen']}{k} / "
+        f"{summary['backbone']}: {summary['norm_pre']} / {summary['gen']}{k} / "
         f"{summary['norm_post']} / {summary['norm_inf']} / {summary['agg']}, "
         f"{summary['num_proxies']} proxies for {summary['num_classes']} classes"
     )
+
+
+def _json_number(value: float) -> float | None:
+    # NaN is not JSON.
+    return round(value, 6) if math.isfinite(value) else None
 
 
 def _number(value: float | None, factor: float, digits: int, unit: str = "") -> str | None:
