@@ -1,0 +1,117 @@
+"""1, 2 and 3 processes: the same proxies, each sample counted once, an error that ends them all."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+# Neither the 431 training images nor the 106 test images divide evenly by 2 and by 3.
+SCRIPT = """
+import json, sys, torch
+from lightning.pytorch import Trainer
+from imprint_pl import ImprintedClassifier
+from imprint_pl.data import Digits
+
+devices, folder = int(sys.argv[1]), sys.argv[2]
+for recipe, k in (("qi", None), ("robust", 4)):
+    model = ImprintedClassifier("efficientnet_lite0", recipe, image_size=32, k=k)
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", devices=devices, logger=False, enable_progress_bar=False,
+        strategy="ddp" if devices > 1 else "auto", enable_checkpointing=False,
+    )
+    trainer.fit(model, Digits(classes=[0, 1, 2], batch_size=64))
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    state = model.metrics["class_accuracy"]
+    counted = (state.tp + state.fn).sum().float()
+    metrics["counted"] = float(trainer.strategy.reduce(counted, reduce_op="sum"))
+    if trainer.is_global_zero:
+        torch.save(
+            {"head": model.head.state_dict(), "metrics": metrics}, f"{folder}/{recipe}-{devices}.pt"
+        )
+"""
+FAILING = """
+import sys
+from lightning.pytorch import Trainer
+from imprint_pl import ImprintedClassifier, ImprintError
+from imprint_pl.data import Digits
+
+class Incomplete(Digits):
+    def setup(self, stage=None):
+        super().setup(stage)
+        self.class_names = ["0", "1", "2", "hat"]
+
+model = ImprintedClassifier("efficientnet_lite0", "qi", image_size=32)
+trainer = Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", logger=False)
+try:
+    trainer.fit(model, Incomplete(classes=[0, 1, 2]))
+except ImprintError as error:
+    print(f"rank {trainer.global_rank}: {error}")
+    sys.exit(2)
+"""
+
+
+def run(code, folder, *arguments, **kwargs):
+    # A script, since the other processes start it again.
+    path = folder / "script.py"
+    path.write_text(code)
+    command = [sys.executable, path, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=folder, timeout=240, text=True, capture_output=True, check=False, **kwargs
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    for devices in (1, 2, 3):
+        finished = run(SCRIPT, folder, devices, folder)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+    return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
+
+
+@pytest.mark.parametrize("recipe", ["qi", "robust"])
+@pytest.mark.parametrize("devices", [2, 3])
+def test_more_processes_give_the_proxies_of_one(results, recipe, devices):
+    one, more = results[f"{recipe}-1"], results[f"{recipe}-{devices}"]
+    torch.testing.assert_close(more["head"], one["head"], rtol=1e-4, atol=1e-5)
+    assert more["metrics"]["train/nc1"] == pytest.approx(one["metrics"]["train/nc1"], rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["qi", "robust"])
+@pytest.mark.parametrize("devices", [1, 2, 3])
+def test_validation_counts_each_sample_once(results, recipe, devices):
+    one, more = results[f"{recipe}-1"]["metrics"], results[f"{recipe}-{devices}"]["metrics"]
+    assert more["counted"] == 106
+    assert more["val/accuracy"] == pytest.approx(one["val/accuracy"])
+    assert more["val/macro_f1"] == pytest.approx(one["val/macro_f1"])
+
+
+def test_an_error_while_imprinting_ends_every_process(tmp_path):
+    finished = run(FAILING, tmp_path)
+    assert finished.returncode == 2
+    assert "class 3 ('hat') has no training sample" in finished.stdout
+
+
+def test_the_command_line_fits_tests_and_predicts_on_two_processes(tmp_path):
+    def command(*arguments):
+        base = [sys.executable, "-m", "imprint_pl", *arguments, "--data", "Digits"]
+        base += ["--data.classes", "[0,1,2]", "--trainer.accelerator", "cpu"]
+        base += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+        done = subprocess.run(
+            base, cwd=tmp_path, timeout=240, text=True, capture_output=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.splitlines()
+
+    last = command("fit", "--model.image_size", "32", "--model.k", "4")[-1]
+    summary = json.loads((tmp_path / last.removeprefix("run: ") / "summary.json").read_text())
+    assert summary["accuracy"] > 0.9
+    last = command("test", "--ckpt_path", summary["checkpoint"])[-1]
+    tested = json.loads((tmp_path / last.removeprefix("run: ") / "summary.json").read_text())
+    assert tested["accuracy"] == pytest.approx(summary["accuracy"])
+    last = command("predict", "--ckpt_path", summary["checkpoint"], "--output", "it.csv")[-1]
+    assert last == "106 predictions: it.csv"
+    rows = (tmp_path / "it.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == [str(i) for i in range(106)]
