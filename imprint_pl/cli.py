@@ -52,9 +52,19 @@ def main(argv: list[str] | None = None) -> int:
         from imprint_pl.commands import run
 
         run([_packaged_config(arguments) for arguments in argv])
-    except ImprintError as error:
-        return _fail(str(error))
+    except Exception as error:
+        mistake = _users_mistake(error)
+        if mistake is None:
+            raise
+        return _fail(str(mistake))
     return 0
+
+
+def _users_mistake(error: BaseException | None) -> ImprintError | None:
+    # jsonargparse wraps what a constructor raises.
+    while error is not None and not isinstance(error, ImprintError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _packaged_config(argument: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,27 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import imprint_pl.data  # noqa: F401  (makes the data sets known by their short names)
-from imprint_pl.errors import ImprintError
+import imprint_pl.data
+from imprint_pl.errors import ImprintError, near
 from imprint_pl.module import ImprintedClassifier
 from imprint_pl.run import PredictionWriter, print_summary, summarise, write_summary
 
+# Importing them makes them known by these short names.
+DATA = {
+    data.__name__: data
+    for data in (
+        imprint_pl.data.Digits,
+        imprint_pl.data.MNIST,
+        imprint_pl.data.FashionMNIST,
+        imprint_pl.data.CIFAR10,
+        imprint_pl.data.ImageFolder,
+        imprint_pl.data.ImageFiles,
+    )
+}
 DESCRIPTIONS = {
     "fit": "Imprint a head on the training images in one epoch, and measure it.",
     "validate": "Measure a checkpoint on the validation images.",
@@ -47,24 +61,55 @@ def run(argv: list[str]) -> None:
             parser_kwargs={
                 command: {"description": text} for command, text in DESCRIPTIONS.items()
             },
+            parser_class=Parser,
             args=argv,
         )
     except MisconfigurationException as error:
         raise ImprintError(str(error)) from error
 
 
+class Parser(LightningArgumentParser):
+    """Ends a wrong command line in one line with near names, instead of pages of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        raise ImprintError(self._clear(_without_unions(str(message))))
+
+    def _clear(self, message: str) -> str:
+        if found := re.search(r"unrecognized arguments: --([^\s=]+)", message):
+            return f"unknown option --{found[1]}{near(found[1], self._names())}"
+        if found := re.search(r"(?:accept option|Option) '(\S+)'", message):
+            return f"unknown option {found[1]!r}{near(found[1], self._names())}"
+        if found := re.search(r"Expected a dot import path string: (\S+)", message):
+            return f"unknown data {found[1]!r}{near(found[1], DATA)}: one of {', '.join(DATA)}"
+        if "are required" in message and ".data" in message:
+            return (
+                "no data: give --data Digits (or MNIST, FashionMNIST, CIFAR10, ImageFolder with "
+                "--data.root …; for predict also --images FILE …), or a --config that does"
+            )
+        return message
+
+    def _names(self) -> list[str]:
+        commands = getattr(self._subcommands_action, "choices", None) or {}
+        parsers = [self, *commands.values()]
+        return sorted({action.dest for parser in parsers for action in parser._actions})
+
+
+def _without_unions(message: str) -> str:
+    """What jsonargparse says of the type that was meant, without the alternatives to it."""
+    found = re.search(r"Errors:\n(.*?)\n\s*- Expected a <class 'NoneType'>", message, re.DOTALL)
+    if not found:
+        return message
+    text = found[1].strip().removeprefix("- ")
+    key = re.search(r'Parser key "([^"]+)"', message)
+    value = re.findall(r"Given value: (.*)", message)
+    if key and value and not value[-1].startswith("NestedArg") and value[-1] not in text:
+        return f"{key[1]}={value[-1]}: {text}"
+    return text
+
+
 class ImprintCLI(LightningCLI):
     """Adds to LightningCLI: the run folder with its summary, files to predict, and a command line
     that beats a checkpoint's hyperparameters."""
-
-    def add_core_arguments_to_parser(self, parser) -> None:
-        # `data` is not required: `predict --images` does without.
-        parser.add_lightning_class_args(self.trainer_class, "trainer")
-        parser.set_defaults({f"trainer.{name}": v for name, v in self.trainer_defaults.items()})
-        parser.add_lightning_class_args(self._model_class, "model")
-        parser.add_lightning_class_args(
-            self._datamodule_class, "data", subclass_mode=True, required=False
-        )
 
     def _prepare_subcommand_parser(self, klass, subcommand, **kwargs):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -81,6 +126,7 @@ class ImprintCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser, args) -> None:
+        args = _files_as_data(args)
         self.config = parser.parse_args(args)
         self.given = parser.parse_args(args, defaults=False)
 
@@ -92,11 +138,12 @@ class ImprintCLI(LightningCLI):
         if not Path(path).is_file():
             raise ImprintError(f"--ckpt_path {path}: there is no such file")
         try:
-            checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+            checkpoint = torch.load(path, weights_only=True, map_location="cpu")
             saved = dict(checkpoint["hyper_parameters"])
         except Exception as error:
             raise ImprintError(
-                f"--ckpt_path {path}: not a checkpoint of ImprintedClassifier ({error})"
+                f"--ckpt_path {path}: damaged, or not a checkpoint that `fit` wrote "
+                f"({type(error).__name__})"
             ) from error
         # LightningCLI lets the file's hyperparameters win; a user who types one means it.
         given = self.given[command].get("model") or {}
@@ -106,20 +153,6 @@ class ImprintCLI(LightningCLI):
             if not name.startswith("_") and name not in given
         }
         self.config = self.parser.parse_object({command: {"model": model}}, self.config)
-
-    def before_instantiate_classes(self) -> None:
-        config = self.config[self.subcommand]
-        images = config.get("images")
-        if images:
-            config["data"] = self._parser(self.subcommand).parse_object(
-                {"data": {"class_path": "ImageFiles", "init_args": {"paths": images}}}
-            )["data"]
-        if not config.get("data"):
-            cure = "or --images FILE …" if self.subcommand == "predict" else "with --data.root …"
-            raise ImprintError(
-                "no data: give --data Digits (or MNIST, FashionMNIST, CIFAR10, ImageFolder "
-                f"{cure}), or a --config that does"
-            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer", default={})
@@ -176,6 +209,18 @@ class ImprintCLI(LightningCLI):
         print(f"run: {folder}")
 
 
+def _files_as_data(args: list[str]) -> list[str]:
+    """`--images a.jpg b/` is short for `--data ImageFiles --data.paths '["a.jpg", "b/"]'`."""
+    if "--images" not in args:
+        return args
+    start = args.index("--images")
+    end = start + 1
+    while end < len(args) and not args[end].startswith("--"):
+        end += 1
+    paths = json.dumps(args[start + 1 : end])
+    return [*args[:start], "--data", "ImageFiles", "--data.paths", paths, *args[end:]]
+
+
 def _quieten() -> None:
     """Leaves out what Lightning says on every run and nobody can act on."""
     for message in (
@@ -184,6 +229,7 @@ def _quieten() -> None:
         # Ours count each sample once.
         ".*it is recommended to use .*devices=1.*",
         ".*LeafSpec.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",
     ):
         warnings.filterwarnings("ignore", message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):

@@ -8,8 +8,8 @@ A recipe names the five parts; a published imprinting method is one of them, or 
 
 from __future__ import annotations
 
-import difflib
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from imprint_pl.agg import AGGS
-from imprint_pl.errors import ImprintError
+from imprint_pl.errors import ImprintError, near
 from imprint_pl.gen import GENERATORS, Proxies
 from imprint_pl.head import ImprintedHead
 from imprint_pl.moments import Moments
@@ -215,10 +215,8 @@ def _parameters_of(part: type) -> list[str]:
     return [name for name in names if name != "self"]
 
 
-def _near(name: str, known) -> str:
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f"{hint} (known: {', '.join(known)})"
+def _near(name: str, known: Iterable[str]) -> str:
+    return f"{near(name, known)} (known: {', '.join(known)})"
 
 
 def _unused_message(unused: set[str], given: dict, parameters: dict) -> str:

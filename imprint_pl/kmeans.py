@@ -131,7 +131,7 @@ def _faiss(x: Tensor, k: int, seed: int, device: torch.device) -> Tensor:
 
 def _import_faiss():
     try:
-        import faiss  # noqa: PLC0415  (a second to import, and not needed by every recipe)
+        import faiss  # here, not above: a second to import, and not needed by every recipe
     except ImportError as error:
         raise ImprintError(
             "engine='faiss', but faiss does not import here: install faiss-cpu or faiss-gpu, or "

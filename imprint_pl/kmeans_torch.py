@@ -1,9 +1,9 @@
 """The torch engine of `kmeans.py`: all classes at once, each as if it were alone.
 
-A class is projected on its own main directions, clustered there beside the others (greedy k-means++,
-Lloyd), and the clusters are polished by Lloyd iterations on the embeddings themselves. In few
-dimensions Lloyd is cheap and gets stuck less: on real embeddings the objective ends below that of
-Lloyd in full dimension from k-means++ starts.
+A class is projected on its own main directions, clustered there beside the others (greedy
+k-means++, Lloyd), and the clusters are polished by Lloyd iterations on the embeddings themselves.
+In few dimensions Lloyd is cheap and gets stuck less: on real embeddings the objective ends below
+that of Lloyd in all dimensions from k-means++ starts.
 
 What a class's centroids are made of is a function of its own samples, `k` and the seed: the padded
 size, every matrix product and every random draw are those that the class would see alone.
@@ -35,7 +35,7 @@ CHECK_EVERY = 5
 # Bounds the memory of a batch of projected classes, and of a block of distances.
 BATCH_BYTES = 256 << 20
 # Float32 sums lose digits over many rows; blocks of this many are summed first.
-SUM_ROWS = 8192
+SUM_ROWS = 1024
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+# Here, since Lightning's log handler keeps the stderr that it finds when it is imported.
+import lightning.pytorch  # noqa: F401
 import pytest
 import torch
 
