@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: fit test test-slow lint clean
+.PHONY: fit test test-slow lint bench clean
 
 fit: $(INSTALLED)  ## Imprint the embedded backbone on scikit-learn's digits.
 	$(BIN)/python -m imprint_pl fit --config configs/quickstart.yaml
@@ -24,6 +24,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
+
+bench: $(INSTALLED)  ## Ratios against scikit-learn, faiss and the bare forward (some minutes).
+	$(BIN)/python benchmarks/kmeans.py
+	$(BIN)/python benchmarks/fit_overhead.py
 
 clean:
 	rm -rf .venv runs

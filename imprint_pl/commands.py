@@ -33,6 +33,7 @@ DATA = {
         imprint_pl.data.ImageFiles,
     )
 }
+USAGE = "[--config FILE.yaml] [--data NAME] [--data.…] [--model.…] [--trainer.…]"
 DESCRIPTIONS = {
     "fit": "Imprint a head on the training images in one epoch, and measure it.",
     "validate": "Measure a checkpoint on the validation images.",
@@ -58,8 +59,10 @@ def run(argv: list[str]) -> None:
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
             },
-            parser_kwargs={
-                command: {"description": text} for command, text in DESCRIPTIONS.items()
+            parser_kwargs={"prog": "python -m imprint_pl"}
+            | {
+                command: {"description": text, "usage": f"python -m imprint_pl {command} {USAGE}"}
+                for command, text in DESCRIPTIONS.items()
             },
             parser_class=Parser,
             args=argv,
@@ -110,6 +113,13 @@ def _without_unions(message: str) -> str:
 class ImprintCLI(LightningCLI):
     """Adds to LightningCLI: the run folder with its summary, files to predict, and a command line
     that beats a checkpoint's hyperparameters."""
+
+    def add_core_arguments_to_parser(self, parser) -> None:
+        # What users look for in --help comes first, the Trainer's many options last.
+        parser.add_lightning_class_args(self._model_class, "model")
+        parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True)
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{name}": v for name, v in self.trainer_defaults.items()})
 
     def _prepare_subcommand_parser(self, klass, subcommand, **kwargs):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)

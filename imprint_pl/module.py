@@ -70,7 +70,8 @@ class ImprintedClassifier(LightningModule):
 
     def __init__(
         self,
-        backbone: str | nn.Module = "efficientnet_lite0",
+        # A str or an nn.Module; so annotated, `fit --help` would list every module of PyTorch.
+        backbone: Any = "efficientnet_lite0",
         recipe: str = "robust",
         norm_pre: str | None = None,
         gen: str | None = None,
