@@ -27,6 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 bench: $(INSTALLED)  ## Ratios against scikit-learn, faiss and the bare forward (some minutes).
 	$(BIN)/python benchmarks/kmeans.py
+	$(BIN)/python benchmarks/aggregation.py
 	$(BIN)/python benchmarks/fit_overhead.py
 
 clean:

@@ -1,12 +1,19 @@
 """AGG: from the scores of proxies to the scores of classes, vectorised over samples.
 
 Stands at the right end of the paper's figure. It knows the proxies' classes, not how they came.
+Every part gives a score for every class, never a bare vote.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from imprint_pl.distances import DISTANCES, Mahalanobis, distances
+from imprint_pl.errors import ImprintError, near
+
+# Numbers in a block of distances, samples × proxies: 256 MB in float64.
+BLOCK = 2**25
 
 
 class Max(nn.Module):
@@ -28,4 +35,137 @@ class Max(nn.Module):
         return lowest.scatter_reduce(1, classes, scores, "amax")
 
 
-AGGS = {part.name: part for part in (Max,)}
+class LogSumExp(nn.Module):
+    """logsumexp: all proxies of a class speak, the best the loudest.
+
+    score_c(z) = T log Σ over proxies p of class c of exp((w_p · z + b_p) / T). Near `max` for small
+    T; −∞ for a class without proxies.
+
+    Args:
+        temperature: T > 0, in units of the inner product.
+    """
+
+    name = "logsumexp"
+
+    def __init__(self, temperature: float = 0.1) -> None:
+        super().__init__()
+        self.temperature = _positive("temperature", temperature)
+
+    def forward(
+        self, z: Tensor, proxies: Tensor, bias: Tensor, proxy_classes: Tensor, num_classes: int
+    ) -> Tensor:
+        """Shapes as in `Max`."""
+        scores = torch.addmm(bias, z, proxies.T) / self.temperature
+        classes = proxy_classes.expand_as(scores)
+        highest = scores.new_full((scores.shape[0], num_classes), -torch.inf)
+        highest = highest.scatter_reduce(1, classes, scores.detach(), "amax")
+        sums = torch.zeros_like(highest)
+        sums = sums.scatter_add(1, classes, (scores - highest.gather(1, classes)).exp())
+        return self.temperature * (sums.log() + highest)
+
+
+class NearestProxies(nn.Module):
+    """mnn: the m nearest proxies of all classes vote.
+
+    score_c(z) = Σ of the votes of those of the m nearest proxies that belong to class c. A vote is
+    1 / m ("uniform"), 1 / (distance + 1e-10) ("weighted_by_distance"), or
+    exp(−distance / T) / Σ exp(−distance / T) ("softmax"). A tie of uniform votes goes to the class
+    with the nearer proxy, by a bonus of at most half a vote.
+
+    Args:
+        m: how many proxies vote; all of them where there are fewer.
+        distance: "euclidean", "cosine" (1 − cos), "manhattan", "chebyshev" or "mahalanobis"
+            (under the covariance of the proxies + 1e-6 I, in float64).
+        votes: "uniform", "weighted_by_distance" or "softmax".
+        temperature: T of the softmax votes, in units of the distance; 0.07 by default.
+        as_published: ties go to the lowest label, as in the paper's code.
+
+    Source: Westerhoff et al. 2025, Section 3.4.
+    """
+
+    name = "mnn"
+
+    def __init__(
+        self,
+        m: int = 5,
+        distance: str = "euclidean",
+        votes: str = "weighted_by_distance",
+        temperature: float | None = None,
+        as_published: bool = False,
+    ) -> None:
+        super().__init__()
+        if m < 1:
+            raise ImprintError(f"m={m}: at least one proxy has to vote; give m ≥ 1")
+        self.m = m
+        self.distance = _one_of("distance", distance, DISTANCES)
+        self.votes = _one_of("votes", votes, ("uniform", "weighted_by_distance", "softmax"))
+        if votes == "softmax":
+            temperature = _positive("temperature", 0.07 if temperature is None else temperature)
+        elif temperature is not None:
+            raise ImprintError(
+                f"temperature={temperature} is not used by votes={votes!r}: leave it out, or give "
+                'votes="softmax"'
+            )
+        self.temperature = temperature
+        self.as_published = as_published
+        self._mahalanobis: tuple[tuple, Mahalanobis] | None = None
+
+    def forward(
+        self, z: Tensor, proxies: Tensor, bias: Tensor, proxy_classes: Tensor, num_classes: int
+    ) -> Tensor:
+        """Shapes as in `Max`; the bias does not count. In blocks of bounded memory."""
+        rows = max(1, BLOCK // max(proxies.shape[0], 1))
+        if self.distance == "manhattan" or self.distance == "chebyshev":
+            rows = max(1, rows // 8)
+        return torch.cat(
+            [self._scores(block, proxies, proxy_classes, num_classes) for block in z.split(rows)]
+        )
+
+    def _scores(
+        self, z: Tensor, proxies: Tensor, proxy_classes: Tensor, num_classes: int
+    ) -> Tensor:
+        if self.distance == "mahalanobis":
+            far = self._metric(proxies)(z, proxies)
+        else:
+            far = distances(z, proxies, self.distance)
+        nearest = far.topk(min(self.m, proxies.shape[0]), dim=1, largest=False)
+        votes = self._votes(nearest.values)
+        scores = votes.new_zeros(z.shape[0], num_classes)
+        classes = proxy_classes[nearest.indices]
+        scores = scores.scatter_add(1, classes, votes)
+        if self.votes == "uniform" and not self.as_published:
+            bonus = torch.arange(votes.shape[1], 0, -1, device=z.device) / (2 * votes.shape[1])
+            bonus = bonus.to(votes.dtype).expand_as(votes) * votes
+            scores = scores + torch.zeros_like(scores).scatter_reduce(1, classes, bonus, "amax")
+        return scores.to(z.dtype)
+
+    def _votes(self, far: Tensor) -> Tensor:
+        if self.votes == "weighted_by_distance":
+            return 1 / (far + 1e-10)
+        if self.votes == "softmax":
+            return torch.softmax(-far / self.temperature, dim=1)
+        return torch.full_like(far, 1 / far.shape[1])
+
+    def _metric(self, proxies: Tensor) -> Mahalanobis:
+        # The decomposition takes longer than many batches: kept until the proxies change.
+        key = (proxies.data_ptr(), proxies._version, proxies.shape, proxies.device)
+        if self._mahalanobis is None or self._mahalanobis[0] != key:
+            self._mahalanobis = (key, Mahalanobis(proxies.detach()))
+        return self._mahalanobis[1]
+
+
+AGGS = {part.name: part for part in (Max, NearestProxies, LogSumExp)}
+
+
+def _one_of(keyword: str, value: str, known) -> str:
+    if value not in known:
+        raise ImprintError(
+            f"unknown {keyword}={value!r}{near(value, known)} (known: {', '.join(known)})"
+        )
+    return value
+
+
+def _positive(keyword: str, value: float) -> float:
+    if not value > 0:
+        raise ImprintError(f"{keyword}={value}: give a number above 0")
+    return value

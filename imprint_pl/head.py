@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from imprint_pl.errors import ImprintError
 from imprint_pl.gen.base import Proxies
 
+# Numbers in the proxies. Above that they are a whole training set (GEN `all`), and gradients for
+# them would only take memory.
+TRAINABLE = 2**26
+
 
 class ImprintedHead(nn.Module):
     """Embeddings `(B, d)` → class scores `(B, C)`; the largest score decides.
@@ -52,7 +56,8 @@ class ImprintedHead(nn.Module):
         """Puts proxies in, copied: a head filled under inference mode must still be trainable."""
         device = self.proxies.device
         with torch.inference_mode(False):
-            self.proxies = nn.Parameter(proxies.weights.detach().clone().to(device))
+            weights = proxies.weights.detach().clone().to(device)
+            self.proxies = nn.Parameter(weights, requires_grad=weights.numel() <= TRAINABLE)
             self.bias = proxies.bias.detach().clone().to(device)
             self.proxy_classes = proxies.classes.detach().clone().to(device)
         self.num_classes = num_classes
@@ -104,5 +109,7 @@ class ImprintedHead(nn.Module):
             if saved is not None:
                 own = getattr(self, name)
                 room = torch.empty(saved.shape, dtype=saved.dtype, device=own.device)
-                setattr(self, name, nn.Parameter(room) if name == "proxies" else room)
+                if name == "proxies":
+                    room = nn.Parameter(room, requires_grad=room.numel() <= TRAINABLE)
+                setattr(self, name, room)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -21,16 +21,49 @@ from imprint_pl.errors import ImprintError, near
 from imprint_pl.gen import GENERATORS, Proxies
 from imprint_pl.head import ImprintedHead
 from imprint_pl.moments import Moments
-from imprint_pl.norm import NORMS
+from imprint_pl.norm import NORMS, PROXY_NORMS
+from imprint_pl.select import draw_shots, weibull_typical
 
 # The slots of a recipe, in the order of the figure, and the parts that fit each.
-SLOTS = {"norm_pre": NORMS, "gen": GENERATORS, "norm_post": NORMS, "norm_inf": NORMS, "agg": AGGS}
+SLOTS = {
+    "norm_pre": NORMS,
+    "gen": GENERATORS,
+    "norm_post": PROXY_NORMS,
+    "norm_inf": NORMS,
+    "agg": AGGS,
+}
 
 RECIPES: dict[str, dict[str, Any]] = {
     # Qi et al. 2018: the mean.
     "qi": dict(norm_pre="l2", gen="mean", norm_post="l2", norm_inf="l2", agg="max"),
+    # Hosoda et al. 2024: the mean, with the weights of a proxy redistributed.
+    "hosoda": dict(norm_pre="none", gen="mean", norm_post="quantile", norm_inf="none", agg="max"),
+    # Janson et al. 2022: the nearest class mean.
+    "janson": dict(
+        norm_pre="none",
+        gen="mean",
+        norm_post="none",
+        norm_inf="none",
+        agg="mnn",
+        m=1,
+        distance="euclidean",
+        votes="uniform",
+    ),
     # Westerhoff et al. 2025: the paper's best.
     "robust": dict(norm_pre="l2", gen="kmeans", k=20, norm_post="l2", norm_inf="l2", agg="max"),
+    # Westerhoff et al. 2025: least squares, the paper's "oracle".
+    "ls": dict(norm_pre="none", gen="ls", norm_post="none", norm_inf="none", agg="max"),
+    # Wu et al. 2018: nearest neighbours among all samples, weighted by exp(cos / T).
+    "knn": dict(
+        norm_pre="l2",
+        gen="all",
+        norm_post="l2",
+        norm_inf="l2",
+        agg="mnn",
+        m=20,
+        distance="cosine",
+        votes="softmax",
+    ),
 }
 
 
@@ -56,7 +89,8 @@ def resolve(recipe: str = "robust", **overrides: Any) -> Parts:
     Args:
         recipe: a name in `RECIPES`.
         overrides: `norm_pre, gen, norm_post, norm_inf, agg` (a name or an instance) and their
-            parameters (`k`). `None` means not given.
+            parameters (`k, lam, engine, m, distance, votes, temperature, as_published`). `None`
+            means not given.
 
     Raises:
         ImprintError: an unknown recipe, part or keyword (near names are given), or a keyword that
@@ -91,6 +125,19 @@ norm_inf='l2', agg='max': leave it out, or choose a part that takes it (k: kmean
     return Parts(**parts, parameters=parameters)
 
 
+def drop_unused(recipe: str, overrides: dict[str, Any], kept: set[str]) -> dict[str, Any]:
+    """`overrides` without the parameters that the parts named in it do not take.
+
+    For keywords that a checkpoint remembers, after one part was exchanged; those in `kept` stay, so
+    that `resolve` can complain of them.
+    """
+    chosen = RECIPES.get(recipe, {}) | {n: v for n, v in overrides.items() if v is not None}
+    parts = [table[chosen[slot]] for slot, table in SLOTS.items() if chosen.get(slot) in table]
+    taken = {name for part in parts for name in _parameters_of(part)}
+    every = {n for table in SLOTS.values() for part in table.values() for n in _parameters_of(part)}
+    return {n: v for n, v in overrides.items() if n in taken or n not in every or n in kept}
+
+
 def imprint(
     x: Tensor,
     y: Tensor,
@@ -99,6 +146,9 @@ def imprint(
     num_classes: int | None = None,
     class_names: list[str] | None = None,
     seed: int = 0,
+    shots: int | None = None,
+    weibull: tuple[float, float] | None = None,
+    classifier: Tensor | None = None,
     progress: bool = False,
     **overrides: Any,
 ) -> ImprintedHead:
@@ -112,8 +162,13 @@ def imprint(
         num_classes: C; the largest label + 1 by default.
         class_names: C names, kept in the head and used in messages.
         seed: fixes every random choice; the global generators are left alone.
+        shots: use this many samples a class, drawn at random; fewer where there are fewer.
+        weibull: use the samples whose distance to their class mean lies between these two quantiles
+            of a Weibull distribution, such as (0.1, 0.9); see `weibull_typical`.
+        classifier: `(…, d)`, weights of the backbone's original classifier: the reference of
+            `norm_post="quantile"`. Without it the proxies themselves are.
         progress: show a bar on stderr.
-        overrides: `norm_pre, gen, k, norm_post, norm_inf, agg`; see `resolve`.
+        overrides: `norm_pre, gen, k, norm_post, norm_inf, agg` and more; see `resolve`.
 
     Returns:
         An `ImprintedHead`, embeddings `(B, d)` → class scores `(B, C)`, on `x`'s device.
@@ -128,9 +183,16 @@ def imprint(
     >>> head(torch.tensor([[5.0, 1.0], [1.0, 2.0]])).argmax(1)
     tensor([0, 1])
     """
-    return imprint_parts(
-        x, y, resolve(recipe, **overrides), num_classes, class_names, seed, progress
-    )
+    parts = resolve(recipe, **overrides)
+    if shots is not None or weibull is not None:
+        x, y, num_classes = _checked(x, y, num_classes, class_names, allow_empty=False)
+    if shots is not None:
+        rows = draw_shots(y, shots, seed)
+        x, y = x[rows], y[rows]
+    if weibull is not None:
+        rows = weibull_typical(x, y, *weibull)
+        x, y = x[rows], y[rows]
+    return imprint_parts(x, y, parts, num_classes, class_names, seed, classifier, progress)
 
 
 def imprint_parts(
@@ -140,6 +202,7 @@ def imprint_parts(
     num_classes: int | None = None,
     class_names: list[str] | None = None,
     seed: int = 0,
+    classifier: Tensor | None = None,
     progress: bool = False,
     allow_empty: bool = False,
 ) -> ImprintedHead:
@@ -148,8 +211,6 @@ def imprint_parts(
     `allow_empty` accepts classes without samples, which get no proxy and the score −∞: for an
     epoch that was cut short on purpose.
     """
-    if num_classes is None and class_names:
-        num_classes = len(class_names)
     x, y, num_classes = _checked(x, y, num_classes, class_names, allow_empty)
     present, y = torch.unique(y, return_inverse=True)
     z = parts.norm_pre(x)
@@ -158,7 +219,8 @@ def imprint_parts(
         proxies = parts.gen(Moments.of(z, y, len(present), gram=gram))
     else:
         proxies = parts.gen(z, y, len(present), seed, progress)
-    proxies = Proxies(parts.norm_post(proxies.weights), proxies.bias, present[proxies.classes])
+    weights = parts.norm_post.of_proxies(proxies.weights, proxies.classes, classifier)
+    proxies = Proxies(weights, proxies.bias, present[proxies.classes])
     return parts.empty_head().to(x.device).fill(proxies, num_classes, class_names)
 
 
@@ -187,7 +249,7 @@ def _checked(
             f"{int(bad.nonzero()[0])}: look at that image, or at the backbone's precision"
         )
     if num_classes is None:
-        num_classes = int(y.max()) + 1
+        num_classes = len(class_names) if class_names else int(y.max()) + 1
     if class_names and len(class_names) != num_classes:
         raise ImprintError(f"{len(class_names)} class_names for num_classes={num_classes}")
     outside = (y < 0) | (y >= num_classes)

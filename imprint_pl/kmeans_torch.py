@@ -2,8 +2,8 @@
 
 A class is projected on its own main directions, clustered there beside the others (greedy
 k-means++, Lloyd), and the clusters are polished by Lloyd iterations on the embeddings themselves.
-In few dimensions Lloyd is cheap and gets stuck less: on real embeddings the objective ends below
-that of Lloyd in all dimensions from k-means++ starts.
+In few dimensions Lloyd is cheap and gets stuck less: on real embeddings the objective ends where
+Lloyd in all dimensions from k-means++ starts ends, or below (`benchmarks/kmeans.py`).
 
 What a class's centroids are made of is a function of its own samples, `k` and the seed: the padded
 size, every matrix product and every random draw are those that the class would see alone.
@@ -20,22 +20,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-# Directions of the projection. Measured on Fashion-MNIST embeddings: 32 are no worse than 64 or 96,
-# and cheaper; a basis pooled over classes is no better than one a class; random ones are worse.
+from imprint_pl.moments import sum_dtype
+
+# Directions of the projection. Measured on Fashion-MNIST embeddings: more are no better; nor is one
+# basis pooled over classes, which would tie a class to the others; random ones are worse.
 DIMS = 32
-BASIS_ROWS = 512
+BASIS_ROWS = 384
 # A first Lloyd on a sample is cheap and does most of the way.
 SAMPLE_ROWS = 1536
-SAMPLE_ITERATIONS = 30
-ALL_ITERATIONS = 20
-POLISH_ITERATIONS = 3
+SAMPLE_ITERATIONS = 20
+ALL_ITERATIONS = 15
+POLISH_ITERATIONS = 1
 EXACT_ITERATIONS = 300
 # Iterations between two looks at convergence and empty clusters: each makes a GPU wait.
 CHECK_EVERY = 5
+# A product of fewer multiplications runs on one thread: to wake a second takes about as long, and
+# a hundred times as long where other work has the cores.
+THREADED_PRODUCT = 3 << 20
 # Bounds the memory of a batch of projected classes, and of a block of distances.
 BATCH_BYTES = 256 << 20
-# Float32 sums lose digits over many rows; blocks of this many are summed first.
-SUM_ROWS = 1024
+SUM_ROWS = 1024  # summed before they are added: float32 loses digits over many rows
 
 
 @torch.no_grad()
@@ -48,7 +52,7 @@ def cluster(
         xs: one tensor `(n, d)` a class, float32, all on one device, each with `n > k`.
         k: clusters a class, at least 2.
         seed: the same for every class. The global generator is left alone.
-        exact: polish until nothing moves (at most 300 iterations) instead of three iterations.
+        exact: polish until nothing moves (at most 300 iterations) instead of once.
         progress: a bar on stderr if it takes longer than two seconds.
 
     Returns:
@@ -58,15 +62,20 @@ def cluster(
     Halko et al. 2011 (randomised range finder).
     """
     iterations = EXACT_ITERATIONS if exact else POLISH_ITERATIONS
-    centroids: list[Tensor] = [xs[0]] * len(xs)
+    centroids = list(xs)
     bar = tqdm(total=len(xs), desc="k-means", unit="class", disable=not progress, delay=2)
     with bar, _full_precision(xs[0].device):
         for members in _batches(xs, k):
             batch = [_aligned(xs[i]) for i in members]
-            labels = _cluster_projected(*_projected(batch, seed), k, seed)
-            for i, x, of_class in zip(members, batch, labels, strict=True):
-                centroids[i] = _polish(x[None], of_class[None, : len(x)], k, iterations)[0]
-                bar.update()
+            rows, dim = _padded_rows(len(batch[0])), batch[0].shape[1]
+            with _threads(rows * dim * DIMS):
+                z, counts = _projected(batch, seed)
+            with _threads(rows * z.shape[2] * k):
+                labels = _cluster_projected(z, counts, k, seed)
+            with _threads(rows * dim * k):
+                for i, x, of_class in zip(members, batch, labels, strict=True):
+                    centroids[i] = _polish(x[None], of_class[None, : len(x)], k, iterations)[0]
+                    bar.update()
     return centroids
 
 
@@ -77,8 +86,7 @@ def _batches(xs: list[Tensor], k: int) -> Iterator[list[int]]:
         shapes[_padded_rows(len(x)), x.shape[1]].append(i)
     for (rows, _), members in shapes.items():
         size = max(1, BATCH_BYTES // (4 * rows * (2 * DIMS + 2 * k)))
-        for start in range(0, len(members), size):
-            yield members[start : start + size]
+        yield from (members[start : start + size] for start in range(0, len(members), size))
 
 
 def _padded_rows(n: int) -> int:
@@ -121,31 +129,30 @@ def _basis(x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     mean = sample.mean(0, keepdim=True)
     sample = sample - mean
     start = torch.randn(len(sample), DIMS, generator=generator).to(x)
-    basis = torch.linalg.qr(sample.T @ start).Q
     # One power iteration: without it the objective is 0.2 to 1 % higher, a second adds nothing.
-    return mean, torch.linalg.qr(sample.T @ (sample @ basis)).Q
+    return mean, torch.linalg.qr(sample.T @ (sample @ (sample.T @ start))).Q
 
 
 def _cluster_projected(z: Tensor, counts: Tensor, k: int, seed: int) -> Tensor:
     """Cluster of each row, `(B, rows)`; of padded rows, anything."""
     real = (torch.arange(z.shape[1], device=z.device) < counts[:, None]).to(z.dtype)
     if z.shape[1] > SAMPLE_ROWS:
-        rows = [
-            torch.randperm(n, generator=_generator(seed))[:SAMPLE_ROWS] for n in counts.tolist()
-        ]
+        sizes = counts.tolist()
+        rows = [torch.randperm(n, generator=_generator(seed))[:SAMPLE_ROWS] for n in sizes]
         some = z[torch.arange(len(z), device=z.device)[:, None], torch.stack(rows).to(z.device)]
         all_real = torch.ones_like(some[..., 0])
         centroids = _plus_plus(some, all_real, counts.clamp(max=SAMPLE_ROWS), k, seed)
         centroids = _lloyd(some, all_real, centroids, SAMPLE_ITERATIONS)
         return _nearest(z, _lloyd(z, real, centroids, ALL_ITERATIONS))
     centroids = _plus_plus(z, real, counts, k, seed)
-    return _nearest(z, _lloyd(z, real, centroids, SAMPLE_ITERATIONS + ALL_ITERATIONS))
+    return _nearest(z, _lloyd(z, real, centroids, SAMPLE_ITERATIONS))
 
 
 def _plus_plus(z: Tensor, real: Tensor, counts: Tensor, k: int, seed: int) -> Tensor:
     """Greedy k-means++: of some candidates drawn by squared distance, the one that helps most."""
+    wide = sum_dtype(z.device)
     draws = torch.rand(k, 2 + int(math.log(k)), dtype=torch.float64, generator=_generator(seed))
-    draws = draws.to(z.device)
+    draws = draws.to(z.device, wide)
     batch = torch.arange(len(z), device=z.device)
     norms = z.square().sum(2)[:, None]
 
@@ -156,15 +163,16 @@ def _plus_plus(z: Tensor, real: Tensor, counts: Tensor, k: int, seed: int) -> Te
 
     chosen = [(draws[0, 0] * counts).long()]
     nearest = distances(chosen[0][:, None])[:, 0] * real
-    for draw in draws[1:]:
-        cumulative = nearest.double().cumsum(1)
-        rows = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True)
-        # All distances are 0 where there are fewer distinct samples than clusters.
-        rows = torch.minimum(rows, counts[:, None] - 1)
-        candidates = torch.minimum(distances(rows), nearest[:, None])
-        best = candidates.sum(2).argmin(1)
-        chosen.append(rows[batch, best])
-        nearest = candidates[batch, best]
+    with _threads(z[0].numel() * draws.shape[1]):
+        for draw in draws[1:]:
+            cumulative = nearest.cumsum(1, dtype=wide)
+            rows = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True)
+            # All distances are 0 where there are fewer distinct samples than clusters.
+            rows = torch.minimum(rows, counts[:, None] - 1)
+            candidates = torch.minimum(distances(rows), nearest[:, None])
+            best = candidates.sum(2).argmin(1)
+            chosen.append(rows[batch, best])
+            nearest = candidates[batch, best]
     return z[batch[:, None], torch.stack(chosen, 1)]
 
 
@@ -209,8 +217,8 @@ def _filled(z: Tensor, real: Tensor, labels: Tensor, centroids: Tensor, sizes: T
         distances[:, rows] = (z[:, rows] - centroids[batch, labels[:, rows]]).square().sum(2)
     farthest = (distances * real).topk(centroids.shape[1], dim=1).indices
     empty = sizes == 0
-    rank = empty[..., 0].cumsum(1).sub_(1).clamp_(min=0)
-    return torch.where(empty, z[batch, farthest.gather(1, rank)], centroids)
+    farthest = farthest.gather(1, empty[..., 0].cumsum(1).sub_(1).clamp_(min=0))
+    return torch.where(empty, z[batch, farthest], centroids)
 
 
 def _nearest(z: Tensor, centroids: Tensor) -> Tensor:
@@ -219,20 +227,17 @@ def _nearest(z: Tensor, centroids: Tensor) -> Tensor:
     shift = centroids.mean(1, keepdim=True)
     centred = centroids - shift
     half = (centred * (shift + centred / 2)).sum(2, keepdim=True)
-    blocks = [
-        _minus_product(half, centred, z[:, rows]).min(1).indices
-        for rows in _blocks(z.shape[1], centroids.shape[1])
-    ]
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+    blocks = (z[:, rows] for rows in _blocks(z.shape[1], centroids.shape[1]))
+    return torch.cat([_minus_product(half, centred, z).min(1).indices for z in blocks], 1)
 
 
 def _minus_product(bias: Tensor, centroids: Tensor, z: Tensor) -> Tensor:
     """`bias (B, k, 1)` − centroids `(B, k, p)` · z `(B, n, p)` → `(B, k, n)`."""
     out = z.new_empty(len(z), centroids.shape[1], z.shape[1])
-    for i in range(len(z)):
-        # Not one batched product: its rounding depends on how many classes share the batch, and a
-        # last digit is enough to move a sample, then a cluster.
-        torch.addmm(bias[i], centroids[i], z[i].T, alpha=-1, out=out[i])
+    # Not one batched product: its rounding depends on how many classes share the batch, and a last
+    # digit is enough to move a sample, then a cluster.
+    for one in zip(bias.unbind(), centroids.unbind(), z.mT.unbind(), out.unbind(), strict=True):
+        torch.addmm(*one[:3], alpha=-1, out=one[3])
     return out
 
 
@@ -241,9 +246,8 @@ def _sums(z: Tensor, real: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tens
     sums = z.new_zeros(len(z), k, z.shape[2])
     sizes = z.new_zeros(len(z), k, 1)
     step = SUM_ROWS if z.device.type == "cpu" else max(1, BATCH_BYTES // (4 * k * len(z)))
-    for start in range(0, z.shape[1], step):
-        rows = slice(start, start + step)
-        add = _add_on_cpu if z.device.type == "cpu" else _add_by_product
+    add = _add_on_cpu if z.device.type == "cpu" else _add_by_product
+    for rows in (slice(start, start + step) for start in range(0, z.shape[1], step)):
         add(sums, sizes, z[:, rows], real[:, rows], labels[:, rows])
     return sums, sizes
 
@@ -269,6 +273,16 @@ def _blocks(rows: int, columns: int) -> list[slice]:
     """Blocks of rows with at most `BATCH_BYTES` of float32 in so many columns."""
     step = max(1, BATCH_BYTES // (4 * columns))
     return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+@contextmanager
+def _threads(multiplications: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if multiplications < THREADED_PRODUCT else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from imprint_pl.batch import dealt_samples, images_of, split_batch
 from imprint_pl.collapse import nc1
 from imprint_pl.errors import ImprintError
 from imprint_pl.imprinting import imprint_parts, resolve
+from imprint_pl.select import weibull_typical
 from imprint_pl.store import EmbeddingStore
 
 # Above this, a value a class would drown a logger; `class_accuracy` and the run folder have them.
@@ -47,14 +48,25 @@ class ImprintedClassifier(LightningModule):
     Args:
         backbone: "efficientnet_lite0" (embedded, needs no download), "torchvision/<name>",
             "timm/<name>", or any `nn.Module`; see `load_backbone`.
-        recipe: "robust" (the paper's best: k-means, 20 proxies a class) or "qi" (the class mean).
+        recipe: "robust" (the paper's best: k-means, 20 proxies a class), "qi" (the class mean),
+            "hosoda", "janson", "ls" (least squares) or "knn" (nearest neighbours).
         norm_pre: normalisation before GEN: "none" or "l2". The recipe's where not given, as are
             all the parts below.
-        gen: generator of the proxies: "mean" or "kmeans".
+        gen: generator of the proxies: "mean", "kmeans", "kmedoids", "random", "fps", "cov_max",
+            "all", "ls" or "kls".
         k: proxies a class.
-        norm_post: normalisation of the proxies.
+        norm_post: normalisation of the proxies: "none", "l2" or "quantile".
         norm_inf: normalisation of embeddings at inference.
-        agg: from proxies to class scores: "max".
+        agg: from proxies to class scores: "max", "mnn" (m nearest proxies) or "logsumexp".
+        m: of mnn: how many proxies vote.
+        distance: of mnn: "euclidean", "cosine", "manhattan", "chebyshev" or "mahalanobis".
+        votes: of mnn: "uniform", "weighted_by_distance" or "softmax".
+        temperature: of softmax votes and logsumexp.
+        lam: λ of "ls" and "kls".
+        engine: of k-means: "auto", "faiss", "torch" or "exact".
+        as_published: do quantile and mnn as the paper's code does, faults included.
+        weibull: imprint only the samples whose distance to their class mean lies between these two
+            quantiles of a Weibull distribution, such as [0.1, 0.9].
         seed: fixes every random choice.
         image_size: side of the backbone's input in pixels; its own by default.
         pretrained: load the backbone's weights; without them it is random.
@@ -79,12 +91,20 @@ class ImprintedClassifier(LightningModule):
         norm_post: str | None = None,
         norm_inf: str | None = None,
         agg: str | None = None,
+        m: int | None = None,
+        distance: str | None = None,
+        votes: str | None = None,
+        temperature: float | None = None,
+        lam: float | None = None,
+        engine: str | None = None,
+        as_published: bool | None = None,
+        weibull: list[float] | None = None,
         seed: int = 0,
         image_size: int | None = None,
         pretrained: bool = True,
         weights: str | None = None,
         preprocess: dict[str, Any] | None = None,
-        precision: str = "32",
+        precision: str | int = "32",
         compile: bool = False,
         save_backbone: bool = False,
     ) -> None:
@@ -92,13 +112,16 @@ class ImprintedClassifier(LightningModule):
         for message in INTENDED:
             warnings.filterwarnings("ignore", message)
         # A module among the hyperparameters would break weights_only loading; nor does a path of
-        # this machine belong into a checkpoint.
-        named = isinstance(backbone, str)
-        self.save_hyperparameters(ignore=["weights"] if named else ["weights", "backbone"])
+        # this machine belong into a checkpoint. The name of a torchvision entry does.
+        ignored = [] if isinstance(backbone, str) else ["backbone"]
+        if weights is not None and not weights.isidentifier():
+            ignored.append("weights")
+        self.save_hyperparameters(ignore=ignored)
         self.automatic_optimization = False
         self.strict_loading = False
         self.save_backbone = save_backbone
         self.seed = seed
+        self.weibull = weibull
         self.parts = resolve(
             recipe,
             norm_pre=norm_pre,
@@ -107,6 +130,13 @@ class ImprintedClassifier(LightningModule):
             norm_post=norm_post,
             norm_inf=norm_inf,
             agg=agg,
+            m=m,
+            distance=distance,
+            votes=votes,
+            temperature=temperature,
+            lam=lam,
+            engine=engine,
+            as_published=as_published,
         )
         self.backbone = load_backbone(
             backbone,
@@ -115,7 +145,7 @@ class ImprintedClassifier(LightningModule):
             image_size=image_size,
             preprocess=preprocess,
             compile=compile,
-            precision=precision,
+            precision=str(precision),
         )
         self.head = self.parts.empty_head()
         self.metrics: MetricCollection | None = None
@@ -148,6 +178,11 @@ class ImprintedClassifier(LightningModule):
 
     # The imprint epoch.
 
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            # Empty and trainable: DDP refuses a module without a parameter to train.
+            self.head.clear()
+
     def on_fit_start(self) -> None:
         # A gradient scaler (16-mixed) cannot step without gradients.
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
@@ -155,7 +190,7 @@ class ImprintedClassifier(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self._store = EmbeddingStore()
-        self.head.clear()
+        self.head.clear()  # a second epoch
         self._warned = False
         self._epoch_start = time.perf_counter()
 
@@ -195,8 +230,12 @@ class ImprintedClassifier(LightningModule):
 
     def _imprint_on_rank_zero(self, x: Tensor, y: Tensor) -> tuple[dict, dict]:
         start = time.perf_counter()
+        x, y = _on_gpu(x, y, self.device)
         names = list(getattr(self.trainer.datamodule, "class_names", None) or [])
         shortened = bool(self.trainer.fast_dev_run) or self.trainer.limit_train_batches != 1.0
+        if self.weibull is not None:
+            rows = weibull_typical(x, y, *self.weibull)
+            x, y = x[rows], y[rows]
         head = imprint_parts(
             x,
             y,
@@ -204,6 +243,7 @@ class ImprintedClassifier(LightningModule):
             class_names=names or None,
             num_classes=len(names) or getattr(self.trainer.datamodule, "num_classes", None),
             seed=self.seed,
+            classifier=self.backbone.classifier,
             progress=self.trainer.progress_bar_callback is not None,
             allow_empty=shortened,
         )
@@ -337,16 +377,29 @@ class ImprintedClassifier(LightningModule):
         saved, own = checkpoint.get("backbone", {}), self.backbone.source()
         if any(key.startswith("backbone.") for key in state):
             return
-        for key in sorted(saved.keys() & own.keys()):
-            if saved[key] != own[key]:
+        for key in ("name", "sha256"):
+            if saved.get(key) != own[key]:
                 raise ImprintError(
-                    f"the checkpoint was imprinted on a backbone with {key}={saved[key]!r}, this "
-                    f"one has {key}={own[key]!r}: give the same backbone and weights "
+                    f"the checkpoint was imprinted on a backbone with {key}={saved.get(key)!r}, "
+                    f"this one has {key}={own[key]!r}: give the same backbone and weights "
                     "(save_backbone=True keeps them in the checkpoint)"
+                )
+        for key in ("image_size", "preprocess", "precision"):
+            if saved.get(key) != own[key]:
+                rank_zero_warn(
+                    f"the checkpoint was imprinted with {key}={saved.get(key)!r}, this model has "
+                    f"{key}={own[key]!r}: embeddings may differ"
                 )
 
 
 _EMPTY = "the head has no proxies yet; fit first, or give ckpt_path"
+
+
+def _on_gpu(x: Tensor, y: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Moved to the GPU where there is one with room for them; GEN and NC1 are faster there."""
+    if device.type != "cuda" or 3 * x.nbytes > torch.cuda.mem_get_info(device)[0]:
+        return x, y
+    return x.to(device), y.to(device)
 
 
 def _shown(names: list[str]) -> str:

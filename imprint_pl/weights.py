@@ -42,9 +42,13 @@ def read_state_dict(file) -> dict[str, Tensor]:
 
 def load_fitting(
     model: nn.Module, state: dict[str, Tensor], file, head: tuple[str, ...] = ()
-) -> None:
-    """Load all of the state dict but the classifier, or say what does not fit."""
+) -> Tensor | None:
+    """Load all of the state dict but the classifier, or say what does not fit.
+
+    Returns the classifier's weights `(classes, d)` where the state dict has them.
+    """
     own = model.state_dict()
+    classifier = next((state[f"{h}.weight"] for h in head if f"{h}.weight" in state), None)
     state = {k: v for k, v in state.items() if not k.startswith(tuple(f"{h}." for h in head))}
     faults = [f"{key} is missing" for key in own if key not in state]
     # Files older than this counter lack it, and eval mode does not read it.
@@ -61,6 +65,7 @@ def load_fitting(
             + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
         )
     model.load_state_dict(state, strict=False)
+    return classifier
 
 
 def download(name: str, url: str) -> Path:

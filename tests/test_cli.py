@@ -113,6 +113,31 @@ def test_a_command_line_option_beats_the_checkpoints(fitted, capfd):
     assert summary["image_size"] == 32
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--model.recipe", "ls", "--model.lam", "0.01"], {"gen": "ls", "lam": 0.01}),
+        (["--model.recipe", "knn", "--model.m", "3"], {"agg": "mnn", "m": 3, "num_proxies": 100}),
+        (
+            ["--model.agg", "mnn", "--model.votes", "uniform", "--model.weibull", "[0.1, 0.9]"],
+            {"votes": "uniform", "weibull": [0.1, 0.9]},
+        ),
+        (["--model.recipe", "hosoda", "--model.as_published", "true"], {"as_published": True}),
+        (["--model.gen", "kls", "--model.k", "2"], {"gen": "kls", "k": 2, "num_proxies": 20}),
+    ],
+)
+def test_recipes_and_parts_are_options(options, expected, capfd):
+    assert main(["fit", *QUICK, *options]) == 0
+    summary = summary_of(capfd.readouterr().out)
+    assert summary["accuracy"] > 0.4
+    assert {name: summary[name] for name in expected} == expected
+    # AGG can be changed on saved proxies.
+    again = ["--data", "Digits", "--ckpt_path", summary["checkpoint"], "--model.agg", "max"]
+    again += [] if summary["agg"] == "max" else ["--model.recipe", "robust"]
+    assert main(["test", *again]) == 0
+    assert summary_of(capfd.readouterr().out)["agg"] == "max"
+
+
 def test_predict_on_a_data_set_writes_a_csv_that_agrees_with_the_accuracy(fitted, capfd):
     arguments = ["--data", "Digits", "--data.classes", "[0,1,2]", "--ckpt_path", str(fitted)]
     assert main(["test", *arguments]) == 0
@@ -283,6 +308,7 @@ def test_every_overlay_parses_over_the_quickstart(overlay, capsys):
         (["fit", "--data", "Digits", "--model.recipe", "robst"], "did you mean 'robust'"),
         (["fit", "--data", "Digits", "--model.recipee", "qi"], "did you mean 'model.recipe'"),
         (["fit", "--data", "Digits", "--model.k", "0"], "k=0: a class needs"),
+        (["fit", "--data", "Digits", "--model.m", "3"], "m=3 is not used by"),
         (["fit", "--data", "Digits", "--model.k", "few"], "model.k=few: Expected a <class 'int'>"),
         (["fit", "--data", "Digits", "--model.backbone", "resnet18"], "torchvision/resnet18"),
         (["fit", "--data", "Digits", "--model.backbone", "timm/resnet81"], "timm/resnet18"),

@@ -332,3 +332,25 @@ def test_a_failed_fit_keeps_the_checkpoint_of_the_one_before(tmp_path):
     with pytest.raises(ImprintError):
         trainer(tmp_path).fit(classifier(), Points(class_names=list("abcd")))
     assert (tmp_path / "it.ckpt").read_bytes() == before
+
+
+def test_a_checkpoint_names_its_weights_but_not_where_they_lie(tmp_path):
+    weights = tmp_path / "secret_folder" / "lite0.pt"
+    weights.parent.mkdir()
+    from imprint_pl.backbone import load_backbone
+
+    torch.save(load_backbone("efficientnet_lite0").model.state_dict(), weights)
+    model = ImprintedClassifier(
+        "efficientnet_lite0", "qi", image_size=32, weights=str(weights), pretrained=True
+    )
+    run = trainer(tmp_path)
+    x = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8)
+    run.fit(model, Points(x))
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    assert b"secret_folder" not in (tmp_path / "it.ckpt").read_bytes()
+    assert torch.load(tmp_path / "it.ckpt", weights_only=True)["backbone"]["weights"] == "lite0.pt"
+    # The embedded weights are the same, whatever the file was called.
+    loaded = ImprintedClassifier.load_from_checkpoint(tmp_path / "it.ckpt")
+    assert torch.equal(loaded(x), model(x))
+    with pytest.warns(UserWarning, match="imprinted with image_size=32, this model has"):
+        ImprintedClassifier.load_from_checkpoint(tmp_path / "it.ckpt", image_size=48)

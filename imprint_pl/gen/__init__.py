@@ -5,10 +5,43 @@ A generator is a class with a `name` whose constructor takes its own parameters.
 come out. To add one, write it in a file here and name it in the tuple below.
 """
 
+from imprint_pl.gen.all import All
 from imprint_pl.gen.base import PerClass, Proxies
+from imprint_pl.gen.cov_max import CovMax
+from imprint_pl.gen.fps import FarthestPoints
+from imprint_pl.gen.kls import KLeastSquares
 from imprint_pl.gen.kmeans import KMeans
+from imprint_pl.gen.kmedoids import KMedoids
+from imprint_pl.gen.ls import LeastSquares
 from imprint_pl.gen.mean import Mean
+from imprint_pl.gen.random import Random
 
-GENERATORS = {part.name: part for part in (Mean, KMeans)}
+GENERATORS = {
+    part.name: part
+    for part in (
+        Mean,
+        KMeans,
+        KMedoids,
+        Random,
+        FarthestPoints,
+        CovMax,
+        All,
+        LeastSquares,
+        KLeastSquares,
+    )
+}
 
-__all__ = ["GENERATORS", "KMeans", "Mean", "PerClass", "Proxies"]
+__all__ = [
+    "GENERATORS",
+    "All",
+    "CovMax",
+    "FarthestPoints",
+    "KLeastSquares",
+    "KMeans",
+    "KMedoids",
+    "LeastSquares",
+    "Mean",
+    "PerClass",
+    "Proxies",
+    "Random",
+]

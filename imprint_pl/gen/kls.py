@@ -1,0 +1,71 @@
+"""Least squares on the clusters of each class: k proxies a class, fitted against each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from imprint_pl.gen.base import Proxies
+from imprint_pl.gen.ls import check_lam, solve
+from imprint_pl.kmeans import check_settings, kmeans_classes
+from imprint_pl.moments import CHUNK, Moments
+
+
+class KLeastSquares:
+    """kls: the k-means clusters of each class become pseudo-classes of `ls`.
+
+    As `LeastSquares`, with M the means of the pseudo-classes as columns and C their number. A
+    sample belongs to the nearest centroid of its own class; a centroid without samples is dropped.
+    With k = 1 it is `ls`.
+
+    Args:
+        k: clusters a class; a class with fewer samples has each sample as a cluster.
+        lam: λ ≥ 0, see `LeastSquares`.
+        engine: what clusters, see `imprint_pl.kmeans.kmeans_classes`.
+
+    Raises:
+        ImprintError: `k < 1`, an unknown engine, a `lam` that is negative, not finite or too small.
+
+    Source: Westerhoff et al. 2025 ("k-LS").
+    """
+
+    name = "kls"
+    from_moments = False
+
+    def __init__(self, k: int = 20, lam: float = 1e-4, engine: str = "auto") -> None:
+        check_settings(k, engine)
+        check_lam(lam)
+        self.k = k
+        self.lam = lam
+        self.engine = engine
+
+    def __call__(
+        self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, progress: bool = False
+    ) -> Proxies:
+        """Embeddings `x (N, d)`, labels `y (N,)` in 0..C−1 → at most `k C` proxies."""
+        order = torch.argsort(y, stable=True)
+        members = order.split(torch.bincount(y, minlength=num_classes).tolist())
+        centroids = kmeans_classes(
+            [x[rows] for rows in members], self.k, seed=seed, engine=self.engine, progress=progress
+        )
+        cluster = torch.empty_like(y)
+        classes = []
+        for c, (rows, of_class) in enumerate(zip(members, centroids, strict=True)):
+            if len(rows):
+                used, own = torch.unique(_nearest(x[rows], of_class), return_inverse=True)
+                cluster[rows] = len(classes) + own
+                classes += [c] * len(used)
+        weights = solve(Moments.of(x, cluster, len(classes)), self.lam)
+        return Proxies(
+            weights, weights.new_zeros(len(weights)), torch.tensor(classes, device=x.device)
+        )
+
+
+def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
+    """The nearest of `(k, d)` for each of `(n, d)`; a tie goes to the first."""
+    # About the centroids' mean, embeddings far from the origin keep their digits.
+    centre = centroids.mean(0)
+    centroids = centroids - centre
+    return torch.cat(
+        [torch.cdist(rows.float() - centre, centroids).argmin(1) for rows in x.split(CHUNK)]
+    )

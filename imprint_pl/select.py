@@ -1,0 +1,131 @@
+"""Which training samples GEN sees: some shots a class, or those at a typical distance from their
+class mean. Before NORM_pre in the figure; positions in the training set come out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from numbers import Integral
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imprint_pl.errors import ImprintError
+from imprint_pl.moments import CHUNK, Moments
+
+# Distances whose spread is below this part of the largest differ by the embeddings' rounding alone.
+SAME = 1e-5
+
+
+def sample(n: int, count: int, seed: int) -> Tensor:
+    """`(min(n, count),)` different positions in 0..n−1, on the CPU; fewer are a prefix of more."""
+    # On the CPU on purpose: the draws are the same on every device.
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count]
+
+
+def check_count(name: str, value: int) -> None:
+    """Raises an `ImprintError` unless `value` is a whole number of at least 1."""
+    if not isinstance(value, Integral) or value < 1:
+        raise ImprintError(f"{name}={value!r}: give a whole number of at least 1")
+
+
+def draw_shots(y: Tensor, shots: int, seed: int) -> Tensor:
+    """Draws `shots` samples of each class at random.
+
+    A class with fewer samples keeps all it has, as in the paper's experiments, so that a sweep over
+    shots runs on unbalanced data too. What is drawn from a class depends on its own number of
+    samples and the seed alone; fewer shots are a subset of more.
+
+    Args:
+        y: `(N,)`, labels from 0.
+        shots: samples a class.
+        seed: the same for every class; the global generators are left alone.
+
+    Returns:
+        `(n,)`, the kept positions in 0..N−1, ascending, on `y`'s device.
+
+    Raises:
+        ImprintError: `shots < 1`.
+
+    Source: Westerhoff et al. 2025, the low-data experiments.
+
+    >>> draw_shots(torch.tensor([0, 1, 0, 0, 1, 2]), 1, seed=0)
+    tensor([1, 3, 5])
+    """
+    check_count("shots", shots)
+    kept = [rows[sample(len(rows), shots, seed).to(y.device)] for rows in _members(y)]
+    return torch.cat(kept).sort().values
+
+
+def weibull_typical(x: Tensor, y: Tensor, lower: float, upper: float) -> Tensor:
+    """Leaves out the samples that are untypically near to, or far from, their class mean.
+
+    A sample stays if Q(lower) ≤ ‖z − μ_c‖ ≤ Q(upper), with μ_c the mean of its class and Q the
+    quantile function of a three-parameter Weibull distribution (shape, location, scale) fitted by
+    maximum likelihood to the distances of that class alone.
+
+    A class never ends empty: where no sample lies between the bounds, the nearest to them stays. A class keeps all its samples where there is nothing to fit: fewer than three samples,
+    distances that are all the same, or a fit that fails.
+
+    Args:
+        x: `(N, d)`, embeddings.
+        y: `(N,)`, labels from 0.
+        lower: a probability, `0 ≤ lower < upper`; 0 bounds nothing.
+        upper: a probability, `lower < upper ≤ 1`; 1 bounds nothing.
+
+    Returns:
+        `(n,)`, the kept positions in 0..N−1, ascending, on `y`'s device.
+
+    Raises:
+        ImprintError: bounds that are not `0 ≤ lower < upper ≤ 1`.
+
+    Source: Westerhoff et al. 2025; scipy.stats.weibull_min.
+
+    >>> x = torch.tensor([9.0, 3.0, 2.5, 2.0, 1.5, 1.2, -1.2, -1.5, -2.0, -2.5, -3.0, -9.0])
+    >>> weibull_typical(x[:, None], torch.zeros(12, dtype=torch.long), 0.0, 0.9)
+    tensor([ 1,  2,  3,  4,  5,  6,  7,  8,  9, 10])
+    """
+    if not 0 <= lower < upper <= 1:
+        raise ImprintError(
+            f"weibull bounds lower={lower}, upper={upper}: give two probabilities with "
+            "0 ≤ lower < upper ≤ 1, such as 0.1 and 0.9"
+        )
+    present, y = torch.unique(y, return_inverse=True)
+    means = Moments.of(x, y, len(present), gram="none").means
+    distances = torch.cat(
+        [
+            (rows.to(means.dtype) - means[labels]).norm(dim=1)
+            for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True)
+        ]
+    )
+    kept = [rows[_typical(distances[rows], lower, upper)] for rows in _members(y)]
+    return torch.cat(kept).sort().values
+
+
+def _members(y: Tensor) -> list[Tensor]:
+    """Ascending positions of each class that has samples."""
+    order = torch.argsort(y, stable=True)
+    return [rows for rows in order.split(torch.bincount(y).tolist()) if len(rows)]
+
+
+def _typical(distances: Tensor, lower: float, upper: float) -> Tensor:
+    """`(n,)` bool: which samples of one class stay."""
+    from scipy.stats import weibull_min  # here, not above: half a second to import
+
+    values = distances.cpu().numpy().astype(np.float64)
+    everything = torch.ones_like(distances, dtype=torch.bool)
+    if len(values) < 3 or np.ptp(values) <= SAME * values.max():
+        return everything
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        try:
+            low, high = weibull_min.ppf([lower, upper], *weibull_min.fit(values))
+        except (RuntimeError, ValueError, FloatingPointError):
+            return everything
+    if np.isnan([low, high]).any():
+        return everything
+    # The fitted location, which is Q(0), may lie above the nearest sample.
+    low = low if lower > 0 else -np.inf
+    outside = np.maximum(np.maximum(low - values, values - high), 0)
+    return torch.from_numpy(outside <= outside.min()).to(distances.device)
