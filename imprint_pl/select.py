@@ -65,8 +65,9 @@ def weibull_typical(x: Tensor, y: Tensor, lower: float, upper: float) -> Tensor:
     quantile function of a three-parameter Weibull distribution (shape, location, scale) fitted by
     maximum likelihood to the distances of that class alone.
 
-    A class never ends empty: where no sample lies between the bounds, the nearest to them stays. A class keeps all its samples where there is nothing to fit: fewer than three samples,
-    distances that are all the same, or a fit that fails.
+    A class never ends empty: where no sample lies between the bounds, the nearest to them stays. A
+    class keeps all its samples where there is nothing to fit: fewer than three samples, distances
+    that are all the same, or a fit that fails.
 
     Args:
         x: `(N, d)`, embeddings.

@@ -351,7 +351,7 @@ def test_the_generator_gives_each_class_what_kmeans_gives_it(engine):
     proxies = KMeans(5, engine)(x, y, 4, seed=2)
     assert proxies.classes.tolist() == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 4
     for c in range(4):
-        expected = KMeans(5, engine).of_class(x[y == c], 2)
+        expected = kmeans(x[y == c], 5, seed=2, engine=engine)
         assert torch.equal(proxies.weights[proxies.classes == c], expected)
     assert not proxies.bias.any()
 

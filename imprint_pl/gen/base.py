@@ -32,12 +32,16 @@ class PerClass:
         """Embeddings `x (N, d)`, labels `y (N,)` in 0..C−1 → `Proxies`."""
         order = torch.argsort(y, stable=True)
         members = order.split(torch.bincount(y, minlength=num_classes).tolist())
-        bar = tqdm(members, desc=f"GEN {self.name}", unit="class", disable=not progress)
-        weights = [self.of_class(x[rows], seed) for rows in bar]
+        weights = self.of_classes([x[rows] for rows in members], seed, progress)
         sizes = torch.tensor([len(of_class) for of_class in weights], device=x.device)
         classes = torch.arange(num_classes, device=x.device).repeat_interleave(sizes)
         stacked = torch.cat(weights)
         return Proxies(stacked, stacked.new_zeros(len(stacked)), classes)
+
+    def of_classes(self, xs: list[Tensor], seed: int, progress: bool) -> list[Tensor]:
+        """Each class's embeddings `(n, d)` → its proxies `(p, d)`; one after the other."""
+        bar = tqdm(xs, desc=f"GEN {self.name}", unit="class", disable=not progress, delay=2)
+        return [self.of_class(x, seed) for x in bar]
 
     def of_class(self, x: Tensor, seed: int) -> Tensor:
         """One class's embeddings `(n, d)` → its proxies `(p, d)`."""

@@ -40,8 +40,7 @@ class FarthestPoints(PerClass):
         for _ in range(min(self.k, len(x)) - 1):
             newest = x[chosen[-1:]]
             # By differences: |a|² − 2ab + |b|² would rank near duplicates by its rounding.
-            far = torch.cdist(x, newest, compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
-            distance = torch.minimum(distance, far)
+            distance = torch.minimum(distance, (x - newest).norm(dim=1))
             distance[chosen[-1]] = -1  # never again, even where only its duplicates are left
             chosen = torch.cat([chosen, distance.argmax(0, keepdim=True)])
         return x[chosen]

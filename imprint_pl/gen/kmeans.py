@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from imprint_pl.gen.base import PerClass, Proxies
-from imprint_pl.kmeans import check_settings, kmeans, kmeans_classes
+from imprint_pl.gen.base import PerClass
+from imprint_pl.kmeans import check_settings, kmeans_classes
 
 
 class KMeans(PerClass):
@@ -31,20 +30,6 @@ class KMeans(PerClass):
         self.k = k
         self.engine = engine
 
-    def __call__(
-        self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, progress: bool = False
-    ) -> Proxies:
-        """Embeddings `x (N, d)`, labels `y (N,)` in 0..C−1 → `Proxies`."""
-        order = torch.argsort(y, stable=True)
-        members = order.split(torch.bincount(y, minlength=num_classes).tolist())
-        weights = kmeans_classes(
-            [x[rows] for rows in members], self.k, seed=seed, engine=self.engine, progress=progress
-        )
-        sizes = torch.tensor([len(of_class) for of_class in weights], device=x.device)
-        classes = torch.arange(num_classes, device=x.device).repeat_interleave(sizes)
-        stacked = torch.cat(weights)
-        return Proxies(stacked, stacked.new_zeros(len(stacked)), classes)
-
-    def of_class(self, x: Tensor, seed: int) -> Tensor:
-        """`(n, d)` → `(min(n, k), d)`."""
-        return kmeans(x, self.k, seed=seed, engine=self.engine)
+    def of_classes(self, xs: list[Tensor], seed: int, progress: bool) -> list[Tensor]:
+        """Each class's embeddings `(n, d)` → `(min(n, k), d)`; all at once where the engine can."""
+        return kmeans_classes(xs, self.k, seed=seed, engine=self.engine, progress=progress)

@@ -63,7 +63,11 @@ class KMedoids(PerClass):
                 f"take {4 * n * n / 1e9:.1f} GB; at most {MAX_SAMPLES:,} are allowed: draw fewer "
                 f"with shots={MAX_SAMPLES}, or choose gen='kmeans'"
             )
-        matrix = np.concatenate([rows.float().cpu().numpy() for rows in _distances(x)])
+        matrix = np.empty((n, n), np.float32)
+        done = 0
+        for rows in _distances(x):
+            matrix[done : done + len(rows)] = rows.cpu().numpy()
+            done += len(rows)
         np.fill_diagonal(matrix, 0)
         package = _import_kmedoids()
         start = sample(n, self.k, seed).numpy()
