@@ -101,7 +101,8 @@ def resolve(recipe: str = "robust", **overrides: Any) -> Parts:
     >>> resolve("qi", k=5)
     Traceback (most recent call last):
     imprint_pl.errors.ImprintError: k=5 is not used by norm_pre='l2', gen='mean', norm_post='l2', \
-norm_inf='l2', agg='max': leave it out, or choose a part that takes it (k: kmeans)
+norm_inf='l2', agg='max': leave it out, or choose a part that takes it (k: kmeans, \
+kmedoids, random, fps, cov_max, kls)
     """
     if recipe not in RECIPES:
         raise ImprintError(f"unknown recipe {recipe!r}{_near(recipe, RECIPES)}")

@@ -94,7 +94,8 @@ def _import_kmedoids():
         import kmedoids  # here, not above: not needed by every recipe
     except ImportError as error:
         raise ImprintError(
-            "gen='kmedoids', but the package kmedoids does not import here: pip install kmedoids, "
+            "gen='kmedoids', but the package kmedoids does not import here: pip install "
+            "'imprint-pl[kmedoids]', "
             "or choose gen='kmeans'"
         ) from error
     return kmedoids
