@@ -120,3 +120,13 @@ def test_metric_that_would_not_fit_into_memory_says_what_to_give():
 def test_unknown_average_is_named():
     with pytest.raises(ValueError, match="average='weighted'"):
         nc1(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]), average="weighted")
+
+
+@pytest.mark.parametrize("average", ["macro", "micro"])
+def test_an_unbalanced_part_of_the_acceptance_embeddings_equals_the_definition(acceptance, average):
+    x, y = F.normalize(acceptance["train_embeddings"]), acceptance["train_labels"]
+    kept = (torch.arange(len(y)) % 10 >= y) | (torch.arange(len(y)) % 7 == 0)
+    x, y = x[kept][:, :200], y[kept]
+    assert torch.bincount(y).max() > 2 * torch.bincount(y).min()
+    assert nc1(x, y, average=average) == pytest.approx(direct_nc1(x, y, average), rel=1e-6)
+    assert vci(x, y, average=average) == pytest.approx(direct_vci(x, y, average), rel=1e-6)

@@ -12,6 +12,7 @@ SCRIPT = """
 import json, sys, torch
 from lightning.pytorch import Trainer
 from imprint_pl import ImprintedClassifier
+from imprint_pl.collapse import NC1, VCI
 from imprint_pl.data import Digits
 
 devices, folder = int(sys.argv[1]), sys.argv[2]
@@ -26,6 +27,15 @@ for recipe, k in (("qi", None), ("robust", 4)):
     state = model.metrics["class_accuracy"]
     counted = (state.tp + state.fn).sum().float()
     metrics["counted"] = float(trainer.strategy.reduce(counted, reduce_op="sum"))
+    # NC1 and VCI as metrics, each rank with a part of its own size.
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(100) % 7 % 3
+    x = torch.randn(100, 6, generator=generator) + y[:, None]
+    start, end = [0, 10, 45, 100][trainer.global_rank :][:2]
+    rows = slice(start, 100 if trainer.global_rank == devices - 1 else end)
+    for metric in (NC1(3, 6), VCI(3, 6, average="micro")):
+        metric.update(x[rows], y[rows])
+        metrics[type(metric).__name__] = float(metric.compute())
     if trainer.is_global_zero:
         torch.save(
             {"head": model.head.state_dict(), "metrics": metrics}, f"{folder}/{recipe}-{devices}.pt"
@@ -77,6 +87,13 @@ def test_more_processes_give_the_proxies_of_one(results, recipe, devices):
     one, more = results[f"{recipe}-1"], results[f"{recipe}-{devices}"]
     torch.testing.assert_close(more["head"], one["head"], rtol=1e-4, atol=1e-5)
     assert more["metrics"]["train/nc1"] == pytest.approx(one["metrics"]["train/nc1"], rel=1e-5)
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("metric", ["NC1", "VCI"])
+def test_collapse_metrics_are_the_same_on_any_number_of_processes(results, metric, devices):
+    one, more = results["qi-1"]["metrics"], results[f"qi-{devices}"]["metrics"]
+    assert more[metric] == pytest.approx(one[metric], rel=1e-9)
 
 
 @pytest.mark.parametrize("recipe", ["qi", "robust"])
