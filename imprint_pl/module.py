@@ -250,7 +250,9 @@ class ImprintedClassifier(LightningModule):
         gen_seconds = time.perf_counter() - start
         # As the paper has it: on unit vectors, whatever the recipe.
         value = nc1(nn.functional.normalize(x), y) if len(y.unique()) > 1 else float("nan")
-        return head.state_dict(), {"nc1": value, "gen_seconds": gen_seconds, "images": len(y)}
+        # On the CPU, for ranks with GPUs of their own.
+        state = {name: tensor.cpu() for name, tensor in head.state_dict().items()}
+        return state, {"nc1": value, "gen_seconds": gen_seconds, "images": len(y)}
 
     def on_train_epoch_end(self) -> None:
         if self.trainer.max_epochs != 1:
