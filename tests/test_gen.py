@@ -132,7 +132,7 @@ def test_a_medoid_does_not_depend_on_the_blocks_of_distances(monkeypatch):
 
 def test_a_missing_kmedoids_package_is_an_error_with_a_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "kmedoids", None)
-    with pytest.raises(ImprintError, match="pip install 'imprint-pl\[kmedoids\]'"):
+    with pytest.raises(ImprintError, match=r"pip install 'imprint-pl\[kmedoids\]'"):
         KMedoids(2).of_class(normal(9, 3), seed=0)
 
 
