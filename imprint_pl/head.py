@@ -38,10 +38,15 @@ class ImprintedHead(nn.Module):
         super().__init__()
         self.norm_inf = norm_inf
         self.agg = agg
-        self.clear()
+        self._empty()
 
     def clear(self) -> None:
-        """Empties the head."""
+        """Empties the head; what its NORM_inf has learned is forgotten, too."""
+        self._empty()
+        if hasattr(self.norm_inf, "clear"):
+            self.norm_inf.clear()
+
+    def _empty(self) -> None:
         old = getattr(self, "proxies", None)
         device = None if old is None else old.device
         self.proxies = nn.Parameter(torch.zeros(0, 0, device=device))
@@ -70,6 +75,12 @@ class ImprintedHead(nn.Module):
 
     @property
     def embedding_dim(self) -> int:
+        """d of the embeddings that go in."""
+        return getattr(self.norm_inf, "input_dim", None) or self.feature_dim
+
+    @property
+    def feature_dim(self) -> int:
+        """d of the proxies: another where NORM_inf maps to other dimensions."""
         return self.proxies.shape[1]
 
     def forward(self, embeddings: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ A recipe names the five parts; a published imprinting method is one of them, or 
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,16 +21,17 @@ from imprint_pl.agg import AGGS
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.gen import GENERATORS, Proxies
 from imprint_pl.head import ImprintedHead
-from imprint_pl.moments import Moments
-from imprint_pl.norm import NORMS, PROXY_NORMS
+from imprint_pl.moments import CHUNK, Moments
+from imprint_pl.norm import NORMS, PROXY_NORMS, Chain, Norm, transform
+from imprint_pl.norm_learned import LEARNED
 from imprint_pl.select import draw_shots, weibull_typical
 
 # The slots of a recipe, in the order of the figure, and the parts that fit each.
 SLOTS = {
-    "norm_pre": NORMS,
+    "norm_pre": NORMS | LEARNED,
     "gen": GENERATORS,
     "norm_post": PROXY_NORMS,
-    "norm_inf": NORMS,
+    "norm_inf": NORMS | LEARNED,
     "agg": AGGS,
 }
 
@@ -64,12 +66,41 @@ RECIPES: dict[str, dict[str, Any]] = {
         distance="cosine",
         votes="softmax",
     ),
+    # The mean by cosine where the classes are round: Fisher 1936 (the metric), Qi et al. 2018.
+    "whitened": dict(
+        norm_pre=["whiten", "l2"], gen="mean", norm_post="l2", norm_inf="same", agg="max"
+    ),
+    # Hoerl & Kennard 1970; Golub, Heath & Wahba 1979 (λ by generalised cross-validation).
+    "ridge": dict(norm_pre="none", gen="ridge", norm_post="none", norm_inf="none", agg="max"),
+    # Fisher 1936; Rao 1948.
+    "lda": dict(norm_pre="none", gen="lda", norm_post="none", norm_inf="none", agg="max"),
+    # McDonnell et al. 2023 (RanPAC): ridge regression behind a random layer.
+    "ranpac": dict(
+        norm_pre="random_projection",
+        gen="ridge",
+        lam=1e-2,
+        intercept=False,
+        norm_post="none",
+        norm_inf="same",
+        agg="max",
+    ),
+    # Perronnin et al. 2010 (power, l2); Williams & Seeger 2001 (Nyström): kernel ridge regression.
+    "kernel": dict(
+        norm_pre=["power", "l2", "nystrom"],
+        gen="ridge",
+        norm_post="none",
+        norm_inf="same",
+        agg="max",
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The five parts of a recipe, ready to use, and the plain parameters that name them."""
+    """The five parts of a recipe, ready to use, and the plain parameters that name them.
+
+    Parts that learn are not fitted here: every head gets its own copy.
+    """
 
     norm_pre: nn.Module
     gen: Any
@@ -79,8 +110,14 @@ class Parts:
     parameters: dict[str, Any]
 
     def empty_head(self) -> ImprintedHead:
-        """A head with these NORM_inf and AGG, to be filled."""
-        return ImprintedHead(self.norm_inf, self.agg)
+        """A head with these NORM_inf and AGG, to be filled, or to load a state dict."""
+        return self.fresh()[1]
+
+    def fresh(self) -> tuple[nn.Module, ImprintedHead]:
+        """A copy of NORM_pre, and an empty head whose NORM_inf shares what that copy will learn."""
+        # In one go: what the two share stays shared.
+        norm_pre, norm_inf = copy.deepcopy((self.norm_pre, self.norm_inf))
+        return norm_pre, ImprintedHead(norm_inf, self.agg)
 
 
 def resolve(recipe: str = "robust", **overrides: Any) -> Parts:
@@ -89,38 +126,48 @@ def resolve(recipe: str = "robust", **overrides: Any) -> Parts:
     Args:
         recipe: a name in `RECIPES`.
         overrides: `norm_pre, gen, norm_post, norm_inf, agg` (a name or an instance) and their
-            parameters (`k, lam, engine, m, distance, votes, temperature, as_published`). `None`
-            means not given.
+            parameters (`k, lam, engine, m, distance, votes, temperature, as_published, shrinkage,
+            projection_dim, width, prior, intercept`). `None` means not given. A norm may be several
+            names, `["whiten", "l2"]` or `"whiten+l2"`: applied in this order. `norm_inf="same"`
+            reuses NORM_pre, with what it has learned; it is the default where NORM_pre learns.
 
     Raises:
-        ImprintError: an unknown recipe, part or keyword (near names are given), or a keyword that
-            none of the chosen parts uses.
+        ImprintError: an unknown recipe, part or keyword (near names are given), a keyword that none
+            of the chosen parts uses, or a step of NORM_inf that learns and is not in NORM_pre.
 
     >>> resolve("robust", k=5).parameters["k"]
     5
-    >>> resolve("qi", k=5)
+    >>> resolve("qi", m=5)
     Traceback (most recent call last):
-    imprint_pl.errors.ImprintError: k=5 is not used by norm_pre='l2', gen='mean', norm_post='l2', \
-norm_inf='l2', agg='max': leave it out, or choose a part that takes it (k: kmeans, \
-kmedoids, random, fps, cov_max, kls)
+    imprint_pl.errors.ImprintError: m=5 is not used by norm_pre='l2', gen='mean', norm_post='l2', \
+norm_inf='l2', agg='max': leave it out, or choose a part that takes it (m: mnn)
     """
     if recipe not in RECIPES:
         raise ImprintError(f"unknown recipe {recipe!r}{_near(recipe, RECIPES)}")
     given = {name: value for name, value in overrides.items() if value is not None}
     chosen = RECIPES[recipe] | given
-    unused = set(given) - set(SLOTS)
-    parts, parameters = {}, {"recipe": recipe}
-    for slot, table in SLOTS.items():
-        part = chosen[slot]
-        if isinstance(part, str):
-            if part not in table:
-                raise ImprintError(f"unknown {slot}={part!r}{_near(part, table)}")
-            used = {n: chosen[n] for n in _parameters_of(table[part]) if n in chosen}
-            unused -= set(used)
-            part = table[part](**used)
-        parts[slot] = part
-        parameters[slot] = part.name
-        parameters |= {name: getattr(part, name) for name in _parameters_of(type(part))}
+    parts, parameters, used = {}, {"recipe": recipe}, set()
+    for slot in SLOTS:
+        learned = {}
+        if slot == "norm_inf":
+            learned = {s.name: s for s in _steps(parts["norm_pre"]) if getattr(s, "learns", False)}
+            if learned and slot not in given:
+                chosen[slot] = "same"
+            if chosen[slot] == "same":
+                parts[slot], parameters[slot] = parts["norm_pre"], "same"
+                continue
+        steps = [_part(slot, step, chosen, used, learned) for step in step_names(chosen[slot])]
+        if len(steps) != 1 and (not steps or not slot.startswith("norm")):
+            raise ImprintError(f"{slot}={chosen[slot]!r}: give one part")
+        parts[slot] = Chain(steps) if len(steps) > 1 else steps[0]
+        parameters[slot] = parts[slot].name
+        for step in _steps(parts[slot]):
+            for name in _parameters_of(type(step)):
+                value = getattr(step, name)
+                # Two parts that share a keyword have one value, unless they came as instances.
+                same = parameters.get(name, value) == value
+                parameters[name if same else f"{step.name}_{name}"] = value
+    unused = set(given) - set(SLOTS) - used
     if unused:
         raise ImprintError(_unused_message(unused, given, parameters))
     return Parts(**parts, parameters=parameters)
@@ -133,7 +180,12 @@ def drop_unused(recipe: str, overrides: dict[str, Any], kept: set[str]) -> dict[
     that `resolve` can complain of them.
     """
     chosen = RECIPES.get(recipe, {}) | {n: v for n, v in overrides.items() if v is not None}
-    parts = [table[chosen[slot]] for slot, table in SLOTS.items() if chosen.get(slot) in table]
+    parts = [
+        table[part]
+        for slot, table in SLOTS.items()
+        for part in step_names(chosen.get(slot))
+        if isinstance(part, str) and part in table
+    ]
     taken = {name for part in parts for name in _parameters_of(part)}
     every = {n for table in SLOTS.values() for part in table.values() for n in _parameters_of(part)}
     return {n: v for n, v in overrides.items() if n in taken or n not in every or n in kept}
@@ -214,15 +266,28 @@ def imprint_parts(
     """
     x, y, num_classes = _checked(x, y, num_classes, class_names, allow_empty)
     present, y = torch.unique(y, return_inverse=True)
-    z = parts.norm_pre(x)
+    norm_pre, head = parts.fresh()
+    if getattr(norm_pre, "learns", False):
+        norm_pre.to(x.device).fit(x, y, len(present), seed)
     if parts.gen.from_moments:
         gram = "pooled" if parts.gen.needs_gram else "none"
-        proxies = parts.gen(Moments.of(z, y, len(present), gram=gram))
+        proxies = parts.gen(_moments(norm_pre, x, y, len(present), gram))
     else:
-        proxies = parts.gen(z, y, len(present), seed, progress)
+        proxies = parts.gen(transform(norm_pre, x), y, len(present), seed, progress)
     weights = parts.norm_post.of_proxies(proxies.weights, proxies.classes, classifier)
     proxies = Proxies(weights, proxies.bias, present[proxies.classes])
-    return parts.empty_head().to(x.device).fill(proxies, num_classes, class_names)
+    return head.to(x.device).fill(proxies, num_classes, class_names)
+
+
+def _moments(norm: nn.Module, x: Tensor, y: Tensor, num_classes: int, gram: str) -> Moments:
+    """The sums of `norm(x)`, which is never kept: it may be many times the size of `x`."""
+    moments = None
+    for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+        z = norm(rows)
+        if moments is None:
+            moments = Moments.zeros(num_classes, z.shape[1], gram=gram, device=z.device)
+        moments.add(z, labels)
+    return moments
 
 
 def _checked(
@@ -269,6 +334,38 @@ def _checked(
             "or leave the class out and number the labels without gaps"
         )
     return x, y, num_classes
+
+
+def step_names(part: Any) -> list[Any]:
+    """A slot's value as a list: of a name, names joined by `+`, a list of names, an instance."""
+    if isinstance(part, str):
+        return part.split("+")
+    return list(part) if isinstance(part, list | tuple) else [part]
+
+
+def _steps(part: Any) -> list[Any]:
+    return list(part.steps) if isinstance(part, Chain) else [part]
+
+
+def _part(slot: str, part: Any, chosen: dict, used: set[str], learned: dict[str, Norm]) -> Any:
+    """The part of a name, with its keywords, which are added to `used`; an instance as it is."""
+    table = SLOTS[slot]
+    if isinstance(part, str):
+        if part not in table:
+            known = [*table, "same"] if slot == "norm_inf" else table
+            raise ImprintError(f"unknown {slot}={part!r}{_near(part, known)}")
+        if part in learned:
+            return learned[part]
+        keywords = {name: chosen[name] for name in _parameters_of(table[part]) if name in chosen}
+        used |= set(keywords)
+        part = table[part](**keywords)
+    for step in _steps(part) if slot == "norm_inf" else []:
+        if getattr(step, "learns", False) and step is not learned.get(step.name):
+            raise ImprintError(
+                f"norm_inf={step.name!r} learns from the training embeddings, but NORM_pre has no "
+                f'such step: give norm_pre={step.name!r}, too, or norm_inf="same"'
+            )
+    return part
 
 
 def _parameters_of(part: type) -> list[str]:

@@ -49,20 +49,28 @@ class ImprintedClassifier(LightningModule):
         backbone: "efficientnet_lite0" (embedded, needs no download), "torchvision/<name>",
             "timm/<name>", or any `nn.Module`; see `load_backbone`.
         recipe: "robust" (the paper's best: k-means, 20 proxies a class), "qi" (the class mean),
-            "hosoda", "janson", "ls" (least squares) or "knn" (nearest neighbours).
-        norm_pre: normalisation before GEN: "none" or "l2". The recipe's where not given, as are
+            "hosoda", "janson", "ls" (least squares), "knn" (nearest neighbours), "whitened",
+            "ridge", "lda", "ranpac" or "kernel" (the most accurate).
+        norm_pre: normalisation before GEN: "none", "l2", "power", "centre", "whiten",
+            "random_projection", "nystrom", or a list of them. The recipe's where not given, as are
             all the parts below.
         gen: generator of the proxies: "mean", "kmeans", "kmedoids", "random", "fps", "cov_max",
-            "all", "ls" or "kls".
+            "all", "ls", "kls", "ridge", "kridge" or "lda".
         k: proxies a class.
         norm_post: normalisation of the proxies: "none", "l2" or "quantile".
-        norm_inf: normalisation of embeddings at inference.
+        norm_inf: normalisation of embeddings at inference; "same" is NORM_pre with what it learned.
         agg: from proxies to class scores: "max", "mnn" (m nearest proxies) or "logsumexp".
         m: of mnn: how many proxies vote.
         distance: of mnn: "euclidean", "cosine", "manhattan", "chebyshev" or "mahalanobis".
         votes: of mnn: "uniform", "weighted_by_distance" or "softmax".
         temperature: of softmax votes and logsumexp.
-        lam: λ of "ls" and "kls".
+        lam: λ of "ls", "kls", "ridge" and "kridge"; for ridge also "gcv" (generalised
+            cross-validation) or "holdout".
+        intercept: of ridge: whether there is one.
+        shrinkage: of "whiten" and "lda": from 0 to 1, towards round classes.
+        prior: of "lda": "empirical" or "uniform".
+        projection_dim: features of "random_projection" and "nystrom".
+        width: of "nystrom": of the kernel, in median distances.
         engine: of k-means: "auto", "faiss", "torch" or "exact".
         as_published: do quantile and mnn as the paper's code does, faults included.
         weibull: imprint only the samples whose distance to their class mean lies between these two
@@ -85,17 +93,22 @@ class ImprintedClassifier(LightningModule):
         # A str or an nn.Module; so annotated, `fit --help` would list every module of PyTorch.
         backbone: Any = "efficientnet_lite0",
         recipe: str = "robust",
-        norm_pre: str | None = None,
+        norm_pre: str | list[str] | None = None,
         gen: str | None = None,
         k: int | None = None,
         norm_post: str | None = None,
-        norm_inf: str | None = None,
+        norm_inf: str | list[str] | None = None,
         agg: str | None = None,
         m: int | None = None,
         distance: str | None = None,
         votes: str | None = None,
         temperature: float | None = None,
-        lam: float | None = None,
+        lam: float | str | None = None,
+        intercept: bool | None = None,
+        shrinkage: float | None = None,
+        prior: str | None = None,
+        projection_dim: int | None = None,
+        width: float | None = None,
         engine: str | None = None,
         as_published: bool | None = None,
         weibull: list[float] | None = None,
@@ -135,6 +148,11 @@ class ImprintedClassifier(LightningModule):
             votes=votes,
             temperature=temperature,
             lam=lam,
+            intercept=intercept,
+            shrinkage=shrinkage,
+            prior=prior,
+            projection_dim=projection_dim,
+            width=width,
             engine=engine,
             as_published=as_published,
         )

@@ -1,16 +1,39 @@
 """NORM: normalisation of embeddings before GEN (NORM_pre), of proxies (NORM_post) and of embeddings
-at inference (NORM_inf). Each is a small module on the last dimension.
+at inference (NORM_inf). Each is a small module on the last dimension; `Chain` applies several.
+`norm_learned.py` has the ones that learn from the training embeddings.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from imprint_pl.moments import CHUNK
+
 
 class Norm(nn.Module):
-    """What the parts of this file share: as NORM_post they may look at the proxies' classes."""
+    """What all parts share: as NORM_pre they may learn, as NORM_post look at the proxies' classes.
+
+    Attributes:
+        learns: whether `fit` has anything to do.
+        input_dim: d of the embeddings that it was fitted for; `None` where it takes any.
+    """
+
+    learns = False
+    input_dim: int | None = None
+
+    def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Norm:
+        """NORM_pre: learns from embeddings `x (N, d)`, labels `y (N,)` in 0..C−1; returns itself.
+
+        Every class has a sample. Random choices follow the seed.
+        """
+        return self
+
+    def clear(self) -> None:
+        """Forgets what it has learned."""
 
     def of_proxies(
         self, weights: Tensor, classes: Tensor, classifier: Tensor | None = None
@@ -45,6 +68,25 @@ class L2(Norm):
     def forward(self, x: Tensor) -> Tensor:
         """`(..., d)` → `(..., d)`."""
         return functional.normalize(x, dim=-1)
+
+
+class Power(Norm):
+    """power: the signed square root of each feature, sign(z) √|z|.
+
+    Evens out features that few large values rule.
+
+    Source: Perronnin et al. 2010, "Improving the Fisher Kernel for Large-Scale Image
+    Classification".
+
+    >>> Power()(torch.tensor([4.0, -9.0, 0.0]))
+    tensor([ 2., -3.,  0.])
+    """
+
+    name = "power"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., d)` → `(..., d)`."""
+        return x.sign() * x.abs().sqrt()
 
 
 class Quantile(Norm):
@@ -90,7 +132,73 @@ class Quantile(Norm):
         return done
 
 
-NORMS = {part.name: part for part in (NoNorm, L2)}
+class Chain(Norm):
+    """Several norms, one after the other, each fitted on what those before it give.
+
+    Args:
+        steps: norms in the order of their application.
+
+    >>> Chain([Power(), L2()])(torch.tensor([9.0, 16.0]))
+    tensor([0.6000, 0.8000])
+    """
+
+    def __init__(self, steps: Iterable[Norm]) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(steps)
+
+    @property
+    def name(self) -> str:
+        """The steps' names, joined by `+`; `resolve` takes them so, too."""
+        return "+".join(step.name for step in self.steps)
+
+    @property
+    def learns(self) -> bool:
+        return any(step.learns for step in self.steps)
+
+    @property
+    def input_dim(self) -> int | None:
+        # The steps before the first that learned keep the dimension.
+        return next((step.input_dim for step in self.steps if step.input_dim is not None), None)
+
+    def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Chain:
+        last = max((i for i, step in enumerate(self.steps) if step.learns), default=-1)
+        for i, step in enumerate(self.steps[: last + 1]):
+            step.fit(x, y, num_classes, seed)
+            if i < last:
+                x = transform(step, x)
+        return self
+
+    def clear(self) -> None:
+        for step in self.steps:
+            step.clear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x)
+        return x
+
+    def of_proxies(
+        self, weights: Tensor, classes: Tensor, classifier: Tensor | None = None
+    ) -> Tensor:
+        for step in self.steps:
+            weights = step.of_proxies(weights, classes, classifier)
+        return weights
+
+
+def transform(norm: nn.Module, x: Tensor) -> Tensor:
+    """`norm(x)` of many rows `(N, d)`, a chunk at a time: nothing else of the result's size."""
+    if len(x) <= CHUNK:
+        return norm(x)
+    result = None
+    for i in range(0, len(x), CHUNK):
+        rows = norm(x[i : i + CHUNK])
+        if result is None:
+            result = rows.new_empty(len(x), rows.shape[1])
+        result[i : i + CHUNK] = rows
+    return result
+
+
+NORMS = {part.name: part for part in (NoNorm, L2, Power)}
 # Of proxies only: a single embedding at inference has no reference distribution.
 PROXY_NORMS = NORMS | {Quantile.name: Quantile}
 

@@ -124,6 +124,12 @@ def test_a_command_line_option_beats_the_checkpoints(fitted, capfd):
         ),
         (["--model.recipe", "hosoda", "--model.as_published", "true"], {"as_published": True}),
         (["--model.gen", "kls", "--model.k", "2"], {"gen": "kls", "k": 2, "num_proxies": 20}),
+        (["--model.recipe", "kernel", "--model.projection_dim", "50"], {"norm_inf": "same"}),
+        (["--model.recipe", "ridge", "--model.lam", "gcv"], {"gen": "ridge", "lam": "gcv"}),
+        (
+            ["--model.norm_pre", "[whiten, l2]", "--model.gen", "mean"],
+            {"norm_pre": "whiten+l2", "norm_inf": "same"},
+        ),
     ],
 )
 def test_recipes_and_parts_are_options(options, expected, capfd):
@@ -131,10 +137,11 @@ def test_recipes_and_parts_are_options(options, expected, capfd):
     summary = summary_of(capfd.readouterr().out)
     assert summary["accuracy"] > 0.4
     assert {name: summary[name] for name in expected} == expected
+    saved = ["--data", "Digits", "--ckpt_path", summary["checkpoint"]]
+    assert main(["test", *saved]) == 0
+    assert summary_of(capfd.readouterr().out)["accuracy"] == summary["accuracy"]
     # AGG can be changed on saved proxies.
-    again = ["--data", "Digits", "--ckpt_path", summary["checkpoint"], "--model.agg", "max"]
-    again += [] if summary["agg"] == "max" else ["--model.recipe", "robust"]
-    assert main(["test", *again]) == 0
+    assert main(["test", *saved, "--model.agg", "max"]) == 0
     assert summary_of(capfd.readouterr().out)["agg"] == "max"
 
 

@@ -265,7 +265,8 @@ def test_selecting_generators_give_min_n_k_samples_of_each_class(generator, data
             assert times <= (of_class == row).all(1).sum()
 
 
-@pytest.mark.parametrize("name", sorted(GENERATORS))
+# lda refuses classes of one sample each: they have no within-class covariance.
+@pytest.mark.parametrize("name", sorted(set(GENERATORS) - {"lda"}))
 @settings(max_examples=20, deadline=None)
 @given(data=classes(), k=st.integers(1, 6), seed=st.integers(0, 1000))
 def test_proxies_are_finite_and_a_seed_gives_the_same_ones(name, data, k, seed):

@@ -16,7 +16,7 @@ from imprint_pl.collapse import NC1, VCI
 from imprint_pl.data import Digits
 
 devices, folder = int(sys.argv[1]), sys.argv[2]
-for recipe, k in (("qi", None), ("robust", 4)):
+for recipe, k in (("qi", None), ("robust", 4), ("whitened", None)):
     model = ImprintedClassifier("efficientnet_lite0", recipe, image_size=32, k=k)
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", devices=devices, logger=False, enable_progress_bar=False,
@@ -81,11 +81,13 @@ def results(tmp_path_factory):
     return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
 
 
-@pytest.mark.parametrize("recipe", ["qi", "robust"])
+@pytest.mark.parametrize("recipe", ["qi", "robust", "whitened"])
 @pytest.mark.parametrize("devices", [2, 3])
 def test_more_processes_give_the_proxies_of_one(results, recipe, devices):
     one, more = results[f"{recipe}-1"], results[f"{recipe}-{devices}"]
-    torch.testing.assert_close(more["head"], one["head"], rtol=1e-4, atol=1e-5)
+    # Whitening divides by small standard deviations: rounding of the embeddings grows with it.
+    atol = 1e-3 if recipe == "whitened" else 1e-5
+    torch.testing.assert_close(more["head"], one["head"], rtol=1e-4, atol=atol)
     assert more["metrics"]["train/nc1"] == pytest.approx(one["metrics"]["train/nc1"], rel=1e-5)
 
 

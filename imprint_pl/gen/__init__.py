@@ -12,9 +12,12 @@ from imprint_pl.gen.fps import FarthestPoints
 from imprint_pl.gen.kls import KLeastSquares
 from imprint_pl.gen.kmeans import KMeans
 from imprint_pl.gen.kmedoids import KMedoids
+from imprint_pl.gen.kridge import KRidge
+from imprint_pl.gen.lda import LDA
 from imprint_pl.gen.ls import LeastSquares
 from imprint_pl.gen.mean import Mean
 from imprint_pl.gen.random import Random
+from imprint_pl.gen.ridge import Ridge
 
 GENERATORS = {
     part.name: part
@@ -28,20 +31,26 @@ GENERATORS = {
         All,
         LeastSquares,
         KLeastSquares,
+        Ridge,
+        KRidge,
+        LDA,
     )
 }
 
 __all__ = [
     "GENERATORS",
+    "LDA",
     "All",
     "CovMax",
     "FarthestPoints",
     "KLeastSquares",
     "KMeans",
     "KMedoids",
+    "KRidge",
     "LeastSquares",
     "Mean",
     "PerClass",
     "Proxies",
     "Random",
+    "Ridge",
 ]

@@ -52,8 +52,10 @@ class LeastSquares:
 
 def check_lam(lam: float) -> None:
     """Raises an `ImprintError` unless 0 ≤ lam < ∞."""
-    if not 0 <= lam < math.inf:
-        raise ImprintError(f"lam={lam}: give a finite number of at least 0, such as 1e-4")
+    if isinstance(lam, str) or not 0 <= lam < math.inf:
+        raise ImprintError(
+            f"lam={lam!r}: give a finite number of at least 0, such as 1e-4 (ridge can choose one)"
+        )
 
 
 def solve(moments: Moments, lam: float) -> Tensor:

@@ -1,0 +1,75 @@
+"""Ridge regression on the clusters of each class: k proxies a class, fitted against each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from imprint_pl.gen.base import Proxies
+from imprint_pl.gen.ridge import checked_lam, fit
+from imprint_pl.kmeans import check_settings, kmeans_classes
+from imprint_pl.moments import CHUNK
+
+
+class KRidge:
+    """kridge: the k-means clusters of each class become pseudo-classes of `ridge`.
+
+    As `kls` does with least squares. A sample belongs to the nearest centroid of its own class; a
+    centroid without samples is dropped. With k = 1 it is `ridge`.
+
+    Args:
+        k: clusters a class; a class with fewer samples has each sample as a cluster.
+        lam: λ, "gcv" or "holdout", see `Ridge`.
+        intercept: see `Ridge`.
+        engine: what clusters, see `imprint_pl.kmeans.kmeans_classes`.
+
+    Attributes:
+        chosen_lam: λ of the last fit.
+
+    Raises:
+        ImprintError: `k < 1`, an unknown engine, and what `Ridge` raises.
+
+    Source: after Westerhoff et al. 2025 ("k-LS").
+    """
+
+    name = "kridge"
+    from_moments = False
+
+    def __init__(
+        self, k: int = 5, lam: float | str = "gcv", intercept: bool = True, engine: str = "auto"
+    ) -> None:
+        check_settings(k, engine)
+        self.k = k
+        self.lam = checked_lam(lam)
+        self.intercept = intercept
+        self.engine = engine
+        self.chosen_lam: float | None = None
+
+    def __call__(
+        self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, progress: bool = False
+    ) -> Proxies:
+        """Embeddings `x (N, d)`, labels `y (N,)` in 0..C−1 → at most `k C` proxies."""
+        order = torch.argsort(y, stable=True)
+        members = order.split(torch.bincount(y, minlength=num_classes).tolist())
+        centroids = kmeans_classes(
+            [x[rows] for rows in members], self.k, seed=seed, engine=self.engine, progress=progress
+        )
+        cluster, classes = torch.empty_like(y), []
+        for c, (rows, of_class) in enumerate(zip(members, centroids, strict=True)):
+            if len(rows):
+                used, own = torch.unique(_nearest(x[rows], of_class), return_inverse=True)
+                cluster[rows] = len(classes) + own
+                classes += [c] * len(used)
+        classes = torch.tensor(classes, device=x.device)
+        weights, bias, self.chosen_lam = fit(x, cluster, classes, self.lam, self.intercept, seed)
+        return Proxies(weights, bias, classes)
+
+
+def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
+    """The nearest of `(k, d)` for each of `(n, d)`; a tie goes to the first."""
+    # About the centroids' mean, embeddings far from the origin keep their digits.
+    centre = centroids.mean(0)
+    centroids = centroids - centre
+    return torch.cat(
+        [torch.cdist(rows.float() - centre, centroids).argmin(1) for rows in x.split(CHUNK)]
+    )

@@ -1,0 +1,240 @@
+"""NORM that learns from the training embeddings: a shift or a map, fitted once, in the imprint
+epoch, and kept in the head as buffers. `norm.py` has the ones that need no data.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from imprint_pl.errors import ImprintError
+from imprint_pl.factor import check_shrinkage, double, inverse_factor, shrunk_within
+from imprint_pl.moments import CHUNK, Moments, sum_dtype
+from imprint_pl.norm import Norm
+
+# Added to the diagonal of the landmarks' kernel, which is 1 there. Inference is in float32: along
+# directions of the kernel below this, features would be amplified rounding.
+JITTER = 1e-6
+
+
+class Learned(Norm):
+    """A NORM with fitted state: buffers, empty until `fit` or until a state dict fills them.
+
+    Subclasses name their buffers in `state`, the first with the input dimension as its first size.
+    """
+
+    learns = True
+    state: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.state:
+            self.register_buffer(name, torch.zeros(0))
+
+    def clear(self) -> None:
+        for name in self.state:
+            setattr(self, name, getattr(self, name).new_zeros(0))
+
+    @property
+    def input_dim(self) -> int | None:
+        first = getattr(self, self.state[0])
+        return first.shape[0] if first.numel() else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., d)` → `(..., p)`.
+
+        Raises:
+            ImprintError: not fitted yet.
+        """
+        if self.input_dim is None:
+            raise ImprintError(
+                f"{self.name} has not been fitted: imprint the head, or load a checkpoint"
+            )
+        return self.apply_fitted(x)
+
+    def apply_fitted(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _set(self, like: Tensor, **values: Tensor) -> None:
+        # Copied outside inference mode: a head must still be trainable through its norm.
+        with torch.inference_mode(False):
+            for name, value in values.items():
+                setattr(self, name, value.detach().to(like.device, torch.float32).clone())
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # The sizes are the file's: make room of the saved shape first.
+        for name in self.state:
+            saved = state_dict.get(prefix + name)
+            if saved is not None:
+                own = getattr(self, name)
+                setattr(self, name, torch.empty(saved.shape, dtype=saved.dtype, device=own.device))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class Centre(Learned):
+    """centre: subtracts the mean of all training embeddings, z ↦ z − μ_G."""
+
+    name = "centre"
+    state = ("mean",)
+
+    def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Centre:
+        self._set(x, mean=Moments.of(x, y, num_classes, gram="none").global_mean)
+        return self
+
+    def apply_fitted(self, x: Tensor) -> Tensor:
+        return x - self.mean
+
+
+class Whiten(Learned):
+    """whiten: makes the within-class covariance the identity.
+
+    z ↦ L⁻¹ (z − μ_G), with L Lᵀ = (1−s) Σ_W + s (tr Σ_W / d) I; μ_G `(d,)` is the mean of all
+    training embeddings, Σ_W `(d, d)` their within-class covariance pooled over all samples.
+    Euclidean distances after it are Mahalanobis distances before it. In float64, by Cholesky.
+
+    Args:
+        shrinkage: s, from 0 (Σ_W as it is, which asks for more samples than dimensions) to 1 (all
+            directions alike). The default holds from many samples a class down to few.
+
+    Raises:
+        ImprintError: the shrinkage is out of range; the matrix is singular to rounding.
+
+    Source: Fisher 1936 (the metric of linear discriminants); Ledoit & Wolf 2004 (shrinkage towards
+    a multiple of the identity).
+    """
+
+    name = "whiten"
+    state = ("mean", "matrix")
+
+    def __init__(self, shrinkage: float = 0.01) -> None:
+        check_shrinkage(shrinkage)
+        super().__init__()
+        self.shrinkage = shrinkage
+
+    def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Whiten:
+        return self.fit_moments(Moments.of(x, y, num_classes), x)
+
+    def fit_moments(self, moments: Moments, like: Tensor) -> Whiten:
+        """As `fit`, from sums with a pooled Gram matrix; the state goes to the device of `like`."""
+        inverse = inverse_factor(*shrunk_within(moments, self.shrinkage))
+        self._set(like, mean=moments.global_mean, matrix=inverse.T)
+        return self
+
+    def apply_fitted(self, x: Tensor) -> Tensor:
+        return (x - self.mean) @ self.matrix
+
+
+class RandomProjection(Learned):
+    """random_projection: z ↦ relu(z R), R `(d, p)` of independent draws from N(0, 1/d).
+
+    A fixed random layer, after which linear methods see products of features.
+
+    Args:
+        projection_dim: p. As k is capped by the samples of a class, p is capped by half the
+            training samples (one at the least): with more, a linear fit on p features only
+            memorises. The head shows the p in use as `head.feature_dim`.
+
+    Source: McDonnell et al. 2023, "RanPAC: Random Projections and Pre-trained Models for Continual
+    Learning".
+    """
+
+    name = "random_projection"
+    state = ("projection",)
+
+    def __init__(self, projection_dim: int = 5000) -> None:
+        check_projection_dim(projection_dim)
+        super().__init__()
+        self.projection_dim = projection_dim
+
+    def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> RandomProjection:
+        return self.draw(x, len(x), seed)
+
+    def draw(self, like: Tensor, samples: int, seed: int = 0) -> RandomProjection:
+        """As `fit`, which needs of the data only `d` (here of `like (…, d)`) and N, `samples`."""
+        d, p = like.shape[-1], max(1, min(self.projection_dim, samples // 2))
+        generator = torch.Generator().manual_seed(seed)
+        self._set(like, projection=torch.randn(d, p, generator=generator) / d**0.5)
+        return self
+
+    def apply_fitted(self, x: Tensor) -> Tensor:
+        return torch.relu(x @ self.projection)
+
+
+class Nystrom(Learned):
+    """nystrom: features whose inner product approximates an RBF kernel.
+
+    k(x, z) = exp(−‖x − z‖² / (2σ²)). With landmarks l_1 … l_p, drawn at random from the training
+    embeddings, and their kernel matrix K `(p, p)`:
+    z ↦ L⁻¹ (k(l_1, z), …, k(l_p, z)) − the mean of that over the training embeddings, where
+    L Lᵀ = K + 1e-6 I, by Cholesky in float64: a K^(-1/2) up to a rotation, which neither inner
+    products nor distances see. With all samples as landmarks, a linear method on the features is
+    the kernel method.
+
+    Args:
+        projection_dim: p, capped by the number of training samples as k is by those of a class.
+            The head shows the p in use as `head.feature_dim`.
+        width: σ over the median of the distances between landmarks (of those above 0).
+
+    Raises:
+        ImprintError: a parameter is not positive; the factorisation fails.
+
+    Source: Williams & Seeger 2001, "Using the Nyström Method to Speed Up Kernel Machines".
+    """
+
+    name = "nystrom"
+    # The landmarks are kept relative to `shift`, their mean: embeddings far from the origin would
+    # lose digits in ‖x‖² + ‖z‖² − 2xz. `gamma` is 1 / (2σ²).
+    state = ("shift", "landmarks", "gamma", "matrix", "mean")
+
+    def __init__(self, projection_dim: int = 2000, width: float = 1.0) -> None:
+        check_projection_dim(projection_dim)
+        if not 0 < width < float("inf"):
+            raise ImprintError(f"width={width}: give a number above 0, such as 1.0")
+        super().__init__()
+        self.projection_dim = projection_dim
+        self.width = width
+
+    def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Nystrom:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(len(x), generator=generator)[: self.projection_dim]
+        landmarks = double(x[drawn.sort().values.to(x.device)])
+        shift = landmarks.mean(0)
+        landmarks = landmarks - shift
+        squared = _squared_distances(landmarks, landmarks)
+        squared.fill_diagonal_(0)
+        apart = squared[squared > 1e-12 * squared.max()]
+        # Without two landmarks that differ the kernel is 1 everywhere, whatever the width.
+        sigma = self.width * apart.median().sqrt() if len(apart) else squared.new_ones(())
+        gamma = (0.5 / sigma.square()).reshape(1)
+        kernel = torch.exp(-gamma * squared)
+        kernel.diagonal().add_(JITTER)
+        self._set(x, shift=shift, landmarks=landmarks, gamma=gamma)
+        cure = f"width={self.width}: give a smaller one, or fewer landmarks (projection_dim)"
+        matrix = inverse_factor(kernel, cure).T
+        total = torch.zeros(len(kernel), dtype=sum_dtype(x.device), device=x.device)
+        for rows in x.split(CHUNK):
+            total += self._kernel(rows).sum(0, dtype=total.dtype)
+        mean = (double(total) / len(x)) @ matrix
+        self._set(x, matrix=matrix, mean=mean)
+        return self
+
+    def apply_fitted(self, x: Tensor) -> Tensor:
+        return self._kernel(x) @ self.matrix - self.mean
+
+    def _kernel(self, x: Tensor) -> Tensor:
+        return torch.exp(-self.gamma * _squared_distances(x - self.shift, self.landmarks))
+
+
+LEARNED = {part.name: part for part in (Centre, Whiten, RandomProjection, Nystrom)}
+
+
+def check_projection_dim(projection_dim: int) -> None:
+    """Raises an `ImprintError` for `projection_dim < 1`."""
+    if projection_dim < 1:
+        raise ImprintError(f"projection_dim={projection_dim}: give at least one dimension")
+
+
+def _squared_distances(x: Tensor, z: Tensor) -> Tensor:
+    """`(..., d)` and `(p, d)` → `(..., p)`."""
+    squares = x.square().sum(-1, keepdim=True) + z.square().sum(-1)
+    return (squares - 2 * (x @ z.T)).clamp_min(0)
