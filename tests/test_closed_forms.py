@@ -240,11 +240,10 @@ def test_the_order_of_classes_and_samples_does_not_matter(recipe, blobs):
     torch.testing.assert_close(turned.flip(1), scores, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("recipe", CLOSED)
+# Not of ranpac and kernel, whose draws depend on the number of samples.
+@pytest.mark.parametrize("recipe", sorted(set(CLOSED) - {"ranpac", "kernel"}))
 def test_two_copies_of_every_sample_change_nothing_but_draws(recipe, blobs):
     x, y = blobs
-    if recipe in ("ranpac", "kernel"):
-        pytest.skip("draws depend on the number of samples")
     once = imprint(x, y, recipe, **({"lam": 0.1} if recipe == "ridge" else {}))(x)
     twice = imprint(
         x.repeat(2, 1), y.repeat(2), recipe, **({"lam": 0.1} if recipe == "ridge" else {})

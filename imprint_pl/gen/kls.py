@@ -43,22 +43,33 @@ class KLeastSquares:
         self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, progress: bool = False
     ) -> Proxies:
         """Embeddings `x (N, d)`, labels `y (N,)` in 0..C−1 → at most `k C` proxies."""
-        order = torch.argsort(y, stable=True)
-        members = order.split(torch.bincount(y, minlength=num_classes).tolist())
-        centroids = kmeans_classes(
-            [x[rows] for rows in members], self.k, seed=seed, engine=self.engine, progress=progress
+        cluster, classes = pseudo_classes(
+            x, y, num_classes, self.k, engine=self.engine, seed=seed, progress=progress
         )
-        cluster = torch.empty_like(y)
-        classes = []
-        for c, (rows, of_class) in enumerate(zip(members, centroids, strict=True)):
-            if len(rows):
-                used, own = torch.unique(_nearest(x[rows], of_class), return_inverse=True)
-                cluster[rows] = len(classes) + own
-                classes += [c] * len(used)
         weights = solve(Moments.of(x, cluster, len(classes)), self.lam)
-        return Proxies(
-            weights, weights.new_zeros(len(weights)), torch.tensor(classes, device=x.device)
-        )
+        return Proxies(weights, weights.new_zeros(len(weights)), classes)
+
+
+def pseudo_classes(
+    x: Tensor, y: Tensor, num_classes: int, k: int, *, engine: str, seed: int, progress: bool
+) -> tuple[Tensor, Tensor]:
+    """The k-means clusters of each class, numbered through.
+
+    Returns:
+        The cluster of each sample `(N,)` and the class of each cluster `(P,)`; none is empty.
+    """
+    order = torch.argsort(y, stable=True)
+    members = order.split(torch.bincount(y, minlength=num_classes).tolist())
+    centroids = kmeans_classes(
+        [x[rows] for rows in members], k, seed=seed, engine=engine, progress=progress
+    )
+    cluster, classes = torch.empty_like(y), []
+    for c, (rows, of_class) in enumerate(zip(members, centroids, strict=True)):
+        if len(rows):
+            used, own = torch.unique(_nearest(x[rows], of_class), return_inverse=True)
+            cluster[rows] = len(classes) + own
+            classes += [c] * len(used)
+    return cluster, torch.tensor(classes, device=x.device)
 
 
 def _nearest(x: Tensor, centroids: Tensor) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from imprint_pl.gen.base import Proxies
+from imprint_pl.gen.kls import pseudo_classes
 from imprint_pl.gen.ridge import checked_lam, fit
-from imprint_pl.kmeans import check_settings, kmeans_classes
-from imprint_pl.moments import CHUNK
+from imprint_pl.kmeans import check_settings
 
 
 class KRidge:
@@ -49,27 +48,8 @@ class KRidge:
         self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, progress: bool = False
     ) -> Proxies:
         """Embeddings `x (N, d)`, labels `y (N,)` in 0..C−1 → at most `k C` proxies."""
-        order = torch.argsort(y, stable=True)
-        members = order.split(torch.bincount(y, minlength=num_classes).tolist())
-        centroids = kmeans_classes(
-            [x[rows] for rows in members], self.k, seed=seed, engine=self.engine, progress=progress
+        cluster, classes = pseudo_classes(
+            x, y, num_classes, self.k, engine=self.engine, seed=seed, progress=progress
         )
-        cluster, classes = torch.empty_like(y), []
-        for c, (rows, of_class) in enumerate(zip(members, centroids, strict=True)):
-            if len(rows):
-                used, own = torch.unique(_nearest(x[rows], of_class), return_inverse=True)
-                cluster[rows] = len(classes) + own
-                classes += [c] * len(used)
-        classes = torch.tensor(classes, device=x.device)
         weights, bias, self.chosen_lam = fit(x, cluster, classes, self.lam, self.intercept, seed)
         return Proxies(weights, bias, classes)
-
-
-def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
-    """The nearest of `(k, d)` for each of `(n, d)`; a tie goes to the first."""
-    # About the centroids' mean, embeddings far from the origin keep their digits.
-    centre = centroids.mean(0)
-    centroids = centroids - centre
-    return torch.cat(
-        [torch.cdist(rows.float() - centre, centroids).argmin(1) for rows in x.split(CHUNK)]
-    )
