@@ -18,8 +18,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import imprint_pl.data
 from imprint_pl.errors import ImprintError, near
-from imprint_pl.imprinting import drop_unused
 from imprint_pl.module import ImprintedClassifier
+from imprint_pl.recipes import drop_unused
 from imprint_pl.run import PredictionWriter, print_summary, summarise, write_summary
 
 # Importing them makes them known by these short names.

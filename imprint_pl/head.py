@@ -5,12 +5,17 @@ besides its backbone, a plain `nn.Module` from embeddings to class scores.
 from __future__ import annotations
 
 import json
+import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from imprint_pl.agg import Max
 from imprint_pl.errors import ImprintError
 from imprint_pl.gen.base import Proxies
+from imprint_pl.norm import NoNorm
+from imprint_pl.parts import build, describe
 
 # Numbers in the proxies. Above that they are a whole training set (GEN `all`), and gradients for
 # them would only take memory.
@@ -25,19 +30,27 @@ class ImprintedHead(nn.Module):
 
     Args:
         norm_inf: module applied to the embeddings, a part of `imprint_pl.norm`.
-        agg: module that turns proxies into class scores, a part of `imprint_pl.agg`.
+        agg: module that turns proxies into class scores, a part of `imprint_pl.agg`. A head made
+            without either takes both from the state dict that it loads.
 
     Attributes:
         proxies: `(P, d)` parameter, so that a head can be fine-tuned.
+        log_scale: parameter, a number: log(1 / T), T the temperature that makes a softmax of the
+            scores say how sure the head is.
         bias: `(P,)`.
         proxy_classes: `(P,)` int64, the class of each proxy.
         class_names: C names, or an empty list where there are none.
+        settings: names and numbers of the recipe that filled it.
+        tried: what `auto` compared, a row a candidate; empty for other recipes.
     """
 
-    def __init__(self, norm_inf: nn.Module, agg: nn.Module) -> None:
+    def __init__(self, norm_inf: nn.Module | None = None, agg: nn.Module | None = None) -> None:
         super().__init__()
-        self.norm_inf = norm_inf
-        self.agg = agg
+        if (norm_inf is None) != (agg is None):
+            raise ValueError("give norm_inf and agg, or neither")
+        self.takes_parts_of_file = norm_inf is None
+        self.norm_inf = NoNorm() if norm_inf is None else norm_inf
+        self.agg = Max() if agg is None else agg
         self._empty()
 
     def clear(self) -> None:
@@ -52,8 +65,11 @@ class ImprintedHead(nn.Module):
         self.proxies = nn.Parameter(torch.zeros(0, 0, device=device))
         self.register_buffer("bias", torch.zeros(0, device=device))
         self.register_buffer("proxy_classes", torch.zeros(0, dtype=torch.int64, device=device))
+        self.log_scale = nn.Parameter(torch.zeros((), device=device))
         self.class_names: list[str] = []
         self.num_classes = 0
+        self.settings: dict[str, Any] = {}
+        self.tried: list[dict[str, Any]] = []
 
     def fill(
         self, proxies: Proxies, num_classes: int, class_names: list[str] | None = None
@@ -83,8 +99,23 @@ class ImprintedHead(nn.Module):
         """d of the proxies: another where NORM_inf maps to other dimensions."""
         return self.proxies.shape[1]
 
+    @property
+    def temperature(self) -> float:
+        """T of the softmax that turns scores into probabilities; 1 where none was fitted."""
+        return (-self.log_scale).exp().item()
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self.log_scale = nn.Parameter(torch.full_like(self.log_scale, -math.log(value)))
+
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Embeddings `(B, d)` → scores `(B, C)`.
+        """Embeddings `(B, d)` → logits `(B, C)`, the scores over the temperature: their softmax
+        gives probabilities."""
+        return self.scores(embeddings) * self.log_scale.exp()
+
+    def scores(self, embeddings: Tensor) -> Tensor:
+        """Embeddings `(B, d)` → scores `(B, C)` in the units of AGG; −∞ without proxies.
 
         Raises:
             ImprintError: the head is empty, or made for another `d`.
@@ -105,15 +136,29 @@ class ImprintedHead(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """What is not a tensor, as JSON in bytes: safe for `weights_only` and safetensors alike."""
-        text = json.dumps({"num_classes": self.num_classes, "class_names": self.class_names})
+        values = {
+            "num_classes": self.num_classes,
+            "class_names": self.class_names,
+            "norm_inf": describe(self.norm_inf),
+            "agg": describe(self.agg),
+            "settings": self.settings,
+            "tried": self.tried,
+        }
+        text = json.dumps(values, default=repr)
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        values = json.loads(bytes(state.cpu().tolist()).decode())
-        self.num_classes = values["num_classes"]
-        self.class_names = values["class_names"]
+        values = _read(state)
+        for name in ("num_classes", "class_names", "settings", "tried"):
+            setattr(self, name, values[name])
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        extra = state_dict.get(prefix + "_extra_state")
+        if self.takes_parts_of_file and extra is not None:
+            values = _read(extra)
+            device = self.proxies.device
+            self.norm_inf = build("norm_inf", values["norm_inf"]).to(device)
+            self.agg = build("agg", values["agg"]).to(device)
         # The sizes are the file's: make room of the saved shape first.
         for name in ("proxies", "bias", "proxy_classes"):
             saved = state_dict.get(prefix + name)
@@ -124,3 +169,7 @@ class ImprintedHead(nn.Module):
                     room = nn.Parameter(room, requires_grad=room.numel() <= TRAINABLE)
                 setattr(self, name, room)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _read(state: Tensor) -> dict[str, Any]:
+    return json.loads(bytes(state.cpu().tolist()).decode())

@@ -21,7 +21,8 @@ from imprint_pl.backbone import load_backbone
 from imprint_pl.batch import dealt_samples, images_of, split_batch
 from imprint_pl.collapse import nc1
 from imprint_pl.errors import ImprintError
-from imprint_pl.imprinting import imprint_parts, resolve
+from imprint_pl.imprinting import imprint_parts
+from imprint_pl.recipes import resolve
 from imprint_pl.select import weibull_typical
 from imprint_pl.store import EmbeddingStore
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from imprint_pl import ImprintError, imprint
 from imprint_pl.gen import LDA, KRidge, Ridge
 from imprint_pl.gen.ridge import Spectrum, held_out
-from imprint_pl.imprinting import resolve
 from imprint_pl.moments import Moments
+from imprint_pl.recipes import resolve
 
 CLOSED = ["whitened", "ridge", "lda", "ranpac", "kernel"]
 

@@ -9,8 +9,8 @@ from imprint_pl import ImprintError, imprint
 from imprint_pl.agg import Max
 from imprint_pl.gen import Proxies
 from imprint_pl.head import ImprintedHead
-from imprint_pl.imprinting import resolve
 from imprint_pl.norm import L2
+from imprint_pl.recipes import resolve
 
 
 def test_max_gives_each_class_its_best_proxy_plus_bias():
@@ -48,7 +48,7 @@ def test_a_saved_head_scores_the_same_in_a_fresh_process(blobs, tmp_path):
         {"head": head.state_dict(), "x": x, "scores": head(x).detach()}, tmp_path / "file.pt"
     )
     code = (
-        "import sys, torch; from imprint_pl.imprinting import resolve;"
+        "import sys, torch; from imprint_pl.recipes import resolve;"
         "file = torch.load(sys.argv[1], weights_only=True); head = resolve('robust').empty_head();"
         "head.load_state_dict(file['head']); assert torch.equal(head(file['x']), file['scores'])"
     )
@@ -87,3 +87,33 @@ def test_a_head_exports_with_torch_export(blobs):
     batch = torch.export.Dim("batch")
     program = torch.export.export(head, (x,), dynamic_shapes=({0: batch},))
     torch.testing.assert_close(program.module()(x[:7]), head(x[:7]))
+
+
+def test_a_head_made_without_parts_takes_those_of_the_file(blobs, tmp_path):
+    x, y = blobs
+    head = imprint(x, y, "robust", norm_pre="power+whiten+l2", k=3, agg="mnn", m=2)
+    torch.save(head.state_dict(), tmp_path / "head.pt")
+    other = ImprintedHead()
+    other.load_state_dict(torch.load(tmp_path / "head.pt", weights_only=True))
+    assert torch.equal(other(x), head(x))
+    assert other.norm_inf.name == "power+whiten+l2"
+    assert other.agg.m == 2
+
+
+def test_a_file_with_a_part_of_the_users_own_asks_for_it(blobs):
+    class Half(L2):
+        name = "half"
+
+    head = imprint(*blobs, "qi", norm_pre="l2", gen="mean", norm_inf=Half())
+    with pytest.raises(ImprintError, match="norm_inf='half', which is not a part of this package"):
+        ImprintedHead().load_state_dict(head.state_dict())
+    own = ImprintedHead(Half(), Max())
+    own.load_state_dict(head.state_dict())
+    assert torch.equal(own(blobs[0]), head(blobs[0]))
+
+
+def test_the_logits_are_the_scores_over_the_temperature(blobs):
+    head = imprint(*blobs, "qi")
+    head.temperature = 0.25
+    torch.testing.assert_close(head(blobs[0]), 4 * head.scores(blobs[0]))
+    assert head.log_scale.requires_grad

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from imprint_pl import ImprintError, imprint
 from imprint_pl.gen import KMeans, Mean
-from imprint_pl.imprinting import RECIPES, imprint_parts, resolve
+from imprint_pl.imprinting import imprint_parts
+from imprint_pl.recipes import RECIPES, resolve
 
 X = torch.tensor([[3.0, 4.0], [4.0, 3.0], [-3.0, 4.0], [-4.0, 3.0], [0.0, -2.0]])
 Y = torch.tensor([0, 0, 1, 1, 2])

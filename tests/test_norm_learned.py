@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from imprint_pl import ImprintError, imprint
-from imprint_pl.imprinting import imprint_parts, resolve
+from imprint_pl.imprinting import imprint_parts
 from imprint_pl.moments import CHUNK, Moments
 from imprint_pl.norm import L2, Chain, Power, transform
 from imprint_pl.norm_learned import Centre, Nystrom, RandomProjection, Whiten
+from imprint_pl.recipes import resolve
 
 
 def test_centre_takes_the_mean_of_all_samples_away(blobs):
@@ -282,7 +283,7 @@ def test_a_saved_head_with_learned_norms_scores_the_same_in_a_fresh_process(blob
         file[norm_pre] = {"head": head.state_dict(), "scores": head(x).detach()}
     torch.save(file, tmp_path / "file.pt")
     code = (
-        "import sys, torch; from imprint_pl.imprinting import resolve\n"
+        "import sys, torch; from imprint_pl.recipes import resolve\n"
         "file = torch.load(sys.argv[1], weights_only=True); x = file.pop('x')\n"
         "for name, saved in file.items():\n"
         "    head = resolve('qi', norm_pre=name).empty_head()\n"

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from imprint_pl.imprinting import RECIPES, SLOTS
+from imprint_pl.parts import SLOTS
+from imprint_pl.recipes import RECIPES
 
 README = (ROOT / "README.md").read_text()
 
