@@ -19,16 +19,16 @@ ENOUGH = 500
 def folds(y: Tensor, seed: int, enough: int = ENOUGH) -> list[Tensor]:
     """Stratified folds of the labels `y (N,)`, as masks `(N,)` of the held-out samples.
 
-    A fold holds a tenth of each class, drawn by the seed, or one sample of a class of fewer than
-    ten. One fold is all that many samples need; where it holds fewer than `enough`, there are more
-    folds, up to ten, that share no sample. A class's only sample is never held out: no proxy could
-    answer for it. Without a class of two samples there is no fold.
+    A tenth of each class, drawn by the seed, where that makes `enough` samples; otherwise up to
+    five folds, until they hold enough: a fifth of each class each, or one sample of a class of
+    fewer than five. A class's only sample is never held out: no proxy could answer for it. Without
+    a class of two samples there is no fold.
     """
     counts = torch.bincount(y.cpu())
     repeated = counts[counts > 1]
     if not len(repeated):
         return []
-    number = int(repeated.median().clamp(2, 10))
+    number = int(repeated.median().clamp(2, 10 if len(y) >= 10 * enough else 5))
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(y), generator=generator)
     labels, by_class = y.cpu()[order].sort(stable=True)

@@ -12,16 +12,17 @@ from typing import Any
 
 from torch import Tensor
 
+from imprint_pl.auto import imprint_auto
 from imprint_pl.head import ImprintedHead
 from imprint_pl.pipeline import checked, make_head
-from imprint_pl.recipes import Parts, resolve
+from imprint_pl.recipes import AUTO, Auto, Parts, resolve
 from imprint_pl.select import draw_shots, weibull_typical
 
 
 def imprint(
     x: Tensor,
     y: Tensor,
-    recipe: str = "robust",
+    recipe: str = AUTO,
     *,
     num_classes: int | None = None,
     class_names: list[str] | None = None,
@@ -30,6 +31,7 @@ def imprint(
     weibull: tuple[float, float] | None = None,
     classifier: Tensor | None = None,
     progress: bool = False,
+    calibrate: bool = True,
     **overrides: Any,
 ) -> ImprintedHead:
     """Imprints a head: one pass, no gradient.
@@ -37,8 +39,8 @@ def imprint(
     Args:
         x: `(N, d)`, embeddings of the training samples, float, finite.
         y: `(N,)`, labels 0..C−1.
-        recipe: "robust" (the paper's best: k-means with 20 proxies a class) or another of
-            `RECIPES`.
+        recipe: "auto", which compares recipes on held-out samples (see `auto.py`), or a name in
+            `RECIPES`, such as "kernel" (what auto mostly chooses) or "robust" (the paper's best).
         num_classes: C; the largest label + 1 by default.
         class_names: C names, kept in the head and used in messages.
         seed: fixes every random choice; the global generators are left alone.
@@ -48,16 +50,19 @@ def imprint(
         classifier: `(…, d)`, weights of the backbone's original classifier: the reference of
             `norm_post="quantile"`. Without it the proxies themselves are.
         progress: show a bar on stderr.
+        calibrate: fit a temperature on held-out samples, so that a softmax of what the head returns
+            gives probabilities. Costs a second, smaller imprinting.
         overrides: `norm_pre, gen, k, norm_post, norm_inf, agg` and more; see `resolve`.
 
     Returns:
-        An `ImprintedHead`, embeddings `(B, d)` → class scores `(B, C)`, on `x`'s device.
+        An `ImprintedHead`, embeddings `(B, d)` → logits `(B, C)`, on `x`'s device.
 
     Raises:
         ImprintError: shapes, labels or values that do not fit, a class without samples.
 
     Source: Westerhoff et al. 2025, Figure 1.
 
+    >>> import torch
     >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
     >>> head = imprint(x, torch.tensor([0, 0, 1, 1]), "qi")
     >>> head(torch.tensor([[5.0, 1.0], [1.0, 2.0]])).argmax(1)
@@ -72,19 +77,30 @@ def imprint(
     if weibull is not None:
         rows = weibull_typical(x, y, *weibull)
         x, y = x[rows], y[rows]
-    return imprint_parts(x, y, parts, num_classes, class_names, seed, classifier, progress)
+    return imprint_parts(
+        x,
+        y,
+        parts,
+        num_classes,
+        class_names,
+        seed,
+        classifier,
+        progress,
+        calibrate=calibrate,
+    )
 
 
 def imprint_parts(
     x: Tensor,
     y: Tensor,
-    parts: Parts,
+    parts: Parts | Auto,
     num_classes: int | None = None,
     class_names: list[str] | None = None,
     seed: int = 0,
     classifier: Tensor | None = None,
     progress: bool = False,
     allow_empty: bool = False,
+    calibrate: bool = True,
 ) -> ImprintedHead:
     """As `imprint`, from parts that `resolve` built.
 
@@ -92,4 +108,7 @@ def imprint_parts(
     epoch that was cut short on purpose.
     """
     x, y, num_classes = checked(x, y, num_classes, class_names, allow_empty)
-    return make_head(x, y, parts, num_classes, class_names, seed, classifier, progress)
+    rest = (num_classes, class_names, seed, classifier, progress, calibrate)
+    if isinstance(parts, Auto):
+        return imprint_auto(x, y, *rest)
+    return make_head(x, y, parts, *rest)

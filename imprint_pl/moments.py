@@ -115,6 +115,17 @@ class Moments:
             self.class_weights,
         )
 
+    def shifted(self, by: Tensor) -> Moments:
+        """The sums of z − by, `by (d,)`; the Gram matrix has to be pooled and unweighted."""
+        by = by.to(self.sums)
+        gram = self.gram
+        if gram is not None:
+            if gram.ndim != 2 or self.class_weights is not None:
+                raise ValueError("shifted asks for a pooled Gram matrix without class_weights")
+            cross = torch.outer(self.sums.sum(0) - self.counts.sum() / 2 * by, by)
+            gram = gram - cross - cross.T
+        return Moments(self.counts, self.sums - torch.outer(self.counts, by), gram)
+
     def within(self, average: str = "macro") -> Tensor:
         """Σ_W `(d, d)`, the within-class covariance (biased: divided by n).
 

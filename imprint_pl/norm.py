@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from imprint_pl.moments import CHUNK
+from imprint_pl.moments import CHUNK, Moments
 
 
 class Norm(nn.Module):
@@ -19,10 +19,12 @@ class Norm(nn.Module):
 
     Attributes:
         learns: whether `fit` has anything to do.
+        uses_labels: whether what it learns depends on the labels.
         input_dim: d of the embeddings that it was fitted for; `None` where it takes any.
     """
 
     learns = False
+    uses_labels = False
     input_dim: int | None = None
 
     def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Norm:
@@ -31,6 +33,15 @@ class Norm(nn.Module):
         Every class has a sample. Random choices follow the seed.
         """
         return self
+
+    def fit_sums(
+        self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, gram: str = "pooled"
+    ) -> Moments:
+        """As `fit`, and the sums of what it then makes of `x`, which is never kept: it may be many
+        times the size of `x`."""
+        if self.learns:
+            self.fit(x, y, num_classes, seed)
+        return sums_of(self, x, y, num_classes, gram)
 
     def clear(self) -> None:
         """Forgets what it has learned."""
@@ -156,6 +167,10 @@ class Chain(Norm):
         return any(step.learns for step in self.steps)
 
     @property
+    def uses_labels(self) -> bool:
+        return any(step.uses_labels for step in self.steps)
+
+    @property
     def input_dim(self) -> int | None:
         # The steps before the first that learned keep the dimension.
         return next((step.input_dim for step in self.steps if step.input_dim is not None), None)
@@ -167,6 +182,16 @@ class Chain(Norm):
             if i < last:
                 x = transform(step, x)
         return self
+
+    def fit_sums(
+        self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, gram: str = "pooled"
+    ) -> Moments:
+        *first, last = self.steps
+        if not last.learns:
+            return super().fit_sums(x, y, num_classes, seed, gram)
+        first = Chain(first)
+        first.fit(x, y, num_classes, seed)
+        return last.fit_sums(transform(first, x), y, num_classes, seed, gram)
 
     def clear(self) -> None:
         for step in self.steps:
@@ -196,6 +221,17 @@ def transform(norm: nn.Module, x: Tensor) -> Tensor:
             result = rows.new_empty(len(x), rows.shape[1])
         result[i : i + CHUNK] = rows
     return result
+
+
+def sums_of(norm: nn.Module, x: Tensor, y: Tensor, num_classes: int, gram: str) -> Moments:
+    """The sums of `norm(x)`, a chunk at a time. `gram` as in `Moments.zeros`."""
+    moments = None
+    for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+        z = norm(rows)
+        if moments is None:
+            moments = Moments.zeros(num_classes, z.shape[1], gram=gram, device=z.device)
+        moments.add(z, labels)
+    return moments
 
 
 NORMS = {part.name: part for part in (NoNorm, L2, Power)}

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.factor import check_shrinkage, double, inverse_factor, shrunk_within
-from imprint_pl.moments import CHUNK, Moments, sum_dtype
-from imprint_pl.norm import Norm
+from imprint_pl.moments import Moments
+from imprint_pl.norm import Norm, sums_of
 
 # Added to the diagonal of the landmarks' kernel, which is 1 there. Inference is in float32: along
 # directions of the kernel below this, features would be amplified rounding.
@@ -104,6 +104,7 @@ class Whiten(Learned):
     """
 
     name = "whiten"
+    uses_labels = True
     state = ("mean", "matrix")
 
     def __init__(self, shrinkage: float = 0.01) -> None:
@@ -195,6 +196,20 @@ class Nystrom(Learned):
         self.width = width
 
     def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Nystrom:
+        self.fit_sums(x, y, num_classes, seed, gram="none")
+        return self
+
+    def fit_sums(
+        self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, gram: str = "pooled"
+    ) -> Moments:
+        # One pass: the mean is taken from the sums, and then out of them.
+        self._place(x, seed)
+        moments = sums_of(self, x, y, num_classes, gram)
+        self._set(x, mean=moments.global_mean)
+        return moments.shifted(self.mean)
+
+    def _place(self, x: Tensor, seed: int) -> None:
+        """Draws the landmarks; sets all but the mean, which stays 0."""
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randperm(len(x), generator=generator)[: self.projection_dim]
         landmarks = double(x[drawn.sort().values.to(x.device)])
@@ -208,21 +223,14 @@ class Nystrom(Learned):
         gamma = (0.5 / sigma.square()).reshape(1)
         kernel = torch.exp(-gamma * squared)
         kernel.diagonal().add_(JITTER)
-        self._set(x, shift=shift, landmarks=landmarks, gamma=gamma)
         cure = f"width={self.width}: give a smaller one, or fewer landmarks (projection_dim)"
         matrix = inverse_factor(kernel, cure).T
-        total = torch.zeros(len(kernel), dtype=sum_dtype(x.device), device=x.device)
-        for rows in x.split(CHUNK):
-            total += self._kernel(rows).sum(0, dtype=total.dtype)
-        mean = (double(total) / len(x)) @ matrix
-        self._set(x, matrix=matrix, mean=mean)
-        return self
+        mean = torch.zeros(len(kernel))
+        self._set(x, shift=shift, landmarks=landmarks, gamma=gamma, matrix=matrix, mean=mean)
 
     def apply_fitted(self, x: Tensor) -> Tensor:
-        return self._kernel(x) @ self.matrix - self.mean
-
-    def _kernel(self, x: Tensor) -> Tensor:
-        return torch.exp(-self.gamma * _squared_distances(x - self.shift, self.landmarks))
+        x = torch.exp(-self.gamma * _squared_distances(x - self.shift, self.landmarks))
+        return x @ self.matrix - self.mean
 
 
 LEARNED = {part.name: part for part in (Centre, Whiten, RandomProjection, Nystrom)}

@@ -6,14 +6,20 @@ candidates.
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from imprint_pl.calibration import fit_temperature, folds
 from imprint_pl.errors import ImprintError
 from imprint_pl.gen import Proxies
+from imprint_pl.gen.ridge import CHOICES
 from imprint_pl.head import ImprintedHead
-from imprint_pl.moments import CHUNK, Moments
-from imprint_pl.norm import transform
+from imprint_pl.moments import Moments
+from imprint_pl.norm import Norm, sums_of, transform
 from imprint_pl.recipes import Parts
 
 
@@ -26,38 +32,119 @@ def make_head(
     seed: int = 0,
     classifier: Tensor | None = None,
     progress: bool = False,
+    calibrate: bool = False,
 ) -> ImprintedHead:
-    """Embeddings `x (N, d)`, labels `y (N,)` that `checked` has seen → a head, temperature 1.
+    """Embeddings `x (N, d)`, labels `y (N,)` that `checked` has seen → a head.
 
-    A class without samples gets no proxy.
+    A class without samples gets no proxy. The temperature is 1, or with `calibrate` the one that
+    suits samples which were held out for it; 1 still where too few samples are left then.
     """
-    present, y = torch.unique(y, return_inverse=True)
+    present, labels = torch.unique(y, return_inverse=True)
     norm_pre, head = parts.fresh()
-    if getattr(norm_pre, "learns", False):
-        norm_pre.to(x.device).fit(x, y, len(present), seed)
+    held = folds(labels, seed) if calibrate else []
+    moments = None
     if parts.gen.from_moments:
-        gram = "pooled" if parts.gen.needs_gram else "none"
-        proxies = parts.gen(_moments(norm_pre, x, y, len(present), gram))
+        moments = _sums(norm_pre.to(x.device), x, labels, len(present), parts.gen, seed)
+        proxies = parts.gen(moments)
     else:
-        proxies = parts.gen(transform(norm_pre, x), y, len(present), seed, progress)
-    weights = parts.norm_post.of_proxies(proxies.weights, proxies.classes, classifier)
-    proxies = Proxies(weights, proxies.bias, present[proxies.classes])
+        if getattr(norm_pre, "learns", False):
+            norm_pre.to(x.device).fit(x, labels, len(present), seed)
+        z = transform(norm_pre, x)
+        proxies = parts.gen(z, labels, len(present), seed, progress)
+        del z
+    chosen_lam = getattr(parts.gen, "chosen_lam", None)
+    proxies = _finished(proxies, parts, present, classifier)
     head = head.to(x.device).fill(proxies, num_classes, class_names)
     head.settings = dict(parts.parameters) | {"seed": seed}
-    if getattr(parts.gen, "chosen_lam", None) is not None:
-        head.settings["chosen_lam"] = parts.gen.chosen_lam
+    if chosen_lam is not None:
+        head.settings["chosen_lam"] = chosen_lam
+    if held:
+        fitted = None if moments is None else (norm_pre, head.norm_inf, moments)
+        if chosen_lam is not None:
+            gen = copy.copy(parts.gen)
+            gen.lam = chosen_lam
+            parts = replace(parts, gen=gen)
+        try:
+            scores = held_out_scores(x, y, parts, num_classes, held, seed, classifier, fitted)
+        except ImprintError:
+            # Enough samples for the recipe, but not with some of them held out.
+            return head
+        head.temperature = fit_temperature(torch.cat(scores), torch.cat([y[rows] for rows in held]))
     return head
 
 
-def _moments(norm: nn.Module, x: Tensor, y: Tensor, num_classes: int, gram: str) -> Moments:
-    """The sums of `norm(x)`, which is never kept: it may be many times the size of `x`."""
-    moments = None
-    for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-        z = norm(rows)
-        if moments is None:
-            moments = Moments.zeros(num_classes, z.shape[1], gram=gram, device=z.device)
-        moments.add(z, labels)
-    return moments
+def held_out_scores(
+    x: Tensor,
+    y: Tensor,
+    parts: Parts,
+    num_classes: int,
+    held: list[Tensor],
+    seed: int = 0,
+    classifier: Tensor | None = None,
+    fitted: tuple[nn.Module, nn.Module, Moments] | None = None,
+) -> list[Tensor]:
+    """Scores of held-out samples by a head that is made of the others, for each mask of `held`.
+
+    Where GEN asks for sums, the held-out samples are taken out of the sums of all; a NORM_pre that
+    does not look at labels, and a λ, are then fitted once, on all samples.
+
+    Args:
+        x, y, parts, num_classes, seed, classifier: as for `make_head`.
+        held: masks `(N,)`; every class keeps a sample outside of each.
+        fitted: NORM_pre, NORM_inf and the sums of all samples after NORM_pre, where they are known.
+
+    Returns:
+        `(n, num_classes)` for each mask.
+    """
+    present, labels = torch.unique(y, return_inverse=True)
+    norm_pre, head = parts.fresh()
+    # Rows to sum up: each time the others, or all of them once and the held-out ones again.
+    out = sum(int(mask.sum()) for mask in held)
+    worth_it = fitted is not None or len(held) * len(y) - out > len(y) + out
+    by_sums = parts.gen.from_moments and not getattr(norm_pre, "uses_labels", False)
+    if not (by_sums and worth_it):
+        return [
+            make_head(x[~m], y[~m], parts, num_classes, None, seed, classifier).scores(x[m])
+            for m in held
+        ]
+    if fitted is None:
+        norm_pre = norm_pre.to(x.device)
+        moments = _sums(norm_pre, x, labels, len(present), parts.gen, seed)
+        fitted = norm_pre, head.norm_inf, moments
+    norm_pre, norm_inf, moments = fitted
+    gen = parts.gen
+    if getattr(gen, "lam", None) in CHOICES:
+        # Chosen once, on all samples: again a fold would take as long as the head itself.
+        gen(moments)
+        gen = copy.copy(gen)
+        gen.lam = gen.chosen_lam
+    scores = []
+    for mask in held:
+        z = transform(norm_pre, x[mask])
+        gram = "none" if moments.gram is None else "pooled"
+        others = moments - Moments.of(z, labels[mask], len(present), gram=gram)
+        proxies = _finished(gen(others), parts, present, classifier)
+        if norm_inf is not norm_pre:
+            z = transform(norm_inf, x[mask])
+        scores.append(parts.agg(z, proxies.weights, proxies.bias, proxies.classes, num_classes))
+    return scores
+
+
+def _sums(
+    norm_pre: nn.Module, x: Tensor, y: Tensor, num_classes: int, gen: Any, seed: int
+) -> Moments:
+    gram = "pooled" if gen.needs_gram else "none"
+    if isinstance(norm_pre, Norm):
+        return norm_pre.fit_sums(x, y, num_classes, seed, gram)
+    return sums_of(norm_pre, x, y, num_classes, gram)
+
+
+def _finished(
+    proxies: Proxies, parts: Parts, present: Tensor, classifier: Tensor | None
+) -> Proxies:
+    """After NORM_post, with the labels of the task instead of places among the present."""
+    weights = parts.norm_post.of_proxies(proxies.weights, proxies.classes, classifier)
+    return Proxies(weights, proxies.bias, present[proxies.classes])
 
 
 def checked(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,9 @@ from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
 from imprint_pl.norm import Chain, Norm
 from imprint_pl.parts import SLOTS, near_names, parameters_of, step_names, steps_of
+
+# The recipe that chooses one of the others; see `auto.py`.
+AUTO = "auto"
 
 RECIPES: dict[str, dict[str, Any]] = {
     # Qi et al. 2018: the mean.
@@ -98,11 +101,22 @@ class Parts:
         return norm_pre, ImprintedHead(norm_inf, self.agg)
 
 
-def resolve(recipe: str = "robust", **overrides: Any) -> Parts:
+@dataclass(frozen=True)
+class Auto:
+    """Stands for the `Parts` of the recipe that `auto` will choose, once it has seen embeddings."""
+
+    parameters: dict[str, Any] = field(default_factory=lambda: {"recipe": AUTO})
+
+    def empty_head(self) -> ImprintedHead:
+        """A head that takes its parts from the state dict that it loads."""
+        return ImprintedHead()
+
+
+def resolve(recipe: str = AUTO, **overrides: Any) -> Parts | Auto:
     """Builds the parts of a recipe; an explicit keyword beats the recipe's.
 
     Args:
-        recipe: a name in `RECIPES`.
+        recipe: a name in `RECIPES`, or "auto", which takes no overrides.
         overrides: `norm_pre, gen, norm_post, norm_inf, agg` (a name or an instance) and their
             parameters (`k, lam, engine, m, distance, votes, temperature, as_published, shrinkage,
             projection_dim, width, prior, intercept`). `None` means not given. A norm may be several
@@ -120,9 +134,17 @@ def resolve(recipe: str = "robust", **overrides: Any) -> Parts:
     imprint_pl.errors.ImprintError: m=5 is not used by norm_pre='l2', gen='mean', norm_post='l2', \
 norm_inf='l2', agg='max': leave it out, or choose a part that takes it (m: mnn)
     """
-    if recipe not in RECIPES:
-        raise ImprintError(f"unknown recipe {recipe!r}{near_names(recipe, RECIPES)}")
     given = {name: value for name, value in overrides.items() if value is not None}
+    if recipe == AUTO:
+        if given:
+            name = next(iter(given))
+            raise ImprintError(
+                f"{name}={given[name]!r} is not used by recipe='auto', which chooses every part "
+                f"from the embeddings: leave it out, or name a recipe ({', '.join(RECIPES)})"
+            )
+        return Auto()
+    if recipe not in RECIPES:
+        raise ImprintError(f"unknown recipe {recipe!r}{near_names(recipe, [AUTO, *RECIPES])}")
     chosen = RECIPES[recipe] | given
     parts, parameters, used = {}, {"recipe": recipe}, set()
     for slot in SLOTS:

@@ -31,7 +31,7 @@ def test_ridge_is_its_formula(lam, blobs):
     torch.testing.assert_close(proxies.bias, expected[5].float(), atol=1e-6, rtol=1e-5)
     assert proxies.classes.tolist() == [0, 1, 2]
     torch.testing.assert_close(
-        imprint(x, y, "ridge", lam=lam)(x), (z @ expected).float(), atol=1e-5, rtol=0
+        imprint(x, y, "ridge", lam=lam).scores(x), (z @ expected).float(), atol=1e-5, rtol=0
     )
 
 
@@ -45,7 +45,9 @@ def test_ridge_is_scikit_learns(intercept, blobs):
     reference = Reference(alpha=40 * 0.3, fit_intercept=False)
     reference.fit(features, F.one_hot(y).double().numpy())
     head = imprint(x, y, "ridge", lam=0.3, intercept=intercept)
-    np.testing.assert_allclose(head(x).detach().numpy(), reference.predict(features), atol=1e-5)
+    np.testing.assert_allclose(
+        head.scores(x).detach().numpy(), reference.predict(features), atol=1e-5
+    )
 
 
 def test_ridge_without_penalty_interpolates_hand_made_points():
@@ -235,8 +237,8 @@ def test_the_order_of_classes_and_samples_does_not_matter(recipe, blobs):
     x, y = blobs
     # Random choices are of samples: with all of them as landmarks their order is the draw's alone.
     arguments = dict(norm_pre="l2", intercept=False) if recipe == "ranpac" else {}
-    scores = imprint(x, y, recipe, **arguments)(x)
-    turned = imprint(x.flip(0), 2 - y.flip(0), recipe, **arguments)(x)
+    scores = imprint(x, y, recipe, **arguments).scores(x)
+    turned = imprint(x.flip(0), 2 - y.flip(0), recipe, **arguments).scores(x)
     torch.testing.assert_close(turned.flip(1), scores, atol=1e-3, rtol=1e-3)
 
 
@@ -244,10 +246,10 @@ def test_the_order_of_classes_and_samples_does_not_matter(recipe, blobs):
 @pytest.mark.parametrize("recipe", sorted(set(CLOSED) - {"ranpac", "kernel"}))
 def test_two_copies_of_every_sample_change_nothing_but_draws(recipe, blobs):
     x, y = blobs
-    once = imprint(x, y, recipe, **({"lam": 0.1} if recipe == "ridge" else {}))(x)
+    once = imprint(x, y, recipe, **({"lam": 0.1} if recipe == "ridge" else {})).scores(x)
     twice = imprint(
         x.repeat(2, 1), y.repeat(2), recipe, **({"lam": 0.1} if recipe == "ridge" else {})
-    )(x)
+    ).scores(x)
     torch.testing.assert_close(once, twice, atol=1e-4, rtol=1e-4)
 
 

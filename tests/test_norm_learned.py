@@ -131,7 +131,7 @@ def test_nystrom_with_all_samples_as_landmarks_is_kernel_ridge(blobs):
     to_new = (to_new - kernel.mean(0)) @ centring
     expected = model.predict(to_new.numpy())
     head = imprint(x, y, "kernel", norm_pre="nystrom", lam=1e-2, intercept=False, projection_dim=40)
-    scores = head(new) - head(x).mean(0)
+    scores = head.scores(new) - head.scores(x).mean(0)
     # Without intercept one-hot targets that are not centred fit the same on centred features.
     np.testing.assert_allclose(scores.detach().numpy(), expected, atol=2e-3)
 
@@ -175,7 +175,7 @@ def test_whitened_is_its_parts_by_hand(blobs):
     whiten = Whiten().fit(x, y, 3)
     means = torch.stack([F.normalize(whiten(x))[y == c].mean(0) for c in range(3)])
     torch.testing.assert_close(head.proxies.data, F.normalize(means))
-    torch.testing.assert_close(head(x), F.normalize(whiten(x)) @ F.normalize(means).T)
+    torch.testing.assert_close(head.scores(x), F.normalize(whiten(x)) @ F.normalize(means).T)
 
 
 def test_an_unfitted_norm_says_so():
@@ -298,7 +298,7 @@ def test_a_learned_norm_travels_once(blobs):
     state = imprint(x, y, "whitened").state_dict()
     learned = sorted(name for name in state if name.startswith("norm"))
     assert learned == ["norm_inf.steps.0.matrix", "norm_inf.steps.0.mean"]
-    assert len(state) == 2 + len(["proxies", "bias", "proxy_classes", "_extra_state"])
+    assert len(state) == 2 + len(["proxies", "log_scale", "bias", "proxy_classes", "_extra_state"])
 
 
 def test_clearing_a_head_forgets_what_was_learned(blobs):
@@ -306,7 +306,9 @@ def test_clearing_a_head_forgets_what_was_learned(blobs):
     head = imprint(x, y, "kernel")
     assert head.embedding_dim == 5
     head.clear()
-    assert all(t.numel() == 0 for n, t in head.state_dict().items() if n != "_extra_state")
+    assert head.temperature == 1
+    kept = ("_extra_state", "log_scale")
+    assert all(t.numel() == 0 for n, t in head.state_dict().items() if n not in kept)
 
 
 def test_embeddings_of_another_size_are_refused(blobs):
