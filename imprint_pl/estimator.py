@@ -266,7 +266,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
 
     def __getstate__(self):
         state = super().__getstate__()
-        if state.get("_head") is not None:
+        if self.device is not None and hasattr(self, "classes_"):
             # What was fitted on a GPU is read on machines without one.
-            state = state | {"_head": copy.deepcopy(self._head).cpu()}
+            head, kept = copy.deepcopy((self._head, self._kept))
+            state = state | {"_head": head and head.cpu(), "_kept": kept and kept.cpu()}
         return state

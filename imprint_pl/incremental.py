@@ -60,6 +60,9 @@ class Rows:
         head.tried = self.tried
         return head
 
+    def cpu(self) -> Rows:
+        return self
+
 
 class Sums:
     """Moments of NORM_pre(x) over all batches, and a bounded sample of rows; on the CPU.
@@ -103,25 +106,33 @@ class Sums:
         """As `Rows.head`."""
         moments = _moved(self.moments, device)
         x, labels = self.x.to(device), self.labels
+        head = self._head(moments, class_names, self.parts.gen)
+        gen = copy.copy(self.parts.gen)
+        if "chosen_lam" in head.settings:
+            # To choose λ again takes as long as the head itself.
+            gen.lam = head.settings["chosen_lam"]
         scores, of = [torch.empty(0, len(class_names), device=device)], [labels[:0]]
         with torch.no_grad():
             for held in self._held_out():
                 rest = moments - self._added(None, x[held], labels[held], len(class_names))
                 try:
-                    scores.append(self._head(rest, class_names).scores(x[held]))
+                    scores.append(self._head(rest, class_names, gen).scores(x[held]))
                     of.append(labels[held])
                 except ImprintError:
-                    # Too few rows without these; the head of all may well exist.
+                    # Too few rows without these; the head of all exists.
                     continue
-        head = self._head(moments, class_names)
         head.temperature = fit_temperature(torch.cat(scores), torch.cat(of))
         return head
 
-    def _head(self, moments: Moments, class_names: list[str]) -> ImprintedHead:
+    def cpu(self) -> Sums:
+        """Moves the norms, which rest where they were used last; all else is there already."""
+        self.norm_pre.cpu()
+        return self
+
+    def _head(self, moments: Moments, class_names: list[str], gen: Any) -> ImprintedHead:
         """A head from sums, temperature 1; a class without samples gets no proxy."""
         present = (moments.counts > 0).nonzero().flatten()
         moments = Moments(moments.counts[present], moments.sums[present], moments.gram)
-        gen = self.parts.gen
         proxies = gen(moments)
         weights = self.parts.norm_post.of_proxies(proxies.weights, proxies.classes, None)
         # NORM_inf never changes again, so that heads may share it.
