@@ -139,8 +139,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
                 `classes`, new labels may come with any batch, and `classes_` grows.
 
         Raises:
-            ImprintError: a label outside `classes`; other `classes` than before; and
-                as for `fit`. What needs the head, such as a singular matrix, is raised by the
+            ImprintError: a label outside `classes`; other `classes` than before; and as for `fit`.
+                What the head needs, such as a matrix that is not singular, is asked for by the
                 prediction.
         """
         first = getattr(self, "_kept", None) is None
@@ -206,8 +206,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         return torch.from_numpy(X).to(self.device or "cpu")
 
     def _seed(self) -> int:
-        if not isinstance(self.seed, Integral):
-            raise ImprintError(f"seed={self.seed!r}: give an integer, such as 0")
+        if not isinstance(self.seed, Integral) or self.seed < 0:
+            raise ImprintError(f"seed={self.seed!r}: give an integer of at least 0")
         return int(self.seed)
 
     def _keywords(self) -> dict[str, Any]:
@@ -229,7 +229,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             known = self.classes_ if closed else unique_labels(self.classes_, y)
             if classes is not None and not np.array_equal(unique_labels(classes), known):
                 raise ImprintError(
-                    f"classes={list(classes)} are not those known so far, {known.tolist()}: give "
+                    f"classes={list(classes)} are not those known so far, {_some(known)}: give "
                     "them in the first partial_fit alone"
                 )
         outside = ~np.isin(y, known)
@@ -237,7 +237,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             label = y[outside].tolist()[0]
             raise ImprintError(
                 f"label {label!r} of sample {outside.argmax()} is not among the classes of the "
-                f"first partial_fit, {known.tolist()}{near(label, map(str, known))}: name it "
+                f"first partial_fit, {_some(known)}{near(label, map(str, known))}: name it "
                 "there, or leave `classes` out, and new labels may come with any batch"
             )
         return known, closed
@@ -271,3 +271,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             head, kept = copy.deepcopy((self._head, self._kept))
             state = state | {"_head": head and head.cpu(), "_kept": kept and kept.cpu()}
         return state
+
+
+def _some(labels: np.ndarray) -> str:
+    more = f" and {len(labels) - 10} more" if len(labels) > 10 else ""
+    return f"{labels[:10].tolist()}{more}"

@@ -69,7 +69,8 @@ class Sums:
 
     NORM_pre is fitted on the first batch. The sample is drawn uniformly, the same however the rows
     are batched. The sums less those of a part of the sample make a head that has not seen that
-    part; its scores there give the temperature. Arguments as of `Rows`.
+    part, but for what NORM_pre learned from it; its scores there give the temperature. Arguments
+    as of `Rows`.
     """
 
     def __init__(

@@ -361,6 +361,7 @@ def test_a_gpu_gives_what_the_cpu_gives_and_pickles_to_the_cpu(recipe, digits):
         (dict(recipe="rige"), X, [0, 0, 1, 1], ImprintError, "unknown recipe 'rige'.*'ridge'"),
         (dict(recipe="qi", k=3), X, [0, 0, 1, 1], ImprintError, "k=3 is not used by"),
         (dict(seed=None), X, [0, 0, 1, 1], ImprintError, "seed=None: give an integer"),
+        (dict(seed=-1), X, [0, 0, 1, 1], ImprintError, "seed=-1: give an integer of at least 0"),
         ({}, csr_array(X), [0, 0, 1, 1], TypeError, "Sparse data was passed for X.*toarray"),
         ({}, X * np.nan, [0, 0, 1, 1], ValueError, "contains NaN"),
         ({}, X * 1e300, [0, 0, 1, 1], ValueError, "too large for dtype\\('float32'\\)"),
