@@ -2,8 +2,8 @@
 
     from imprint_pl import ImprintedClassifier, imprint
 
-`imprint` works on embeddings, `ImprintedClassifier` is a LightningModule on images. The README
-shows both.
+`imprint` works on embeddings, `ImprintEstimator` is a scikit-learn classifier on them, and
+`ImprintedClassifier` is a LightningModule on images. The README shows all three.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from imprint_pl.errors import ImprintError
+    from imprint_pl.estimator import ImprintEstimator
     from imprint_pl.head import ImprintedHead
     from imprint_pl.imprinting import imprint
     from imprint_pl.module import ImprintedClassifier
@@ -25,11 +26,12 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 
 _HOMES = {
     "ImprintError": "errors",
+    "ImprintEstimator": "estimator",
     "ImprintedClassifier": "module",
     "ImprintedHead": "head",
     "imprint": "imprinting",
 }
-__all__ = ["ImprintError", "ImprintedClassifier", "ImprintedHead", "imprint"]
+__all__ = ["ImprintError", "ImprintEstimator", "ImprintedClassifier", "ImprintedHead", "imprint"]
 
 
 def __getattr__(name: str):

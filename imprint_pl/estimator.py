@@ -1,0 +1,278 @@
+"""ImprintEstimator: imprinting as a scikit-learn classifier, on arrays, with labels of any kind.
+
+A thin shell over `imprint`: it checks arrays as scikit-learn does, maps labels to 0..C−1 and back,
+and imprints batch after batch by `partial_fit`, from what `incremental.py` keeps.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets, unique_labels
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from imprint_pl.errors import ImprintError, near
+from imprint_pl.head import ImprintedHead
+from imprint_pl.imprinting import imprint
+from imprint_pl.incremental import Rows, Sums
+from imprint_pl.norm import transform
+from imprint_pl.recipes import Parts, resolve
+
+DEFAULT_RECIPE = "robust"
+
+# torch can only share memory that may be written to.
+AS_TENSOR = {"dtype": np.float32, "order": "C", "force_writeable": True}
+
+
+class ImprintEstimator(ClassifierMixin, BaseEstimator):
+    """A scikit-learn classifier on embeddings `(n, d)`, with labels of any kind.
+
+    It works wherever scikit-learn takes a classifier: `Pipeline`, `GridSearchCV`,
+    `cross_val_score`, pickles. Arithmetic is in float32; sums are in float64. Sparse input and
+    sample weights are not supported. Keywords that are `None` are the recipe's; one that the chosen
+    parts do not use is an error, so that a grid is best a list of dicts, one a recipe.
+
+    Args:
+        recipe: a name in `imprint_pl.recipes.RECIPES`.
+        norm_pre, gen, k, norm_post, norm_inf, agg, m, distance, votes, temperature, lam, intercept,
+        shrinkage, prior, projection_dim, width, engine, as_published: as for `imprint`.
+        seed: an integer that fixes every random choice; what `random_state` is elsewhere, but never
+            the global generator.
+        device: where to compute, such as "cuda"; the CPU by default. A pickle holds CPU tensors,
+            whatever the device.
+
+    Attributes:
+        classes_: `(C,)`, the labels, sorted: column c of the outputs is `classes_[c]`.
+        head_: the `ImprintedHead`, with the recipe in `head_.settings`.
+        n_features_in_: d.
+        feature_names_in_: the columns' names, where `X` was a data frame.
+
+    >>> X = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+    >>> model = ImprintEstimator("qi").fit(X, ["cat", "cat", "dog", "dog"])
+    >>> model.predict([[5.0, 1.0], [1.0, 2.0]]).tolist()
+    ['cat', 'dog']
+    """
+
+    def __init__(
+        self,
+        recipe: str = DEFAULT_RECIPE,
+        *,
+        norm_pre: str | list[str] | None = None,
+        gen: str | None = None,
+        k: int | None = None,
+        norm_post: str | None = None,
+        norm_inf: str | list[str] | None = None,
+        agg: str | None = None,
+        m: int | None = None,
+        distance: str | None = None,
+        votes: str | None = None,
+        temperature: float | None = None,
+        lam: float | str | None = None,
+        intercept: bool | None = None,
+        shrinkage: float | None = None,
+        prior: str | None = None,
+        projection_dim: int | None = None,
+        width: float | None = None,
+        engine: str | None = None,
+        as_published: bool | None = None,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.norm_pre = norm_pre
+        self.gen = gen
+        self.k = k
+        self.norm_post = norm_post
+        self.norm_inf = norm_inf
+        self.agg = agg
+        self.m = m
+        self.distance = distance
+        self.votes = votes
+        self.temperature = temperature
+        self.lam = lam
+        self.intercept = intercept
+        self.shrinkage = shrinkage
+        self.prior = prior
+        self.projection_dim = projection_dim
+        self.width = width
+        self.engine = engine
+        self.as_published = as_published
+        self.seed = seed
+        self.device = device
+
+    def fit(self, X, y) -> ImprintEstimator:
+        """Imprints `X (n, d)`, labels `y (n,)`, and forgets what was fitted before.
+
+        Raises:
+            ImprintError: an unknown recipe or part, or values that do not suit it (a `ValueError`).
+            ValueError: shapes, NaN or types that scikit-learn refuses.
+        """
+        x, y = self._checked(X, y, reset=True)
+        classes, codes = np.unique(y, return_inverse=True)
+        names = [str(label) for label in classes]
+        seed, keywords = self._seed(), self._keywords()
+        self._head = imprint(x, torch.from_numpy(codes), class_names=names, seed=seed, **keywords)
+        self._kept, self.classes_ = None, classes
+        return self
+
+    def partial_fit(self, X, y, classes=None) -> ImprintEstimator:
+        """Adds a batch `X (n, d)`, `y (n,)`; the head is made anew at the next prediction.
+
+        The first call reads the parameters and settles the recipe, the choice of "auto" included;
+        a NORM_pre that learns is fitted on that first batch and stays, so let it be large and
+        mixed. GENs that need sums alone (mean, ls, lda, ridge unless `lam="holdout"`) keep sums and
+        at most 2,000 rows; with a NORM_pre that does not learn, batches give what `fit` gives on
+        all rows. For the other GENs, such as k-means, **every row is kept**, and memory grows.
+
+        `fit` keeps neither: `partial_fit` after it starts anew, with a warning.
+
+        Args:
+            classes: all labels, as elsewhere in scikit-learn; later calls may repeat them. Those
+                without a sample yet are never predicted: probability 0, score −∞. Without
+                `classes`, new labels may come with any batch, and `classes_` grows.
+
+        Raises:
+            ImprintError: a label outside `classes`; other `classes` than before; and as for `fit`.
+                What the head needs, such as a matrix that is not singular, is asked for by the
+                prediction.
+        """
+        first = getattr(self, "_kept", None) is None
+        if first and hasattr(self, "classes_"):
+            warnings.warn(
+                "partial_fit after fit starts anew: fit keeps no sums to add to; call partial_fit "
+                "from the first batch on",
+                stacklevel=2,
+            )
+        x, y = self._checked(X, y, reset=first)
+        known, closed = self._known(y, classes, first)
+        labels = torch.from_numpy(np.searchsorted(known, y))
+        if first:
+            parts, tried = self._settle(x, labels)
+            kept = (Sums if parts.gen.from_moments else Rows)(parts, x, labels, self._seed(), tried)
+        else:
+            kept = self._kept
+            if len(known) > len(self.classes_):
+                kept.renumber(torch.from_numpy(np.searchsorted(known, self.classes_)), len(known))
+        kept.add(x, labels, len(known))
+        self._kept, self._head, self.classes_, self._closed = kept, None, known, closed
+        return self
+
+    @property
+    def head_(self) -> ImprintedHead:
+        check_is_fitted(self)
+        if self._head is None:
+            names = [str(label) for label in self.classes_]
+            self._head = self._kept.head(names, torch.device(self.device or "cpu"))
+        return self._head
+
+    def decision_function(self, X) -> np.ndarray:
+        """Logits `(n, C)`, whose softmax `predict_proba` is.
+
+        Of two classes their difference `(n,)`, above 0 for `classes_[1]`.
+        """
+        logits = self._logits(X)
+        if logits.shape[1] == 2:
+            logits = logits[:, 1] - logits[:, 0]
+        return logits.numpy()
+
+    def predict_proba(self, X) -> np.ndarray:
+        """Probabilities `(n, C)`."""
+        return self._logits(X).softmax(1).numpy()
+
+    def predict(self, X) -> np.ndarray:
+        """Labels `(n,)`."""
+        best = self._logits(X).argmax(1).numpy()
+        return self.classes_[best]
+
+    def _logits(self, X) -> Tensor:
+        check_is_fitted(self)
+        x = self._tensor(validate_data(self, X, reset=False, **AS_TENSOR))
+        with torch.no_grad():
+            return transform(self.head_.to(x.device), x).cpu().double()
+
+    def _checked(self, X, y, reset: bool) -> tuple[Tensor, np.ndarray]:
+        X, y = validate_data(self, X, y, reset=reset, **AS_TENSOR)
+        check_classification_targets(y)
+        return self._tensor(X), y
+
+    def _tensor(self, X: np.ndarray) -> Tensor:
+        return torch.from_numpy(X).to(self.device or "cpu")
+
+    def _seed(self) -> int:
+        if not isinstance(self.seed, Integral) or self.seed < 0:
+            raise ImprintError(f"seed={self.seed!r}: give an integer of at least 0")
+        return int(self.seed)
+
+    def _keywords(self) -> dict[str, Any]:
+        """What was given of the recipe and its parts; NumPy's scalars, of a grid, as Python's."""
+        given = self.get_params(deep=False)
+        del given["seed"], given["device"]
+        return {
+            name: value.item() if isinstance(value, np.generic) else value
+            for name, value in given.items()
+            if value is not None
+        }
+
+    def _known(self, y: np.ndarray, classes, first: bool) -> tuple[np.ndarray, bool]:
+        """All labels so far, sorted, and whether the first batch has named all that may come."""
+        closed = classes is not None if first else self._closed
+        if first:
+            known = unique_labels(classes if closed else y)
+        else:
+            known = self.classes_ if closed else unique_labels(self.classes_, y)
+            if classes is not None and not np.array_equal(unique_labels(classes), known):
+                raise ImprintError(
+                    f"classes={list(classes)} are not those known so far, {_some(known)}: give "
+                    "them in the first partial_fit alone"
+                )
+        outside = ~np.isin(y, known)
+        if outside.any():
+            label = y[outside].tolist()[0]
+            raise ImprintError(
+                f"label {label!r} of sample {outside.argmax()} is not among the classes of the "
+                f"first partial_fit, {_some(known)}{near(label, map(str, known))}: name it "
+                "there, or leave `classes` out, and new labels may come with any batch"
+            )
+        return known, closed
+
+    def _settle(self, x: Tensor, labels: Tensor) -> tuple[Parts, list[dict[str, Any]]]:
+        """The parts for all batches, and what "auto" tried on the first to find them."""
+        keywords = self._keywords()
+        if keywords.get("recipe") != "auto":
+            return resolve(**keywords), []
+        codes = torch.unique(labels, return_inverse=True)[1]
+        head = imprint(x, codes, seed=self._seed(), **keywords)
+        del keywords["recipe"]
+        chosen = {n: v for n, v in head.settings.items() if n in self.get_params(deep=False)}
+        del chosen["seed"]
+        return resolve(**chosen | keywords), head.tried
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        # In float32 the last digits of a row's scores change with the rows beside it, by up to 1e-5
+        # behind nystrom; scikit-learn's checks of invariance allow 1e-7.
+        tags.non_deterministic = True
+        return tags
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "classes_")
+
+    def __getstate__(self):
+        state = super().__getstate__()
+        if self.device is not None and hasattr(self, "classes_"):
+            # What was fitted on a GPU is read on machines without one.
+            head, kept = copy.deepcopy((self._head, self._kept))
+            state = state | {"_head": head and head.cpu(), "_kept": kept and kept.cpu()}
+        return state
+
+
+def _some(labels: np.ndarray) -> str:
+    more = f" and {len(labels) - 10} more" if len(labels) > 10 else ""
+    return f"{labels[:10].tolist()}{more}"
