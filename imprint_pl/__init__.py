@@ -13,7 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from imprint_pl.attaching import attach, detach
+    from imprint_pl.callback import ImprintCallback
     from imprint_pl.errors import ImprintError
+    from imprint_pl.extending import extend
     from imprint_pl.head import ImprintedHead
     from imprint_pl.imprinting import imprint
     from imprint_pl.module import ImprintedClassifier
@@ -24,12 +27,25 @@ except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0+unknown"
 
 _HOMES = {
+    "ImprintCallback": "callback",
     "ImprintError": "errors",
     "ImprintedClassifier": "module",
     "ImprintedHead": "head",
+    "attach": "attaching",
+    "detach": "attaching",
+    "extend": "extending",
     "imprint": "imprinting",
 }
-__all__ = ["ImprintError", "ImprintedClassifier", "ImprintedHead", "imprint"]
+__all__ = [
+    "ImprintCallback",
+    "ImprintError",
+    "ImprintedClassifier",
+    "ImprintedHead",
+    "attach",
+    "detach",
+    "extend",
+    "imprint",
+]
 
 
 def __getattr__(name: str):
