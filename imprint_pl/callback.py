@@ -270,7 +270,7 @@ class ImprintCallback(Callback):
         head = imprint(x, y, self.recipe, **settings)
         if self.when == "fit_start" and not _is_trainable(head, x[:2]):
             raise ImprintError(
-                f"the head of {self.recipe!r} (gen={head.settings.get('gen')!r}, "
+                f"the head of recipe {self.recipe!r} ({len(head.proxies)} proxies, "
                 f"agg={head.agg.name!r}) cannot be fine-tuned: no gradient reaches its proxies; "
                 'choose another recipe, or when="train_end"'
             )

@@ -74,7 +74,7 @@ def extend(
     Label C_old + i is the i-th name of `new_classes`. With `old_data` the layer becomes an
     `ExtendedLayer`, about as accurate as imprinting all classes at once. Without, it stays an
     `nn.Linear` with more rows, which guess where the old classes are: on ten-class tasks the
-    harmonic mean of old-class and new-class accuracy was 5 to 18 points lower.
+    harmonic mean of old-class and new-class accuracy was 7 to 18 points lower.
 
     Args:
         module: any trained `nn.Module` or LightningModule.
@@ -111,8 +111,10 @@ def extend(
     parts, size = [], old.out_features
     for name, samples in new_classes.items():
         # Labels nobody reads: there is one class.
-        batches = _unlabelled(name, samples)
+        batches = _unlabelled(samples)
         x, _ = gather_embeddings(module, layer, batches, lambda batch: (batch, _zeros(batch)))
+        if not len(x):
+            raise ImprintError(f"class {name!r} has no sample: add some, or leave it out")
         parts.append(x)
     x = torch.cat(parts)
     y = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
@@ -133,15 +135,11 @@ def extend(
     return new
 
 
-def _unlabelled(name: str, samples: Any) -> Iterator[Any]:
+def _unlabelled(samples: Any) -> Iterator[Any]:
     if isinstance(samples, Tensor):
         samples = list(samples.split(BATCH))
-    empty = True
     for batch in in_data_order(loader_of(samples)):
-        empty = False
         yield images_of(batch)
-    if empty:
-        raise ImprintError(f"class {name!r} has no sample: add some, or leave it out")
 
 
 def _zeros(batch: Any) -> Tensor:
