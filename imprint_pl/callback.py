@@ -115,7 +115,8 @@ class ImprintCallback(Callback):
                 "not support: use one device or DDP"
             )
         # Whatever a checkpoint has there, head or layer, is what the module has when it is loaded.
-        self._hooks.append(pl_module.register_load_state_dict_pre_hook(self._as_in_the_file))
+        as_in_the_file = partial(_as_in_the_file, self.layer)
+        self._hooks.append(pl_module.register_load_state_dict_pre_hook(as_in_the_file))
         if stage == "fit":
             _once_set_up(pl_module, partial(self._prepare_fit, trainer, pl_module))
 
@@ -133,14 +134,6 @@ class ImprintCallback(Callback):
                 trainer.precision_plugin.convert_module(pl_module)
             pl_module.to(trainer.strategy.root_device)
             self._replace(trainer, pl_module)
-
-    def _as_in_the_file(self, module: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
-        has_head = f"{prefix}{self.layer}.proxies" in state_dict
-        is_head = hasattr(layer_of(module, self.layer), "replaced")
-        if has_head and not is_head:
-            put_head(module, self.layer, ImprintedHead())
-        elif is_head and not has_head:
-            detach(module, self.layer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         while self._hooks:
@@ -288,6 +281,19 @@ def _once_set_up(pl_module: LightningModule, action: Callable[[], None]) -> None
         action()
 
     pl_module.setup = setup
+
+
+def _as_in_the_file(
+    layer: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """A hook of `load_state_dict`. It does not know the callback: whoever copies the module, and
+    its hooks, need not copy data."""
+    has_head = f"{prefix}{layer}.proxies" in state_dict
+    is_head = hasattr(layer_of(module, layer), "replaced")
+    if has_head and not is_head:
+        put_head(module, layer, ImprintedHead())
+    elif is_head and not has_head:
+        detach(module, layer)
 
 
 def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:

@@ -382,21 +382,24 @@ def imprint_on(devices, folder):
     results = {}
     for kind in PROJECTS:
         for when in ("fit_start", "validation"):
-            module = project(kind)
+            module, seen = project(kind), AtFitStart()
             callback = ImprintCallback(kind.layer, "qi", when)
-            options = dict(max_epochs=0, enable_checkpointing=False)
+            options = dict(enable_checkpointing=False, num_sanity_val_steps=0)
             options |= dict(devices=devices, strategy="ddp" if devices > 1 else "auto")
-            run = trainer(folder, callback, **options)
+            run = trainer(folder, callback, seen, **options)
             data = kind.data()
             if when == "fit_start":
                 run.fit(module, **data)
+                proxies = seen.state[f"{kind.layer}.proxies"]
+                assert not torch.equal(callback.head.proxies, proxies)  # fine-tuned
             else:
                 callback.data = data.get("train_dataloaders")
                 run.validate(module, verbose=False, **test_data(kind))
-            on_ranks = run.strategy.all_gather(callback.head.proxies.detach())
-            assert (on_ranks == callback.head.proxies).all()
+                proxies = callback.head.proxies.detach()
+            for on_this_rank in (proxies, callback.head.proxies.detach()):
+                assert (run.strategy.all_gather(on_this_rank) == on_this_rank).all()
             metrics = {k: float(v) for k, v in run.callback_metrics.items() if "imprinted" in k}
-            results[f"{kind.__name__} {when}"] = callback.head.proxies.detach(), metrics
+            results[f"{kind.__name__} {when}"] = proxies, metrics
     if run.is_global_zero:
         torch.save(results, f"{folder}/{devices}.pt")
 
