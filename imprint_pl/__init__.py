@@ -13,8 +13,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from imprint_pl.attaching import attach, detach
+    from imprint_pl.callback import ImprintCallback
     from imprint_pl.errors import ImprintError
     from imprint_pl.estimator import ImprintEstimator
+    from imprint_pl.extending import extend
     from imprint_pl.head import ImprintedHead
     from imprint_pl.imprinting import imprint
     from imprint_pl.module import ImprintedClassifier
@@ -25,13 +28,27 @@ except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0+unknown"
 
 _HOMES = {
+    "ImprintCallback": "callback",
     "ImprintError": "errors",
     "ImprintEstimator": "estimator",
     "ImprintedClassifier": "module",
     "ImprintedHead": "head",
+    "attach": "attaching",
+    "detach": "attaching",
+    "extend": "extending",
     "imprint": "imprinting",
 }
-__all__ = ["ImprintError", "ImprintEstimator", "ImprintedClassifier", "ImprintedHead", "imprint"]
+__all__ = [
+    "ImprintCallback",
+    "ImprintError",
+    "ImprintEstimator",
+    "ImprintedClassifier",
+    "ImprintedHead",
+    "attach",
+    "detach",
+    "extend",
+    "imprint",
+]
 
 
 def __getattr__(name: str):

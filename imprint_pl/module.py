@@ -24,7 +24,7 @@ from imprint_pl.errors import ImprintError
 from imprint_pl.imprinting import imprint_parts
 from imprint_pl.recipes import resolve
 from imprint_pl.select import weibull_typical
-from imprint_pl.store import EmbeddingStore
+from imprint_pl.store import EmbeddingStore, on_gpu
 
 # Above this, a value a class would drown a logger; `class_accuracy` and the run folder have them.
 LOGGED_CLASSES = 20
@@ -249,7 +249,7 @@ class ImprintedClassifier(LightningModule):
 
     def _imprint_on_rank_zero(self, x: Tensor, y: Tensor) -> tuple[dict, dict]:
         start = time.perf_counter()
-        x, y = _on_gpu(x, y, self.device)
+        x, y = on_gpu(x, y, self.device)
         names = list(getattr(self.trainer.datamodule, "class_names", None) or [])
         shortened = bool(self.trainer.fast_dev_run) or self.trainer.limit_train_batches != 1.0
         if self.weibull is not None:
@@ -414,13 +414,6 @@ class ImprintedClassifier(LightningModule):
 
 
 _EMPTY = "the head has no proxies yet; fit first, or give ckpt_path"
-
-
-def _on_gpu(x: Tensor, y: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Moved to the GPU where there is one with room for them; GEN and NC1 are faster there."""
-    if device.type != "cuda" or 3 * x.nbytes > torch.cuda.mem_get_info(device)[0]:
-        return x, y
-    return x.to(device), y.to(device)
 
 
 def _shown(names: list[str]) -> str:

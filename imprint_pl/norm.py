@@ -97,7 +97,9 @@ class Power(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., d)` → `(..., d)`."""
-        return x.sign() * x.abs().sqrt()
+        # The root of 1 where x is 0: that of 0 has an infinite slope, which fine-tuning would
+        # hand on as NaN.
+        return x.sign() * x.abs().where(x != 0, 1.0).sqrt()
 
 
 class Quantile(Norm):

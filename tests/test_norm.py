@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imprint_pl.norm import L2, NoNorm, Quantile
+from imprint_pl.norm import L2, NoNorm, Power, Quantile
 
 
 def test_quantiles_of_hand_made_proxies_are_exact():
@@ -52,3 +52,9 @@ def test_the_embedded_backbone_knows_its_original_classifier():
 
     assert load_backbone("efficientnet_lite0").classifier.shape == (1000, 1280)
     assert load_backbone("efficientnet_lite0", pretrained=False).classifier is None
+
+
+def test_the_slope_of_power_is_finite_where_features_are_zero():
+    x = torch.tensor([[4.0, 0.0, -9.0]], requires_grad=True)
+    Power()(x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.tensor([[1 / 4, 0.0, 1 / 6]]))

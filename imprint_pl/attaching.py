@@ -1,0 +1,315 @@
+"""attach and detach: an imprinted head in the place of a layer of anybody's module.
+
+The input of the named layer is the embedding. Nothing else of the module changes: its steps, losses
+and metrics go on as they were. `callback.py` does the same inside a Trainer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
+
+from imprint_pl.batch import split_batch
+from imprint_pl.errors import ImprintError, near
+from imprint_pl.head import ImprintedHead
+from imprint_pl.imprinting import imprint
+from imprint_pl.store import EmbeddingStore
+
+# The recipe of attach, extend and ImprintCallback where none is given.
+RECIPE = "kernel"
+
+# Samples that go through the module at a time where the data came as two tensors.
+BATCH = 256
+
+Unpack = Callable[[Any], tuple[Any, Tensor]]
+
+
+def attach(
+    module: nn.Module,
+    layer: str,
+    *,
+    num_classes: int | None = None,
+    data: Any = None,
+    recipe: str = RECIPE,
+    unpack: Unpack | None = None,
+    **overrides: Any,
+) -> ImprintedHead:
+    """Replaces a layer by an imprinted head, whose embedding is what went into that layer.
+
+    With `data` the head is imprinted at once: one pass in eval mode, without gradients, on the
+    module's device. Without, it is empty and waits for `load_state_dict`, for an
+    `ImprintCallback`, or for another `attach` with data. Attaching again imprints again; `detach`
+    gives the first layer back. An optimizer that was built before still holds the old layer.
+
+    Args:
+        module: any `nn.Module` or LightningModule. Where it has no `forward`, the first module on
+            the way to the layer that has one gets the inputs.
+        layer: dotted name, as in `module.named_modules()`: "fc", "net.classifier.1". Its input
+            must be `(B, d)`.
+        num_classes: C; the DataModule's, or the largest label + 1 by default.
+        data: a loader, a LightningDataModule (its training data), or inputs and labels
+            `(x, y)`, x whatever the module takes, `(N, …)`.
+        recipe, overrides: as of `imprint`.
+        unpack: batch → (inputs, labels `(B,)`), for batches that are neither tuples nor dicts with
+            the usual keys.
+
+    Returns:
+        The head, `(B, d)` → logits `(B, C)`.
+
+    Raises:
+        ImprintError: no such layer (near names are given), a layer whose input is no embedding,
+            data that does not fit.
+
+    >>> net = nn.Sequential(nn.Identity(), nn.Linear(2, 5))
+    >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+    >>> head = attach(net, "1", data=(x, torch.tensor([0, 0, 1, 1])), recipe="qi")
+    >>> net(torch.tensor([[5.0, 1.0], [1.0, 2.0]])).argmax(1)
+    tensor([0, 1])
+    >>> detach(net, "1")
+    Linear(in_features=2, out_features=5, bias=True)
+    """
+    layer_of(module, layer)
+    head = ImprintedHead()
+    if data is not None:
+        x, y = gather_embeddings(module, layer, data, unpack)
+        settings = class_settings(data) | ({"num_classes": num_classes} if num_classes else {})
+        head.load_state_dict(imprint(x, y, recipe, **(settings | overrides)).state_dict())
+    put_head(module, layer, head)
+    return head
+
+
+def detach(module: nn.Module, layer: str) -> nn.Module:
+    """Puts the layer that `attach` (or an `ImprintCallback`) replaced back, and returns it.
+
+    Its weights are bitwise what they were when it was replaced. A module that was built anew and
+    then attached has the layer it was built with: a checkpoint holds the head alone.
+
+    Raises:
+        ImprintError: no such layer, or nothing was attached there.
+    """
+    head = layer_of(module, layer)
+    original = getattr(head, "replaced", None)
+    if original is None:
+        raise ImprintError(
+            f"layer {layer!r} of {type(module).__name__} is a {type(head).__name__} that nothing "
+            "was attached to: attach(module, layer) comes before detach"
+        )
+    if original.training != head.training:
+        original.train(head.training)
+    original.to(head.proxies.device)
+    module.set_submodule(layer, original)
+    return original
+
+
+def put_head(module: nn.Module, layer: str, head: ImprintedHead) -> None:
+    """Puts a head in the place of a layer, which it remembers outside of its parameters."""
+    old = layer_of(module, layer)
+    # Not a submodule: neither optimizers nor checkpoints are to see it.
+    head.__dict__["replaced"] = getattr(old, "replaced", old)
+    module.set_submodule(layer, head.to(_device(old, module)).train(old.training))
+
+
+def layer_of(module: nn.Module, layer: str) -> nn.Module:
+    """The layer of a dotted name.
+
+    Raises:
+        ImprintError: no such layer; near names are given.
+    """
+    names = [name for name, _ in module.named_modules() if name]
+    if layer not in names:
+        last = f"; the last one is {names[-1]!r}" if names else ""
+        raise ImprintError(
+            f"{type(module).__name__} has no layer {layer!r}{near(layer, names) or last}"
+        )
+    return module.get_submodule(layer)
+
+
+def class_settings(data: Any) -> dict[str, Any]:
+    """`num_classes` and `class_names`, where the data knows them."""
+    names = list(getattr(data, "class_names", None) or [])
+    number = getattr(data, "num_classes", None) or len(names)
+    return {"num_classes": number or None, "class_names": names or None}
+
+
+# The pass.
+
+
+def gather_embeddings(
+    module: nn.Module, layer: str, data: Any, unpack: Unpack | None = None
+) -> tuple[Tensor, Tensor]:
+    """What goes into a layer, `(N, d)` on the CPU, and the labels `(N,)`, in data order."""
+    device = _device(module)
+    store = EmbeddingStore()
+    with at_rest(module, layer):
+        loader = in_data_order(loader_of(data))
+        embed_batches(
+            store, module, layer, loader, unpack, lambda b: move_data_to_device(b, device)
+        )
+    return store.gather()
+
+
+def embed_batches(
+    store: EmbeddingStore,
+    module: nn.Module,
+    layer: str,
+    batches: Iterable[Any],
+    unpack: Unpack | None = None,
+    transfer: Callable[[Any], Any] = lambda batch: batch,
+    go_on: Callable[[int, Tensor], bool] = lambda index, labels: True,
+) -> None:
+    """Adds what goes into a layer to a store, batch by batch, while `go_on(index, labels)`.
+
+    Raises:
+        ImprintError: no batch, labels that do not fit, a layer that does not run once a batch.
+    """
+    forward, index = _entry(module, layer), -1
+    for index, batch in enumerate(batches):
+        inputs, labels = (unpack or split_batch)(transfer(batch))
+        with inputs_of(module, layer) as seen:
+            forward(inputs)
+        store.add(the_embedding(seen, layer, labels), labels)
+        if not go_on(index, labels):
+            break
+    if index < 0:
+        raise ImprintError("the training data has no batch: there is nothing to imprint from")
+
+
+@contextmanager
+def inputs_of(module: nn.Module, layer: str) -> Iterator[list[Any]]:
+    """A list to which each run of the layer adds its input."""
+    seen = []
+
+    def keep(_, args, kwargs):
+        seen.append(args[0] if args else next(iter(kwargs.values())))
+
+    handle = layer_of(module, layer).register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def the_embedding(seen: list[Any], layer: str, labels: Tensor) -> Tensor:
+    """The one input of a layer in a batch, `(B, d)`, checked."""
+    if len(seen) != 1:
+        raise ImprintError(
+            f"layer {layer!r} ran {len(seen)} times for one batch: name a layer that runs once in "
+            "the module's forward"
+        )
+    shape = tuple(getattr(seen[0], "shape", ()))
+    if len(shape) != 2:
+        raise ImprintError(
+            f"the input of layer {layer!r} has shape {shape}, an embedding has (B, d): name the "
+            "layer after pooling, most often the last linear one"
+        )
+    if shape[0] != len(labels):
+        raise ImprintError(
+            f"layer {layer!r} got {shape[0]} embeddings for {len(labels)} labels: the layer, or "
+            "unpack=, must give one of each a sample"
+        )
+    return seen[0]
+
+
+@contextmanager
+def at_rest(module: nn.Module, layer: str) -> Iterator[None]:
+    """The module in eval mode with its own layer, no gradients; afterwards all is as it was: the
+    modes, the head, and the global random state that loaders and augmentation draw from."""
+    modes = [(part, part.training) for part in module.modules()]
+    present = layer_of(module, layer)
+    original = getattr(present, "replaced", None)
+    with isolate_rng(), torch.no_grad():
+        try:
+            if original is not None:
+                module.set_submodule(layer, original.to(_device(present)))
+            module.eval()
+            yield
+        finally:
+            module.set_submodule(layer, present)
+            for part, mode in modes:
+                part.training = mode
+
+
+def loader_of(data: Any) -> Iterable[Any]:
+    """The batches of `attach`'s `data`."""
+    if isinstance(data, LightningDataModule):
+        data.prepare_data()
+        data.setup("fit")
+        return data.train_dataloader()
+    if isinstance(data, tuple):
+        if len(data) != 2 or len(data[0]) != len(data[1]):
+            sizes = [len(part) for part in data]
+            raise ImprintError(f"data is a tuple of lengths {sizes}: expected (x, y) of one length")
+        return DataLoader(TensorDataset(*map(torch.as_tensor, data)), batch_size=BATCH)
+    return data
+
+
+def in_data_order(loader: Any, ranks: int = 1, rank: int = 0) -> Any:
+    """A loader over the same samples, each once, in the order of the data set: dealt to the ranks,
+    neither shuffled nor dropped. A sampler or batch sampler of the user's own stays."""
+    parts = loader if isinstance(loader, list) else []
+    several = any(isinstance(part, DataLoader) for part in parts)
+    if several or isinstance(loader, dict | CombinedLoader):
+        raise ImprintError(
+            f"the training data is a {type(loader).__name__} of loaders: give the one to imprint "
+            "from as data="
+        )
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    sampler = getattr(loader, "sampler", None)
+    if not hasattr(sampler, "__len__") or type(batch_sampler) not in (BatchSampler, type(None)):
+        return loader
+    if isinstance(sampler, RandomSampler | DistributedSampler):
+        sampler = SequentialSampler(loader.dataset)
+    if ranks > 1:
+        sampler = DistributedSamplerWrapper(sampler, num_replicas=ranks, rank=rank, shuffle=False)
+    # A DataLoader refuses new samplers: a copy gets them past its __setattr__. It keeps whatever a
+    # subclass does when iterated.
+    ordered = copy.copy(loader)
+    ordered.__dict__.update(
+        sampler=sampler,
+        # Its own: the order in which workers are seeded draws a number from it.
+        generator=torch.Generator().manual_seed(0),
+        persistent_workers=False,
+        _iterator=None,
+    )
+    if batch_sampler is not None:
+        ordered.__dict__["batch_sampler"] = BatchSampler(sampler, loader.batch_size, False)
+    return ordered
+
+
+def _entry(module: nn.Module, layer: str) -> nn.Module:
+    """The module, or the first on the way to the layer, that has a forward of its own."""
+    missing = (nn.Module.forward, LightningModule.forward)
+    parts = layer.split(".")
+    for depth in range(len(parts)):
+        part = module.get_submodule(".".join(parts[:depth]))
+        if type(part).forward not in missing:
+            return part
+    raise ImprintError(
+        f"{type(module).__name__} has no forward that leads to its layer {layer!r}: define "
+        "forward(inputs)"
+    )
+
+
+def _device(*modules: nn.Module) -> torch.device:
+    for module in modules:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,344 @@
+"""ImprintCallback: an imprinted head inside somebody else's Lightning project.
+
+One pass over the training data, then the head fills in for a layer of the user's module, to be
+fine-tuned, compared or saved. `attaching.py` has the parts that need no Trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
+
+from imprint_pl.attaching import (
+    RECIPE,
+    Unpack,
+    at_rest,
+    class_settings,
+    detach,
+    embed_batches,
+    in_data_order,
+    inputs_of,
+    layer_of,
+    loader_of,
+    put_head,
+    the_embedding,
+)
+from imprint_pl.batch import dealt_samples, split_batch
+from imprint_pl.errors import ImprintError, near
+from imprint_pl.head import ImprintedHead
+from imprint_pl.imprinting import imprint
+from imprint_pl.store import EmbeddingStore, on_gpu
+
+WHEN = ("fit_start", "validation", "train_end")
+
+
+class ImprintCallback(Callback):
+    """Imprints a head for a layer of the user's module, from the training data of the Trainer.
+
+    The pass runs in eval mode, without gradients, with the Trainer's precision, devices and batch
+    hooks, over each training sample once, in data order. `limit_train_batches` and `fast_dev_run`
+    shorten it, too, but not before every class has had a sample.
+
+    Args:
+        layer: dotted name of the layer, as in `module.named_modules()`; its input `(B, d)` is the
+            embedding.
+        recipe: as of `imprint`.
+        when: "fit_start": the head takes the layer's place before the optimizer is built, and is
+            fine-tuned with the rest of the module (Qi et al. 2018); its `proxies` and `log_scale`
+            are parameters. "validation": the module is trained and validated as it is; for each
+            validation a head is imprinted from the embeddings of that moment and measured on the
+            same samples: `imprinted/accuracy` and `imprinted/macro_f1`. "train_end": after training
+            the head takes the layer's place, and `imprinted.ckpt` is written beside the other
+            checkpoints (none where checkpointing is off).
+        data: imprint from this instead of the training data: a loader, a LightningDataModule, or
+            `(x, y)`.
+        unpack: batch → (inputs, labels), for batches that are neither tuples `(x, y, …)` nor dicts
+            with `image`, `images`, `x`, `pixel_values` or `input`, and `label`, `labels`, `y`,
+            `target` or `targets`.
+        overrides: as of `imprint`; `num_classes` is by default the DataModule's, or that of the
+            `nn.Linear` that is replaced.
+
+    A checkpoint with a head loads through this callback (`trainer.test(module, ckpt_path=…)`) or
+    after `attach(module, layer)`, strictly. Fitting again imprints again; a fit that resumes from
+    `ckpt_path` imprints, too, and then takes the head of the checkpoint.
+
+    Attributes:
+        head: the head imprinted last, or `None`.
+        checkpoint_path: of "train_end", the file written, or `None`.
+
+    Raises:
+        ImprintError: no such layer; nothing to imprint from; a head that cannot be fine-tuned; a
+            strategy that shards the module.
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        recipe: str = RECIPE,
+        when: str = "fit_start",
+        data: Any = None,
+        unpack: Unpack | None = None,
+        **overrides: Any,
+    ) -> None:
+        super().__init__()
+        if when not in WHEN:
+            raise ImprintError(
+                f"unknown when={when!r}{near(when, WHEN)} (known: {', '.join(WHEN)})"
+            )
+        self.layer = layer
+        self.recipe = recipe
+        self.when = when
+        self.data = data
+        self.unpack = unpack
+        self.overrides = overrides
+        self.head: ImprintedHead | None = None
+        self.checkpoint_path: str | None = None
+        self._hooks: list[Any] = []
+        self._validated: dict[int, EmbeddingStore] = {}
+
+    # Set-up and undo.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        sharded = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+        if isinstance(trainer.strategy, sharded):
+            raise ImprintError(
+                f"{type(trainer.strategy).__name__} shards the module, which ImprintCallback does "
+                "not support: use one device or DDP"
+            )
+        # Whatever a checkpoint has there, head or layer, is what the module has when it is loaded.
+        as_in_the_file = partial(_as_in_the_file, self.layer)
+        self._hooks.append(pl_module.register_load_state_dict_pre_hook(as_in_the_file))
+        if stage == "fit":
+            _once_set_up(pl_module, partial(self._prepare_fit, trainer, pl_module))
+
+    def _prepare_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        layer_of(pl_module, self.layer)
+        if self.data is None and trainer.limit_train_batches == 0:
+            raise ImprintError(
+                "limit_train_batches=0 leaves no training data to imprint from: give data=, or "
+                "leave some batches"
+            )
+        if self.when == "fit_start":
+            # Lightning does both, but after this: the pass cannot wait for it, since the optimizer
+            # is to find the head's parameters.
+            if isinstance(trainer.precision_plugin, HalfPrecision | DoublePrecision):
+                trainer.precision_plugin.convert_module(pl_module)
+            pl_module.to(trainer.strategy.root_device)
+            self._replace(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    # At the end of training.
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.when != "train_end":
+            return
+        self._replace(trainer, pl_module)
+        saver = trainer.checkpoint_callback
+        if saver is not None and getattr(saver, "dirpath", None):
+            self.checkpoint_path = str(Path(saver.dirpath) / "imprinted.ckpt")
+            # Without the optimizer's state: it belongs to the layer that is gone.
+            trainer.save_checkpoint(self.checkpoint_path, weights_only=True)
+
+    # Beside the user's validation.
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = {}
+        if self._is_on(trainer):
+            self.head = self._imprint(trainer, pl_module)
+            self.head.to(pl_module.device)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any
+    ) -> None:
+        if self._is_on(trainer):
+            self._watch = inputs_of(pl_module, self.layer)
+            self._seen = self._watch.__enter__()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._is_on(trainer):
+            self._watch.__exit__(None, None, None)
+            labels = (self.unpack or split_batch)(batch)[1]
+            store = self._validated.setdefault(dataloader_idx, EmbeddingStore())
+            store.add(the_embedding(self._seen, self.layer, labels), labels)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._is_on(trainer):
+            return
+        loaders = trainer.val_dataloaders
+        loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
+        for index, store in self._validated.items():
+            samples = dealt_samples(loaders[index]) if index < len(loaders) else None
+            measured = _on_rank_zero(trainer, partial(_measure, self.head), store.gather(samples))
+            suffix = f"/dataloader_idx_{index}" if len(self._validated) > 1 else ""
+            for name, value in measured.items():
+                pl_module.log(f"imprinted/{name}{suffix}", value)
+
+    def _is_on(self, trainer: Trainer) -> bool:
+        return self.when == "validation" and not trainer.sanity_checking
+
+    # The pass.
+
+    def _replace(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.head = self._imprint(trainer, pl_module)
+        put_head(pl_module, self.layer, self.head)
+
+    def _imprint(self, trainer: Trainer, pl_module: LightningModule) -> ImprintedHead:
+        original = layer_of(pl_module, self.layer)
+        original = getattr(original, "replaced", original)
+        data = trainer.datamodule if self.data is None else self.data
+        settings = class_settings(data)
+        if settings["num_classes"] is None:
+            settings["num_classes"] = getattr(original, "out_features", None)
+        settings |= self.overrides
+        store = EmbeddingStore()
+        with at_rest(pl_module, self.layer), trainer.precision_plugin.forward_context():
+            loader = in_data_order(self._loader(trainer), trainer.world_size, trainer.global_rank)
+            embed_batches(
+                store,
+                pl_module,
+                self.layer,
+                loader,
+                self.unpack,
+                partial(_to_device, trainer, pl_module),
+                self._limit(trainer, loader, settings["num_classes"]),
+            )
+        samples = dealt_samples(loader)
+        rows = store.gather(samples)
+        if rows is not None:
+            rows = on_gpu(*rows, trainer.strategy.root_device)
+        state = _on_rank_zero(trainer, partial(self._state, settings), rows)
+        head = ImprintedHead()
+        head.load_state_dict(state)
+        return head
+
+    def _loader(self, trainer: Trainer) -> Any:
+        if self.data is not None:
+            return loader_of(self.data)
+        source = trainer.fit_loop._data_source
+        if source.instance is None or not source.is_defined():
+            raise ImprintError("the Trainer has no training data to imprint from: give data=")
+        return source.dataloader()
+
+    def _limit(
+        self, trainer: Trainer, loader: Any, num_classes: int | None
+    ) -> Callable[[int, Tensor], bool]:
+        """Whether the pass goes on after a batch."""
+        limit = trainer.limit_train_batches
+        if self.data is not None or (limit == 1.0 and isinstance(limit, float)):
+            return lambda index, labels: True
+        batches = limit if isinstance(limit, int) else int(limit * len(loader))
+        seen = torch.zeros(num_classes or 1)
+
+        def go_on(index: int, labels: Tensor) -> bool:
+            known = labels[(labels >= 0) & (labels < len(seen))].cpu()
+            seen[known] = 1
+            if index + 1 < batches:
+                return True
+            everywhere = trainer.strategy.reduce(seen.to(labels.device), reduce_op="sum")
+            return bool((everywhere == 0).any())
+
+        return go_on
+
+    def _state(self, settings: dict[str, Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        head = imprint(x, y, self.recipe, **settings)
+        if self.when == "fit_start" and not _is_trainable(head, x[:2]):
+            raise ImprintError(
+                f"the head of recipe {self.recipe!r} ({len(head.proxies)} proxies, "
+                f"agg={head.agg.name!r}) cannot be fine-tuned: no gradient reaches its proxies; "
+                'choose another recipe, or when="train_end"'
+            )
+        return {name: tensor.cpu() for name, tensor in head.state_dict().items()}
+
+
+def _once_set_up(pl_module: LightningModule, action: Callable[[], None]) -> None:
+    """Runs `action` when the module's own `setup` is done, once: data sets and layers that are made
+    there exist by then, and there is no hook of a callback between it and the optimizer."""
+    own = pl_module.setup
+
+    def setup(stage: str) -> None:
+        del pl_module.setup
+        own(stage)
+        action()
+
+    pl_module.setup = setup
+
+
+def _as_in_the_file(
+    layer: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """A hook of `load_state_dict`. It does not know the callback: whoever copies the module, and
+    its hooks, need not copy data."""
+    has_head = f"{prefix}{layer}.proxies" in state_dict
+    is_head = hasattr(layer_of(module, layer), "replaced")
+    if has_head and not is_head:
+        put_head(module, layer, ImprintedHead())
+    elif is_head and not has_head:
+        detach(module, layer)
+
+
+def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+    """As the training loop does it, with the hooks of the user's module or DataModule."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _on_rank_zero(
+    trainer: Trainer, function: Callable[[Tensor, Tensor], Any], rows: tuple | None
+) -> Any:
+    """`function(*rows)` of rank 0, on every rank; an error ends them all."""
+    result = None
+    if rows is not None:
+        try:
+            result = function(*rows)
+        except ImprintError as error:
+            result = error
+    result = trainer.strategy.broadcast(result)
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _is_trainable(head: ImprintedHead, embeddings: Tensor) -> bool:
+    if not head.proxies.requires_grad:
+        return False
+    with torch.enable_grad():
+        scores = head(embeddings).sum()
+    (gradient,) = torch.autograd.grad(scores, head.proxies, allow_unused=True)
+    return gradient is not None
+
+
+def _measure(head: ImprintedHead, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    C = head.num_classes
+    outside = (y < 0) | (y >= C)
+    if outside.any():
+        raise ImprintError(
+            f"label {int(y[outside][0])} of the validation data is out of range for a head of {C} "
+            f"classes (0..{C - 1}): give num_classes=, or training data with every class"
+        )
+    device = head.proxies.device
+    labels = torch.cat([head(rows.to(device)).argmax(1) for rows in x.split(4096)]).cpu()
+    return {
+        "accuracy": multiclass_accuracy(labels, y, C, average="micro"),
+        "macro_f1": multiclass_f1_score(labels, y, C, average="macro"),
+    }
