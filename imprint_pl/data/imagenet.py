@@ -34,8 +34,8 @@ class ImageNet(ImageFolder):
         task_seed: Of the d-in-1 task.
         shots: Training images a label, drawn at random; all of them where left out. A label with
             fewer is an error.
-        val_fraction: Part of each class's training images to hold out for validation; 0 validates on
-            the validation images, which are also the test.
+        val_fraction: Part of each class's training images to hold out for validation; 0 validates
+            on the validation images, which are also the test.
         batch_size: Images a batch (and a process).
         num_workers: Processes that decode image files; where left out, one for each processor core
             that this process has (16 at most).

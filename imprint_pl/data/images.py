@@ -189,7 +189,7 @@ class ImageDataModule(LightningDataModule):
             whole = tasks.resolve_task(self.classes, names)
             what.append(_summary(whole, len(names)))
         if self.d is not None:
-            what.append(f"{self.d}-in-1, {len(chosen)} labels, seed {self.task_seed}")
+            what.append(f"{self.d}-in-1, seed {self.task_seed}")
         return f"{self.name} ({', '.join(what)})" if what else self.name
 
     def train_dataloader(self) -> DataLoader:
@@ -257,9 +257,7 @@ class ImageDataModule(LightningDataModule):
         return min(max((available or 1) // processes, 1), MOST_WORKERS)
 
 
-def _select(
-    dataset: Dataset, chosen: list[list[int]], positions: Tensor | None = None
-) -> Dataset:
+def _select(dataset: Dataset, chosen: list[list[int]], positions: Tensor | None = None) -> Dataset:
     if positions is None:
         positions = torch.arange(len(dataset.labels))
     kept, labels = tasks.relabel(dataset.labels[positions], chosen)

@@ -55,7 +55,7 @@ def resolve_task(
         One list of indices into `class_names` for each label.
 
     Raises:
-        ImprintError: for unknown or repeated classes, or a task that the classes do not suffice for.
+        ImprintError: for unknown or repeated classes, or too few of them for the task.
 
     >>> resolve_task([["Cat", 2], "Bird"], ["Cat", "Bird", "Dog"])
     [[0, 2], [1]]
@@ -297,7 +297,7 @@ def draw(
     drawn, held = [], []
     for group in _groups(chosen):
         counts = [_held_count(len(orders[c]), held_fraction, c, class_names[c]) for c in group]
-        parts = [orders[c].split([n, len(orders[c]) - n]) for c, n in zip(group, counts, strict=True)]
+        parts = [orders[c].tensor_split([n]) for c, n in zip(group, counts, strict=True)]
         rest = torch.cat([part[1] for part in parts])
         if len(group) > 1:
             generator = torch.Generator().manual_seed(seed)
