@@ -356,7 +356,8 @@ def test_fit_through_the_cache_equals_fit_without_it(tmp_path, monkeypatch, capf
     # The checkpoint of a cached fit takes images.
     code = (
         "import sys, torch; from imprint_pl import ImprintedClassifier; from "
-        "imprint_pl.data import Digits; model = ImprintedClassifier.load_from_checkpoint(sys.argv[1]).eval(); data = "
+        "imprint_pl.data import Digits; model = "
+        "ImprintedClassifier.load_from_checkpoint(sys.argv[1]).eval(); data = "
         "Digits(d=3, num_labels=3); data.setup(); y = data.test_dataset.labels; "
         "print((model(data.test_dataset.images).argmax(1) == y).double().mean().item())"
     )
@@ -407,3 +408,12 @@ def test_a_model_in_python_fits_on_cached_embeddings_and_then_takes_images(tmp_p
     accuracy = (scores.argmax(1) == data.test_dataset.labels).double().mean().item()
     assert accuracy == pytest.approx(trainer.callback_metrics["val/accuracy"].item())
     assert accuracy > 0.6
+
+
+def test_help_of_embed_names_the_cache(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["embed", "--help"])
+    assert stopped.value.code == 0
+    output = capsys.readouterr().out
+    assert "python -m imprint_pl embed" in output
+    assert "--cache_dir" in output
