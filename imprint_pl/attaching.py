@@ -34,7 +34,7 @@ from imprint_pl.imprinting import imprint
 from imprint_pl.store import EmbeddingStore
 
 # The recipe of attach, extend and ImprintCallback where none is given.
-RECIPE = "kernel"
+RECIPE = "auto"
 
 # Samples that go through the module at a time where the data came as two tensors.
 BATCH = 256

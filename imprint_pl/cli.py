@@ -1,4 +1,4 @@
-"""The commands: `python -m imprint_pl fit | validate | test | predict`.
+"""The commands: `python -m imprint_pl fit | validate | test | predict | embed`.
 
 Lightning's own command line with our module, data sets and run folder; a user's mistake ends in one
 line that says what to change, not in a traceback.
@@ -13,7 +13,7 @@ from pathlib import Path
 from imprint_pl import __version__
 from imprint_pl.errors import ImprintError
 
-COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = ("fit", "validate", "test", "predict", "embed")
 HELP = f"""\
 imprint_pl {__version__}: an image classifier on a frozen foundation model, imprinted in one pass
 
@@ -24,6 +24,7 @@ commands:
   validate   measure a checkpoint on the validation images
   test       measure a checkpoint on the test images
   predict    label the images of a data set, of files or of folders; writes a CSV
+  embed      fill the embedding cache with a data set, for `fit --cache_dir`
 
 examples:
   python -m imprint_pl fit --config configs/quickstart.yaml
@@ -31,6 +32,7 @@ examples:
   python -m imprint_pl fit --config configs/image_folder.yaml --data.root photos
   python -m imprint_pl test --data Digits --ckpt_path CHECKPOINT
   python -m imprint_pl predict --ckpt_path CHECKPOINT --images photo.jpg holiday/
+  python -m imprint_pl fit --config configs/d_in_1_digits.yaml --cache_dir cache
 
 `python -m imprint_pl COMMAND --help` lists every option.
 """

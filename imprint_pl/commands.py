@@ -1,4 +1,4 @@
-"""`fit`, `validate`, `test`, `predict`: LightningCLI with our defaults and our run folder."""
+"""`fit`, `validate`, `test`, `predict`, `embed`: LightningCLI with our defaults and run folder."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import imprint_pl.data
+from imprint_pl.embedding import embed
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.module import ImprintedClassifier
 from imprint_pl.recipes import drop_unused
@@ -30,6 +31,13 @@ DATA = {
         imprint_pl.data.MNIST,
         imprint_pl.data.FashionMNIST,
         imprint_pl.data.CIFAR10,
+        imprint_pl.data.CIFAR100,
+        imprint_pl.data.USPS,
+        imprint_pl.data.SVHN,
+        imprint_pl.data.MNISTM,
+        imprint_pl.data.CombiDigits,
+        imprint_pl.data.Union,
+        imprint_pl.data.ImageNet,
         imprint_pl.data.ImageFolder,
         imprint_pl.data.ImageFiles,
     )
@@ -41,13 +49,22 @@ DESCRIPTIONS = {
     "test": "Measure a checkpoint on the test images.",
     "predict": "Label the images of a data set, of files or of folders; writes a CSV.",
 }
+EMBED = (
+    "Fill the embedding cache with the images that `fit` would embed. Takes the options of fit, so "
+    "that one configuration serves both."
+)
 
 
 def run(argv: list[str]) -> None:
     """Parses and runs one command."""
     _quieten()
+    command, cli = argv[0], ImprintCLI
+    descriptions = {name: (name, text) for name, text in DESCRIPTIONS.items()}
+    if command == "embed":
+        argv, cli = ["fit", *argv[1:]], EmbedCLI
+        descriptions["fit"] = (command, EMBED)
     try:
-        ImprintCLI(
+        cli(
             ImprintedClassifier,
             LightningDataModule,
             subclass_mode_data=True,
@@ -62,8 +79,8 @@ def run(argv: list[str]) -> None:
             },
             parser_kwargs={"prog": "python -m imprint_pl"}
             | {
-                command: {"description": text, "usage": f"python -m imprint_pl {command} {USAGE}"}
-                for command, text in DESCRIPTIONS.items()
+                command: {"description": text, "usage": f"python -m imprint_pl {name} {USAGE}"}
+                for command, (name, text) in descriptions.items()
             },
             parser_class=Parser,
             args=argv,
@@ -88,7 +105,8 @@ class Parser(LightningArgumentParser):
         if "are required" in message and ".data" in message:
             return (
                 "no data: give --data Digits (or MNIST, FashionMNIST, CIFAR10, ImageFolder with "
-                "--data.root …; for predict also --images FILE …), or a --config that does"
+                "--data.root …, Union with --data.sources …; for predict also --images FILE …), or "
+                "a --config that does"
             )
         return message
 
@@ -132,7 +150,13 @@ class ImprintCLI(LightningCLI):
                 "--output", type=str, help="The CSV to write (default: in the run's folder)."
             )
             parser.set_defaults({"return_predictions": False})
-        elif subcommand != "fit":
+        elif subcommand == "fit":
+            parser.add_argument(
+                "--cache_dir",
+                type=str,
+                help="Folder of the embedding cache: images are embedded once and read afterwards.",
+            )
+        else:
             parser.set_defaults({"verbose": False})
         return parser
 
@@ -189,6 +213,27 @@ class ImprintCLI(LightningCLI):
         kwargs["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 
+    def before_fit(self) -> None:
+        cache_dir = self._get(self.config, "cache_dir")
+        if not cache_dir or self.trainer.fast_dev_run:
+            return
+        precision = str(self.trainer.precision)
+        if precision != "32-true" and not precision.endswith("-mixed"):
+            raise ImprintError(
+                f"--cache_dir with --trainer.precision {precision}, which changes the backbone's "
+                "weights only when the Trainer starts: give bf16-mixed, or --model.precision bf16"
+            )
+        # As the Trainer would embed: on its device, in its precision.
+        with self.trainer.precision_plugin.forward_context():
+            self.datamodule = embed(
+                self.model.backbone,
+                self.datamodule,
+                cache_dir,
+                device=self.trainer.strategy.root_device,
+            )
+        if self.trainer.is_global_zero:
+            print(f"embedding cache: {self.datamodule.use}")
+
     def after_fit(self) -> None:
         self._finish("val")
 
@@ -207,6 +252,11 @@ class ImprintCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         summary = summarise(self.trainer, self.model, stage)
+        use = getattr(self.datamodule, "use", None)
+        if use is not None:
+            summary["embed_seconds"] = (summary["embed_seconds"] or 0) + use.seconds
+            summary["images_per_second"] = use.embedded / use.seconds if use.embedded else None
+            summary["embedded_images"], summary["cached_images"] = use.embedded, use.read
         if self.trainer.fast_dev_run:
             print_summary(summary)
             print("run: none (fast_dev_run keeps nothing)")
@@ -215,6 +265,22 @@ class ImprintCLI(LightningCLI):
         write_summary(folder, summary, self.model)
         print_summary(summary)
         print(f"run: {folder}")
+
+
+class EmbedCLI(ImprintCLI):
+    """`fit` up to the embedding cache."""
+
+    def before_fit(self) -> None:
+        if not self._get(self.config, "cache_dir"):
+            raise ImprintError("embed needs --cache_dir DIR, the folder to keep the embeddings in")
+        super().before_fit()
+
+    def fit(self, **_) -> None:
+        """In place of the Trainer's: nothing is left to do."""
+
+    def after_fit(self) -> None:
+        for folder in self.datamodule.use.folders:
+            print(f"cache: {folder}")
 
 
 def _files_as_data(args: list[str]) -> list[str]:

@@ -25,7 +25,7 @@ from imprint_pl.incremental import Rows, Sums
 from imprint_pl.norm import transform
 from imprint_pl.recipes import Parts, resolve
 
-DEFAULT_RECIPE = "robust"
+DEFAULT_RECIPE = "auto"
 
 # torch can only share memory that may be written to.
 AS_TENSOR = {"dtype": np.float32, "order": "C", "force_writeable": True}

@@ -17,7 +17,10 @@ from rich.table import Table
 from imprint_pl.batch import dealt_samples
 from imprint_pl.store import EmbeddingStore
 
-DATA_PARAMETERS = ("classes", "shots", "val_fraction", "batch_size")
+DATA_PARAMETERS = (
+    *("classes", "d", "num_labels", "task_seed"),
+    *("shots", "val_fraction", "batch_size"),
+)
 
 
 def summarise(trainer: Trainer, model: LightningModule, stage: str) -> dict[str, Any]:

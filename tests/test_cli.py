@@ -309,7 +309,7 @@ def test_every_overlay_parses_over_the_quickstart(overlay, capsys):
     [
         (["fot"], "unknown command 'fot'"),
         (["fit"], "no data: give --data Digits"),
-        (["fit", "--data", "Digist"], "unknown data 'Digist'; did you mean 'Digits'?"),
+        (["fit", "--data", "Digist"], "unknown data 'Digist'; did you mean 'Digits'"),
         (["fit", "--data", "Digits", "--data.shots", "0"], "shots=0"),
         (["fit", "--data", "Digits", "--data.shot", "3"], "did you mean 'shots'"),
         (["fit", "--data", "Digits", "--model.recipe", "robst"], "did you mean 'robust'"),

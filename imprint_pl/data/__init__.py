@@ -1,4 +1,5 @@
-"""Images for imprinting, as LightningDataModules: named sets, image folders, image files.
+"""Images for imprinting, as LightningDataModules: named sets, unions of them, image folders,
+image files; and embeddings.
 
 Every module hands out uint8 images at their native size and never asks which backbone reads them.
 The extras of the base class (`class_names`, `task`, `sample_names`, ...) are conveniences: any
@@ -6,20 +7,33 @@ other LightningDataModule works with the package too.
 """
 
 from imprint_pl.data.arrays import MNIST, ArrayDataset, Digits, FashionMNIST
-from imprint_pl.data.cifar import CIFAR10
+from imprint_pl.data.cifar import CIFAR10, CIFAR100
+from imprint_pl.data.digit_sets import MNISTM, SVHN, USPS
+from imprint_pl.data.embeddings import EmbeddingDataModule
 from imprint_pl.data.files import ImageFileDataset
 from imprint_pl.data.folders import ImageFiles, ImageFolder
+from imprint_pl.data.imagenet import ImageNet
 from imprint_pl.data.images import ImageDataModule, Splits
+from imprint_pl.data.union import CombiDigits, Union, UnionDataset
 
 __all__ = [
     "CIFAR10",
+    "CIFAR100",
     "MNIST",
+    "MNISTM",
+    "SVHN",
+    "USPS",
     "ArrayDataset",
+    "CombiDigits",
     "Digits",
+    "EmbeddingDataModule",
     "FashionMNIST",
     "ImageDataModule",
     "ImageFileDataset",
     "ImageFiles",
     "ImageFolder",
+    "ImageNet",
     "Splits",
+    "Union",
+    "UnionDataset",
 ]

@@ -4,6 +4,7 @@ A batch is one indexing operation on the whole array, so that a pass over the da
 nothing beside the backbone.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,12 +20,13 @@ DIGITS_TRAIN = 1437
 
 
 class ArrayDataset(Dataset):
-    """Images of one size in memory.
+    """Images of one size, or embeddings, in memory.
 
-    A batch, `__getitems__(indices)`, is `(images, labels)`: uint8 `(B, C, H, W)`, int64 `(B,)`.
+    A batch, `__getitems__(indices)`, is `(images, labels)`: uint8 `(B, C, H, W)` or float32
+    `(B, d)`, int64 `(B,)`.
 
     Args:
-        images: uint8 `(N, C, H, W)`.
+        images: uint8 `(N, C, H, W)`, or embeddings, float32 `(N, d)`.
         labels: int64 `(N,)`.
     """
 
@@ -49,6 +51,13 @@ class ArrayDataset(Dataset):
         # Positions ascend, so as many as there are images means all of them: no copy is needed.
         everything = len(positions) == len(self)
         return ArrayDataset(self.images if everything else self.images[positions], labels)
+
+    def fingerprint(self) -> str:
+        """What tells these images from others: a hash of shape, type and bytes, not of the labels,
+        on which no embedding depends."""
+        digest = hashlib.sha256(f"array {self.images.dtype} {tuple(self.images.shape)}".encode())
+        digest.update(self.images.contiguous().numpy().data)
+        return digest.hexdigest()
 
 
 class Digits(ImageDataModule):
@@ -135,12 +144,18 @@ class FashionMNIST(MNIST):
     source = "FashionMNIST"
 
 
-def fetch(source: str, root: str) -> str:
-    """Download a data set through torchvision; return why that failed, or an empty string."""
+def fetch(source: str, root: str, **split) -> str:
+    """Download a data set through torchvision; return why that failed, or an empty string.
+
+    Args:
+        source: torchvision's name of it.
+        root: the folder to put it into.
+        split: torchvision's keyword for a split of it, where it fetches these one by one.
+    """
     from torchvision import datasets
 
     try:
-        getattr(datasets, source)(root, download=True)
+        getattr(datasets, source)(root, download=True, **split)
     # No network, a full disk, a read-only folder, a wrong checksum: the caller names the cure.
     except Exception as error:
         return f"the download failed: {' '.join(str(error).split()) or type(error).__name__}"

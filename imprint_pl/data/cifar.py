@@ -1,4 +1,4 @@
-"""CIFAR-10 from its own "python version" files, which are pickles.
+"""CIFAR-10 and CIFAR-100 from their own "python version" files, which are pickles.
 
 torchvision checks the published checksums and then unpickles without restriction. Here any files
 of the format are read, and nothing is unpickled but arrays of numbers, lists and strings.
@@ -15,10 +15,6 @@ from imprint_pl.data.arrays import ArrayDataset, fetch, missing_files
 from imprint_pl.data.images import ImageDataModule, Splits
 from imprint_pl.errors import ImprintError
 
-FOLDER = "cifar-10-batches-py"
-TRAIN_FILES = [f"data_batch_{number}" for number in range(1, 6)]
-TEST_FILE = "test_batch"
-NAMES_FILE = "batches.meta"
 SHAPE = (3, 32, 32)
 
 
@@ -31,23 +27,28 @@ class CIFAR10(ImageDataModule):
     """
 
     name = "cifar10"
+    source = "CIFAR10"
+    folder = "cifar-10-batches-py"
+    train_files = tuple(f"data_batch_{number}" for number in range(1, 6))
+    test_file = "test_batch"
+    names_file = "batches.meta"
+    names_key, labels_key = "label_names", "labels"
 
     def prepare_data(self) -> None:
         missing = self._missing()
-        if self.download and len(missing) == len(TRAIN_FILES) + 2:
-            reason = fetch("CIFAR10", self.root)
+        if self.download and len(missing) == len(self.train_files) + 2:
+            reason = fetch(self.source, self.root)
             if self._missing():
-                raise missing_files(self.root, FOLDER, self._missing(), reason)
+                raise missing_files(self.root, self.folder, self._missing(), reason)
 
     def load(self) -> Splits:
         if self._missing():
-            raise missing_files(self.root, FOLDER, self._missing())
-        folder = self._folder()
-        names = _entry(read_pickle(folder / NAMES_FILE), "label_names", folder / NAMES_FILE)
-        class_names = [_text(name) for name in names]
-        train = [_read_batch(folder / file, len(class_names)) for file in TRAIN_FILES]
+            raise missing_files(self.root, self.folder, self._missing())
+        path = self._folder() / self.names_file
+        class_names = [_text(name) for name in _entry(read_pickle(path), self.names_key, path)]
+        train = [self._read_batch(file, len(class_names)) for file in self.train_files]
         images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
-        test_images, test_labels = _read_batch(folder / TEST_FILE, len(class_names))
+        test_images, test_labels = self._read_batch(self.test_file, len(class_names))
         return Splits(
             class_names,
             ArrayDataset(torch.from_numpy(images), torch.from_numpy(labels)),
@@ -55,11 +56,50 @@ class CIFAR10(ImageDataModule):
         )
 
     def _folder(self) -> Path:
-        return Path(self.root, FOLDER).absolute()
+        return Path(self.root, self.folder).absolute()
 
     def _missing(self) -> list[str]:
-        names = [*TRAIN_FILES, TEST_FILE, NAMES_FILE]
+        names = [*self.train_files, self.test_file, self.names_file]
         return [name for name in names if not (self._folder() / name).is_file()]
+
+    def _read_batch(self, file: str, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+        path = self._folder() / file
+        content = read_pickle(path)
+        data, labels = (_entry(content, key, path) for key in ("data", self.labels_key))
+        pixels = data.values if isinstance(data, StoredArray) else None
+        width = int(np.prod(SHAPE))
+        if pixels is None or pixels.dtype != np.uint8 or pixels.shape[1:] != (width,):
+            found = "no array" if pixels is None else f"{pixels.dtype} of shape {pixels.shape}"
+            raise ImprintError(
+                f"{path}: 'data' must be uint8 of shape (n, {width}), but is {found}"
+            )
+        if isinstance(labels, StoredArray):
+            labels = labels.values.tolist()
+        if len(labels) != len(pixels):
+            raise ImprintError(f"{path} has {len(pixels)} images but {len(labels)} labels")
+        for label in labels:
+            if not isinstance(label, int) or not 0 <= label < num_classes:
+                raise ImprintError(
+                    f"{path} has the label {label!r}, but {self.names_file} names {num_classes} "
+                    f"classes: labels run from 0 to {num_classes - 1}"
+                )
+        return pixels.reshape(-1, *SHAPE), np.array(labels, dtype=np.int64)
+
+
+class CIFAR100(CIFAR10):
+    """CIFAR-100, 3 x 32 x 32: 50,000 train and 10,000 test images of a hundred classes.
+
+    Reads `<root>/cifar-100-python/`: `train`, `test` and `meta`, with the fine labels. Only where
+    none of them is there the published archive is fetched.
+    """
+
+    name = "cifar100"
+    source = "CIFAR100"
+    folder = "cifar-100-python"
+    train_files = ("train",)
+    test_file = "test"
+    names_file = "meta"
+    names_key, labels_key = "fine_label_names", "fine_labels"
 
 
 def read_pickle(path: Path):
@@ -82,7 +122,7 @@ def read_pickle(path: Path):
     except Exception as error:
         raise ImprintError(
             f"cannot read {path} ({type(error).__name__}: {error}): it is cut short, damaged, or "
-            "no file of CIFAR-10's python version; fetch it again"
+            "no file of CIFAR's python version; fetch it again"
         ) from error
 
 
@@ -150,30 +190,9 @@ class _ArraysOnly(pickle.Unpickler):
         if (module, name) not in self.ALLOWED:
             raise ImprintError(
                 f"{self.path} asks for {module}.{name}, which a data file has no use for and which "
-                "could run any code: do not trust it; fetch CIFAR-10's python version again"
+                "could run any code: do not trust it; fetch CIFAR's python version again"
             )
         return self.ALLOWED[module, name]
-
-
-def _read_batch(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    content = read_pickle(path)
-    data, labels = (_entry(content, key, path) for key in ("data", "labels"))
-    pixels = data.values if isinstance(data, StoredArray) else None
-    width = int(np.prod(SHAPE))
-    if pixels is None or pixels.dtype != np.uint8 or pixels.shape[1:] != (width,):
-        found = "no array" if pixels is None else f"{pixels.dtype} of shape {pixels.shape}"
-        raise ImprintError(f"{path}: 'data' must be uint8 of shape (n, {width}), but is {found}")
-    if isinstance(labels, StoredArray):
-        labels = labels.values.tolist()
-    if len(labels) != len(pixels):
-        raise ImprintError(f"{path} has {len(pixels)} images but {len(labels)} labels")
-    for label in labels:
-        if not isinstance(label, int) or not 0 <= label < num_classes:
-            raise ImprintError(
-                f"{path} has the label {label!r}, but {NAMES_FILE} names {num_classes} classes: "
-                f"labels run from 0 to {num_classes - 1}"
-            )
-    return pixels.reshape(-1, *SHAPE), np.array(labels, dtype=np.int64)
 
 
 def _entry(content, key: str, path: Path):
@@ -181,7 +200,7 @@ def _entry(content, key: str, path: Path):
         by_text = {_text(name): value for name, value in content.items()}
         if key in by_text:
             return by_text[key]
-    raise ImprintError(f"{path} has no entry {key!r}: it is no file of CIFAR-10's python version")
+    raise ImprintError(f"{path} has no entry {key!r}: it is no file of CIFAR's python version")
 
 
 def _text(value) -> str:

@@ -41,9 +41,13 @@ class ImageFolder(ImageDataModule):
             keep their size: a photo of 12 megapixels takes 36 MB, a batch of 64 of them 2.3 GB, and
             each worker has two batches under way.
         classes: Classes to keep, as names or as indices into the sorted names (where all names are
-            numbers, a number is a name); they become labels 0..C-1 in this order. All of them where
-            left out.
-        shots: Training images a class, drawn at random; all of them where left out. A class with
+            numbers, a number is a name); they become labels 0..C-1 in this order. An inner list is
+            merged into one label, as in [[cat, dog], bird]. Or a subset by name: "all", "even",
+            "odd", "short" (the first three). All of them where left out.
+        d: Makes a d-in-1 task: each label merges d of the classes, drawn with `task_seed`.
+        num_labels: Of the d-in-1 task; as many as the classes suffice for where left out.
+        task_seed: Of the d-in-1 task.
+        shots: Training images a label, drawn at random; all of them where left out. A label with
             fewer is an error.
         val_fraction: Part of each class's training images to hold out for validation, where the
             folder has no `val`; 0 validates on the test split.
@@ -59,7 +63,10 @@ class ImageFolder(ImageDataModule):
         root: str,
         test_fraction: float = 0.2,
         max_side: int | None = None,
-        classes: list[int | str] | None = None,
+        classes: list[int | str | list[int | str]] | str | None = None,
+        d: int | None = None,
+        num_labels: int | None = None,
+        task_seed: int = 0,
         shots: int | None = None,
         val_fraction: float = 0.0,
         batch_size: int = 64,
@@ -69,6 +76,9 @@ class ImageFolder(ImageDataModule):
         super().__init__(
             root=root,
             classes=classes,
+            d=d,
+            num_labels=num_labels,
+            task_seed=task_seed,
             shots=shots,
             val_fraction=val_fraction,
             batch_size=batch_size,
@@ -87,7 +97,7 @@ class ImageFolder(ImageDataModule):
         self.max_side = max_side
 
     def load(self) -> Splits:
-        folders = _split_folders(Path(self.root))
+        folders = split_folders(Path(self.root))
         train_folder = folders.get("train", Path(self.root))
         class_names, train = self._read(train_folder)
         others = {
@@ -216,7 +226,8 @@ def _subfolders(folder: Path) -> list[str]:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _split_folders(root: Path) -> dict[str, Path]:
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folders among "train", "val" and "test" that a folder has, however they are spelt."""
     folders = {}
     for name in _subfolders(root):
         for split, spellings in SPLIT_NAMES.items():

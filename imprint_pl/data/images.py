@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from imprint_pl.data import tasks
-from imprint_pl.data.files import ImageFileDataset, ImageFileLoader, pack
+from imprint_pl.data.files import ImageFileLoader, pack
 from imprint_pl.errors import ImprintError
 
 MOST_WORKERS = 16
@@ -33,12 +33,15 @@ class Splits:
         train: the training split.
         test: the test split.
         val: a validation split of its own, where the data set has one.
+        original_class_names: where the classes are merged already: names for the data sets'
+            `original_labels` `(N,)`.
     """
 
     class_names: list[str]
     train: Dataset
     test: Dataset
     val: Dataset | None = None
+    original_class_names: list[str] | None = None
 
 
 def as_it_is(batch):
@@ -53,17 +56,24 @@ class ImageDataModule(LightningDataModule):
     is the test split, as in the paper, unless the data set has one of its own or `val_fraction`
     holds a part of train out.
 
-    After `setup`: `class_names` (list of str, the chosen classes in the order given),
-    `num_classes`, `task` (short name, such as `"mnist"` or `"mnist (classes 0,1,2)"`), and
-    `train_dataset`, `val_dataset`, `test_dataset`, each with `labels` `(N,)` int64 in 0..C-1.
+    After `setup`: `class_names` (list of str, the chosen classes in the order given; merged ones
+    are joined, as in `"0+3"`), `num_classes`, `task` (short name, such as `"mnist"` or
+    `"mnist (classes 0,1,2)"`), and `train_dataset`, `val_dataset`, `test_dataset`, each with
+    `labels` `(N,)` int64 in 0..C-1 and `original_labels` `(N,)`, each sample's own class before
+    anything was merged, named by `original_class_names`.
 
     A subclass sets `name` and writes `load`; `prepare_data` where files have to be fetched first.
 
     Args:
         root: Folder that holds the data set's files.
         classes: Classes to keep, as indices or names (where all names are numbers, a number is a
-            name); they become labels 0..C-1 in this order. All of them where left out.
-        shots: Training images a class, drawn at random; all of them where left out. A class with
+            name); they become labels 0..C-1 in this order. An inner list is merged into one label,
+            as in [[0, 3], 1]. Or a subset by name: "all", "even", "odd", "short" (the first three).
+            All of them where left out.
+        d: Makes a d-in-1 task: each label merges d of the classes, drawn with `task_seed`.
+        num_labels: Of the d-in-1 task; as many as the classes suffice for where left out.
+        task_seed: Of the d-in-1 task.
+        shots: Training images a label, drawn at random; all of them where left out. A label with
             fewer is an error. With the same seed fewer shots are a subset of more.
         val_fraction: Part of each class's training images to hold out for validation (at least one
             image); 0 validates on the test split, as in the paper.
@@ -79,7 +89,10 @@ class ImageDataModule(LightningDataModule):
     def __init__(
         self,
         root: str = "data",
-        classes: list[int | str] | None = None,
+        classes: list[int | str | list[int | str]] | str | None = None,
+        d: int | None = None,
+        num_labels: int | None = None,
+        task_seed: int = 0,
         shots: int | None = None,
         val_fraction: float = 0.0,
         batch_size: int = 256,
@@ -101,6 +114,9 @@ class ImageDataModule(LightningDataModule):
             raise ImprintError(f"num_workers={num_workers} is negative: 0 decodes without workers")
         self.root = str(root)
         self.classes = classes
+        self.d = d
+        self.num_labels = num_labels
+        self.task_seed = task_seed
         self.shots = shots
         self.val_fraction = val_fraction
         self.batch_size = batch_size
@@ -127,7 +143,7 @@ class ImageDataModule(LightningDataModule):
             self.prepare_data()
         splits = self.load()
         names = splits.class_names
-        chosen = tasks.resolve_classes(self.classes, names)
+        chosen = tasks.resolve_task(self.classes, names, self.d, self.num_labels, self.task_seed)
 
         if self.val_fraction and splits.val is not None:
             raise ImprintError(
@@ -137,6 +153,15 @@ class ImageDataModule(LightningDataModule):
         drawn, held = tasks.draw(
             splits.train.labels, names, chosen, self.val_fraction, self.shots, self.seed
         )
+        counts = torch.bincount(splits.train.labels, minlength=len(names))
+        for index in (index for group in chosen for index in group):
+            if counts[index] == 0:
+                raise ImprintError(
+                    f"class {index} ({names[index]!r}) of {self.name!r} has no "
+                    "training image: add images or leave the class out with classes=[...]"
+                )
+        self.class_names = [tasks.merged_name(group, names) for group in chosen]
+        self.original_class_names = splits.original_class_names or names
         self.train_dataset = _select(splits.train, chosen, drawn)
         self.test_dataset = _select(splits.test, chosen)
         if self.val_fraction:
@@ -146,25 +171,26 @@ class ImageDataModule(LightningDataModule):
         else:
             self.val_dataset = self.test_dataset
         self.predict_dataset = self.test_dataset
-        counts = torch.bincount(self.train_dataset.labels, minlength=len(chosen))
-        for index, count in zip(chosen, counts.tolist(), strict=True):
-            if count == 0:
-                raise ImprintError(
-                    f"class {index} ({names[index]!r}) of {self.name!r} has no "
-                    "training image: add images or leave the class out with classes=[...]"
-                )
         for split, dataset in (("test", self.test_dataset), ("validation", self.val_dataset)):
             if len(dataset) == 0:
                 raise ImprintError(
                     f"the {split} split of {self.name!r} has no image of the classes "
-                    f"{[names[index] for index in chosen]}: add images or choose other classes"
+                    f"{self.class_names}: add images or choose other classes"
                 )
-        self.class_names = [names[index] for index in chosen]
         self.num_classes = len(chosen)
-        self.task = self.name
-        if self.classes is not None:
-            self.task += f" ({_summary(chosen, names)})"
+        self.task = self._task_name(chosen, names)
         self._is_set_up = True
+
+    def _task_name(self, chosen: list[list[int]], names: list[str]) -> str:
+        what = []
+        if isinstance(self.classes, str):
+            what += [self.classes] if self.classes != "all" else []
+        elif self.classes is not None:
+            whole = tasks.resolve_task(self.classes, names)
+            what.append(_summary(whole, len(names)))
+        if self.d is not None:
+            what.append(f"{self.d}-in-1, seed {self.task_seed}")
+        return f"{self.name} ({', '.join(what)})" if what else self.name
 
     def train_dataloader(self) -> DataLoader:
         return self._loader("train")
@@ -198,16 +224,20 @@ class ImageDataModule(LightningDataModule):
 
     def _loader(self, split: str) -> DataLoader:
         dataset = self._dataset(split)
-        from_files = isinstance(dataset, ImageFileDataset)
-        workers = self.num_workers
-        if workers is None:
-            workers = self._free_processors() if from_files else 0
         sampler = None
         if self.trainer is not None and self.trainer.world_size > 1:
             # Lightning would shuffle a sampler of its own making; it leaves this one alone.
             sampler = DistributedSampler(
                 dataset, self.trainer.world_size, self.trainer.global_rank, shuffle=False
             )
+        return self.loader(dataset, sampler)
+
+    def loader(self, dataset: Dataset, sampler: DistributedSampler | None = None) -> DataLoader:
+        """Batches of a data set that `load` or `setup` made, in its order or the sampler's."""
+        from_files = getattr(dataset, "from_files", False)
+        workers = self.num_workers
+        if workers is None:
+            workers = self._free_processors() if from_files else 0
         loader_class = ImageFileLoader if from_files else DataLoader
         return loader_class(
             dataset,
@@ -227,14 +257,18 @@ class ImageDataModule(LightningDataModule):
         return min(max((available or 1) // processes, 1), MOST_WORKERS)
 
 
-def _select(dataset: Dataset, chosen: list[int], positions: Tensor | None = None) -> Dataset:
+def _select(dataset: Dataset, chosen: list[list[int]], positions: Tensor | None = None) -> Dataset:
     if positions is None:
         positions = torch.arange(len(dataset.labels))
     kept, labels = tasks.relabel(dataset.labels[positions], chosen)
-    return dataset.select(positions[kept], labels)
+    selected = dataset.select(positions[kept], labels)
+    original = getattr(dataset, "original_labels", dataset.labels)
+    selected.original_labels = original[positions[kept]]
+    return selected
 
 
-def _summary(chosen: list[int], names: list[str]) -> str:
-    if len(chosen) > INDICES_SHOWN:
-        return f"{len(chosen)} of {len(names)} classes"
-    return f"class{'es' * (len(chosen) > 1)} {','.join(str(index) for index in chosen)}"
+def _summary(chosen: list[list[int]], num_classes: int) -> str:
+    if sum(map(len, chosen)) > INDICES_SHOWN:
+        return f"{sum(map(len, chosen))} of {num_classes} classes"
+    shown = ",".join("+".join(map(str, group)) for group in chosen)
+    return f"class{'es' * (len(chosen) > 1)} {shown}"

@@ -1,4 +1,4 @@
-"""Which samples belong to a task: choosing classes, drawing shots, holding a part out.
+"""Which samples belong to a task: choosing and merging classes, drawing shots, holding a part out.
 
 Plain functions from labels to positions, in data-set order; they never touch an image. All chance
 comes from one seeded order of each class, in which the held-out part stands first and the shots
@@ -7,23 +7,157 @@ follow: so a class's draw does not depend on which other classes were chosen, an
 """
 
 import difflib
+import random
+import re
 from collections.abc import Sequence
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from imprint_pl.errors import ImprintError
+from imprint_pl.errors import ImprintError, near
 
 NAMES_SHOWN = 20
 
+# The paper's subsets of ten classes, of any data set.
+SUBSETS = {
+    "all": slice(None),
+    "even": slice(0, None, 2),
+    "odd": slice(1, None, 2),
+    "short": slice(0, 3),
+}
+PAPER_TASK = re.compile(r"paper-(\d+)in1-(\d+)")
+PAPER_SEED, PAPER_LABELS, PAPER_SHUFFLES, IMAGENET_CLASSES = 420, 10, 10, 1000
 
-def resolve_classes(classes: Sequence[int | str] | None, class_names: Sequence[str]) -> list[int]:
+# One label of a task: the original classes that it merges; mostly a single one.
+Group = int | Sequence[int]
+
+
+def resolve_task(
+    classes: Sequence[int | str | Sequence[int | str]] | str | None,
+    class_names: Sequence[str],
+    d: int | None = None,
+    num_labels: int | None = None,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Turn what a user asked for into the labels of a task.
+
+    Args:
+        classes: a list of classes (see `resolve_classes`), in which an inner list is merged into
+            one label; or a name: "all", "even", "odd", "short" (the first three), or
+            "paper-3in1-0", see `paper_d_in_1`. None takes all.
+        class_names: the names of all classes, in label order.
+        d: makes a d-in-1 task of the classes, see `d_in_1`.
+        num_labels: of the d-in-1 task.
+        seed: of the d-in-1 task.
+
+    Returns:
+        One list of indices into `class_names` for each label.
+
+    Raises:
+        ImprintError: for unknown or repeated classes, or too few of them for the task.
+
+    >>> resolve_task([["Cat", 2], "Bird"], ["Cat", "Bird", "Dog"])
+    [[0, 2], [1]]
+    """
+    if d is None and num_labels is not None:
+        raise ImprintError(f"num_labels={num_labels} is for d-in-1 tasks: give d too, as in d=3")
+    merges = not isinstance(classes, str) and any(_is_inner(entry) for entry in classes or ())
+    paper = PAPER_TASK.fullmatch(classes) if isinstance(classes, str) else None
+    if d is not None and (merges or paper):
+        raise ImprintError(f"d={d} and classes={classes!r} both merge classes: give one of the two")
+    if paper:
+        return paper_d_in_1(int(paper[1]), int(paper[2]), len(class_names))
+    if not merges:
+        chosen = resolve_classes(classes, class_names)
+        return [[c] for c in chosen] if d is None else d_in_1(chosen, d, num_labels, seed)
+    inner = [list(entry) if _is_inner(entry) else [entry] for entry in classes]
+    if [] in inner:
+        raise ImprintError(f"classes={classes!r} has an empty list: name the classes to merge")
+    flat = iter(resolve_classes([entry for group in inner for entry in group], class_names))
+    return [[next(flat) for _ in group] for group in inner]
+
+
+def _is_inner(entry) -> bool:
+    return isinstance(entry, Sequence) and not isinstance(entry, str)
+
+
+def d_in_1(
+    classes: Sequence[int], d: int, num_labels: int | None = None, seed: int = 0
+) -> list[list[int]]:
+    """A d-in-1 task: labels that each merge `d` original classes, multimodal on purpose.
+
+    The classes are shuffled and cut into `num_labels` blocks; label j takes the first d of block j.
+    So with one seed and number of labels the classes of a 2-in-1 label are among those of the
+    3-in-1 label.
+
+    Args:
+        classes: the original classes to draw from.
+        d: original classes a label.
+        num_labels: labels; None makes as many as the classes suffice for.
+        seed: of the shuffle.
+
+    Returns:
+        `num_labels` lists of d classes, each ascending.
+
+    >>> d_in_1(range(10), d=3, num_labels=3, seed=0)
+    [[0, 6, 9], [2, 3, 4], [1, 5, 8]]
+    """
+    if d < 1 or (num_labels is not None and num_labels < 1):
+        raise ImprintError(f"d={d}, num_labels={num_labels}: both are at least 1")
+    num_labels = num_labels or len(classes) // d
+    if num_labels == 0 or d * num_labels > len(classes):
+        raise ImprintError(
+            f"d={d} with num_labels={max(num_labels, 1)} asks for {d * max(num_labels, 1)} "
+            f"classes, but there are {len(classes)}: ask for a smaller d or fewer labels"
+        )
+    shuffled = random.Random(seed).sample(list(classes), len(classes))
+    block = len(classes) // num_labels
+    return [sorted(shuffled[j * block : j * block + d]) for j in range(num_labels)]
+
+
+def paper_d_in_1(d: int, shuffle: int, num_classes: int) -> list[list[int]]:
+    """One of the paper's hundred d-in-1 tasks on ImageNet, "paper-<d>in1-<shuffle>".
+
+    Args:
+        d: 1 to 10, original classes a label.
+        shuffle: 0 to 9, which of the ten shuffles of the same hundred classes.
+        num_classes: of the data set, for the error: the tasks are ImageNet's.
+
+    Returns:
+        10 lists of d ImageNet classes, each ascending (Westerhoff et al. 2025, section 4).
+    """
+    if num_classes != IMAGENET_CLASSES:
+        raise ImprintError(
+            f"classes='paper-{d}in1-{shuffle}' is a task of ImageNet's 1000 classes, the data has "
+            f"{num_classes}: give d={d} and num_labels=… instead"
+        )
+    if not (1 <= d <= 10 and shuffle < PAPER_SHUFFLES):
+        raise ImprintError(
+            f"classes='paper-{d}in1-{shuffle}': the paper's tasks run from paper-1in1-0 to "
+            "paper-10in1-9 (d, then the shuffle)"
+        )
+    generator = random.Random(PAPER_SEED)
+    classes = generator.sample(range(IMAGENET_CLASSES), PAPER_LABELS * 10)
+    for _ in range(shuffle + 1):
+        generator.shuffle(classes)
+    return [sorted(classes[10 * j : 10 * j + d]) for j in range(PAPER_LABELS)]
+
+
+def merged_name(group: Sequence[int], class_names: Sequence[str]) -> str:
+    """The name of a label: its classes' names, as in "0+3"."""
+    return "+".join(class_names[index] for index in group)
+
+
+def resolve_classes(
+    classes: Sequence[int | str] | str | None, class_names: Sequence[str]
+) -> list[int]:
     """Turn the classes a user asked for into indices, in the order given.
 
     Args:
         classes: indices into `class_names`, names, or a mixture; None takes all. Where all names
-            are numbers, a number is a name.
+            are numbers, a number is a name. Or the name of a subset: "all", "even", "odd" or
+            "short" (the first three), by index.
         class_names: the names of all classes, in label order.
 
     Returns:
@@ -37,7 +171,14 @@ def resolve_classes(classes: Sequence[int | str] | None, class_names: Sequence[s
     """
     if classes is None:
         return list(range(len(class_names)))
-    if isinstance(classes, str) or len(classes) == 0:
+    if isinstance(classes, str):
+        if classes in SUBSETS:
+            return list(range(len(class_names)))[SUBSETS[classes]]
+        raise ImprintError(
+            f"classes={classes!r} is unknown{near(classes, SUBSETS)}: give {', '.join(SUBSETS)}, "
+            "paper-<d>in1-<shuffle> for ImageNet, or a list as in classes=[0, 1, 2]"
+        )
+    if len(classes) == 0:
         raise ImprintError(
             f"classes={classes!r} is not a list of at least one class: give indices or names, "
             "as in classes=[0, 1, 2], or leave it out for all classes"
@@ -97,12 +238,12 @@ def near_names(requested: str, class_names: Sequence[str]) -> str:
     return f"the classes are {shown}" + (f" and {more} more" if more > 0 else "")
 
 
-def relabel(labels: Tensor, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Keep the samples of the chosen classes and number the classes 0..C-1 in the order given.
+def relabel(labels: Tensor, chosen: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    """Keep the samples of the chosen classes and number the labels 0..C-1 in the order given.
 
     Args:
         labels: `(N,)` int64, the original labels.
-        chosen: the original labels to keep; `chosen[j]` becomes label j.
+        chosen: the original labels to keep; those of `chosen[j]` (one or several) become label j.
 
     Returns:
         Positions `(M,)` of the samples kept, ascending, and their new labels `(M,)`, both int64.
@@ -110,31 +251,38 @@ def relabel(labels: Tensor, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
     >>> relabel(torch.tensor([2, 0, 1, 2]), [2, 0])
     (tensor([0, 1, 3]), tensor([0, 1, 0]))
     """
-    size = 1 + max([*chosen, int(labels.max()) if labels.numel() else 0])
+    groups = _groups(chosen)
+    size = 1 + max(*(c for group in groups for c in group), int(labels.max()) if len(labels) else 0)
     new_label = torch.full((size,), -1, dtype=torch.int64)
-    new_label[torch.tensor(chosen)] = torch.arange(len(chosen))
+    for label, group in enumerate(groups):
+        new_label[group] = label
     mapped = new_label[labels]
     positions = torch.nonzero(mapped >= 0).flatten()
     return positions, mapped[positions]
 
 
+def _groups(chosen: Sequence[Group]) -> list[list[int]]:
+    return [[group] if isinstance(group, Integral) else list(group) for group in chosen]
+
+
 def draw(
     labels: Tensor,
     class_names: Sequence[str],
-    chosen: Sequence[int],
+    chosen: Sequence[Group],
     held_fraction: float = 0.0,
     shots: int | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Hold a part of each class out and draw the shots from the rest.
+    """Hold a part of each original class out and draw the shots of each label from the rest.
 
     Args:
         labels: `(N,)` int64, of the whole split: the draw of a class must not depend on `chosen`.
         class_names: names of all classes by label, for the errors.
-        chosen: the classes to draw from, as labels.
+        chosen: the classes to draw from, as original labels, or lists of those that are merged.
         held_fraction: of each class's samples, rounded, but at least one and not all of them;
             0 holds nothing out.
-        shots: samples to draw of each class; None takes all that are not held out.
+        shots: samples to draw of each entry of `chosen`, at random among its classes; None takes
+            all that are not held out.
         seed: of both draws.
 
     Returns:
@@ -142,24 +290,28 @@ def draw(
         set's order stays.
 
     Raises:
-        ImprintError: if a class has a single sample and a part is to be held out, or fewer samples
-            than `shots`: taking what there is would silently make the classes unequal.
+        ImprintError: if a class has a single sample and a part is to be held out, or a label fewer
+            samples than `shots`: taking what there is would silently make the labels unequal.
     """
     orders = _class_orders(labels, len(class_names), seed)
     drawn, held = [], []
-    for index in chosen:
-        order, name = orders[index], class_names[index]
-        count = _held_count(len(order), held_fraction, index, name)
-        rest = order[count:]
+    for group in _groups(chosen):
+        counts = [_held_count(len(orders[c]), held_fraction, c, class_names[c]) for c in group]
+        parts = [orders[c].tensor_split([n]) for c, n in zip(group, counts, strict=True)]
+        rest = torch.cat([part[1] for part in parts])
+        if len(group) > 1:
+            generator = torch.Generator().manual_seed(seed)
+            rest = rest[torch.randperm(len(rest), generator=generator)]
         if shots is not None and len(rest) < shots:
-            besides = f" besides the {count} held out" if count else ""
+            index, name = "+".join(map(str, group)), merged_name(group, class_names)
+            besides = f" besides the {sum(counts)} held out" if sum(counts) else ""
             raise ImprintError(
                 f"shots={shots}, but class {index} ({name!r}) has {len(rest)} training "
                 f"image{'s' * (len(rest) != 1)}{besides}: ask for fewer shots, add images, or "
                 "leave the class out with classes=[...]"
             )
         drawn.append(rest[:shots])
-        held.append(order[:count])
+        held += [part[0] for part in parts]
     return torch.cat(drawn).sort().values, torch.cat(held).sort().values
 
 
