@@ -291,10 +291,12 @@ def test_with_old_data_extending_is_as_good_as_imprinting_all_at_once(seven):
     module, old = copy.deepcopy(module), y < 7
     before = module(test_x)
     new = {name: x[y == c] for c, name in [(7, "sneaker"), (8, "bag"), (9, "boot")]}
-    extend(module, "0", new, old_data=(x[old], y[old]), projection_dim=500)
+    extend(module, "0", new, old_data=(x[old], y[old]), recipe="kernel", projection_dim=500)
     after = module(test_x)
     assert torch.equal(after[:, :7], before)
-    all_at_once = attach(nn.Sequential(nn.Identity()), "0", data=(x, y), projection_dim=500)
+    all_at_once = attach(
+        nn.Sequential(nn.Identity()), "0", data=(x, y), recipe="kernel", projection_dim=500
+    )
     assert harmonic(after, test_y, 7) > harmonic(all_at_once(test_x), test_y, 7) - 0.02
     # In a new process: an extended layer of the old sizes takes the file.
     fresh = nn.Sequential(ExtendedLayer(nn.Linear(x.shape[1], 7)))

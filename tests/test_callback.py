@@ -371,7 +371,7 @@ def test_one_epoch_from_an_imprinted_head_beats_one_from_random_weights(tmp_path
 
     random = torch.tensor([accuracies(seed) for seed in range(10)])
     head = torch.tensor(
-        [accuracies(s, ImprintCallback("fc", projection_dim=300)) for s in range(10)]
+        [accuracies(s, ImprintCallback("fc", "kernel", projection_dim=300)) for s in range(10)]
     )
     assert head[:, 0].mean() > random[:, 0].mean() + 2 * (random[:, 0].std() + head[:, 0].std())
     assert head[:, 4].mean() >= random[:, 4].mean()
