@@ -48,8 +48,8 @@ class EmbeddingSums:
     all ranks on rank 0, where `imprint` makes the head.
 
     Kept are the `Moments` of NORM_pre's output, those of unit vectors for NC1, and a held-out
-    sample. With C classes and embeddings of d numbers NC1 asks
-    for 8 d² bytes, or 8 C d² where the class counts are not known.
+    sample. With C classes and embeddings of d numbers NC1 asks for 8 d² bytes, or 8 C d² where the
+    class counts are not known.
 
     Args:
         parts: of a recipe for which `streams` holds.
@@ -97,15 +97,14 @@ class EmbeddingSums:
         Raises:
             ImprintError: see `check_batch`; a label out of range.
         """
-        x = embeddings.detach().float()
+        x, labels = embeddings.detach().float(), labels.to("cpu", torch.int64)
         check_batch(x, self._batches, None if self.moments is None else self.input_dim)
         self._check_labels(labels)
         if self.moments is None:
             self._start(x)
         positions = dealt_positions(self._seen, len(labels))
         kept = slice(None) if self.dealt is None else positions < self.dealt
-        rows = (x.to(self.device)[kept], labels.to("cpu", torch.int64)[kept], positions[kept])
-        self._rows.append(rows)
+        self._rows.append((x.to(self.device)[kept], labels[kept], positions[kept]))
         self._batches += 1
         self._seen += len(labels)
         if sum(len(labels) for _, labels, _ in self._rows) >= BLOCK:
@@ -267,8 +266,9 @@ class EmbeddingSums:
             held, own = held.to(self.device), own.to(self.device)
             gram = "none" if self.moments.gram is None else "pooled"
             part = Moments.of(self.norm_pre(held), own, self.moments.num_classes, gram=gram)
+            rest = self.moments - part
             try:
-                head = self._filled(self.moments - part, gen, classifier)
+                head = self._filled(rest, gen, classifier)
             except ImprintError as error:
                 warnings.warn(
                     "no temperature was fitted, probabilities are not calibrated: without the "
@@ -276,8 +276,10 @@ class EmbeddingSums:
                     stacklevel=3,
                 )
                 return 1.0
-            scores.append(head.scores(held))
-            labels.append(own)
+            # Of a class whose samples are all held out there is no proxy, nor anything to learn.
+            known = rest.counts[own] > 0
+            scores.append(head.scores(held[known]))
+            labels.append(own[known])
         return fit_temperature(torch.cat(scores), torch.cat(labels)) if labels else 1.0
 
 
