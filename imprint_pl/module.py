@@ -40,7 +40,9 @@ class ImprintedClassifier(LightningModule):
 
     Use it with a plain `Trainer(max_epochs=1)`. Training images are embedded in the order of the
     loader; on the last batch the head is filled, before that epoch's validation. Fitting again
-    imprints again; resuming from a finished checkpoint has nothing left to do.
+    imprints again; resuming from a finished checkpoint has nothing left to do. "qi", "hosoda",
+    "janson", "ls", "lda", "ridge" and "ranpac" keep only sums of the embeddings during the epoch
+    (see `EmbeddingSums`): their memory does not grow with the number of images.
 
     Args:
         backbone: "efficientnet_lite0" (embedded, needs no download), "torchvision/<name>",
@@ -80,6 +82,9 @@ class ImprintedClassifier(LightningModule):
         precision: "32", "bf16" or "16": autocast inside the backbone.
         compile: `torch.compile` the backbone.
         save_backbone: keep the backbone in checkpoints too.
+
+    The data module may have `class_names`, `num_classes`, and `class_counts` `(C,)`, the training
+    samples of each class; without the counts sums for NC1 take C times the memory.
 
     Logged: `train/nc1`, `train/embed_seconds`, `train/gen_seconds`, `train/images_per_second`;
     `val/…` and `test/…`: `accuracy` (micro), `macro_f1`, and `accuracy/<class>` up to 20 classes.

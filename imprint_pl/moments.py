@@ -14,7 +14,7 @@ from torch import Tensor
 # Rows taken to float64 at a time, so that a large set needs no float64 copy of itself.
 CHUNK = 4096
 # Columns of a Gram matrix computed at a time: its lower triangle need not be.
-COLUMNS = 512
+COLUMNS = 256
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

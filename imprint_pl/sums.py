@@ -75,6 +75,7 @@ class EmbeddingSums:
         self.num_classes, self.samples, self.dealt = num_classes, samples, dealt
         self.class_counts = None
         # Counts of another number of samples: the epoch is cut short.
+        class_counts = None if class_counts is None else torch.as_tensor(class_counts)
         if class_counts is not None and int(class_counts.sum()) == samples:
             self.num_classes = num_classes or len(class_counts)
             if self.num_classes == len(class_counts):

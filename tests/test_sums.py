@@ -231,6 +231,13 @@ def test_real_digits_give_the_head_of_their_embeddings(tmp_path):
     assert logged["val/accuracy"] == pytest.approx(right.double().mean().item(), abs=0.01)
 
 
+def test_our_data_know_their_class_counts_before_any_image_is_read():
+    data = Digits(classes=[3, 1], shots=7)
+    assert getattr(data, "class_counts", None) is None
+    data.setup()
+    assert data.class_counts.tolist() == [7, 7]
+
+
 def test_nc1_of_the_acceptance_embeddings_is_the_known_one(acceptance):
     x, y = acceptance["train_embeddings"], acceptance["train_labels"].long()
     sums = EmbeddingSums(resolve("qi"), class_counts=torch.bincount(y), samples=len(y))
