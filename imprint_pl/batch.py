@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
@@ -74,3 +75,30 @@ def dealt_samples(loader: Any) -> int | None:
     """
     sampler = getattr(loader, "sampler", None)
     return len(sampler.dataset) if isinstance(sampler, DistributedSampler) else None
+
+
+def dealt_positions(start: int, count: int) -> Tensor:
+    """Where the samples `start … start + count − 1` of this rank stand in the data set, `(count,)`.
+
+    In the order of the loader, dealt as `dealt_samples` says; with one process, their numbers.
+    """
+    ranks, rank = 1, 0
+    if dist.is_available() and dist.is_initialized():
+        ranks, rank = dist.get_world_size(), dist.get_rank()
+    return torch.arange(start, start + count) * ranks + rank
+
+
+def samples_to_come(loader: Any, batches: float, ranks: int) -> int | None:
+    """How many different samples all ranks together will see in `batches` batches of each rank.
+
+    `None` where nobody can know: no `DataLoader` of a data set with a length and a batch size, or
+    several ranks whose samples no `DistributedSampler` deals.
+    """
+    size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
+    if size is None or not isinstance(sampler, Sized):
+        return None
+    own = int(min(len(sampler), batches * size))
+    dealt = dealt_samples(loader)
+    if dealt is None:
+        return own if ranks == 1 else None
+    return min(dealt, own * ranks)

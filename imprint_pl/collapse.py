@@ -82,6 +82,21 @@ def vci(x: Tensor, y: Tensor, *, average: str = "macro", as_published: bool = Fa
     return _vci(moments, average, as_published)
 
 
+def nc1_of(moments: Moments, *, average: str = "macro", as_published: bool = False) -> float:
+    """As `nc1`, from sums of embeddings instead of the embeddings.
+
+    `moments` holds what `Moments.within(average)` asks for; only classes with samples count.
+    """
+    moments = moments.present()
+    if moments.num_classes < 2:
+        return _too_few_classes(moments.num_classes)
+    projector = _between_pseudo_root(moments)
+    trace = ((moments.within(average) @ projector) * projector).sum()
+    if as_published:
+        trace = trace + (moments.global_mean @ projector).square().sum()
+    return trace.item() / moments.num_classes
+
+
 class _CollapseMetric(Metric):
     """Sums over batches and ranks; the value is the same however the samples are dealt out.
 
@@ -144,7 +159,7 @@ class _CollapseMetric(Metric):
         return Moments(self.counts, self.sums, self.gram, weights)
 
     def compute(self) -> Tensor:
-        moments = _present_classes(self._moments())
+        moments = self._moments().present()
         if moments.num_classes < 2:
             return torch.tensor(_too_few_classes(moments.num_classes))
         return torch.tensor(self._value(moments), dtype=torch.float64)
@@ -154,11 +169,7 @@ class NC1(_CollapseMetric):
     __doc__ = f"""NC1 as a torchmetrics metric. See `nc1`. {_CollapseMetric.__doc__}"""
 
     def _value(self, moments: Moments) -> float:
-        projector = _between_pseudo_root(moments)
-        trace = ((moments.within(self.average) @ projector) * projector).sum()
-        if self.as_published:
-            trace = trace + (moments.global_mean @ projector).square().sum()
-        return trace.item() / moments.num_classes
+        return nc1_of(moments, average=self.average, as_published=self.as_published)
 
 
 class VCI(_CollapseMetric):
@@ -188,17 +199,6 @@ def _between_pseudo_root(moments: Moments) -> Tensor:
     _, values, rows = torch.linalg.svd(deviations, full_matrices=False)
     kept = values.square() > TOLERANCE * values[:1].square()
     return rows[kept].T / values[kept]
-
-
-def _present_classes(moments: Moments) -> Moments:
-    present = moments.counts > 0
-    gram, weights = moments.gram, moments.class_weights
-    return Moments(
-        moments.counts[present],
-        moments.sums[present],
-        gram[present] if gram.ndim == 3 else gram,
-        None if weights is None else weights[present],
-    )
 
 
 def _check_average(average: str) -> None:

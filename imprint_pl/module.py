@@ -6,25 +6,21 @@ and measures. The maths is in `imprinting.py` and below.
 
 from __future__ import annotations
 
-import time
 import warnings
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torch import Tensor
 
 from imprint_pl.backbone import load_backbone
 from imprint_pl.batch import dealt_samples, images_of, split_batch
-from imprint_pl.collapse import nc1
+from imprint_pl.checks import EMPTY, check_checkpoint, check_labels, check_task
+from imprint_pl.epoch import ImprintEpoch
 from imprint_pl.errors import ImprintError
-from imprint_pl.imprinting import imprint_parts
+from imprint_pl.metrics import TaskMetrics
 from imprint_pl.recipes import resolve
-from imprint_pl.select import weibull_typical
-from imprint_pl.store import EmbeddingStore, on_gpu
 
 # Above this, a value a class would drown a logger; `class_accuracy` and the run folder have them.
 LOGGED_CLASSES = 20
@@ -44,14 +40,17 @@ class ImprintedClassifier(LightningModule):
 
     Use it with a plain `Trainer(max_epochs=1)`. Training images are embedded in the order of the
     loader; on the last batch the head is filled, before that epoch's validation. Fitting again
-    imprints again; resuming from a finished checkpoint has nothing left to do.
+    imprints again; resuming from a finished checkpoint has nothing left to do. "qi", "hosoda",
+    "janson", "ls", "lda", "ridge" and "ranpac" keep only sums of the embeddings during the epoch
+    (see `EmbeddingSums`): their memory does not grow with the number of images.
 
     Args:
         backbone: "efficientnet_lite0" (embedded, needs no download), "torchvision/<name>",
             "timm/<name>", or any `nn.Module`; see `load_backbone`.
-        recipe: "robust" (the paper's best: k-means, 20 proxies a class), "qi" (the class mean),
-            "hosoda", "janson", "ls" (least squares), "knn" (nearest neighbours), "whitened",
-            "ridge", "lda", "ranpac" or "kernel" (the most accurate).
+        recipe: "auto" (compares recipes on held-out embeddings and takes the best), "kernel" (what
+            auto mostly takes), "robust" (the paper's best: k-means, 20 proxies a class), "qi" (the
+            class mean), "hosoda", "janson", "ls" (least squares), "knn" (nearest neighbours),
+            "whitened", "ridge", "lda" or "ranpac".
         norm_pre: normalisation before GEN: "none", "l2", "power", "centre", "whiten",
             "random_projection", "nystrom", or a list of them. The recipe's where not given, as are
             all the parts below.
@@ -85,15 +84,19 @@ class ImprintedClassifier(LightningModule):
         compile: `torch.compile` the backbone.
         save_backbone: keep the backbone in checkpoints too.
 
-    Logged: `train/nc1`, `train/embed_seconds`, `train/gen_seconds`, `train/images_per_second`;
-    `val/…` and `test/…`: `accuracy` (micro), `macro_f1`, and `accuracy/<class>` up to 20 classes.
+    The data module may have `class_names`, `num_classes`, and `class_counts` `(C,)`, the training
+    samples of each class; without the counts sums for NC1 take C times the memory.
+
+    Logged: `train/nc1`, `train/temperature`, `train/embed_seconds`, `train/gen_seconds`,
+    `train/images_per_second`; `val/…` and `test/…`: `accuracy` (micro), `macro_f1`,
+    `calibration_error` (expected, 15 bins), and `accuracy/<class>` up to 20 classes.
     """
 
     def __init__(
         self,
         # A str or an nn.Module; so annotated, `fit --help` would list every module of PyTorch.
         backbone: Any = "efficientnet_lite0",
-        recipe: str = "robust",
+        recipe: str = "auto",
         norm_pre: str | list[str] | None = None,
         gen: str | None = None,
         k: int | None = None,
@@ -167,10 +170,9 @@ class ImprintedClassifier(LightningModule):
             precision=str(precision),
         )
         self.head = self.parts.empty_head()
-        self.metrics: MetricCollection | None = None
+        self.metrics: TaskMetrics | None = None
         self.class_accuracy: Tensor | None = None
-        self._store = EmbeddingStore()
-        self._seen = 0
+        self._epoch: ImprintEpoch | None = None
 
     @property
     def class_names(self) -> list[str]:
@@ -178,7 +180,8 @@ class ImprintedClassifier(LightningModule):
         return [self.head.name_of(label) for label in range(self.head.num_classes)]
 
     def forward(self, images: Any) -> Tensor:
-        """A batch of images (see `Backbone.forward`) → class scores `(B, C)`."""
+        """A batch of images (see `Backbone.forward`) → logits `(B, C)`; a softmax gives
+        probabilities."""
         return self.head(self.embed(images))
 
     @torch.no_grad()
@@ -208,15 +211,14 @@ class ImprintedClassifier(LightningModule):
             self.trainer.precision_plugin.scaler = None
 
     def on_train_epoch_start(self) -> None:
-        self._store = EmbeddingStore()
         self.head.clear()  # a second epoch
+        self._epoch = ImprintEpoch(self.trainer, self.parts, self.seed, self.weibull)
         self._warned = False
-        self._epoch_start = time.perf_counter()
 
     @torch.no_grad()
     def training_step(self, batch: Any, batch_idx: int) -> None:
         images, labels = split_batch(batch)
-        self._store.add(self.embed(images), labels)
+        self._epoch.add(self.embed(images), labels)
         if self.trainer.is_last_batch:
             # Lightning's mock optimizer: without a step ModelCheckpoint believes that nothing was
             # trained and saves nothing.
@@ -228,50 +230,15 @@ class ImprintedClassifier(LightningModule):
             self._imprint()
 
     def _imprint(self) -> None:
-        embed_seconds = time.perf_counter() - self._epoch_start
-        gathered = self._store.gather(dealt_samples(self.trainer.train_dataloader))
-        result = None
-        if gathered is not None:
-            try:
-                result = self._imprint_on_rank_zero(*gathered)
-            except ImprintError as error:
-                # The other ranks wait for a head: they must get the error instead.
-                result = error
+        result = self._epoch.finish(self.backbone.classifier, self.device)
+        self._epoch = None
         result = self.trainer.strategy.broadcast(result)
         if isinstance(result, Exception):
             raise result
         state, logged = result
         self.head.load_state_dict(state)
-        logged["embed_seconds"] = embed_seconds
-        logged["images_per_second"] = logged.pop("images") / embed_seconds
         for name, value in logged.items():
             self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=1)
-
-    def _imprint_on_rank_zero(self, x: Tensor, y: Tensor) -> tuple[dict, dict]:
-        start = time.perf_counter()
-        x, y = on_gpu(x, y, self.device)
-        names = list(getattr(self.trainer.datamodule, "class_names", None) or [])
-        shortened = bool(self.trainer.fast_dev_run) or self.trainer.limit_train_batches != 1.0
-        if self.weibull is not None:
-            rows = weibull_typical(x, y, *self.weibull)
-            x, y = x[rows], y[rows]
-        head = imprint_parts(
-            x,
-            y,
-            self.parts,
-            class_names=names or None,
-            num_classes=len(names) or getattr(self.trainer.datamodule, "num_classes", None),
-            seed=self.seed,
-            classifier=self.backbone.classifier,
-            progress=self.trainer.progress_bar_callback is not None,
-            allow_empty=shortened,
-        )
-        gen_seconds = time.perf_counter() - start
-        # As the paper has it: on unit vectors, whatever the recipe.
-        value = nc1(nn.functional.normalize(x), y) if len(y.unique()) > 1 else float("nan")
-        # On the CPU, for ranks with GPUs of their own.
-        state = {name: tensor.cpu() for name, tensor in head.state_dict().items()}
-        return state, {"nc1": value, "gen_seconds": gen_seconds, "images": len(y)}
 
     def on_train_epoch_end(self) -> None:
         if self.trainer.max_epochs != 1:
@@ -290,20 +257,12 @@ class ImprintedClassifier(LightningModule):
         self._start_metrics("test")
 
     def _start_metrics(self, stage: str) -> None:
-        self._seen = 0
         self.metrics = None
         if not self.head.is_empty:
-            self._check_task()
-            C = self.head.num_classes
-            self.metrics = MetricCollection(
-                {
-                    "accuracy": MulticlassAccuracy(C, average="micro"),
-                    "macro_f1": MulticlassF1Score(C, average="macro"),
-                    "class_accuracy": MulticlassAccuracy(C, average=None),
-                }
-            ).to(self.device)
+            check_task(self.head, list(getattr(self.trainer.datamodule, "class_names", None) or []))
+            self.metrics = TaskMetrics(self.head.num_classes).to(self.device)
         elif self.trainer.state.fn != "fit":
-            raise ImprintError(f"cannot {stage}: {_EMPTY}")
+            raise ImprintError(f"cannot {stage}: {EMPTY}")
         elif not self.trainer.sanity_checking and not self._warned:
             self._warned = True
             rank_zero_warn(
@@ -321,17 +280,8 @@ class ImprintedClassifier(LightningModule):
         if self.metrics is None:
             return
         images, labels = split_batch(batch)
-        self._check_labels(labels)
-        scores = self(images)
-        samples = dealt_samples(loader)
-        if samples is not None:
-            # Count each sample once: the sampler repeats some to make the ranks even.
-            position = torch.arange(self._seen, self._seen + len(labels))
-            once = position * self.trainer.world_size + self.trainer.global_rank < samples
-            self._seen += len(labels)
-            scores, labels = scores[once.to(scores.device)], labels[once.to(labels.device)]
-        if len(labels):
-            self.metrics.update(scores, labels)
+        check_labels(self.head, labels)
+        self.metrics.add(self(images), labels, dealt_samples(loader))
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
@@ -352,28 +302,11 @@ class ImprintedClassifier(LightningModule):
 
     def on_predict_start(self) -> None:
         if self.head.is_empty:
-            raise ImprintError(f"cannot predict: {_EMPTY}")
+            raise ImprintError(f"cannot predict: {EMPTY}")
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Images with or without labels → class scores `(B, C)`."""
+        """Images with or without labels → logits `(B, C)`."""
         return self(images_of(batch))
-
-    def _check_task(self) -> None:
-        names = list(getattr(self.trainer.datamodule, "class_names", None) or [])
-        if names and self.head.class_names and names != self.head.class_names:
-            raise ImprintError(
-                f"the head was imprinted for the classes {_shown(self.head.class_names)}, the data "
-                f"has {_shown(names)}: give the data and classes of the checkpoint's task"
-            )
-
-    def _check_labels(self, labels: Tensor) -> None:
-        C = self.head.num_classes
-        outside = (labels < 0) | (labels >= C)
-        if outside.any():
-            raise ImprintError(
-                f"label {int(labels[outside][0])} is out of range for a head of {C} classes "
-                f"(0..{C - 1}): give the data and classes of the checkpoint's task"
-            )
 
     # Checkpoints: the head, and what names the backbone.
 
@@ -389,33 +322,4 @@ class ImprintedClassifier(LightningModule):
         checkpoint["backbone"] = self.backbone.source()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint["state_dict"]
-        missing = [f"head.{name}" for name in self.head.state_dict() if f"head.{name}" not in state]
-        if missing:
-            raise ImprintError(
-                f"the checkpoint has no {missing[0]!r}: it was not written by ImprintedClassifier"
-            )
-        saved, own = checkpoint.get("backbone", {}), self.backbone.source()
-        if any(key.startswith("backbone.") for key in state):
-            return
-        for key in ("name", "sha256"):
-            if saved.get(key) != own[key]:
-                raise ImprintError(
-                    f"the checkpoint was imprinted on a backbone with {key}={saved.get(key)!r}, "
-                    f"this one has {key}={own[key]!r}: give the same backbone and weights "
-                    "(save_backbone=True keeps them in the checkpoint)"
-                )
-        for key in ("image_size", "preprocess", "precision"):
-            if saved.get(key) != own[key]:
-                rank_zero_warn(
-                    f"the checkpoint was imprinted with {key}={saved.get(key)!r}, this model has "
-                    f"{key}={own[key]!r}: embeddings may differ"
-                )
-
-
-_EMPTY = "the head has no proxies yet; fit first, or give ckpt_path"
-
-
-def _shown(names: list[str]) -> str:
-    more = ", …" if len(names) > 6 else ""
-    return f"[{', '.join(names[:6])}{more}] ({len(names)})"
+        check_checkpoint(checkpoint, self.head, self.backbone.source())

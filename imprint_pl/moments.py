@@ -13,6 +13,8 @@ from torch import Tensor
 
 # Rows taken to float64 at a time, so that a large set needs no float64 copy of itself.
 CHUNK = 4096
+# Columns of a Gram matrix computed at a time: its lower triangle need not be.
+COLUMNS = 256
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -80,6 +82,17 @@ class Moments:
         """`(d,)`, the mean of all samples."""
         return self.sums.sum(0) / self.counts.sum()
 
+    def present(self) -> Moments:
+        """The sums of the classes that have samples, numbered without gaps."""
+        kept = self.counts > 0
+        gram, weights = self.gram, self.class_weights
+        return Moments(
+            self.counts[kept],
+            self.sums[kept],
+            gram[kept] if gram is not None and gram.ndim == 3 else gram,
+            None if weights is None else weights[kept],
+        )
+
     def add(self, x: Tensor, y: Tensor) -> Moments:
         """Adds a batch in place: `x (B, d)` of any float dtype, `y (B,)` in 0..C−1."""
         for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
@@ -91,11 +104,18 @@ class Moments:
             if self.gram.ndim == 3:
                 for c in labels.unique().tolist():
                     of_class = rows[labels == c]
-                    self.gram[c].addmm_(of_class.T, of_class)
+                    _add_upper(self.gram[c], of_class, of_class)
             elif self.class_weights is None:
-                self.gram.addmm_(rows.T, rows)
+                _add_upper(self.gram, rows, rows)
             else:
-                self.gram.addmm_(rows.T * self.class_weights[labels], rows)
+                _add_upper(self.gram, rows * self.class_weights[labels, None], rows)
+        if self.gram is None:
+            return self
+        if self.gram.ndim == 2:
+            _mirror(self.gram)
+        else:
+            for c in y.unique().tolist():
+                _mirror(self.gram[c])
         return self
 
     def __add__(self, other: Moments) -> Moments:
@@ -153,3 +173,17 @@ class Moments:
             gram = self.gram * ratio[0]
         scatter = gram - (sums.T * (weights / counts)) @ sums
         return scatter / (weights * counts).sum()
+
+
+def _add_upper(gram: Tensor, x: Tensor, z: Tensor) -> None:
+    """Adds xᵀz `(d, d)`, a symmetric matrix, to `gram`: its upper triangle, by whole blocks."""
+    for start in range(0, len(gram), COLUMNS):
+        end = min(start + COLUMNS, len(gram))
+        gram[:end, start:end].addmm_(x[:, :end].T, z[:, start:end])
+
+
+def _mirror(gram: Tensor) -> None:
+    """Copies the blocks of the upper triangle below the diagonal."""
+    for start in range(COLUMNS, len(gram), COLUMNS):
+        end = min(start + COLUMNS, len(gram))
+        gram[start:end, :start] = gram[:start, start:end].T

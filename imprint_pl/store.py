@@ -28,16 +28,11 @@ class EmbeddingStore:
         """Adds a batch `(B, d)` with labels `(B,)`.
 
         Raises:
-            ImprintError: a value that is not finite; names the batch and the sample in it.
+            ImprintError: see `check_batch`.
         """
         embeddings = embeddings.detach().to("cpu", torch.float32)
-        finite = embeddings.isfinite().all(1)
-        if not finite.all():
-            raise ImprintError(
-                f"batch {len(self._labels)} has {int((~finite).sum())} embeddings with NaN or "
-                f"infinite values, the first is its sample {int((~finite).nonzero()[0])}: look at "
-                "that image, or at the backbone's weights and precision"
-            )
+        dim = self._embeddings[0].shape[1] if self._embeddings else None
+        check_batch(embeddings, len(self._labels), dim)
         self._embeddings.append(embeddings)
         self._labels.append(labels.to("cpu", torch.int64))
 
@@ -52,7 +47,7 @@ class EmbeddingStore:
         self._embeddings, self._labels = [], []
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return x, y
-        gathered_x, gathered_y = _gather_rows(x), _gather_rows(y)
+        gathered_x, gathered_y = gather_rows(x), gather_rows(y)
         if gathered_x is None:
             return None
         return gathered_x[:samples], gathered_y[:samples]
@@ -63,6 +58,26 @@ def on_gpu(x: Tensor, y: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     if device.type != "cuda" or 3 * x.nbytes > torch.cuda.mem_get_info(device)[0]:
         return x, y
     return x.to(device), y.to(device)
+
+
+def check_batch(embeddings: Tensor, batch: int, dim: int | None) -> None:
+    """Checks the embeddings `(B, d)` of batch number `batch`; `dim` is the d of those before it.
+
+    Raises:
+        ImprintError: another d, or a value that is not finite; names the batch and the sample.
+    """
+    if dim is not None and embeddings.shape[1] != dim:
+        raise ImprintError(
+            f"batch {batch} has embeddings of {embeddings.shape[1]} numbers, those before it had "
+            f"{dim}: the backbone has to give all images embeddings of one size"
+        )
+    finite = embeddings.isfinite().all(1)
+    if not finite.all():
+        raise ImprintError(
+            f"batch {batch} has {int((~finite).sum())} embeddings with NaN or infinite values, the "
+            f"first is its sample {int((~finite).nonzero()[0])}: look at that image, or at the "
+            "backbone's weights and precision"
+        )
 
 
 def _concatenate(chunks: list[Tensor]) -> Tensor:
@@ -78,7 +93,7 @@ def _concatenate(chunks: list[Tensor]) -> Tensor:
     return rows
 
 
-def _gather_rows(rows: Tensor) -> Tensor | None:
+def gather_rows(rows: Tensor) -> Tensor | None:
     """Row j of rank r becomes row j · ranks + r on rank 0; ranks may hold different numbers."""
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     ranks, rank = dist.get_world_size(), dist.get_rank()

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from imprint_pl.moments import Moments
 
+WEIGHTS = torch.tensor([1.0, 0.5, 3.0])
+
 
 def direct_within(x, y, average):
     """Straight from the definition, one class at a time."""
@@ -76,6 +78,34 @@ def test_within_macro_of_unequal_classes_is_refused_from_one_pooled_gram():
     x, y = unbalanced()
     with pytest.raises(ValueError, match="differ in size"):
         Moments.of(x, y, 5).within("macro")
+
+
+@pytest.mark.parametrize("options", [{}, {"gram": "per_class"}, {"class_weights": WEIGHTS}])
+def test_a_gram_matrix_of_several_blocks_is_whole_and_symmetric(options):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 1100, generator=generator), torch.arange(60) % 3
+    moments = Moments.zeros(3, 1100, **options)
+    for rows, labels in zip(x.split(25), y.split(25), strict=True):
+        moments.add(rows, labels)
+    z = x.double()
+    grams = torch.stack([z[y == c].T @ z[y == c] for c in range(3)])
+    weights = options.get("class_weights", torch.ones(3)).double()
+    per_class = "gram" in options
+    expected = grams if per_class else torch.einsum("c,cij->ij", weights, grams)
+    torch.testing.assert_close(moments.gram, expected)
+    torch.testing.assert_close(moments.gram.mT, moments.gram, rtol=1e-12, atol=1e-12)
+
+
+def test_the_classes_with_samples_are_numbered_without_gaps():
+    x = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]])
+    moments = Moments.of(
+        x, torch.tensor([0, 0, 2]), 3, gram="per_class", class_weights=torch.tensor([1.0, 2.0, 3.0])
+    )
+    present = moments.present()
+    assert present.counts.tolist() == [2, 1]
+    assert present.sums.tolist() == [[4, 0], [0, 5]]
+    assert present.gram.tolist() == [[[10, 0], [0, 0]], [[0, 0], [0, 25]]]
+    assert present.class_weights.tolist() == [1, 3]
 
 
 def test_half_precision_input_is_summed_in_float64():

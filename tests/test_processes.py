@@ -10,18 +10,50 @@ import torch
 # Neither the 431 training images nor the 106 test images divide evenly by 2 and by 3.
 SCRIPT = """
 import json, sys, torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from imprint_pl import ImprintedClassifier
 from imprint_pl.collapse import NC1, VCI
 from imprint_pl.data import Digits
 
 devices, folder = int(sys.argv[1]), sys.argv[2]
-for recipe, k in (("qi", None), ("robust", 4), ("whitened", None)):
-    model = ImprintedClassifier("efficientnet_lite0", recipe, image_size=32, k=k)
-    trainer = Trainer(
+SUMMED = {
+    "qi": {}, "hosoda": {}, "janson": {}, "ls": {}, "lda": {}, "ridge": {},
+    "ranpac": {"projection_dim": 40},
+}
+
+class Points(LightningDataModule):
+    # 4,501 embeddings; of class 5 only the second process sees one, and nobody announces it.
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(0)
+        y = torch.randint(0, 5, (4501,), generator=generator)
+        y[1] = 5
+        x = torch.randn(4501, 8, generator=generator) + 2 * torch.eye(6, 8)[y]
+        data = TensorDataset(x, y)
+        ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        sampler = DistributedSampler(data, ranks, rank, shuffle=False) if ranks > 1 else None
+        return DataLoader(data, 64, sampler=sampler)
+
+def make_trainer():
+    return Trainer(
         max_epochs=1, accelerator="cpu", devices=devices, logger=False, enable_progress_bar=False,
         strategy="ddp" if devices > 1 else "auto", enable_checkpointing=False,
     )
+
+for recipe, options in SUMMED.items():
+    trainer = make_trainer()
+    model = ImprintedClassifier(torch.nn.Identity(), recipe, **options)
+    trainer.fit(model, Points())
+    if trainer.is_global_zero:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        torch.save(
+            {"head": model.head.state_dict(), "metrics": metrics},
+            f"{folder}/points-{recipe}-{devices}.pt",
+        )
+
+for recipe, k in (("qi", None), ("robust", 4), ("whitened", None), ("ridge", None)):
+    model = ImprintedClassifier("efficientnet_lite0", recipe, image_size=32, k=k)
+    trainer = make_trainer()
     trainer.fit(model, Digits(classes=[0, 1, 2], batch_size=64))
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     state = model.metrics["class_accuracy"]
@@ -81,7 +113,7 @@ def results(tmp_path_factory):
     return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
 
 
-@pytest.mark.parametrize("recipe", ["qi", "robust", "whitened"])
+@pytest.mark.parametrize("recipe", ["qi", "robust", "whitened", "ridge"])
 @pytest.mark.parametrize("devices", [2, 3])
 def test_more_processes_give_the_proxies_of_one(results, recipe, devices):
     one, more = results[f"{recipe}-1"], results[f"{recipe}-{devices}"]
@@ -89,6 +121,16 @@ def test_more_processes_give_the_proxies_of_one(results, recipe, devices):
     atol = 1e-3 if recipe == "whitened" else 1e-5
     torch.testing.assert_close(more["head"], one["head"], rtol=1e-4, atol=atol)
     assert more["metrics"]["train/nc1"] == pytest.approx(one["metrics"]["train/nc1"], rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["qi", "hosoda", "janson", "ls", "lda", "ridge", "ranpac"])
+@pytest.mark.parametrize("devices", [2, 3])
+def test_sums_of_more_processes_give_the_head_of_one_and_its_temperature(results, recipe, devices):
+    one, more = results[f"points-{recipe}-1"], results[f"points-{recipe}-{devices}"]
+    assert one["head"]["proxy_classes"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert one["head"]["log_scale"] != 0
+    torch.testing.assert_close(more["head"], one["head"], rtol=1e-5, atol=1e-5)
+    assert more["metrics"]["train/nc1"] == pytest.approx(one["metrics"]["train/nc1"], rel=1e-6)
 
 
 @pytest.mark.parametrize("devices", [2, 3])

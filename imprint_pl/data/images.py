@@ -205,6 +205,11 @@ class ImageDataModule(LightningDataModule):
         """The test split, labels included."""
         return self._loader("predict")
 
+    @property
+    def class_counts(self) -> Tensor:
+        """`(C,)` int64, training images of each class, known before any is read."""
+        return torch.bincount(self.train_dataset.labels, minlength=self.num_classes)
+
     def sample_names(self, split: str = "predict") -> list[str] | None:
         """Name the samples of a split, in the order of its loader.
 

@@ -1,0 +1,68 @@
+"""What ImprintedClassifier asks of data and of checkpoints: that they fit its head and backbone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from imprint_pl.errors import ImprintError
+from imprint_pl.head import ImprintedHead
+
+EMPTY = "the head has no proxies yet; fit first, or give ckpt_path"
+TASK = "give the data and classes of the checkpoint's task"
+
+
+def check_task(head: ImprintedHead, names: list[str]) -> None:
+    """Raises an `ImprintError` where the data's class names are not the head's."""
+    if names and head.class_names and names != head.class_names:
+        raise ImprintError(
+            f"the head was imprinted for the classes {_shown(head.class_names)}, the data has "
+            f"{_shown(names)}: {TASK}"
+        )
+
+
+def check_labels(head: ImprintedHead, labels: Tensor) -> None:
+    """Raises an `ImprintError` for a label `(B,)` that is none of the head's."""
+    C = head.num_classes
+    outside = (labels < 0) | (labels >= C)
+    if outside.any():
+        raise ImprintError(
+            f"label {int(labels[outside][0])} is out of range for a head of {C} classes "
+            f"(0..{C - 1}): {TASK}"
+        )
+
+
+def check_checkpoint(
+    checkpoint: dict[str, Any], head: ImprintedHead, source: dict[str, Any]
+) -> None:
+    """Raises an `ImprintError` where a checkpoint has no head, or one imprinted on a backbone other
+    than `source` (see `Backbone.source`); warns where only its preprocessing is another."""
+    state = checkpoint["state_dict"]
+    missing = [f"head.{name}" for name in head.state_dict() if f"head.{name}" not in state]
+    if missing:
+        raise ImprintError(
+            f"the checkpoint has no {missing[0]!r}: it was not written by ImprintedClassifier"
+        )
+    if any(key.startswith("backbone.") for key in state):
+        return
+    saved = checkpoint.get("backbone", {})
+    for key in ("name", "sha256"):
+        if saved.get(key) != source[key]:
+            raise ImprintError(
+                f"the checkpoint was imprinted on a backbone with {key}={saved.get(key)!r}, "
+                f"this one has {key}={source[key]!r}: give the same backbone and weights "
+                "(save_backbone=True keeps them in the checkpoint)"
+            )
+    for key in ("image_size", "preprocess", "precision"):
+        if saved.get(key) != source[key]:
+            rank_zero_warn(
+                f"the checkpoint was imprinted with {key}={saved.get(key)!r}, this model has "
+                f"{key}={source[key]!r}: embeddings may differ"
+            )
+
+
+def _shown(names: list[str]) -> str:
+    more = ", …" if len(names) > 6 else ""
+    return f"[{', '.join(names[:6])}{more}] ({len(names)})"

@@ -1,0 +1,120 @@
+"""The imprint epoch: what it keeps of the embeddings as they go by, and how rank 0 makes a head of
+them on the last batch. `module.py` calls both.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from imprint_pl.batch import dealt_samples, samples_to_come
+from imprint_pl.collapse import nc1
+from imprint_pl.errors import ImprintError
+from imprint_pl.head import ImprintedHead
+from imprint_pl.imprinting import imprint_parts
+from imprint_pl.recipes import Auto, Parts
+from imprint_pl.select import weibull_typical
+from imprint_pl.store import EmbeddingStore, on_gpu
+from imprint_pl.sums import EmbeddingSums, streams
+
+
+class ImprintEpoch:
+    """Takes the batches of one epoch, then makes the head.
+
+    Sums are kept where the recipe needs no more (see `streams`), the embeddings otherwise.
+
+    Args:
+        trainer: in its train loop, at the start of the epoch.
+        parts: of the recipe.
+        seed: of every random choice.
+        weibull: as for `imprint`; it asks for the embeddings.
+    """
+
+    def __init__(
+        self, trainer: Trainer, parts: Parts | Auto, seed: int, weibull: list[float] | None
+    ) -> None:
+        self.parts, self.seed, self.weibull = parts, seed, weibull
+        data, loader = trainer.datamodule, trainer.train_dataloader
+        self.class_names = list(getattr(data, "class_names", None) or []) or None
+        self.num_classes = len(self.class_names or []) or getattr(data, "num_classes", None)
+        self.dealt = dealt_samples(loader)
+        # Cut short on purpose, it may miss classes.
+        self.shortened = bool(trainer.fast_dev_run) or trainer.limit_train_batches != 1.0
+        self.progress = trainer.progress_bar_callback is not None
+        samples = samples_to_come(loader, trainer.num_training_batches, trainer.world_size)
+        self.start = time.perf_counter()
+        self.kept = EmbeddingStore()
+        if weibull is None and streams(parts, samples):
+            self.kept = EmbeddingSums(
+                parts,
+                num_classes=self.num_classes,
+                class_counts=getattr(data, "class_counts", None),
+                samples=samples,
+                dealt=self.dealt,
+                seed=seed,
+            )
+
+    def add(self, embeddings: Tensor, labels: Tensor) -> None:
+        """A batch `(B, d)` with labels `(B,)`."""
+        self.kept.add(embeddings, labels)
+
+    def finish(
+        self, classifier: Tensor | None, device: torch.device
+    ) -> tuple[dict[str, Tensor], dict[str, float]] | ImprintError | None:
+        """The head's state, on the CPU, and what is to be logged, on rank 0; `None` on the others.
+
+        An error is returned, not raised: the other ranks wait for a head and must get it instead.
+
+        Args:
+            classifier: as for `imprint_parts`.
+            device: where to compute, if it has room.
+        """
+        summed = isinstance(self.kept, EmbeddingSums)
+        embed_seconds = time.perf_counter() - self.start
+        gathered = self.kept.gather() if summed else self.kept.gather(self.dealt)
+        if gathered is None:
+            return None
+        start = time.perf_counter()
+        try:
+            if summed:
+                head = gathered.imprint(self.class_names, classifier, self.shortened)
+                value, images = gathered.nc1(), len(gathered)
+            else:
+                head, value, images = self._imprint_rows(*gathered, classifier, device)
+        except ImprintError as error:
+            return error
+        # On the CPU, for ranks with GPUs of their own.
+        state = {name: tensor.cpu() for name, tensor in head.state_dict().items()}
+        return state, {
+            "nc1": value,
+            "temperature": head.temperature,
+            "embed_seconds": embed_seconds,
+            "gen_seconds": time.perf_counter() - start,
+            "images_per_second": images / embed_seconds,
+        }
+
+    def _imprint_rows(
+        self, x: Tensor, y: Tensor, classifier: Tensor | None, device: torch.device
+    ) -> tuple[ImprintedHead, float, int]:
+        """The head, NC1 and the number of samples, from embeddings `(N, d)` and labels `(N,)`."""
+        x, y = on_gpu(x, y, device)
+        if self.weibull is not None:
+            rows = weibull_typical(x, y, *self.weibull)
+            x, y = x[rows], y[rows]
+        head = imprint_parts(
+            x,
+            y,
+            self.parts,
+            class_names=self.class_names,
+            num_classes=self.num_classes,
+            seed=self.seed,
+            classifier=classifier,
+            progress=self.progress,
+            allow_empty=self.shortened,
+        )
+        # As the paper has it: on unit vectors, whatever the recipe.
+        value = nc1(nn.functional.normalize(x), y) if len(y.unique()) > 1 else float("nan")
+        return head, value, len(y)
