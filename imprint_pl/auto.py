@@ -72,7 +72,7 @@ def imprint_auto(
     rows, right = [], []
     shown = tqdm(CANDIDATES, "auto", leave=False, disable=not progress, delay=2)
     for candidate in shown if held else []:
-        shown.set_postfix_str(candidate["recipe"])
+        shown.set_postfix_str(candidate["recipe"], refresh=False)
         start = time.perf_counter()
         correct = _labelled(x[sample], y[sample], candidate, num_classes, held, seed, classifier)
         seconds = round(time.perf_counter() - start, 3)

@@ -295,7 +295,8 @@ class ImprintedClassifier(LightningModule):
         values = self.metrics.compute()
         self.class_accuracy = values.pop("class_accuracy").cpu()
         for name, value in values.items():
-            self.log(f"{stage}/{name}", value, prog_bar=True, sync_dist=True)
+            shown = name in ("accuracy", "macro_f1")
+            self.log(f"{stage}/{name}", value, prog_bar=shown, sync_dist=True)
         if self.head.num_classes <= LOGGED_CLASSES:
             for name, value in zip(self.class_names, self.class_accuracy, strict=True):
                 self.log(f"{stage}/accuracy/{name}", value.to(self.device), sync_dist=True)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from imprint_pl.batch import dealt_samples
+from imprint_pl.recipes import AUTO
 from imprint_pl.store import EmbeddingStore
 
 DATA_PARAMETERS = (
@@ -30,18 +31,25 @@ def summarise(trainer: Trainer, model: LightningModule, stage: str) -> dict[str,
     """
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     data, backbone = trainer.datamodule, model.backbone.source()
+    recipe, settings = model.parts.parameters["recipe"], dict(model.parts.parameters)
+    if recipe == AUTO:
+        settings = dict(model.head.settings)
+        settings["chosen_recipe"] = settings["recipe"]
     checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "") or trainer.ckpt_path
     return {
         "task": getattr(data, "task", type(data).__name__),
-        "recipe": model.parts.parameters["recipe"],
+        "recipe": recipe,
         "accuracy": metrics.get(f"{stage}/accuracy"),
         "macro_f1": metrics.get(f"{stage}/macro_f1"),
+        "calibration_error": metrics.get(f"{stage}/calibration_error"),
         "nc1": metrics.get("train/nc1"),
         "embed_seconds": metrics.get("train/embed_seconds"),
         "gen_seconds": metrics.get("train/gen_seconds"),
         "images_per_second": metrics.get("train/images_per_second"),
         "checkpoint": str(checkpoint) if checkpoint else None,
-        **{name: value for name, value in model.parts.parameters.items() if name != "recipe"},
+        **{name: value for name, value in settings.items() if name not in ("recipe", "chosen_by")},
+        "temperature_of_probabilities": model.head.temperature,
+        "tried": model.head.tried if trainer.state.fn == "fit" else [],
         "seed": model.seed,
         "weibull": model.weibull,
         "num_classes": model.head.num_classes,
@@ -70,15 +78,18 @@ def write_summary(folder: Path, summary: dict[str, Any], model: LightningModule)
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """One row with the figures, under a line that says what was run."""
+    """One row with the figures, under a line that says what was run; first, what `auto` tried."""
+    if summary["tried"]:
+        _print_tried(summary["tried"])
     table = Table(box=box.ROUNDED)
     row = {
         "task": summary["task"],
-        "recipe": summary["recipe"],
+        "recipe": summary.get("chosen_recipe") or summary["recipe"],
         "accuracy": _number(summary["accuracy"], 100, 2, " %"),
         "macro F1": _number(summary["macro_f1"], 100, 2, " %"),
+        "ECE": _number(summary["calibration_error"], 100, 2, " %"),
         "NC1": _number(summary["nc1"], 1, 3),
-        "embedding": _number(summary["embed_seconds"], 1, 1, " s"),
+        "embed": _number(summary["embed_seconds"], 1, 1, " s"),
         "GEN": _number(summary["gen_seconds"], 1, 2, " s"),
     }
     row = {name: value for name, value in row.items() if value is not None}
@@ -90,10 +101,43 @@ def print_summary(summary: dict[str, Any]) -> None:
     console.print(table)
 
 
+def _print_tried(tried: list[dict[str, Any]]) -> None:
+    """What `auto` compared, on held-out training samples."""
+    table = Table(
+        "candidate", box=box.ROUNDED, title="auto, on held-out training embeddings", title_style=""
+    )
+    for column in ("accuracy", "difference", "seconds", ""):
+        table.add_column(column, justify="right")
+    measured = ("accuracy", "difference", "standard_error", "seconds", "chosen")
+    for i, row in enumerate(tried):
+        keywords = [
+            row[name] if name == "norm_pre" else f"{name}={row[name]}"
+            for name in row
+            if name not in (*measured, "recipe")
+        ]
+        difference = ""
+        if row["accuracy"] is None:
+            difference = "too few samples"
+        elif i:
+            error = 100 * row["standard_error"]
+            difference = f"{100 * row['difference']:+.2f} ± {error:.2f}"
+        table.add_row(
+            " ".join([row["recipe"], *keywords]),
+            _number(row["accuracy"], 100, 2, " %"),
+            difference,
+            f"{row['seconds']:.2f}",
+            "chosen" if row["chosen"] else "",
+        )
+    console = Console()
+    console.print()
+    console.print(table)
+
+
 def _what(summary: dict[str, Any]) -> str:
     k = f" k={summary['k']}" if "k" in summary else ""
+    chosen = f"auto chose {summary['chosen_recipe']}, " if "chosen_recipe" in summary else ""
     return (
-        f"{summary['backbone']}: {summary['norm_pre']} / {summary['gen']}{k} / "
+        f"{summary['backbone']}: {chosen}{summary['norm_pre']} / {summary['gen']}{k} / "
         f"{summary['norm_post']} / {summary['norm_inf']} / {summary['agg']}, "
         f"{summary['num_proxies']} proxies for {summary['num_classes']} classes"
     )
