@@ -22,15 +22,13 @@ from imprint_pl.recipes import resolve
 
 # In the order of preference. `kernel` comes first: from two samples a class to thousands, on
 # features that are positive and on ones that have a sign, nothing else was the best so often, or so
-# seldom far from it. Its other forms leave out the square root, which suits positive features; the
+# seldom far from it. Its other form leaves out the square root, which suits positive features; the
 # rest is there for embeddings that are unlike those.
 CANDIDATES: tuple[dict[str, Any], ...] = (
     dict(recipe="kernel"),
     dict(recipe="kernel", norm_pre="l2+nystrom"),
-    dict(recipe="kernel", norm_pre="centre+l2+nystrom"),
     dict(recipe="ridge"),
-    dict(recipe="lda", shrinkage=0.01),
-    dict(recipe="lda", shrinkage=0.5),
+    dict(recipe="lda", shrinkage=0.1),
     dict(recipe="robust", k=20),
     dict(recipe="robust", k=1),
 )
@@ -38,9 +36,9 @@ CANDIDATES: tuple[dict[str, Any], ...] = (
 # in a fraction of the time that the winner takes on all samples.
 TRAINED = 2000
 LANDMARKS = 500
-# Samples that they then label: the standard error of a difference is 0.3 points or less.
-LABELLED = 4000
-# Standard errors by which another candidate has to beat the first. With eight candidates and few
+# Samples that they then label: the standard error of a difference is 0.4 points or less.
+LABELLED = 3000
+# Standard errors by which another candidate has to beat the first. With six candidates and few
 # samples the best of them by chance is often better by one.
 CLEARLY = 2.0
 
@@ -58,7 +56,7 @@ def imprint_auto(
     """Embeddings `x (N, d)`, labels `y (N,)`, checked → the chosen recipe's head.
 
     With fewer than 3,000 samples candidates are compared by cross-validation, over two to five
-    stratified folds. With more, 2,000 random samples are imprinted and up to 4,000 others labelled.
+    stratified folds. With more, 2,000 random samples are imprinted and up to 3,000 others labelled.
     A candidate replaces `kernel` if its accuracy there is higher by more than two standard errors
     of the paired difference, √(n₊ + n₋ − (n₊ − n₋)²/n) / n, n₊ and n₋ the samples that only one or
     only the other has right. Where nothing can be held out (one sample a class), it is `kernel`.

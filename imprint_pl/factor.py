@@ -41,17 +41,65 @@ def cholesky(matrix: Tensor, cure: str) -> Tensor:
     return factor
 
 
-def eigen(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
-    """Eigenvalues `(n,)`, ascending, and eigenvectors `(n, n)` as columns of a symmetric matrix."""
-    try:
-        if matrix.device.type != "cpu":
-            return torch.linalg.eigh(matrix)
-        # numpy's takes two thirds of torch's time.
+class Tridiagonal:
+    """A symmetric matrix as V T Vᵀ, V orthogonal, T tridiagonal, on the CPU in float64.
+
+    Args:
+        matrix: `(n, n)`, symmetric.
+
+    Raises:
+        ImprintError: the matrix has values that are not finite.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        from scipy.linalg import lapack  # here, not above: a third of a second to import
+
+        if not matrix.isfinite().all():
+            raise ImprintError("the Gram matrix overflows: scale the embeddings down, by l2 say")
+        self._lapack, n = lapack, len(matrix)
+        size = int(lapack.dsytrd_lwork(n, lower=1)[0])
         with threadpool_limits(1):
-            values, vectors = np.linalg.eigh(matrix.numpy())
-        return torch.from_numpy(values), torch.from_numpy(vectors)
-    except (torch.linalg.LinAlgError, np.linalg.LinAlgError) as error:
-        raise ImprintError(f"{what}: the eigendecomposition failed ({error})") from error
+            packed, self._diagonal, self._beside, self._scale, _ = lapack.dsytrd(
+                matrix.double().cpu().numpy().T, lower=1, lwork=size
+            )
+        # V leaves the first row alone and is made of n − 1 reflections of the others.
+        self._reflections = np.asfortranarray(packed[1:, :-1])
+
+    def eigenvalues(self) -> Tensor:
+        """`(n,)`, ascending."""
+        if len(self._diagonal) == 1:
+            return torch.from_numpy(self._diagonal.copy())
+        values, failed = self._lapack.dsterf(self._diagonal, self._beside)
+        if failed:
+            raise ImprintError(f"the eigenvalues of the Gram matrix were not found ({failed})")
+        return torch.from_numpy(values)
+
+    def turn(self, columns: Tensor) -> Tensor:
+        """Vᵀ times `columns (n, c)`, in float64 on the CPU."""
+        return self._reflected(columns, "T")
+
+    def turn_back(self, columns: Tensor) -> Tensor:
+        """V times `columns (n, c)`."""
+        return self._reflected(columns, "N")
+
+    def solve(self, lam: float, columns: Tensor) -> Tensor:
+        """(T + λI)⁻¹ times `columns (n, c)`, λ > 0 and T positive semidefinite."""
+        diagonal = self._diagonal + lam
+        if len(diagonal) == 1:
+            return columns / diagonal[0]
+        *_, solution, failed = self._lapack.dptsv(diagonal, self._beside, columns.numpy())
+        if failed:
+            raise ImprintError(f"lam={lam}: the matrix is singular to rounding; give a larger lam")
+        return torch.from_numpy(solution)
+
+    def _reflected(self, columns: Tensor, transposed: str) -> Tensor:
+        columns = columns.double().cpu().numpy().copy(order="F")
+        if len(columns) > 1:
+            size = 64 * columns.shape[1]
+            columns[1:], _, _ = self._lapack.dormqr(
+                "L", transposed, self._reflections, self._scale, columns[1:], lwork=size
+            )
+        return torch.from_numpy(columns)
 
 
 def inverse_factor(matrix: Tensor, cure: str) -> Tensor:

@@ -15,6 +15,8 @@ from imprint_pl.norm import Norm, sums_of
 # Added to the diagonal of the landmarks' kernel, which is 1 there. Inference is in float32: along
 # directions of the kernel below this, features would be amplified rounding.
 JITTER = 1e-6
+# Columns of a triangular product computed at a time.
+BLOCK = 512
 
 
 class Learned(Norm):
@@ -230,7 +232,13 @@ class Nystrom(Learned):
 
     def apply_fitted(self, x: Tensor) -> Tensor:
         x = torch.exp(-self.gamma * _squared_distances(x - self.shift, self.landmarks))
-        return x @ self.matrix - self.mean
+        # The matrix is upper triangular: a block of columns needs only the first rows.
+        p = len(self.landmarks)
+        blocks = [
+            x[..., : i + BLOCK] @ self.matrix[: i + BLOCK, i : i + BLOCK]
+            for i in range(0, p, BLOCK)
+        ]
+        return torch.cat(blocks, -1) - self.mean
 
 
 LEARNED = {part.name: part for part in (Centre, Whiten, RandomProjection, Nystrom)}

@@ -122,7 +122,7 @@ def test_a_saved_head_of_auto_is_the_same_in_a_fresh_process(acceptance, tmp_pat
         "import sys, torch; from imprint_pl import ImprintedHead;"
         "file = torch.load(sys.argv[1], weights_only=True); head = ImprintedHead();"
         "head.load_state_dict(file['head']); assert torch.equal(head(file['x']), file['logits']);"
-        "assert head.settings['chosen_by'] == 'auto' and len(head.tried) > 5"
+        "assert head.settings['chosen_by'] == 'auto' and len(head.tried) > 4"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "f.pt"], check=True)
     other = ImprintedHead()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from imprint_pl.errors import ImprintError
-from imprint_pl.factor import cholesky, double, eigen
+from imprint_pl.factor import Tridiagonal, cholesky, double
 from imprint_pl.gen.base import Proxies
 from imprint_pl.moments import CHUNK, Moments
 
@@ -76,7 +76,8 @@ class Ridge:
 
 
 class Spectrum:
-    """Ridge regression for every λ at once, by one eigendecomposition of G = U diag(l) Uᵀ.
+    """Ridge regression for every λ at once, by one tridiagonalisation G = V T Vᵀ: a third of the
+    time of an eigendecomposition, and (T + λI) is solved in no time.
 
     Args:
         moments: sums with a pooled Gram matrix, unweighted.
@@ -87,9 +88,9 @@ class Spectrum:
         gram, cross = normal_equations(moments, intercept)
         self.samples = double(moments.counts).sum().item()
         self.trace = gram.trace().item()
-        values, self.vectors = eigen(gram, "ridge")
-        self.values = values.clamp_min(0)
-        self.projected = self.vectors.T @ cross
+        self.system = Tridiagonal(gram)
+        self.values = self.system.eigenvalues().clamp_min(0)
+        self.projected = self.system.turn(cross)
         self.intercept = intercept
 
     @property
@@ -100,17 +101,19 @@ class Spectrum:
 
     def weights(self, lam: float) -> Tensor:
         """W for one λ, `(d+1, C)`, or `(d, C)` without intercept, float64."""
-        return self.vectors @ (self.projected / (self.values + lam)[:, None])
+        return self.system.turn_back(self.system.solve(lam, self.projected))
 
     def gcv(self, lam: float) -> float:
-        """(1/N) Σ ‖y − Wᵀz‖² / (1 − t/N)², t = Σ_j l_j / (l_j + λ) the degrees of freedom.
+        """(1/N) Σ ‖y − Wᵀz‖² / (1 − t/N)², t = Σ_j l_j / (l_j + λ) the degrees of freedom, l_j the
+        eigenvalues of G.
 
-        The sum of squares needs no sample: with P = Uᵀ Q it is, over N,
-        (1/N) Σ ‖y‖² − Σ_j ‖P_j‖² (2 − l_j / (l_j + λ)) / (l_j + λ), and Σ ‖y‖² = N.
+        The sum of squares needs no sample: with P = Vᵀ Q and S = (T + λI)⁻¹ P it is, over N,
+        (1/N) Σ ‖y‖² − ⟨P, S⟩ − λ ⟨S, S⟩, and Σ ‖y‖² = N.
         """
         kept = self.values / (self.values + lam)
-        explained = self.projected.square().sum(1) * (2 - kept) / (self.values + lam)
-        residual = 1 - explained.sum().item()
+        solution = self.system.solve(lam, self.projected)
+        explained = (solution * (self.projected + lam * solution)).sum().item()
+        residual = 1 - explained
         # At most N eigenvalues are not 0. Written so, 1 − t/N keeps its digits as t nears N.
         rank = min(int(self.samples), len(kept))
         free = (self.samples - rank + (1 - kept[-rank:]).sum().item()) / self.samples
@@ -130,14 +133,15 @@ class Spectrum:
         """
         errors = torch.zeros(len(self.grid), dtype=torch.float64)
         squares = torch.zeros_like(errors)
+        solutions = [self.weights(lam) for lam in self.grid.tolist()]
         for rows, own in zip(x.split(CHUNK), targets.split(CHUNK), strict=True):
-            own = own.to(self.vectors.device)
-            turned = _appended(double(rows), self.intercept) @ self.vectors
-            for i, lam in enumerate(self.grid.tolist()):
-                scores = turned @ (self.projected / (self.values + lam)[:, None])
-                of = classes.to(scores.device)
+            rows, own, of = double(rows).cpu(), own.cpu(), classes.cpu()
+            if self.intercept:
+                rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+            for i, weights in enumerate(solutions):
+                scores = rows @ weights
                 errors[i] += (of[scores.argmax(1)] != of[own]).sum().item()
-                scores[torch.arange(len(own), device=own.device), own] -= 1
+                scores[torch.arange(len(own)), own] -= 1
                 squares[i] += scores.square().sum().item()
         tied = errors == errors.min()
         return self.grid[squares.where(tied, torch.inf).argmin()].item()
@@ -225,7 +229,3 @@ def checked_lam(lam: float | str) -> float | str:
             f"lam={lam!r}: give a finite number of at least 0, such as 1e-2, or 'gcv', or 'holdout'"
         )
     return number
-
-
-def _appended(x: Tensor, intercept: bool) -> Tensor:
-    return torch.cat([x, x.new_ones(len(x), 1)], 1) if intercept else x
