@@ -29,6 +29,7 @@ bench: $(INSTALLED)  ## Ratios against scikit-learn, faiss and the bare forward 
 	$(BIN)/python benchmarks/kmeans.py
 	$(BIN)/python benchmarks/aggregation.py
 	$(BIN)/python benchmarks/fit_overhead.py
+	$(BIN)/python benchmarks/auto.py
 
 clean:
 	rm -rf .venv runs

@@ -7,7 +7,6 @@ imprinted on all.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -63,7 +62,7 @@ def imprint_auto(
 
     Returns:
         The head, with `head.tried`, a row a candidate: its keywords, `accuracy`, `difference` from
-        the first and its `standard_error` (all fractions), `seconds`, `chosen`; and in
+        the first and its `standard_error` (all fractions), `chosen`; and in
         `head.settings` the recipe that was chosen.
     """
     sample, held = _comparison(y, seed)
@@ -71,10 +70,8 @@ def imprint_auto(
     shown = tqdm(CANDIDATES, "auto", leave=False, disable=not progress, delay=2)
     for candidate in shown if held else []:
         shown.set_postfix_str(candidate["recipe"], refresh=False)
-        start = time.perf_counter()
         correct = _labelled(x[sample], y[sample], candidate, num_classes, held, seed, classifier)
-        seconds = round(time.perf_counter() - start, 3)
-        rows.append(dict(candidate) | {"seconds": seconds} | _compared(correct, right))
+        rows.append(dict(candidate) | _compared(correct, right))
         right.append(correct)
     best = max(range(len(rows)), key=lambda i: _score(rows[i]), default=0)
     head = make_head(

@@ -106,9 +106,9 @@ def _print_tried(tried: list[dict[str, Any]]) -> None:
     table = Table(
         "candidate", box=box.ROUNDED, title="auto, on held-out training embeddings", title_style=""
     )
-    for column in ("accuracy", "difference", "seconds", ""):
+    for column in ("accuracy", "difference", ""):
         table.add_column(column, justify="right")
-    measured = ("accuracy", "difference", "standard_error", "seconds", "chosen")
+    measured = ("accuracy", "difference", "standard_error", "chosen")
     for i, row in enumerate(tried):
         keywords = [
             row[name] if name == "norm_pre" else f"{name}={row[name]}"
@@ -125,7 +125,6 @@ def _print_tried(tried: list[dict[str, Any]]) -> None:
             " ".join([row["recipe"], *keywords]),
             _number(row["accuracy"], 100, 2, " %"),
             difference,
-            f"{row['seconds']:.2f}",
             "chosen" if row["chosen"] else "",
         )
     console = Console()

@@ -18,6 +18,7 @@ from imprint_pl.cli import main
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("*.yaml"))
 OVERLAYS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs" / "loggers").glob("*.yaml"))
 QUICK = ["--config", "configs/quickstart.yaml", "--data.shots", "10", "--model.image_size", "32"]
+QUICK += ["--model.recipe", "robust"]
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,7 @@ def photos(folder, classes=("cat", "dog"), n=8, modes=("RGB", "L", "RGBA", "P"))
 def test_fit_ends_with_a_table_and_the_run_folder(capfd):
     assert main(["fit", *QUICK]) == 0
     output = capfd.readouterr().out
-    for column in ("task", "recipe", "accuracy", "macro F1", "NC1", "embedding", "GEN"):
+    for column in ("task", "recipe", "accuracy", "macro F1", "ECE", "NC1", "embed", "GEN"):
         assert column in output
     folder, summary = run_folder(output), summary_of(output)
     assert summary["task"] == "digits"
@@ -72,6 +73,7 @@ def test_fit_ends_with_a_table_and_the_run_folder(capfd):
     assert 0.4 < summary["accuracy"] < 1
     assert 0.4 < summary["macro_f1"] < 1
     assert summary["nc1"] > 0
+    assert 0 < summary["calibration_error"] < 0.5
     assert summary["embed_seconds"] > 0
     assert summary["gen_seconds"] > 0
     assert Path(summary["checkpoint"]).is_file()
@@ -89,7 +91,17 @@ def test_fit_ends_with_a_table_and_the_run_folder(capfd):
 
 def test_the_quickstart_reaches_its_accuracy(capfd):
     assert main(["fit", "--config", "configs/quickstart.yaml"]) == 0
-    assert summary_of(capfd.readouterr().out)["accuracy"] >= 0.85
+    output = capfd.readouterr().out
+    summary = summary_of(output)
+    assert summary["accuracy"] >= 0.91
+    assert summary["calibration_error"] <= 0.05
+    # The table of what auto compared.
+    assert summary["recipe"] == "auto"
+    assert summary["chosen_recipe"] in ("kernel", "ridge")
+    assert [row["recipe"] for row in summary["tried"]].count("robust") == 2
+    assert "robust k=20" in output
+    assert "chosen" in output
+    assert f"auto chose {summary['chosen_recipe']}" in output
 
 
 def test_test_and_validate_of_a_checkpoint_repeat_the_accuracy_of_the_fit(capfd):
@@ -100,7 +112,9 @@ def test_test_and_validate_of_a_checkpoint_repeat_the_accuracy_of_the_fit(capfd)
         assert main([command, "--data", "Digits", "--ckpt_path", fit["checkpoint"]]) == 0
         summary = summary_of(capfd.readouterr().out)
         assert summary["accuracy"] == fit["accuracy"]
-        assert summary["k"] == 20
+        assert summary["recipe"] == "auto"
+        assert summary["chosen_recipe"] == fit["chosen_recipe"]
+        assert summary["calibration_error"] == pytest.approx(fit["calibration_error"], abs=1e-6)
         assert summary["image_size"] == 32
         assert summary["nc1"] is None
 
@@ -314,7 +328,8 @@ def test_every_overlay_parses_over_the_quickstart(overlay, capsys):
         (["fit", "--data", "Digits", "--data.shot", "3"], "did you mean 'shots'"),
         (["fit", "--data", "Digits", "--model.recipe", "robst"], "did you mean 'robust'"),
         (["fit", "--data", "Digits", "--model.recipee", "qi"], "did you mean 'model.recipe'"),
-        (["fit", "--data", "Digits", "--model.k", "0"], "k=0: a class needs"),
+        (["fit", *QUICK, "--model.k", "0"], "k=0: a class needs"),
+        (["fit", "--data", "Digits", "--model.k", "3"], "k=3 is not used by recipe='auto'"),
         (["fit", "--data", "Digits", "--model.m", "3"], "m=3 is not used by"),
         (["fit", "--data", "Digits", "--model.k", "few"], "model.k=few: Expected a <class 'int'>"),
         (["fit", "--data", "Digits", "--model.backbone", "resnet18"], "torchvision/resnet18"),

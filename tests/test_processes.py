@@ -51,7 +51,7 @@ for recipe, options in SUMMED.items():
             f"{folder}/points-{recipe}-{devices}.pt",
         )
 
-for recipe, k in (("qi", None), ("robust", 4), ("whitened", None), ("ridge", None)):
+for recipe, k in (("qi", None), ("robust", 4), ("whitened", None), ("ridge", None), ("auto", None)):
     model = ImprintedClassifier("efficientnet_lite0", recipe, image_size=32, k=k)
     trainer = make_trainer()
     trainer.fit(model, Digits(classes=[0, 1, 2], batch_size=64))
@@ -113,12 +113,12 @@ def results(tmp_path_factory):
     return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
 
 
-@pytest.mark.parametrize("recipe", ["qi", "robust", "whitened", "ridge"])
+@pytest.mark.parametrize("recipe", ["qi", "robust", "whitened", "ridge", "auto"])
 @pytest.mark.parametrize("devices", [2, 3])
 def test_more_processes_give_the_proxies_of_one(results, recipe, devices):
     one, more = results[f"{recipe}-1"], results[f"{recipe}-{devices}"]
     # Whitening divides by small standard deviations: rounding of the embeddings grows with it.
-    atol = 1e-3 if recipe == "whitened" else 1e-5
+    atol = 1e-3 if recipe in ("whitened", "auto") else 1e-5
     torch.testing.assert_close(more["head"], one["head"], rtol=1e-4, atol=atol)
     assert more["metrics"]["train/nc1"] == pytest.approx(one["metrics"]["train/nc1"], rel=1e-5)
 
@@ -166,7 +166,9 @@ def test_the_command_line_fits_tests_and_predicts_on_two_processes(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout.splitlines()
 
-    last = command("fit", "--model.image_size", "32", "--model.k", "4")[-1]
+    last = command("fit", "--model.image_size", "32", "--model.recipe", "robust", "--model.k", "4")[
+        -1
+    ]
     summary = json.loads((tmp_path / last.removeprefix("run: ") / "summary.json").read_text())
     assert summary["accuracy"] > 0.9
     last = command("test", "--ckpt_path", summary["checkpoint"])[-1]
