@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -271,10 +272,13 @@ def test_wandb_offline_keeps_accuracy_and_nc1(tmp_path):
     import wandb
 
     wandb.finish()
-    found = {}
-    for record in wandb_records(next(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))):
-        for item in record.history.item:
-            found["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
+    found, deadline = {}, time.monotonic() + 30
+    # wandb writes from a process of its own.
+    while "val/accuracy" not in found and time.monotonic() < deadline:
+        for record in wandb_records(next(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))):
+            for item in record.history.item:
+                found["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
+        time.sleep(0.2)
     summary = summary_of_any(tmp_path)
     assert found["val/accuracy"] == pytest.approx(summary["accuracy"], abs=1e-6)
     assert found["train/nc1"] == pytest.approx(summary["nc1"], abs=1e-6)

@@ -23,7 +23,7 @@ def test_the_python_blocks_run(tmp_path, monkeypatch):
     assert len(blocks) >= 3
     for block in blocks:
         exec(block, names)
-    assert names["scores"].shape == (2, 10)
+    assert names["probabilities"].shape == (2, 10)
     assert (names["labels"] == y).all()
 
 
