@@ -252,6 +252,7 @@ class ImprintCLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         summary = summarise(self.trainer, self.model, stage)
+        self._save_state(summary["checkpoint"])
         use = getattr(self.datamodule, "use", None)
         if use is not None:
             summary["embed_seconds"] = (summary["embed_seconds"] or 0) + use.seconds
@@ -265,6 +266,10 @@ class ImprintCLI(LightningCLI):
         write_summary(folder, summary, self.model)
         print_summary(summary)
         print(f"run: {folder}")
+
+    def _save_state(self, checkpoint: str | None) -> None:
+        if self.subcommand == "fit" and self.model.state is not None and checkpoint:
+            print(f"state: {self.model.save_state(checkpoint)}")
 
 
 class EmbedCLI(ImprintCLI):

@@ -20,11 +20,14 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from imprint_pl.backbone import load_backbone
 from imprint_pl.batch import dealt_samples, images_of, split_batch
 from imprint_pl.collapse import nc1
-from imprint_pl.errors import ImprintError
+from imprint_pl.errors import ImprintError, near
+from imprint_pl.growing import Growing
 from imprint_pl.imprinting import imprint_parts
 from imprint_pl.recipes import resolve
 from imprint_pl.select import weibull_typical
+from imprint_pl.state import KEEP, State
 from imprint_pl.store import EmbeddingStore, on_gpu
+from imprint_pl.unknowns import set_threshold
 
 # Above this, a value a class would drown a logger; `class_accuracy` and the run folder have them.
 LOGGED_CLASSES = 20
@@ -39,7 +42,7 @@ INTENDED = (
 )
 
 
-class ImprintedClassifier(LightningModule):
+class ImprintedClassifier(Growing, LightningModule):
     """Images to class scores, by a head imprinted in one epoch without a gradient.
 
     Use it with a plain `Trainer(max_epochs=1)`. Training images are embedded in the order of the
@@ -76,6 +79,11 @@ class ImprintedClassifier(LightningModule):
         as_published: do quantile and mnn as the paper's code does, faults included.
         weibull: imprint only the samples whose distance to their class mean lies between these two
             quantiles of a Weibull distribution, such as [0.1, 0.9].
+        keep: what to keep of the training set, so that classes can come and go later (`state`):
+            "embeddings" (float16; suffices for every step) or "moments" (sums).
+        keep_sources: with embeddings, also keep what names the images: their files, or "train 17".
+        accept: share of training samples to accept, such as 0.95: sets a threshold, below which
+            `predict` says "none of these".
         seed: fixes every random choice.
         image_size: side of the backbone's input in pixels; its own by default.
         pretrained: load the backbone's weights; without them it is random.
@@ -113,6 +121,9 @@ class ImprintedClassifier(LightningModule):
         engine: str | None = None,
         as_published: bool | None = None,
         weibull: list[float] | None = None,
+        keep: str | None = None,
+        keep_sources: bool = False,
+        accept: float | None = None,
         seed: int = 0,
         image_size: int | None = None,
         pretrained: bool = True,
@@ -136,6 +147,11 @@ class ImprintedClassifier(LightningModule):
         self.save_backbone = save_backbone
         self.seed = seed
         self.weibull = weibull
+        self.keep, self.keep_sources, self.accept = keep, keep_sources, accept
+        if keep is not None and keep not in KEEP:
+            raise ImprintError(f"keep={keep!r}{near(keep, KEEP)}: give one of {', '.join(KEEP)}")
+        if accept is not None and not 0 < accept <= 1:
+            raise ImprintError(f"accept={accept}: give a share above 0 and at most 1, such as 0.95")
         self.parts = resolve(
             recipe,
             norm_pre=norm_pre,
@@ -252,6 +268,7 @@ class ImprintedClassifier(LightningModule):
         x, y = on_gpu(x, y, self.device)
         names = list(getattr(self.trainer.datamodule, "class_names", None) or [])
         shortened = bool(self.trainer.fast_dev_run) or self.trainer.limit_train_batches != 1.0
+        whole = x, y
         if self.weibull is not None:
             rows = weibull_typical(x, y, *self.weibull)
             x, y = x[rows], y[rows]
@@ -266,12 +283,34 @@ class ImprintedClassifier(LightningModule):
             progress=self.trainer.progress_bar_callback is not None,
             allow_empty=shortened,
         )
+        if self.accept is not None:
+            set_threshold(head, x, y, self.accept, self.backbone.classifier)
+        if self.keep is not None:
+            self.state = State.of(
+                *whole,
+                head,
+                self.keep,
+                sources=self._sources(len(whole[1])),
+                accept=self.accept,
+                weibull=self.weibull,
+                classifier=self.backbone.classifier,
+            )
+            if self.keep == "embeddings":
+                # Of the kept rows: a class that is added and removed leaves the very same head.
+                tried, head = head.tried, self.state.head()
+                head.tried = tried
         gen_seconds = time.perf_counter() - start
         # As the paper has it: on unit vectors, whatever the recipe.
         value = nc1(nn.functional.normalize(x), y) if len(y.unique()) > 1 else float("nan")
         # On the CPU, for ranks with GPUs of their own.
         state = {name: tensor.cpu() for name, tensor in head.state_dict().items()}
         return state, {"nc1": value, "gen_seconds": gen_seconds, "images": len(y)}
+
+    def _sources(self, samples: int) -> list[str]:
+        if not self.keep_sources:
+            return []
+        named = getattr(self.trainer.datamodule, "sample_names", lambda split: None)("train")
+        return list(named or [f"train {i}" for i in range(samples)])[:samples]
 
     def on_train_epoch_end(self) -> None:
         if self.trainer.max_epochs != 1:
