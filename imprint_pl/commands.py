@@ -20,8 +20,9 @@ import imprint_pl.data
 from imprint_pl.embedding import embed
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.module import ImprintedClassifier
+from imprint_pl.predictions import PredictionWriter
 from imprint_pl.recipes import drop_unused
-from imprint_pl.run import PredictionWriter, print_summary, summarise, write_summary
+from imprint_pl.run import print_summary, summarise, write_summary
 
 # Importing them makes them known by these short names.
 DATA = {
@@ -147,7 +148,17 @@ class ImprintCLI(LightningCLI):
                 "--images", nargs="+", type=str, help="Image files, folders or globs to label."
             )
             parser.add_argument(
-                "--output", type=str, help="The CSV to write (default: in the run's folder)."
+                "--output",
+                type=str,
+                help="File to write: .csv, .json or .jsonl (default: a CSV in the run's folder).",
+            )
+            parser.add_argument(
+                "--top", type=int, default=1, help="Write so many classes an image, best first."
+            )
+            parser.add_argument(
+                "--on_error",
+                type=str,
+                help="With --images: fail at a file that cannot be read (default), or skip it.",
             )
             parser.set_defaults({"return_predictions": False})
         elif subcommand == "fit":
@@ -201,7 +212,9 @@ class ImprintCLI(LightningCLI):
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
         if self.subcommand == "predict":
-            self.writer = PredictionWriter(self._get(self.config, "output"))
+            self.writer = PredictionWriter(
+                self._get(self.config, "output"), self._get(self.config, "top")
+            )
             callbacks.append(self.writer)
         if self.subcommand != "fit":
             kwargs["enable_checkpointing"] = False
@@ -245,7 +258,7 @@ class ImprintCLI(LightningCLI):
 
     def after_predict(self) -> None:
         if self.trainer.is_global_zero:
-            print(f"{self.writer.count:,} predictions: {self.writer.path}")
+            print(self.writer.summary())
 
     def _finish(self, stage: str) -> None:
         folder = self.trainer.log_dir
@@ -297,7 +310,18 @@ def _files_as_data(args: list[str]) -> list[str]:
     while end < len(args) and not args[end].startswith("--"):
         end += 1
     paths = json.dumps(args[start + 1 : end])
-    return [*args[:start], "--data", "ImageFiles", "--data.paths", paths, *args[end:]]
+    rest = [
+        argument.replace("--on_error", "--data.on_error", 1)
+        if argument.split("=")[0] == "--on_error"
+        else argument
+        for argument in args[end:]
+    ]
+    before = args[:start]
+    if "--on_error" in before:
+        place = before.index("--on_error")
+        rest = ["--data.on_error", *before[place + 1 : place + 2], *rest]
+        before = [*before[:place], *before[place + 2 :]]
+    return [*before, "--data", "ImageFiles", "--data.paths", paths, *rest]
 
 
 def _quieten() -> None:

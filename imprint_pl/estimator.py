@@ -44,8 +44,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         recipe: a name in `imprint_pl.recipes.RECIPES`.
         norm_pre, gen, k, norm_post, norm_inf, agg, m, distance, votes, temperature, lam, intercept,
         shrinkage, prior, projection_dim, width, engine, as_published: as for `imprint`.
-        keep: what `fit` keeps, so that classes can come and go later: "embeddings" (float16; suffices
-            for every step) or "moments" (sums: see `imprint_pl.state`).
+        keep: what `fit` keeps, so that classes can come and go later: "embeddings" (float16;
+            suffices for every step) or "moments" (sums: see `imprint_pl.state`).
         seed: an integer that fixes every random choice; what `random_state` is elsewhere, but never
             the global generator.
         device: where to compute, such as "cuda"; the CPU by default. A pickle holds CPU tensors,

@@ -85,7 +85,9 @@ class Growing:
     def _embedded(self, images: Any) -> Tensor:
         if isinstance(images, Tensor):
             batches = images.split(BATCH) if len(images) else []
-        elif isinstance(images, list) and all(isinstance(i, Tensor) and i.ndim == 3 for i in images):
+        elif isinstance(images, list) and all(
+            isinstance(i, Tensor) and i.ndim == 3 for i in images
+        ):
             batches = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
         else:
             batches = (images_of(batch) for batch in images)

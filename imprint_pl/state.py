@@ -257,7 +257,7 @@ class State:
             if then != now:
                 raise ImprintError(
                     f"{before} samples had {then} random features, {samples} would have {now}, "
-                    f"others, which sums of the old ones cannot give: keep=\"embeddings\" suffices, "
+                    f'others, which sums of the old ones cannot give: keep="embeddings" suffices, '
                     f"or projection_dim of at most {min(then, now)}"
                 )
 

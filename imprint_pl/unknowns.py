@@ -69,9 +69,7 @@ def _held_out(
             "accept: no class has two samples, so that none can be held out to set a threshold; "
             "add samples, or set head.threshold yourself"
         )
-    scores = held_out_scores(
-        x, y, resolve(**settings), head.num_classes, held, seed, classifier
-    )
+    scores = held_out_scores(x, y, resolve(**settings), head.num_classes, held, seed, classifier)
     return torch.cat(scores)
 
 
