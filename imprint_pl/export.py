@@ -26,6 +26,8 @@ FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ""}
 OPSET = 20
 # Of the probabilities, between the file and the classifier.
 TOLERANCE = 1e-4
+# Images whose time is taken, one by one.
+TIMED = 30
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Check:
     """An exported file beside the classifier that it was made of, on the same images.
 
     Attributes:
-        images: how many were compared, one at a time.
+        images: how many were compared.
         same_class: how many got the same class.
         difference: the largest difference of a probability.
         megabytes, backbone_megabytes: size of the file, and of the backbone alone in its format.
@@ -114,23 +116,17 @@ def check(
         ImprintError: a class differs, or a probability by more than 1e-4.
     """
     run = load(path, format)
-    same, difference, times = 0, 0.0, []
-    for image in images:
-        start = time.perf_counter()
-        probabilities, classes = run(image[None])
-        times.append(time.perf_counter() - start)
+    same, difference = 0, 0.0
+    for batch in _batches(images):
+        probabilities, classes = run(batch)
         with torch.no_grad():
-            scores = head.scores(backbone(image[None]).float())
+            scores = head.scores(backbone(batch).float())
             expected = torch.softmax(scores * head.log_scale.exp(), 1).cpu()
-            same += int(classes[0] == head.decide(scores)[0].item())
+            same += int((classes == head.decide(scores).cpu()).sum())
         difference = max(difference, (probabilities - expected).abs().max().item())
     alone = Path(folder) / f"backbone{FORMATS[format]}"
     _write(Embedder(backbone), alone, format, ["embeddings"], {})
-    run_alone, times_alone = load(alone, format), []
-    for image in images:
-        start = time.perf_counter()
-        run_alone(image[None])
-        times_alone.append(time.perf_counter() - start)
+    times, times_alone = _seconds(run, images), _seconds(load(alone, format), images)
     result = Check(
         images=len(images),
         same_class=same,
@@ -149,6 +145,25 @@ def check(
             f"(allowed: {TOLERANCE:.0e}); do not use it, and export in another format"
         )
     return result
+
+
+def _batches(images: Sequence[Tensor]) -> list[Tensor]:
+    """Images of one size together, at most 32."""
+    groups: dict[torch.Size, list[Tensor]] = {}
+    for image in images:
+        groups.setdefault(image.shape, []).append(image)
+    return [batch for group in groups.values() for batch in torch.stack(group).split(32)]
+
+
+def _seconds(run: Callable[[Tensor], list[Tensor]], images: Sequence[Tensor]) -> list[float]:
+    """Of each of the first `TIMED` images alone, after one to warm up."""
+    run(images[0][None])
+    seconds = []
+    for image in images[:TIMED]:
+        start = time.perf_counter()
+        run(image[None])
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def load(path: str | Path, format: str) -> Callable[[Tensor], list[Tensor]]:

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from sklearn.datasets import load_sample_images
+from torch import nn
 
 from imprint_pl import ImprintedHead, ImprintError, imprint
 from imprint_pl.backbone import load_backbone
@@ -32,15 +33,35 @@ def digits():
     return backbone, x, y, [*grey, *(part.contiguous() for part in parts)]
 
 
+@pytest.fixture(scope="module")
+def small(digits):
+    """As `digits`, with a backbone that takes no time: one layer of convolution."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3, 24, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten()
+    preprocess = dict(size=24, resize=28, mean=[0.5] * 3, std=[0.5] * 3, interpolation="bicubic")
+    backbone = load_backbone(nn.Sequential(*layers), preprocess=preprocess)
+    with torch.no_grad():
+        x = backbone(digits[3])
+    return backbone, x, torch.arange(len(x)) % 10, digits[3]
+
+
 @pytest.mark.parametrize(
-    ("format", "recipe"),
-    [("onnx", "robust"), ("onnx", "kernel"), ("onnx", "janson"), ("torch_export", "robust")],
+    ("model", "format", "recipe", "keywords"),
+    [
+        ("digits", "onnx", "robust", {}),
+        ("digits", "torch_export", "robust", {}),
+        ("small", "onnx", "kernel", {}),
+        ("small", "onnx", "janson", {}),
+        ("small", "onnx", "knn", {"distance": "mahalanobis"}),
+        ("small", "torch_export", "knn", {"distance": "manhattan"}),
+    ],
 )
 def test_an_exported_file_agrees_with_the_classifier_on_200_real_images(
-    digits, tmp_path, format, recipe
+    model, format, recipe, keywords, request, tmp_path
 ):
-    backbone, x, y, images = digits
-    head = imprint(x, y, recipe, class_names=list("abcdefghij"))
+    backbone, x, y, images = request.getfixturevalue(model)
+    head = imprint(x, y, recipe, class_names=list("abcdefghij"), **keywords)
     path = export(backbone, head, tmp_path / "it.file", format)
     result = check(path, format, backbone, head, images, tmp_path)
     assert result.images == result.same_class == 200
@@ -49,10 +70,10 @@ def test_an_exported_file_agrees_with_the_classifier_on_200_real_images(
     assert [p.name for p in tmp_path.iterdir()] == ["it.file"]
 
 
-def test_an_onnx_file_takes_batches_says_none_and_names_its_classes(digits, tmp_path):
+def test_an_onnx_file_takes_batches_says_none_and_names_its_classes(small, tmp_path):
     import onnx
 
-    backbone, x, y, images = digits
+    backbone, x, y, images = small
     head = imprint(x, y, "qi", class_names=list("abcdefghij"))
     scores = head.scores(backbone(torch.stack(images[:9])))
     head.threshold = scores.amax(1).median().item()
@@ -65,8 +86,8 @@ def test_an_onnx_file_takes_batches_says_none_and_names_its_classes(digits, tmp_
     assert json.loads(stored["imprint_pl"])["class_names"] == list("abcdefghij")
 
 
-def test_a_file_of_another_head_is_refused(digits, tmp_path):
-    backbone, x, y, images = digits
+def test_a_file_of_another_head_is_refused(small, tmp_path):
+    backbone, x, y, images = small
     path = export(backbone, imprint(x, (y + 1) % 10, "qi"), tmp_path / "it.pt2", "torch_export")
     with pytest.raises(ImprintError, match="does not agree with the classifier"):
         check(path, "torch_export", backbone, imprint(x, y, "qi"), images[:5], tmp_path)

@@ -12,11 +12,11 @@ from imprint_pl.unknowns import Outsiders, auroc, set_threshold
 
 @pytest.mark.parametrize("recipe", ["qi", "robust", "knn", "kernel"])
 def test_new_samples_pass_as_often_as_asked_and_outsiders_seldom(acceptance, recipe):
-    x, y = acceptance["train_x"], acceptance["train_y"]
+    x, y = acceptance["train_embeddings"], acceptance["train_labels"]
     rows = (y < 8).nonzero().flatten()[:3000]
     head = imprint(x[rows], y[rows], recipe, calibrate=False)
     set_threshold(head, x[rows], y[rows], 0.9)
-    test_x, test_y = acceptance["test_x"], acceptance["test_y"]
+    test_x, test_y = acceptance["test_embeddings"], acceptance["test_labels"]
     labels = head.decide(head.scores(test_x))
     accepted = (labels[test_y < 8] >= 0).double().mean().item()
     assert accepted == pytest.approx(0.9, abs=0.03)
