@@ -19,10 +19,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import imprint_pl.data
 from imprint_pl.embedding import embed
 from imprint_pl.errors import ImprintError, near
+from imprint_pl.explain import explain_files
 from imprint_pl.module import ImprintedClassifier
 from imprint_pl.predictions import PredictionWriter
 from imprint_pl.recipes import drop_unused
 from imprint_pl.run import print_summary, summarise, write_summary
+from imprint_pl.state import State, state_path
 
 # Importing them makes them known by these short names.
 DATA = {
@@ -156,6 +158,11 @@ class ImprintCLI(LightningCLI):
                 "--top", type=int, default=1, help="Write so many classes an image, best first."
             )
             parser.add_argument(
+                "--explain",
+                type=str,
+                help="Folder for explanations of the images: explanations.json and a PNG each.",
+            )
+            parser.add_argument(
                 "--on_error",
                 type=str,
                 help="With --images: fail at a file that cannot be read (default), or skip it.",
@@ -259,6 +266,18 @@ class ImprintCLI(LightningCLI):
     def after_predict(self) -> None:
         if self.trainer.is_global_zero:
             print(self.writer.summary())
+            self._explain()
+
+    def _explain(self) -> None:
+        folder = self._get(self.config, "explain")
+        if not folder:
+            return
+        paths = self.datamodule.sample_names("predict")
+        if paths is None:
+            raise ImprintError("--explain needs image files: give --images FILES")
+        beside = state_path(self._get(self.config, "ckpt_path"))
+        state = State.load(beside) if beside.is_file() else None
+        print(f"explanations: {explain_files(self.model, paths, folder, state)}")
 
     def _finish(self, stage: str) -> None:
         folder = self.trainer.log_dir
