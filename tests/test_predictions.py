@@ -11,6 +11,11 @@ from imprint_pl.cli import main
 from imprint_pl.data import Digits
 
 
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
     """A checkpoint with a state, and the folder of the photos that it was made of."""
@@ -47,7 +52,7 @@ def test_a_file_that_cannot_be_read_is_skipped_by_name_or_fails(fitted, tmp_path
     out = capfd.readouterr().out
     assert "skipped 1 that cannot be read" in out
     assert "b.png" in out
-    rows = list(csv.DictReader(open(tmp_path / "it.csv")))
+    rows = rows_of(tmp_path / "it.csv")
     assert [row["file"][-5:] for row in rows] == ["a.png", "c.png"]
     assert [row["class"] for row in rows] == ["digit1", "digit1"]
     assert float(rows[0]["probability"]) >= float(rows[0]["probability_2"]) > 0
@@ -80,21 +85,23 @@ def test_explanations_show_the_nearest_training_images(fitted, tmp_path):
 
 
 def test_a_class_is_added_and_removed_from_the_command_line(fitted, tmp_path, capfd):
-    checkpoint, photos = fitted
+    checkpoint = fitted[0]
     new = tmp_path / "new"
     new.mkdir()
+    # Stripes look like no digit.
     for i in range(5):
-        pixels = torch.full((8, 8), 40 * i, dtype=torch.uint8)
+        pixels = torch.zeros(8, 8, dtype=torch.uint8)
+        pixels[:, i % 2 :: 2] = 200 + 10 * i
         Image.fromarray(pixels.numpy()).save(new / f"{i}.png")
     grown = str(tmp_path / "grown.ckpt")
-    arguments = ["--name", "flat", "--images", str(new), "--output", grown]
+    arguments = ["--name", "stripes", "--images", str(new), "--output", grown]
     assert main(["add-class", str(checkpoint), *arguments]) == 0
-    assert "flat (5)" in capfd.readouterr().out
+    assert "stripes (5)" in capfd.readouterr().out
     assert main(["remove-class", grown, "--name", "digit0"]) == 0
     arguments = ["--images", str(new), "--output", str(tmp_path / "it.csv")]
     assert main(["predict", "--ckpt_path", grown, *arguments]) == 0
-    classes = [row["class"] for row in csv.DictReader(open(tmp_path / "it.csv"))]
-    assert classes == ["flat"] * 5
+    classes = [row["class"] for row in rows_of(tmp_path / "it.csv")]
+    assert classes == ["stripes"] * 5
     capfd.readouterr()
-    assert main(["remove-class", grown, "--name", "flta"]) == 2
-    assert "did you mean 'flat'?" in capfd.readouterr().err
+    assert main(["remove-class", grown, "--name", "stirpes"]) == 2
+    assert "did you mean 'stripes'?" in capfd.readouterr().err
