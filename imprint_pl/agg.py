@@ -114,6 +114,9 @@ class NearestProxies(nn.Module):
         self, z: Tensor, proxies: Tensor, bias: Tensor, proxy_classes: Tensor, num_classes: int
     ) -> Tensor:
         """Shapes as in `Max`; the bias does not count. In blocks of bounded memory."""
+        if torch.compiler.is_exporting():
+            # An exported file has no loop over a number of blocks that is not known yet.
+            return self._scores(z, proxies, proxy_classes, num_classes)
         rows = max(1, BLOCK // max(proxies.shape[0], 1))
         if self.distance == "manhattan" or self.distance == "chebyshev":
             rows = max(1, rows // 8)
@@ -147,6 +150,8 @@ class NearestProxies(nn.Module):
         return torch.full_like(far, 1 / far.shape[1])
 
     def _metric(self, proxies: Tensor) -> Mahalanobis:
+        if torch.compiler.is_exporting() and self._mahalanobis is not None:
+            return self._mahalanobis[1]
         # The decomposition takes longer than many batches: kept until the proxies change.
         key = (proxies.data_ptr(), proxies._version, proxies.shape, proxies.device)
         if self._mahalanobis is None or self._mahalanobis[0] != key:

@@ -14,6 +14,8 @@ from imprint_pl import __version__
 from imprint_pl.errors import ImprintError
 
 COMMANDS = ("fit", "validate", "test", "predict", "embed")
+# They take a checkpoint and files, and no Trainer.
+FILE_COMMANDS = ("add-class", "add-examples", "remove-class", "export")
 HELP = f"""\
 imprint_pl {__version__}: an image classifier on a frozen foundation model, imprinted in one pass
 
@@ -25,6 +27,9 @@ commands:
   test       measure a checkpoint on the test images
   predict    label the images of a data set, of files or of folders; writes a CSV
   embed      fill the embedding cache with a data set, for `fit --cache_dir`
+  export     write a checkpoint as one file: onnx, torch_export, or the head as safetensors
+  add-class, add-examples, remove-class
+             change the classes of a checkpoint that was fitted with --model.keep
 
 examples:
   python -m imprint_pl fit --config configs/quickstart.yaml
@@ -33,6 +38,8 @@ examples:
   python -m imprint_pl test --data Digits --ckpt_path CHECKPOINT
   python -m imprint_pl predict --ckpt_path CHECKPOINT --images photo.jpg holiday/
   python -m imprint_pl fit --config configs/d_in_1_digits.yaml --cache_dir cache
+  python -m imprint_pl add-class CHECKPOINT --name fox --images foxes/
+  python -m imprint_pl export CHECKPOINT --format onnx
 
 `python -m imprint_pl COMMAND --help` lists every option.
 """
@@ -47,9 +54,15 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"imprint_pl {__version__}")
         return 0
-    if argv[0] not in COMMANDS:
-        return _fail(f"unknown command {argv[0]!r}: give one of {', '.join(COMMANDS)}")
+    if argv[0] not in (*COMMANDS, *FILE_COMMANDS):
+        known = ", ".join((*COMMANDS, *FILE_COMMANDS))
+        return _fail(f"unknown command {argv[0]!r}: give one of {known}")
     try:
+        if argv[0] in FILE_COMMANDS:
+            from imprint_pl.file_commands import run_on_file
+
+            run_on_file(argv)
+            return 0
         # Importing Lightning takes seconds: not before it is needed.
         from imprint_pl.commands import run
 

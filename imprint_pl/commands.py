@@ -19,9 +19,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import imprint_pl.data
 from imprint_pl.embedding import embed
 from imprint_pl.errors import ImprintError, near
+from imprint_pl.explain import explain_files
 from imprint_pl.module import ImprintedClassifier
+from imprint_pl.predictions import PredictionWriter
 from imprint_pl.recipes import drop_unused
-from imprint_pl.run import PredictionWriter, print_summary, summarise, write_summary
+from imprint_pl.run import print_summary, summarise, write_summary
+from imprint_pl.state import State, state_path
 
 # Importing them makes them known by these short names.
 DATA = {
@@ -147,7 +150,22 @@ class ImprintCLI(LightningCLI):
                 "--images", nargs="+", type=str, help="Image files, folders or globs to label."
             )
             parser.add_argument(
-                "--output", type=str, help="The CSV to write (default: in the run's folder)."
+                "--output",
+                type=str,
+                help="File to write: .csv, .json or .jsonl (default: a CSV in the run's folder).",
+            )
+            parser.add_argument(
+                "--top", type=int, default=1, help="Write so many classes an image, best first."
+            )
+            parser.add_argument(
+                "--explain",
+                type=str,
+                help="Folder for explanations of the images: explanations.json and a PNG each.",
+            )
+            parser.add_argument(
+                "--on_error",
+                type=str,
+                help="With --images: fail at a file that cannot be read (default), or skip it.",
             )
             parser.set_defaults({"return_predictions": False})
         elif subcommand == "fit":
@@ -201,7 +219,9 @@ class ImprintCLI(LightningCLI):
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
         if self.subcommand == "predict":
-            self.writer = PredictionWriter(self._get(self.config, "output"))
+            self.writer = PredictionWriter(
+                self._get(self.config, "output"), self._get(self.config, "top")
+            )
             callbacks.append(self.writer)
         if self.subcommand != "fit":
             kwargs["enable_checkpointing"] = False
@@ -245,13 +265,26 @@ class ImprintCLI(LightningCLI):
 
     def after_predict(self) -> None:
         if self.trainer.is_global_zero:
-            print(f"{self.writer.count:,} predictions: {self.writer.path}")
+            print(self.writer.summary())
+            self._explain()
+
+    def _explain(self) -> None:
+        folder = self._get(self.config, "explain")
+        if not folder:
+            return
+        paths = self.datamodule.sample_names("predict")
+        if paths is None:
+            raise ImprintError("--explain needs image files: give --images FILES")
+        beside = state_path(self._get(self.config, "ckpt_path"))
+        state = State.load(beside) if beside.is_file() else None
+        print(f"explanations: {explain_files(self.model, paths, folder, state)}")
 
     def _finish(self, stage: str) -> None:
         folder = self.trainer.log_dir
         if not self.trainer.is_global_zero:
             return
         summary = summarise(self.trainer, self.model, stage)
+        self._save_state(summary["checkpoint"])
         use = getattr(self.datamodule, "use", None)
         if use is not None:
             summary["embed_seconds"] = (summary["embed_seconds"] or 0) + use.seconds
@@ -265,6 +298,10 @@ class ImprintCLI(LightningCLI):
         write_summary(folder, summary, self.model)
         print_summary(summary)
         print(f"run: {folder}")
+
+    def _save_state(self, checkpoint: str | None) -> None:
+        if self.subcommand == "fit" and self.model.state is not None and checkpoint:
+            print(f"state: {self.model.save_state(checkpoint)}")
 
 
 class EmbedCLI(ImprintCLI):
@@ -292,7 +329,18 @@ def _files_as_data(args: list[str]) -> list[str]:
     while end < len(args) and not args[end].startswith("--"):
         end += 1
     paths = json.dumps(args[start + 1 : end])
-    return [*args[:start], "--data", "ImageFiles", "--data.paths", paths, *args[end:]]
+    rest = [
+        argument.replace("--on_error", "--data.on_error", 1)
+        if argument.split("=")[0] == "--on_error"
+        else argument
+        for argument in args[end:]
+    ]
+    before = args[:start]
+    if "--on_error" in before:
+        place = before.index("--on_error")
+        rest = ["--data.on_error", *before[place + 1 : place + 2], *rest]
+        before = [*before[:place], *before[place + 2 :]]
+    return [*before, "--data", "ImageFiles", "--data.paths", paths, *rest]
 
 
 def _quieten() -> None:

@@ -17,8 +17,19 @@ def distances(z: Tensor, proxies: Tensor, distance: str) -> Tensor:
     if distance == "euclidean":
         # Around the proxies' mean there are fewer digits to lose in |z|² − 2 z·p + |p|².
         centre = proxies.mean(0)
-        return torch.cdist(z - centre, proxies - centre)
+        return _euclidean(z - centre, proxies - centre)
+    if torch.compiler.is_exporting():
+        apart = (z[:, None] - proxies).abs()
+        return apart.sum(2) if distance == "manhattan" else apart.amax(2)
     return torch.cdist(z, proxies, p=1 if distance == "manhattan" else torch.inf)
+
+
+def _euclidean(z: Tensor, proxies: Tensor) -> Tensor:
+    if not torch.compiler.is_exporting():
+        return torch.cdist(z, proxies)
+    # ONNX has no cdist.
+    squares = z.square().sum(1, keepdim=True) + proxies.square().sum(1)
+    return (squares - 2 * z @ proxies.T).clamp(min=0).sqrt()
 
 
 class Mahalanobis:
@@ -52,5 +63,5 @@ class Mahalanobis:
         inside = z @ self.vectors
         outside = (z.square().sum(1) - inside.square().sum(1)).clamp(min=0)
         projected = (proxies.double() - self.mean) @ self.vectors
-        near = torch.cdist(inside * self.scale, projected * self.scale)
+        near = _euclidean(inside * self.scale, projected * self.scale)
         return (near.square() + outside[:, None] / REGULARISATION).sqrt()

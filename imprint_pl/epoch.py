@@ -17,8 +17,10 @@ from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint_parts
 from imprint_pl.recipes import Auto, Parts
 from imprint_pl.select import weibull_typical
+from imprint_pl.state import State
 from imprint_pl.store import EmbeddingStore, on_gpu
 from imprint_pl.sums import EmbeddingSums, streams
+from imprint_pl.unknowns import set_threshold
 
 
 class ImprintEpoch:
@@ -30,12 +32,27 @@ class ImprintEpoch:
         trainer: in its train loop, at the start of the epoch.
         parts: of the recipe.
         seed: of every random choice.
-        weibull: as for `imprint`; it asks for the embeddings.
+        weibull: as for `imprint`; it asks for the embeddings, as do `keep` and `accept`.
+        keep, keep_sources, accept: as for `ImprintedClassifier`.
+
+    Attributes:
+        state: on rank 0, once finished, what `keep` asks for.
     """
 
     def __init__(
-        self, trainer: Trainer, parts: Parts | Auto, seed: int, weibull: list[float] | None
+        self,
+        trainer: Trainer,
+        parts: Parts | Auto,
+        seed: int,
+        weibull: list[float] | None,
+        *,
+        keep: str | None = None,
+        keep_sources: bool = False,
+        accept: float | None = None,
     ) -> None:
+        self.keep, self.keep_sources, self.accept = keep, keep_sources, accept
+        self.state: State | None = None
+        self.data = trainer.datamodule
         self.parts, self.seed, self.weibull = parts, seed, weibull
         data, loader = trainer.datamodule, trainer.train_dataloader
         self.class_names = list(getattr(data, "class_names", None) or []) or None
@@ -47,7 +64,8 @@ class ImprintEpoch:
         samples = samples_to_come(loader, trainer.num_training_batches, trainer.world_size)
         self.start = time.perf_counter()
         self.kept = EmbeddingStore()
-        if weibull is None and streams(parts, samples):
+        only_head = weibull is None and keep is None and accept is None
+        if only_head and streams(parts, samples):
             self.kept = EmbeddingSums(
                 parts,
                 num_classes=self.num_classes,
@@ -101,6 +119,7 @@ class ImprintEpoch:
     ) -> tuple[ImprintedHead, float, int]:
         """The head, NC1 and the number of samples, from embeddings `(N, d)` and labels `(N,)`."""
         x, y = on_gpu(x, y, device)
+        whole = x, y
         if self.weibull is not None:
             rows = weibull_typical(x, y, *self.weibull)
             x, y = x[rows], y[rows]
@@ -115,6 +134,28 @@ class ImprintEpoch:
             progress=self.progress,
             allow_empty=self.shortened,
         )
+        if self.accept is not None:
+            set_threshold(head, x, y, self.accept, classifier)
+        if self.keep is not None:
+            self.state = State.of(
+                *whole,
+                head,
+                self.keep,
+                sources=self._sources(len(whole[1])),
+                accept=self.accept,
+                weibull=self.weibull,
+                classifier=classifier,
+            )
+            if self.keep == "embeddings":
+                # Of the kept rows: a class that is added and removed leaves the very same head.
+                tried, head = head.tried, self.state.head()
+                head.tried = tried
         # As the paper has it: on unit vectors, whatever the recipe.
         value = nc1(nn.functional.normalize(x), y) if len(y.unique()) > 1 else float("nan")
         return head, value, len(y)
+
+    def _sources(self, samples: int) -> list[str]:
+        if not self.keep_sources:
+            return []
+        named = getattr(self.data, "sample_names", lambda split: None)("train")
+        return list(named or [f"train {i}" for i in range(samples)])[:samples]

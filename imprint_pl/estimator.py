@@ -24,6 +24,7 @@ from imprint_pl.imprinting import imprint
 from imprint_pl.incremental import Rows, Sums
 from imprint_pl.norm import transform
 from imprint_pl.recipes import Parts, resolve
+from imprint_pl.state import State
 
 DEFAULT_RECIPE = "auto"
 
@@ -43,6 +44,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         recipe: a name in `imprint_pl.recipes.RECIPES`.
         norm_pre, gen, k, norm_post, norm_inf, agg, m, distance, votes, temperature, lam, intercept,
         shrinkage, prior, projection_dim, width, engine, as_published: as for `imprint`.
+        keep: what `fit` keeps, so that classes can come and go later: "embeddings" (float16;
+            suffices for every step) or "moments" (sums: see `imprint_pl.state`).
         seed: an integer that fixes every random choice; what `random_state` is elsewhere, but never
             the global generator.
         device: where to compute, such as "cuda"; the CPU by default. A pickle holds CPU tensors,
@@ -82,6 +85,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         width: float | None = None,
         engine: str | None = None,
         as_published: bool | None = None,
+        keep: str | None = None,
         seed: int = 0,
         device: str | torch.device | None = None,
     ) -> None:
@@ -104,6 +108,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         self.width = width
         self.engine = engine
         self.as_published = as_published
+        self.keep = keep
         self.seed = seed
         self.device = device
 
@@ -119,7 +124,53 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         names = [str(label) for label in classes]
         seed, keywords = self._seed(), self._keywords()
         self._head = imprint(x, torch.from_numpy(codes), class_names=names, seed=seed, **keywords)
-        self._kept, self.classes_ = None, classes
+        self._kept, self.classes_, self._state = None, classes, None
+        if self.keep is not None:
+            self._state = State.of(x, torch.from_numpy(codes), self._head, self.keep)
+            if self.keep == "embeddings":
+                self._head = self._state.head()
+        return self
+
+    def add_class(self, label, X) -> ImprintEstimator:
+        """Adds a class with its samples `X (n, d)`; `classes_` stays sorted.
+
+        After `fit` with `keep=`; the head is that of all samples at once.
+
+        Raises:
+            ImprintError: nothing was kept, or it does not suffice (the message says what would);
+                the class is there already.
+        """
+        kept = self._fitted_state()
+        classes = np.unique(np.append(self.classes_, label))
+        place = int(np.searchsorted(classes, label))
+        return self._become(kept.add_class(str(label), self._rows(X), place), classes)
+
+    def add_examples(self, label, X) -> ImprintEstimator:
+        """Adds samples `X (n, d)` to a class. Errors as of `add_class`."""
+        return self._become(self._fitted_state().add_examples(str(label), self._rows(X)))
+
+    def remove_class(self, label, X=None) -> ImprintEstimator:
+        """Removes a class; `X`, all its samples, where `keep="moments"` asks for them."""
+        x = None if X is None else self._rows(X)
+        left = self._fitted_state().remove_class(str(label), x)
+        return self._become(left, self.classes_[self.classes_.astype(str) != str(label)])
+
+    def _fitted_state(self) -> State:
+        check_is_fitted(self)
+        if getattr(self, "_state", None) is None:
+            raise ImprintError(
+                'nothing was kept of the training set: fit with keep="embeddings" (suffices for '
+                'every step) or keep="moments"; partial_fit adds batches without either'
+            )
+        return self._state
+
+    def _rows(self, X) -> Tensor:
+        return torch.from_numpy(validate_data(self, X, reset=False, **AS_TENSOR))
+
+    def _become(self, state: State, classes: np.ndarray | None = None) -> ImprintEstimator:
+        head = state.head()
+        self._state, self._head = state, head.to(self.device or "cpu")
+        self.classes_ = self.classes_ if classes is None else classes
         return self
 
     def partial_fit(self, X, y, classes=None) -> ImprintEstimator:
@@ -162,6 +213,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
                 kept.renumber(torch.from_numpy(np.searchsorted(known, self.classes_)), len(known))
         kept.add(x, labels, len(known))
         self._kept, self._head, self.classes_, self._closed = kept, None, known, closed
+        self._state = None
         return self
 
     @property
@@ -213,7 +265,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
     def _keywords(self) -> dict[str, Any]:
         """What was given of the recipe and its parts; NumPy's scalars, of a grid, as Python's."""
         given = self.get_params(deep=False)
-        del given["seed"], given["device"]
+        del given["seed"], given["device"], given["keep"]
         return {
             name: value.item() if isinstance(value, np.generic) else value
             for name, value in given.items()

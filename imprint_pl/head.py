@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from imprint_pl.agg import Max
 from imprint_pl.errors import ImprintError
 from imprint_pl.gen.base import Proxies
+from imprint_pl.hub import Pretrained
 from imprint_pl.norm import NoNorm
 from imprint_pl.parts import build, describe
 
 # Numbers in the proxies. Above that they are a whole training set (GEN `all`), and gradients for
 # them would only take memory.
 TRAINABLE = 2**26
+# The label of what belongs to no class, and its name.
+NONE, NONE_NAME = -1, "none of these"
 
 
-class ImprintedHead(nn.Module):
+class ImprintedHead(nn.Module, Pretrained):
     """Embeddings `(B, d)` → class scores `(B, C)`; the largest score decides.
 
     Empty when made, filled by `fill` (see `imprint_pl.imprint`) or by `load_state_dict`, which
@@ -42,6 +45,8 @@ class ImprintedHead(nn.Module):
         class_names: C names, or an empty list where there are none.
         settings: names and numbers of the recipe that filled it.
         tried: what `auto` compared, a row a candidate; empty for other recipes.
+        threshold: score that the best class has to reach; `None` accepts everything. See
+            `imprint_pl.unknowns`.
     """
 
     def __init__(self, norm_inf: nn.Module | None = None, agg: nn.Module | None = None) -> None:
@@ -70,6 +75,7 @@ class ImprintedHead(nn.Module):
         self.num_classes = 0
         self.settings: dict[str, Any] = {}
         self.tried: list[dict[str, Any]] = []
+        self.threshold: float | None = None
 
     def fill(
         self, proxies: Proxies, num_classes: int, class_names: list[str] | None = None
@@ -130,8 +136,15 @@ class ImprintedHead(nn.Module):
         z = self.norm_inf(embeddings.to(self.proxies.dtype))
         return self.agg(z, self.proxies, self.bias, self.proxy_classes, self.num_classes)
 
+    def decide(self, scores: Tensor) -> Tensor:
+        """Scores `(B, C)` of `scores` → labels `(B,)`; −1 where the best is below the threshold."""
+        best, labels = scores.max(1)
+        return labels if self.threshold is None else labels.where(best >= self.threshold, NONE)
+
     def name_of(self, label: int) -> str:
-        """The class's name, or its number where it has none."""
+        """The class's name, or its number where it has none; "none of these" for −1."""
+        if label == NONE:
+            return NONE_NAME
         return self.class_names[label] if self.class_names else str(label)
 
     def get_extra_state(self) -> Tensor:
@@ -143,6 +156,7 @@ class ImprintedHead(nn.Module):
             "agg": describe(self.agg),
             "settings": self.settings,
             "tried": self.tried,
+            "threshold": self.threshold,
         }
         text = json.dumps(values, default=repr)
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
@@ -151,6 +165,8 @@ class ImprintedHead(nn.Module):
         values = _read(state)
         for name in ("num_classes", "class_names", "settings", "tried"):
             setattr(self, name, values[name])
+        # Heads of earlier versions have none.
+        self.threshold = values.get("threshold")
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         extra = state_dict.get(prefix + "_extra_state")

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from imprint_pl.calibration import fit_temperature, folds
 from imprint_pl.errors import ImprintError
-from imprint_pl.gen import Proxies
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint_parts
 from imprint_pl.moments import CHUNK, Moments
+from imprint_pl.pipeline import head_of_sums
 from imprint_pl.recipes import Parts
 
 # Rows kept beside the sums, to fit the temperature on.
@@ -132,17 +132,9 @@ class Sums:
 
     def _head(self, moments: Moments, class_names: list[str], gen: Any) -> ImprintedHead:
         """A head from sums, temperature 1; a class without samples gets no proxy."""
-        present = (moments.counts > 0).nonzero().flatten()
-        moments = Moments(moments.counts[present], moments.sums[present], moments.gram)
-        proxies = gen(moments)
-        weights = self.parts.norm_post.of_proxies(proxies.weights, proxies.classes, None)
         # NORM_inf never changes again, so that heads may share it.
-        head = ImprintedHead(self.norm_inf, copy.deepcopy(self.parts.agg)).to(weights.device)
-        proxies = Proxies(weights, proxies.bias, present[proxies.classes])
-        head.fill(proxies, len(class_names), class_names)
-        head.settings = self.parts.parameters | {"seed": self.seed}
-        if getattr(gen, "chosen_lam", None) is not None:
-            head.settings["chosen_lam"] = gen.chosen_lam
+        head = ImprintedHead(self.norm_inf, copy.deepcopy(self.parts.agg))
+        head = head_of_sums(moments, self.parts, head, class_names, self.seed, gen=gen)
         head.tried = self.tried
         return head
 

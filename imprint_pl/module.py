@@ -18,9 +18,11 @@ from imprint_pl.backbone import load_backbone
 from imprint_pl.batch import dealt_samples, images_of, split_batch
 from imprint_pl.checks import EMPTY, check_checkpoint, check_labels, check_task
 from imprint_pl.epoch import ImprintEpoch
-from imprint_pl.errors import ImprintError
+from imprint_pl.errors import ImprintError, near
+from imprint_pl.growing import Growing
 from imprint_pl.metrics import TaskMetrics
 from imprint_pl.recipes import resolve
+from imprint_pl.state import KEEP
 
 # Above this, a value a class would drown a logger; `class_accuracy` and the run folder have them.
 LOGGED_CLASSES = 20
@@ -35,7 +37,7 @@ INTENDED = (
 )
 
 
-class ImprintedClassifier(LightningModule):
+class ImprintedClassifier(Growing, LightningModule):
     """Images to class scores, by a head imprinted in one epoch without a gradient.
 
     Use it with a plain `Trainer(max_epochs=1)`. Training images are embedded in the order of the
@@ -75,6 +77,11 @@ class ImprintedClassifier(LightningModule):
         as_published: do quantile and mnn as the paper's code does, faults included.
         weibull: imprint only the samples whose distance to their class mean lies between these two
             quantiles of a Weibull distribution, such as [0.1, 0.9].
+        keep: what to keep of the training set, so that classes can come and go later (`state`):
+            "embeddings" (float16; suffices for every step) or "moments" (sums).
+        keep_sources: with embeddings, also keep what names the images: their files, or "train 17".
+        accept: share of training samples to accept, such as 0.95: sets a threshold, below which
+            `predict` says "none of these".
         seed: fixes every random choice.
         image_size: side of the backbone's input in pixels; its own by default.
         pretrained: load the backbone's weights; without them it is random.
@@ -116,6 +123,9 @@ class ImprintedClassifier(LightningModule):
         engine: str | None = None,
         as_published: bool | None = None,
         weibull: list[float] | None = None,
+        keep: str | None = None,
+        keep_sources: bool = False,
+        accept: float | None = None,
         seed: int = 0,
         image_size: int | None = None,
         pretrained: bool = True,
@@ -139,6 +149,11 @@ class ImprintedClassifier(LightningModule):
         self.save_backbone = save_backbone
         self.seed = seed
         self.weibull = weibull
+        self.keep, self.keep_sources, self.accept = keep, keep_sources, accept
+        if keep is not None and keep not in KEEP:
+            raise ImprintError(f"keep={keep!r}{near(keep, KEEP)}: give one of {', '.join(KEEP)}")
+        if accept is not None and not 0 < accept <= 1:
+            raise ImprintError(f"accept={accept}: give a share above 0 and at most 1, such as 0.95")
         self.parts = resolve(
             recipe,
             norm_pre=norm_pre,
@@ -212,7 +227,15 @@ class ImprintedClassifier(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self.head.clear()  # a second epoch
-        self._epoch = ImprintEpoch(self.trainer, self.parts, self.seed, self.weibull)
+        self._epoch = ImprintEpoch(
+            self.trainer,
+            self.parts,
+            self.seed,
+            self.weibull,
+            keep=self.keep,
+            keep_sources=self.keep_sources,
+            accept=self.accept,
+        )
         self._warned = False
 
     @torch.no_grad()
@@ -231,6 +254,8 @@ class ImprintedClassifier(LightningModule):
 
     def _imprint(self) -> None:
         result = self._epoch.finish(self.backbone.classifier, self.device)
+        if self.keep is not None:
+            self.state = self._epoch.state
         self._epoch = None
         result = self.trainer.strategy.broadcast(result)
         if isinstance(result, Exception):

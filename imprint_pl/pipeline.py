@@ -130,6 +130,31 @@ def held_out_scores(
     return scores
 
 
+def head_of_sums(
+    moments: Moments,
+    parts: Parts,
+    head: ImprintedHead,
+    class_names: list[str],
+    seed: int = 0,
+    classifier: Tensor | None = None,
+    gen: Any = None,
+) -> ImprintedHead:
+    """Fills an empty head from the sums of NORM_pre(x), temperature 1; returns it.
+
+    A class without samples gets no proxy. `gen` takes the place of the parts' own, say with
+    another λ.
+    """
+    gen = gen or parts.gen
+    present = (moments.counts > 0).nonzero().flatten()
+    proxies = gen(Moments(moments.counts[present], moments.sums[present], moments.gram))
+    proxies = _finished(proxies, parts, present, classifier)
+    head = head.to(proxies.weights.device).fill(proxies, len(class_names), class_names)
+    head.settings = parts.parameters | {"seed": seed}
+    if getattr(gen, "chosen_lam", None) is not None:
+        head.settings["chosen_lam"] = gen.chosen_lam
+    return head
+
+
 def _sums(
     norm_pre: nn.Module, x: Tensor, y: Tensor, num_classes: int, gen: Any, seed: int
 ) -> Moments:

@@ -1,4 +1,4 @@
-"""What a command leaves behind: `summary.json`, `per_class.csv`, `predictions.csv` and a table."""
+"""What a command leaves behind: `summary.json`, `per_class.csv` and a table."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from imprint_pl.batch import dealt_samples
 from imprint_pl.recipes import AUTO
-from imprint_pl.store import EmbeddingStore
 
 DATA_PARAMETERS = (
     *("classes", "d", "num_labels", "task_seed"),
@@ -149,49 +146,3 @@ def _json_number(value: float) -> float | None:
 
 def _number(value: float | None, factor: float, digits: int, unit: str = "") -> str | None:
     return None if value is None else f"{value * factor:.{digits}f}{unit}"
-
-
-class PredictionWriter(Callback):
-    """Writes a CSV of predictions: file or index, label, class name, score.
-
-    Args:
-        path: the CSV; `predictions.csv` in the run's folder where `None`.
-    """
-
-    def __init__(self, path: str | None = None) -> None:
-        self.path = None if path is None else Path(path)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Every rank asks: log_dir is a broadcast.
-        folder = trainer.log_dir
-        if self.path is None:
-            self.path = Path(folder or trainer.default_root_dir) / "predictions.csv"
-        self._store = EmbeddingStore()
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        best = outputs.max(1)
-        self._store.add(best.values[:, None], best.indices)
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        gathered = self._store.gather(dealt_samples(trainer.predict_dataloaders))
-        if gathered is None:
-            return
-        scores, labels = gathered
-        names = getattr(trainer.datamodule, "sample_names", lambda split: None)("predict")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["index" if names is None else "file", "label", "class", "score"])
-            for i, (score, label) in enumerate(zip(scores[:, 0], labels, strict=True)):
-                sample = i if names is None else names[i]
-                name = pl_module.head.name_of(int(label))
-                writer.writerow([sample, int(label), name, f"{float(torch.as_tensor(score)):.6g}"])
-        self.count = len(labels)

@@ -167,7 +167,7 @@ def test_predict_on_a_data_set_writes_a_csv_that_agrees_with_the_accuracy(fitted
     assert main(["predict", *arguments]) == 0
     path = capfd.readouterr().out.splitlines()[-1].removeprefix("106 predictions: ")
     rows = rows_of(path)
-    assert list(rows[0]) == ["index", "label", "class", "score"]
+    assert list(rows[0]) == ["index", "label", "class", "score", "probability"]
     from imprint_pl.data import Digits
 
     data = Digits(classes=[0, 1, 2])

@@ -29,17 +29,24 @@ class ImageFileDataset(Dataset):
         paths: one file a sample.
         labels: `(N,)` int64; None for images to predict.
         max_side: longest side in pixels; larger images are shrunk.
+        on_error: "fail", or "skip" for images to predict: a file that cannot be read leaves a black
+            image, and its batch is a dict, `images` and `skipped`: place in the batch → reason.
     """
 
     # Tells the loaders to decode in workers.
     from_files = True
 
     def __init__(
-        self, paths: Sequence[str], labels: Tensor | None = None, max_side: int | None = None
+        self,
+        paths: Sequence[str],
+        labels: Tensor | None = None,
+        max_side: int | None = None,
+        on_error: str = "fail",
     ) -> None:
         self.paths = list(paths)
         self.labels = labels
         self.max_side = max_side
+        self.on_error = on_error
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -49,6 +56,8 @@ class ImageFileDataset(Dataset):
         return image if self.labels is None else (image, self.labels[index])
 
     def __getitems__(self, indices: Sequence[int]):
+        if self.on_error == "skip":
+            return self._readable(indices)
         try:
             images = [read_image(self.paths[index], self.max_side) for index in indices]
         except ImprintError as error:
@@ -56,6 +65,16 @@ class ImageFileDataset(Dataset):
                 raise
             return error
         return images if self.labels is None else (images, self.labels[list(indices)])
+
+    def _readable(self, indices: Sequence[int]):
+        images, skipped = [], {}
+        for place, index in enumerate(indices):
+            try:
+                images.append(read_image(self.paths[index], self.max_side))
+            except ImprintError as error:
+                images.append(torch.zeros(3, 8, 8, dtype=torch.uint8))
+                skipped[place] = str(error)
+        return {"images": images, "skipped": skipped} if skipped else images
 
     def select(self, positions: Tensor, labels: Tensor) -> "ImageFileDataset":
         """The samples at `positions` `(M,)`, under new labels `(M,)`."""
@@ -82,20 +101,24 @@ class ImageFileDataset(Dataset):
 
 
 class PackedBatch(NamedTuple):
-    """A batch laid end to end: the bytes `(sum of C*H*W,)`, the shapes, the labels or None."""
+    """A batch laid end to end: the bytes `(sum of C*H*W,)`, shapes, labels, what was skipped."""
 
     flat: Tensor
     shapes: list[torch.Size]
     labels: Tensor | None
+    skipped: dict[int, str] | None = None
 
 
 def pack(batch):
     """Collate for `ImageFileLoader`: pack a worker's batch, and leave one that need not travel."""
     if get_worker_info() is None or isinstance(batch, ImprintError):
         return batch
+    skipped = None
+    if isinstance(batch, dict):
+        batch, skipped = batch["images"], batch["skipped"]
     images, labels = batch if isinstance(batch, tuple) else (batch, None)
     flat = torch.cat([image.flatten() for image in images])
-    return PackedBatch(flat, [image.shape for image in images], labels)
+    return PackedBatch(flat, [image.shape for image in images], labels, skipped)
 
 
 def unpack(batch):
@@ -104,6 +127,8 @@ def unpack(batch):
         return batch
     parts = batch.flat.split([shape.numel() for shape in batch.shapes])
     images = [part.view(shape) for part, shape in zip(parts, batch.shapes, strict=True)]
+    if batch.skipped:
+        return {"images": images, "skipped": batch.skipped}
     return images if batch.labels is None else (images, batch.labels)
 
 

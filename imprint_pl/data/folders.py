@@ -170,6 +170,7 @@ class ImageFiles(ImageDataModule):
         num_workers: Processes that decode image files; where left out, one for each processor core
             that this process has (16 at most).
         max_side: Longest side in pixels; larger images are shrunk in the workers.
+        on_error: What to do with a file that cannot be read: "fail", or "skip" and name it.
     """
 
     name = "files"
@@ -180,6 +181,7 @@ class ImageFiles(ImageDataModule):
         batch_size: int = 64,
         num_workers: int | None = None,
         max_side: int | None = None,
+        on_error: str = "fail",
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, download=False)
         _check_max_side(max_side)
@@ -189,9 +191,14 @@ class ImageFiles(ImageDataModule):
             raise ImprintError("paths is empty: name image files, folders or patterns")
         self.paths = list(dict.fromkeys(found))
         self.max_side = max_side
+        if on_error not in ("fail", "skip"):
+            raise ImprintError(f"on_error={on_error!r}: give 'fail' or 'skip'")
+        self.on_error = on_error
 
     def setup(self, stage: str | None = None) -> None:
-        self.predict_dataset = ImageFileDataset(self.paths, max_side=self.max_side)
+        self.predict_dataset = ImageFileDataset(
+            self.paths, max_side=self.max_side, on_error=self.on_error
+        )
 
     def _dataset(self, split: str) -> ImageFileDataset:
         if split != "predict":

@@ -1,0 +1,196 @@
+"""Why: for a prediction the proxy that decided, its share of the class's score, and the training
+images that lie nearest, as data and as a picture.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from imprint_pl.agg import LogSumExp, NearestProxies
+from imprint_pl.data.decode import read_image
+from imprint_pl.distances import distances
+from imprint_pl.errors import ImprintError
+from imprint_pl.head import ImprintedHead
+from imprint_pl.state import State
+
+if TYPE_CHECKING:
+    from imprint_pl.module import ImprintedClassifier
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A training image: its source (file or "train 17"), class and cosine to the sample."""
+
+    source: str
+    class_name: str
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a sample got its class.
+
+    Attributes:
+        class_name: the class, "none of these" included.
+        nearest_class: the class with the best score, whether or not that is enough.
+        proxy: index of the proxy that contributes most to that score.
+        proxy_of: "2 of 20": which of the class's proxies it is.
+        share: its part of the class's score: 1 for `max`, where one proxy decides alone; of `mnn`
+            its part of the class's votes; of `logsumexp` its softmax weight within the class.
+        neighbours: the nearest training images, nearest first; empty where none were kept.
+    """
+
+    class_name: str
+    nearest_class: str
+    proxy: int
+    proxy_of: str
+    share: float
+    neighbours: tuple[Neighbour, ...] = ()
+
+
+@torch.no_grad()
+def explain(
+    head: ImprintedHead, x: Tensor, state: State | None = None, neighbours: int = 5
+) -> list[Explanation]:
+    """Explains the predictions for embeddings `x (B, d)`.
+
+    Args:
+        head: the head.
+        x: embeddings.
+        state: kept with `keep="embeddings"`; gives the nearest training images.
+        neighbours: how many of them.
+
+    Raises:
+        ImprintError: a state of sums, which know no image.
+    """
+    if state is not None and state.x is None:
+        raise ImprintError(
+            'the state holds sums, which know no image: fit with keep="embeddings" and '
+            "keep_sources=True to be shown the nearest training images"
+        )
+    scores = head.scores(x)
+    labels, best = head.decide(scores).tolist(), scores.argmax(1)
+    parts = _contributions(head, x).cpu()
+    near = _neighbours(x, state, neighbours) if state is not None else [()] * len(x)
+    classes, explained = head.proxy_classes.cpu(), []
+    for row, label, winner, close in zip(parts, labels, best.tolist(), near, strict=True):
+        own = (classes == winner).nonzero().flatten()
+        place = int(row[own].argmax())
+        explained.append(
+            Explanation(
+                class_name=head.name_of(label),
+                nearest_class=head.name_of(winner),
+                proxy=int(own[place]),
+                proxy_of=f"{place + 1} of {len(own)}",
+                share=_share(head, row[own]),
+                neighbours=close,
+            )
+        )
+    return explained
+
+
+def picture(
+    image: Tensor | str, explanation: Explanation, path: str | Path, images: list[Tensor] = ()
+) -> Path:
+    """Draws an image `(C, H, W)` or a file, and its nearest training images beside it, as PNG.
+
+    Args:
+        image: what was predicted.
+        explanation: of its prediction.
+        path: the file to write.
+        images: the neighbours' images; read from their sources, as files, where left out.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [(image, explanation.class_name)]
+    for i, neighbour in enumerate(explanation.neighbours):
+        other = images[i] if images else neighbour.source
+        shown.append((other, f"{neighbour.class_name}\ncos {neighbour.cosine:.2f}"))
+    figure = Figure(figsize=(1.8 * len(shown), 2.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (pixels, title) in zip(
+        figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True
+    ):
+        pixels = pixels if isinstance(pixels, Tensor) else read_image(pixels)
+        pixels = pixels[: 1 if len(pixels) < 3 else 3].expand(3, -1, -1)
+        axes.imshow(pixels.permute(1, 2, 0).cpu().numpy())
+        axes.set_title(title, fontsize=9)
+        axes.set_axis_off()
+    figure.suptitle(
+        f"{explanation.class_name}: proxy {explanation.proxy_of} of {explanation.nearest_class}, "
+        f"{100 * explanation.share:.0f} % of the score",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=120)
+    return Path(path)
+
+
+def explain_files(
+    model: ImprintedClassifier, paths: list[str], folder: str | Path, state: State | None = None
+) -> Path:
+    """Writes `explanations.json` and a PNG for each image file into a folder; returns it.
+
+    Files that cannot be read are left out. Training images are drawn where the state names their
+    files and these still exist.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = None if state is None or state.x is None else state
+    records = []
+    for i, path in enumerate(paths):
+        try:
+            image = read_image(path)
+        except ImprintError:
+            continue
+        x = model.embed([image.to(model.device)])
+        (found,) = explain(model.head, x, state)
+        there = tuple(n for n in found.neighbours if Path(n.source).is_file())
+        drawn = picture(image, replace(found, neighbours=there), folder / f"{i:05d}.png")
+        records.append({"file": path, "picture": drawn.name} | asdict(found))
+    (folder / "explanations.json").write_text(json.dumps(records, indent=2) + "\n")
+    return folder
+
+
+def _contributions(head: ImprintedHead, x: Tensor) -> Tensor:
+    """`(B, P)`: what each proxy brings; the largest of a class is the one that decided."""
+    z = head.norm_inf(x.to(head.proxies.dtype))
+    if not isinstance(head.agg, NearestProxies):
+        return torch.addmm(head.bias, z, head.proxies.T)
+    if head.agg.distance == "mahalanobis":
+        far = head.agg._metric(head.proxies)(z, head.proxies)
+    else:
+        far = distances(z, head.proxies, head.agg.distance)
+    nearest = far.topk(min(head.agg.m, far.shape[1]), dim=1, largest=False)
+    votes = torch.zeros_like(far).scatter(1, nearest.indices, head.agg._votes(nearest.values))
+    # Of uniform votes the nearest is the first.
+    return votes * (1 + 1e-9 / (1 + far)) if head.agg.votes == "uniform" else votes
+
+
+def _share(head: ImprintedHead, own: Tensor) -> float:
+    if isinstance(head.agg, LogSumExp):
+        return torch.softmax(own.double() / head.agg.temperature, 0).max().item()
+    if isinstance(head.agg, NearestProxies):
+        return (own.max() / own.sum().clamp(min=1e-30)).item()
+    return 1.0
+
+
+def _neighbours(x: Tensor, state: State, count: int) -> list[tuple[Neighbour, ...]]:
+    kept = functional.normalize(state.x.float(), dim=1)
+    cosines = functional.normalize(x.float().cpu(), dim=1) @ kept.T
+    nearest = cosines.topk(min(count, len(kept)), dim=1)
+    sources = state.sources or ("",) * len(kept)
+    return [
+        tuple(
+            Neighbour(sources[i], state.class_names[int(state.y[i])], value)
+            for i, value in zip(rows, values, strict=True)
+        )
+        for rows, values in zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)
+    ]

@@ -1,0 +1,146 @@
+"""`add-class`, `add-examples`, `remove-class`, `export`: commands on a checkpoint and image files,
+without a Trainer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from imprint_pl.data import Digits, ImageFiles
+from imprint_pl.errors import ImprintError
+from imprint_pl.export import FORMATS, check, export
+from imprint_pl.module import ImprintedClassifier
+from imprint_pl.state import state_path, write_whole
+
+# Images that an exported file is compared on.
+CHECKED = 200
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends a wrong command line in one line."""
+
+    def error(self, message: str) -> None:
+        raise ImprintError(f"{self.prog.split()[-1]}: {message}")
+
+
+def run_on_file(argv: list[str]) -> None:
+    """Parses and runs one command."""
+    options = _parser().parse_args(argv)
+    if not Path(options.checkpoint).is_file():
+        raise ImprintError(f"{options.checkpoint}: there is no such file")
+    model = load_classifier(options.checkpoint)
+    if options.command == "export":
+        _export(model, options)
+        return
+    model.load_state(options.checkpoint)
+    images, paths = None, ()
+    if options.images:
+        data = ImageFiles(options.images)
+        data.setup()
+        images, paths = data.predict_dataloader(), data.paths
+    # Files are named only where those of the others are.
+    sources = [str(path) for path in paths] if model.state.sources else ()
+    if options.command == "add-class":
+        model.add_class(options.name, images, sources)
+    elif options.command == "add-examples":
+        model.add_examples(options.name, images, sources)
+    else:
+        model.remove_class(options.name, images)
+    target = Path(options.output or options.checkpoint)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The head first: whoever is stopped in between runs the command again, from the old state.
+    _write_checkpoint(model, options.checkpoint, target)
+    model.save_state(target)
+    names, counts = model.state.class_names, model.state.counts.tolist()
+    shown = ", ".join(f"{n} ({c})" for n, c in zip(names[-10:], counts[-10:], strict=True))
+    print(f"{len(names)} classes: {'… ' if len(names) > 10 else ''}{shown}")
+    print(f"checkpoint: {target}\nstate: {state_path(target)}")
+
+
+def load_classifier(checkpoint: str | Path) -> ImprintedClassifier:
+    """The classifier of a checkpoint that `fit` wrote, in eval mode, on the CPU."""
+    try:
+        return ImprintedClassifier.load_from_checkpoint(
+            checkpoint, map_location="cpu", weights_only=True
+        ).eval()
+    except ImprintError:
+        raise
+    except Exception as error:
+        raise ImprintError(
+            f"{checkpoint}: damaged, or not a checkpoint that `fit` wrote ({type(error).__name__})"
+        ) from error
+
+
+def _write_checkpoint(model: ImprintedClassifier, source: str | Path, target: Path) -> None:
+    checkpoint = torch.load(source, weights_only=True, map_location="cpu")
+    state = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {n: t for n, t in state.items() if not n.startswith("head.")} | {
+        f"head.{name}": value for name, value in model.head.state_dict().items()
+    }
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    write_whole(target, content.getvalue())
+
+
+def _export(model: ImprintedClassifier, options: argparse.Namespace) -> None:
+    beside = Path(options.checkpoint).with_suffix("")
+    path = Path(options.output or f"{beside}{FORMATS[options.format] or '-head'}")
+    export(model.backbone, model.head, path, options.format)
+    print(f"{options.format}: {path}")
+    if options.format == "safetensors":
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        images = _images_to_check(options.images)
+        print(check(path, options.format, model.backbone, model.head, images, folder))
+
+
+def _images_to_check(places: list[str] | None) -> list[Tensor]:
+    if not places:
+        data = Digits()
+        data.setup()
+        images, _ = data.test_dataset.__getitems__(list(range(CHECKED)))
+    else:
+        data = ImageFiles(places, num_workers=0)
+        data.setup()
+        images = [data.predict_dataset[i] for i in range(min(CHECKED, len(data.paths)))]
+    # The file takes RGB alone; grey is repeated, alpha dropped, as Preprocess does.
+    colours = [image[: 1 if len(image) < 3 else 3] for image in images]
+    return [image.expand(3, -1, -1).contiguous() for image in colours]
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m imprint_pl")
+    commands = parser.add_subparsers(dest="command", required=True)
+    growing = {
+        "add-class": "Add a class to a checkpoint that was fitted with --model.keep.",
+        "add-examples": "Add images to a class of such a checkpoint.",
+        "remove-class": "Remove a class from such a checkpoint.",
+    }
+    for command, text in growing.items():
+        sub = commands.add_parser(command, description=text)
+        sub.add_argument("checkpoint", help="What fit wrote; its state lies beside it.")
+        sub.add_argument("--name", required=True, help="The class.")
+        sub.add_argument(
+            "--images",
+            nargs="+",
+            required=command != "remove-class",
+            help="Image files, folders or globs"
+            + (", all of the class; only sums ask for them." if command == "remove-class" else "."),
+        )
+        sub.add_argument("--output", help="Write here instead of over the checkpoint.")
+    sub = commands.add_parser("export", description="Write a classifier as one file.")
+    sub.add_argument("checkpoint", help="What fit wrote.")
+    sub.add_argument("--format", choices=list(FORMATS), default="onnx")
+    sub.add_argument("--output", help="The file, or for safetensors the folder.")
+    sub.add_argument(
+        "--images",
+        nargs="+",
+        help="Real images to compare the file with the classifier on (default: 200 digits).",
+    )
+    return parser

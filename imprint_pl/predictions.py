@@ -1,0 +1,151 @@
+"""What `predict` writes: the classes of each image with their probabilities, as CSV, JSON or JSON
+lines, while the images go by.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from imprint_pl.batch import dealt_samples
+from imprint_pl.errors import ImprintError
+from imprint_pl.head import NONE
+from imprint_pl.store import EmbeddingStore
+
+SUFFIXES = (".csv", ".json", ".jsonl")
+# In the place of a label: the image could not be read.
+SKIPPED = -2
+
+
+class PredictionWriter(Callback):
+    """Writes a row an image: file or index, label, class, score (the logit), probability.
+
+    The label is −1 and the class "none of these" where the head has a threshold that no score
+    reaches. One process writes each batch at once; of several, the first writes all at the end.
+
+    Args:
+        path: ends in .csv, .json (one list) or .jsonl (an object a line); `predictions.csv` in the
+            run's folder where `None`.
+        top: classes an image; those after the best as `class_2`, `probability_2`, …
+    """
+
+    def __init__(self, path: str | None = None, top: int = 1) -> None:
+        self.path = None if path is None else Path(path)
+        self.top = top
+        if top < 1:
+            raise ImprintError(f"top={top}: give at least 1")
+        if self.path is not None and self.path.suffix not in SUFFIXES:
+            raise ImprintError(f"output {path}: the name ends in none of {', '.join(SUFFIXES)}")
+        self.count, self.unread = 0, []
+        self._reasons: dict[int, str] = {}
+        self._file = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Every rank asks: log_dir is a broadcast.
+        folder = trainer.log_dir
+        if self.path is None:
+            self.path = Path(folder or trainer.default_root_dir) / "predictions.csv"
+        self._store = EmbeddingStore()
+        self._names = getattr(trainer.datamodule, "sample_names", lambda split: None)("predict")
+        self._seen = 0
+        if trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "w", newline="")  # noqa: SIM115, closed at the end
+            if self.path.suffix == ".json":
+                self._file.write("[")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        top = min(self.top, outputs.shape[1])
+        best = outputs.topk(top, dim=1)
+        labels = best.indices[:, 0].clone()
+        head = pl_module.head
+        if head.threshold is not None:
+            # Logits are scores over the temperature.
+            labels[best.values[:, 0] < head.threshold / head.temperature] = NONE
+        for place, reason in (batch.get("skipped", {}) if isinstance(batch, dict) else {}).items():
+            labels[place] = SKIPPED
+            self._reasons[self._seen + int(place)] = reason
+        probabilities = outputs.softmax(1).gather(1, best.indices)
+        # Classes are whole numbers below 2^24, exact in float32. A class without proxies has −∞.
+        values = best.values.clamp(min=torch.finfo(torch.float32).min)
+        row = torch.cat([best.indices.float(), values, probabilities], 1)
+        self._seen += len(labels)
+        if trainer.world_size == 1:
+            self._write(row.cpu(), labels.cpu(), head)
+        else:
+            self._store.add(row, labels)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1:
+            gathered = self._store.gather(dealt_samples(trainer.predict_dataloaders))
+            if gathered is not None:
+                self._reasons = {}  # by places in this rank's batches
+                self._write(*gathered, pl_module.head)
+        if self._file is not None:
+            if self.path.suffix == ".json":
+                self._file.write("\n]\n")
+            self._file.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def summary(self) -> str:
+        """What was written, and which files were skipped and why."""
+        lines = [f"{self.count:,} predictions: {self.path}"]
+        if self.unread:
+            lines = [f"skipped {len(self.unread)} that cannot be read:", *self.unread, *lines]
+        return "\n".join(lines)
+
+    def _write(self, rows: Tensor, labels: Tensor, head: Any) -> None:
+        top = rows.shape[1] // 3
+        for row, label in zip(rows.tolist(), labels.tolist(), strict=True):
+            index = self.count + len(self.unread)
+            sample = index if self._names is None else self._names[index]
+            if label == SKIPPED:
+                self.unread.append(f"  {self._reasons.get(index, sample)}")
+                continue
+            classes, scores, probabilities = row[:top], row[top : 2 * top], row[2 * top :]
+            record = {
+                "index" if self._names is None else "file": sample,
+                "label": label,
+                "class": head.name_of(label),
+                "score": float(f"{scores[0]:.6g}"),
+                "probability": round(probabilities[0], 6),
+            }
+            for place in range(0 if label == NONE else 1, top) if self.top > 1 else []:
+                # Where none is accepted, the nearest class comes second.
+                at = place + 2 if label == NONE else place + 1
+                record[f"class_{at}"] = head.name_of(int(classes[place]))
+                record[f"probability_{at}"] = round(probabilities[place], 6)
+            self._put(record, top)
+            self.count += 1
+        self._file.flush()
+
+    def _put(self, record: dict[str, Any], top: int) -> None:
+        if self.path.suffix == ".csv":
+            if not self.count:
+                extra = [f"{n}_{i}" for i in range(2, top + 1) for n in ("class", "probability")]
+                self._columns = [*list(record)[:5], *extra]
+                csv.writer(self._file).writerow(self._columns)
+            values = [record.get(column, "") for column in self._columns]
+            csv.writer(self._file).writerow(values)
+            return
+        text = json.dumps(record, ensure_ascii=False)
+        if self.path.suffix == ".json":
+            text = f"{',' if self.count else ''}\n{text}"
+        self._file.write(text if self.path.suffix == ".json" else f"{text}\n")

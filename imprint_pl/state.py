@@ -1,0 +1,388 @@
+"""What is kept of the training set beside a head, so that classes and examples can come and go:
+embeddings, from which everything can be made anew, or sums, which say nothing of single samples.
+
+A `State` never changes: each step gives a new one, and `head()` makes the head that imprinting its
+samples at once would give, whatever the order in which they came.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from imprint_pl.errors import ImprintError, near
+from imprint_pl.head import ImprintedHead
+from imprint_pl.imprinting import imprint_parts
+from imprint_pl.moments import Moments
+from imprint_pl.norm import sums_of
+from imprint_pl.norm_learned import RandomProjection
+from imprint_pl.parts import steps_of
+from imprint_pl.pipeline import head_of_sums
+from imprint_pl.recipes import Parts, resolve
+from imprint_pl.select import weibull_typical
+
+KEEP = ("moments", "embeddings")
+FORMAT = "imprint_pl state 1"
+# Settings of a head that are results, not keywords of its recipe.
+RESULTS = ("seed", "chosen_lam", "chosen_by")
+
+
+@dataclass(frozen=True)
+class State:
+    """The training set of a head, or its sums; on the CPU.
+
+    Attributes:
+        settings: the recipe and its keywords, as `resolve` takes them.
+        seed: fixes every random choice.
+        class_names: C names.
+        embedding_dim: d.
+        x: `(N, d)` float16 (float32 where float16 has not the range), in an order that depends on
+            the rows alone, and `y` `(N,)`; or `None`.
+        sources: N words that name the samples, such as their files; empty where not asked for.
+        moments: the sums of NORM_pre(x), or `None`.
+        temperature, threshold: of the head; sums keep them, embeddings fit them anew.
+        accept: share of training samples that the threshold is to let pass; see `unknowns.py`.
+        weibull: as for `imprint`.
+        classifier: the backbone's original classifier, where NORM_post is "quantile".
+    """
+
+    settings: dict[str, Any]
+    seed: int
+    class_names: list[str]
+    embedding_dim: int
+    x: Tensor | None = None
+    y: Tensor | None = None
+    sources: tuple[str, ...] = ()
+    moments: Moments | None = None
+    temperature: float = 1.0
+    threshold: float | None = None
+    accept: float | None = None
+    weibull: tuple[float, float] | None = None
+    classifier: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        y: Tensor,
+        head: ImprintedHead,
+        keep: str,
+        *,
+        sources: Sequence[str] = (),
+        accept: float | None = None,
+        weibull: tuple[float, float] | None = None,
+        classifier: Tensor | None = None,
+    ) -> State:
+        """The state of a head that was imprinted from `x (N, d)`, `y (N,)`.
+
+        Args:
+            x, y: as `imprint` took them, before any choice by `weibull`.
+            head: gives recipe, seed and class names.
+            keep: "moments" or "embeddings".
+            sources: what names the samples; embeddings only.
+            accept, weibull, classifier: see the attributes.
+
+        Raises:
+            ImprintError: an unknown `keep`, or sums that do not suffice for the recipe.
+        """
+        if keep not in KEEP:
+            raise ImprintError(f"keep={keep!r}{near(keep, KEEP)}: give one of {', '.join(KEEP)}")
+        settings = {n: v for n, v in head.settings.items() if n not in RESULTS}
+        quantile = settings.get("norm_post") == "quantile"
+        state = cls(
+            settings=json.loads(json.dumps(settings, default=repr)),
+            seed=int(head.settings.get("seed", 0)),
+            class_names=[head.name_of(label) for label in range(head.num_classes)],
+            embedding_dim=x.shape[1],
+            temperature=head.temperature,
+            threshold=head.threshold,
+            accept=accept,
+            weibull=None if weibull is None else (float(weibull[0]), float(weibull[1])),
+            classifier=classifier.detach().cpu() if quantile and classifier is not None else None,
+        )
+        x, y = x.detach().cpu(), y.detach().cpu()
+        if keep == "embeddings":
+            return state._with_rows(_compact(x), y, tuple(sources))
+        parts = state.parts
+        _refuse_moments(parts, weibull)
+        norm_pre = state._norm_pre(parts, len(y))[0]
+        gram = "pooled" if parts.gen.needs_gram else "none"
+        return replace(state, moments=sums_of(norm_pre, x.float(), y, head.num_classes, gram))
+
+    @property
+    def keep(self) -> str:
+        return "moments" if self.x is None else "embeddings"
+
+    @property
+    def parts(self) -> Parts:
+        return resolve(**self.settings)
+
+    @property
+    def counts(self) -> Tensor:
+        """`(C,)` int64, the samples of each class."""
+        if self.x is None:
+            return self.moments.counts.long()
+        return torch.bincount(self.y, minlength=len(self.class_names))
+
+    def head(self) -> ImprintedHead:
+        """The head of these samples, on the CPU."""
+        parts, names = self.parts, list(self.class_names)
+        if self.x is None:
+            _, head = self._norm_pre(parts, int(self.counts.sum()))
+            head = head_of_sums(self.moments, parts, head, names, self.seed, self.classifier)
+            head.temperature, head.threshold = self.temperature, self.threshold
+            return head
+        x, y = self.x.float(), self.y
+        if self.weibull is not None:
+            rows = weibull_typical(x, y, *self.weibull)
+            x, y = x[rows], y[rows]
+        head = imprint_parts(
+            x, y, parts, len(names), names, self.seed, self.classifier, allow_empty=True
+        )
+        if self.accept is not None:
+            from imprint_pl.unknowns import set_threshold
+
+            set_threshold(head, x, y, self.accept, self.classifier)
+        return head
+
+    def add_class(
+        self, name: str, x: Tensor, place: int | None = None, sources: Sequence[str] = ()
+    ) -> State:
+        """With a new class of embeddings `x (n, d)`, as label `place`; the last by default.
+
+        Raises:
+            ImprintError: the class is there already, no sample, other dimensions, or sums that do
+                not suffice.
+        """
+        if name in self.class_names:
+            raise ImprintError(
+                f"class {name!r} is there already: add_examples gives it more samples, or choose "
+                "another name"
+            )
+        names = list(self.class_names)
+        names.insert(len(names) if place is None else place, name)
+        return self._renamed(names).add_examples(name, x, sources)
+
+    def add_examples(self, name: str, x: Tensor, sources: Sequence[str] = ()) -> State:
+        """With more samples `x (n, d)` of a class. Errors as of `add_class`."""
+        label, x = self._label(name), self._checked(x, name)
+        y = torch.full((len(x),), label)
+        if self.x is not None:
+            sources = tuple(sources) or ("",) * len(x)
+            known = self.sources or ("",) * len(self.x)
+            sources = (*known, *sources) if any(sources) or self.sources else ()
+            # float16 and float32 meet in float32.
+            rows = torch.cat([self.x, _compact(x)])
+            return self._with_rows(_compact(rows), torch.cat([self.y, y]), sources)
+        return replace(self, moments=self.moments + self._sums(x, y, len(x)))
+
+    def remove_class(self, name: str, x: Tensor | None = None) -> State:
+        """Without a class.
+
+        Args:
+            name: the class.
+            x: its embeddings `(n, d)`, all of them: sums with a Gram matrix, which is one for all
+                classes, ask for them.
+
+        Raises:
+            ImprintError: no such class, the last class, or sums that do not suffice.
+        """
+        label = self._label(name)
+        if len(self.class_names) == 1:
+            raise ImprintError(f"class {name!r} is the last one: a head needs a class")
+        names = [other for other in self.class_names if other != name]
+        if self.x is not None:
+            rows = self.y != label
+            sources = tuple(s for s, kept in zip(self.sources, rows.tolist(), strict=False) if kept)
+            left = replace(self, x=self.x[rows], y=self.y[rows], sources=sources)
+            return left._renamed(names)
+        moments = self.moments
+        if moments.gram is not None:
+            moments = self._less(moments, label, name, x)
+        else:
+            self._check_features(int(self.counts.sum() - self.counts[label]))
+        return replace(self, moments=moments)._renamed(names)
+
+    def _less(self, moments: Moments, label: int, name: str, x: Tensor | None) -> Moments:
+        count = int(self.counts[label])
+        if x is None:
+            raise ImprintError(
+                f"cannot remove class {name!r} from sums: gen={self.settings['gen']!r} needs the "
+                "Gram matrix, which is one for all classes. Give the class's own images (all "
+                f'{count}), or keep="embeddings" from the start, which suffices for every step'
+            )
+        x = self._checked(x, name)
+        own = self._sums(x, torch.full((len(x),), label), -count)
+        scale = moments.sums[label].abs().max().clamp(min=1e-12)
+        far = (own.sums[label] - moments.sums[label]).abs().max() / scale
+        if len(x) != count or far > 1e-3:
+            raise ImprintError(
+                f"the {len(x)} images given for class {name!r} are not the {count} that its sums "
+                "were made of: give exactly those"
+            )
+        return moments - own
+
+    def _sums(self, x: Tensor, y: Tensor, more: int) -> Moments:
+        before = int(self.counts.sum())
+        self._check_features(before + more)
+        norm_pre = self._norm_pre(self.parts, before)[0]
+        gram = "none" if self.moments.gram is None else "pooled"
+        return sums_of(norm_pre, x.float(), y, len(self.class_names), gram)
+
+    def _norm_pre(self, parts: Parts, samples: int) -> tuple[Any, ImprintedHead]:
+        """NORM_pre, and an empty head with its NORM_inf, as they are for so many samples."""
+        norm_pre, head = parts.fresh()
+        for step in steps_of(norm_pre):
+            if isinstance(step, RandomProjection):
+                step.draw(torch.empty(0, self.embedding_dim), samples, self.seed)
+        return norm_pre, head
+
+    def _check_features(self, samples: int) -> None:
+        """Raises where another number of samples would draw another random projection."""
+        before = int(self.counts.sum())
+        for step in steps_of(self.parts.norm_pre):
+            if not isinstance(step, RandomProjection):
+                continue
+            then, now = (min(step.projection_dim, max(1, n // 2)) for n in (before, samples))
+            if then != now:
+                raise ImprintError(
+                    f"{before} samples had {then} random features, {samples} would have {now}, "
+                    f'others, which sums of the old ones cannot give: keep="embeddings" suffices, '
+                    f"or projection_dim of at most {min(then, now)}"
+                )
+
+    def _label(self, name: str) -> int:
+        if name not in self.class_names:
+            raise ImprintError(
+                f"there is no class {name!r}{near(name, self.class_names)} "
+                f"({len(self.class_names)} classes: {', '.join(self.class_names[:10])}"
+                f"{', …' if len(self.class_names) > 10 else ''})"
+            )
+        return self.class_names.index(name)
+
+    def _checked(self, x: Tensor, name: str) -> Tensor:
+        x = torch.as_tensor(x).detach().cpu()
+        if x.ndim != 2 or not x.is_floating_point() or x.shape[1] != self.embedding_dim:
+            raise ImprintError(
+                f"embeddings of shape {tuple(x.shape)} and type {x.dtype} for class {name!r}: "
+                f"expected floats (n, {self.embedding_dim}), by the backbone of the head"
+            )
+        if not len(x):
+            raise ImprintError(f"class {name!r}: no sample was given; add some")
+        if not x.isfinite().all():
+            raise ImprintError(f"class {name!r}: an embedding is not finite; look at its images")
+        return x
+
+    def _renamed(self, names: list[str]) -> State:
+        """With other classes: those that are new are empty, those that went were emptied."""
+        places = torch.tensor([names.index(n) if n in names else -1 for n in self.class_names])
+        if self.x is not None:
+            return replace(self, class_names=names, y=places[self.y])
+        kept = places >= 0
+        counts = self.moments.counts.new_zeros(len(names))
+        sums = self.moments.sums.new_zeros(len(names), self.moments.sums.shape[1])
+        counts[places[kept]] = self.moments.counts[kept]
+        sums[places[kept]] = self.moments.sums[kept]
+        moments = Moments(counts, sums, self.moments.gram)
+        return replace(self, class_names=names, moments=moments)
+
+    def _with_rows(self, x: Tensor, y: Tensor, sources: tuple[str, ...]) -> State:
+        # k-means, landmarks and draws depend on the order of rows; so sorted, they depend on the
+        # set alone.
+        rows = np.ascontiguousarray((x + 0.0).numpy())
+        as_bytes = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1])))[:, 0]
+        order = torch.from_numpy(np.argsort(as_bytes, kind="stable"))
+        sources = tuple(sources[i] for i in order.tolist()) if sources else ()
+        return replace(self, x=x[order], y=y[order], sources=sources)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a safetensors file, which appears whole or not at all."""
+        tensors = {"x": self.x, "y": self.y, "classifier": self.classifier}
+        if self.moments is not None:
+            tensors |= {name: getattr(self.moments, name) for name in ("counts", "sums", "gram")}
+        tensors = {n: t.contiguous().clone() for n, t in tensors.items() if t is not None}
+        names = ("settings", "seed", "class_names", "embedding_dim", "sources", "temperature")
+        plain = {n: getattr(self, n) for n in (*names, "threshold", "accept", "weibull")}
+        content = save(tensors, {"format": FORMAT, "state": json.dumps(plain)})
+        return write_whole(path, content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> State:
+        """Reads what `save` wrote.
+
+        Raises:
+            ImprintError: no such file, or not one of these.
+        """
+        if not Path(path).is_file():
+            raise ImprintError(
+                f"{path}: there is no such file. Nothing was kept of the training set: fit with "
+                'keep="embeddings" (suffices for every step) or keep="moments"'
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError("not a state")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            plain = json.loads(metadata["state"])
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise ImprintError(
+                f"{path}: damaged, or not a state file ({type(error).__name__})"
+            ) from error
+        moments = None
+        if "counts" in tensors:
+            moments = Moments(tensors["counts"], tensors["sums"], tensors.get("gram"))
+        plain["sources"] = tuple(plain["sources"])
+        plain["weibull"] = plain["weibull"] and tuple(plain["weibull"])
+        rest = {name: tensors.get(name) for name in ("x", "y", "classifier")}
+        return cls(**plain, **rest, moments=moments)
+
+
+def state_path(checkpoint: str | Path) -> Path:
+    """The state's file beside a checkpoint: `imprinted.ckpt` → `imprinted.state.safetensors`."""
+    return Path(checkpoint).with_suffix(".state.safetensors")
+
+
+def write_whole(path: str | Path, content: bytes) -> Path:
+    """Writes a file that appears whole or not at all: what was there stays until then."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.unfinished")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+    return path
+
+
+def _compact(x: Tensor) -> Tensor:
+    half = x.half()
+    return half if half.isfinite().all() else x.float()
+
+
+def _refuse_moments(parts: Parts, weibull: Any) -> None:
+    """Raises where sums of the samples do not suffice to make the head of more samples."""
+    learned = [
+        step.name
+        for step in steps_of(parts.norm_pre)
+        if getattr(step, "learns", False) and not isinstance(step, RandomProjection)
+    ]
+    reason = None
+    if not parts.gen.from_moments:
+        reason = f"gen={parts.gen.name!r} has to see every sample"
+    elif learned:
+        reason = f"norm_pre={learned[0]!r} learns from the samples and would learn anew"
+    elif weibull is not None:
+        reason = "weibull chooses among the samples"
+    if reason:
+        raise ImprintError(
+            f'keep="moments" does not suffice: {reason}. Give keep="embeddings", or one of the '
+            "recipes that need sums alone: qi, hosoda, janson, ls, ridge, lda, ranpac"
+        )

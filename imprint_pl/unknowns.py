@@ -1,0 +1,147 @@
+"""Unknowns: what belongs to no class. A threshold on the best score, set so that a chosen share of
+training samples passes, and how well the score tells outsiders from insiders (AUROC).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
+
+from imprint_pl.batch import images_of
+from imprint_pl.calibration import folds
+from imprint_pl.errors import ImprintError
+from imprint_pl.head import ImprintedHead
+from imprint_pl.pipeline import held_out_scores
+from imprint_pl.recipes import resolve
+
+
+def set_threshold(
+    head: ImprintedHead,
+    x: Tensor,
+    y: Tensor,
+    accept: float,
+    classifier: Tensor | None = None,
+) -> ImprintedHead:
+    """Sets `head.threshold`, so that `accept` of the training samples have a best score of at least
+    that much; returns the head.
+
+    Each sample is scored by a head that has not seen it: its own proxy would say nothing. That
+    takes about as long again as imprinting, up to five times.
+
+    Args:
+        head: imprinted from x and y; gives the recipe and the seed.
+        x: `(N, d)`, the training embeddings.
+        y: `(N,)`, their labels 0..C−1.
+        accept: a share in (0, 1], such as 0.95.
+        classifier: as for `imprint`.
+
+    Raises:
+        ImprintError: a share out of range, or no class with two samples.
+    """
+    best = _held_out(head, x, y, accept, classifier).amax(1).double().sort().values
+    # The largest value that at least this share of the samples reaches.
+    place = int((1 - accept) * len(best) + 1e-9)
+    head.threshold = best[min(place, len(best) - 1)].item()
+    return head
+
+
+def _held_out(
+    head: ImprintedHead, x: Tensor, y: Tensor, accept: float, classifier: Tensor | None
+) -> Tensor:
+    if not 0 < accept <= 1:
+        raise ImprintError(
+            f"accept={accept}: give the share of training samples to accept, above 0 and at most "
+            "1, such as 0.95"
+        )
+    settings = dict(head.settings)
+    seed = settings.pop("seed", 0)
+    chosen = settings.pop("chosen_lam", None)
+    settings.pop("chosen_by", None)
+    if chosen is not None and settings.get("lam") in ("gcv", "holdout"):
+        settings["lam"] = chosen
+    held = folds(y, seed, enough=len(y))
+    if not held:
+        raise ImprintError(
+            "accept: no class has two samples, so that none can be held out to set a threshold; "
+            "add samples, or set head.threshold yourself"
+        )
+    scores = held_out_scores(x, y, resolve(**settings), head.num_classes, held, seed, classifier)
+    return torch.cat(scores)
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    """Probability that an insider's best score is above an outsider's (ties count half).
+
+    Args:
+        inside, outside: `(n, C)` and `(m, C)`, scores of samples of the classes and of none.
+
+    >>> auroc(torch.tensor([[3.0, 1.0], [2.0, 0.0]]), torch.tensor([[1.0, 1.5], [2.5, 0.0]]))
+    0.75
+    """
+    best = torch.cat([inside.amax(1), outside.amax(1)]).double()
+    # Ranks, since torchmetrics takes values outside of [0, 1] for logits, and a sigmoid ties them.
+    ranks = torch.unique(best, return_inverse=True)[1].double()
+    inner = torch.cat([torch.ones(len(inside)), torch.zeros(len(outside))]).long().to(best.device)
+    return binary_auroc(ranks / max(ranks.max().item(), 1), inner).item()
+
+
+class Outsiders(Callback):
+    """Logs, at the end of validation and test, how the best score tells outsiders from insiders.
+
+    `val/outsiders_auroc` and, where the head has a threshold, `val/accepted` (share of the stage's
+    own images that pass) and `val/rejected` (share of outsiders that do not); `test/…` likewise.
+
+    Args:
+        data: images that belong to no class; its test split is used.
+    """
+
+    def __init__(self, data: LightningDataModule) -> None:
+        self.data = data
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listen(pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listen(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log("val", trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log("test", trainer, pl_module)
+
+    def _listen(self, module: LightningModule) -> None:
+        # What the head gives for the stage's own images: they need not go through it twice.
+        self._scores: list[Tensor] = []
+        self._hook = module.head.register_forward_hook(self._heard)
+
+    def _heard(self, head: ImprintedHead, inputs: Any, logits: Tensor) -> None:
+        self._scores.append(logits.detach().amax(1, keepdim=True).cpu())
+
+    def _log(self, stage: str, trainer: Trainer, module: LightningModule) -> None:
+        inside, self._scores = self._scores, []
+        if trainer.sanity_checking or not inside:
+            self._hook.remove()
+            return
+        self.data.prepare_data()
+        self.data.setup("test")
+        try:
+            with torch.no_grad():
+                for batch in self.data.test_dataloader():
+                    images = trainer.strategy.batch_to_device(images_of(batch))
+                    module(images)
+        finally:
+            self._hook.remove()
+        outside, inside = torch.cat(self._scores), torch.cat(inside)
+        self._scores = []
+        values = {"outsiders_auroc": auroc(inside, outside)}
+        if module.head.threshold is not None:
+            least = module.head.threshold / module.head.temperature
+            values["accepted"] = (inside >= least).double().mean().item()
+            values["rejected"] = (outside < least).double().mean().item()
+        for name, value in values.items():
+            module.log(f"{stage}/{name}", value, sync_dist=True, batch_size=1)

@@ -1,0 +1,51 @@
+"""`explain.py`: the proxy that decided, its share, the nearest training images."""
+
+import pytest
+import torch
+
+from imprint_pl import ImprintError, imprint
+from imprint_pl.explain import explain, picture
+from imprint_pl.state import State
+
+# Two clusters of class 0, one of class 1.
+X = torch.tensor([[1.0, 0.0], [1.0, 0.1], [-1.0, 0.0], [-1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+Y = torch.tensor([0, 0, 0, 0, 1, 1])
+
+
+def test_max_names_the_proxy_that_decided_alone():
+    head = imprint(X, Y, "robust", k=2, class_names=["flat", "up"], calibrate=False)
+    right, left = explain(head, torch.tensor([[2.0, 0.0], [-3.0, 0.1]]))
+    assert right.class_name == left.class_name == "flat"
+    assert right.share == 1
+    assert {right.proxy_of, left.proxy_of} == {"1 of 2", "2 of 2"}
+    assert head.proxies[right.proxy, 0] > 0.9
+    assert head.proxies[left.proxy, 0] < -0.9
+
+
+def test_votes_are_shared_among_the_nearest():
+    head = imprint(X, Y, "knn", m=2, votes="uniform", calibrate=False)
+    (found,) = explain(head, X[:1])
+    assert found.proxy == 0
+    assert found.share == pytest.approx(0.5)
+
+
+def test_the_nearest_training_images_are_named_and_drawn(tmp_path):
+    head = imprint(X, Y, "qi", class_names=["flat", "up"], calibrate=False)
+    state = State.of(X, Y, head, "embeddings", sources=[f"train {i}" for i in range(6)])
+    (found,) = explain(head, torch.tensor([[0.0, 5.0]]), state, neighbours=2)
+    assert [n.source for n in found.neighbours] == ["train 4", "train 5"]
+    assert [n.class_name for n in found.neighbours] == ["up", "up"]
+    assert found.neighbours[0].cosine == pytest.approx(1, abs=1e-3)
+    image = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    path = picture(image, found, tmp_path / "why.png", [image, image])
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ImprintError, match="keep_sources"):
+        explain(head, X, State.of(X, Y, head, "moments"))
+
+
+def test_none_of_these_still_says_what_was_nearest():
+    head = imprint(X, Y, "qi", class_names=["flat", "up"], calibrate=False)
+    head.threshold = 0.99
+    (found,) = explain(head, torch.tensor([[-1.0, -1.0]]))
+    assert found.class_name == "none of these"
+    assert found.nearest_class in ("flat", "up")
