@@ -28,7 +28,14 @@ def fitted(tmp_path_factory):
             place = folder / "photos" / f"digit{label}"
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image[0].numpy()).save(place / f"{i}.png")
-    arguments = ["--config", "configs/image_folder.yaml", "--data.root", str(folder / "photos")]
+    arguments = [
+        "--config",
+        "configs/image_folder.yaml",
+        "--model.recipe",
+        "robust",
+        "--data.root",
+        str(folder / "photos"),
+    ]
     arguments += ["--model.image_size", "32", "--trainer.default_root_dir", str(folder)]
     arguments += ["--model.keep", "embeddings", "--model.keep_sources", "true"]
     assert main(["fit", *arguments, "--data.num_workers", "0", "--model.k", "2"]) == 0
