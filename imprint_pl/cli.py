@@ -1,4 +1,4 @@
-"""The commands: `python -m imprint_pl fit | validate | test | predict | embed`.
+"""The commands: `python -m imprint_pl fit | validate | test | predict | embed | sweep`.
 
 Lightning's own command line with our module, data sets and run folder; a user's mistake ends in one
 line that says what to change, not in a traceback.
@@ -13,7 +13,7 @@ from pathlib import Path
 from imprint_pl import __version__
 from imprint_pl.errors import ImprintError
 
-COMMANDS = ("fit", "validate", "test", "predict", "embed")
+COMMANDS = ("fit", "validate", "test", "predict", "embed", "sweep")
 HELP = f"""\
 imprint_pl {__version__}: an image classifier on a frozen foundation model, imprinted in one pass
 
@@ -25,6 +25,7 @@ commands:
   test       measure a checkpoint on the test images
   predict    label the images of a data set, of files or of folders; writes a CSV
   embed      fill the embedding cache with a data set, for `fit --cache_dir`
+  sweep      run a grid of recipes on many backbones, data sets and tasks
 
 examples:
   python -m imprint_pl fit --config configs/quickstart.yaml
@@ -33,6 +34,7 @@ examples:
   python -m imprint_pl test --data Digits --ckpt_path CHECKPOINT
   python -m imprint_pl predict --ckpt_path CHECKPOINT --images photo.jpg holiday/
   python -m imprint_pl fit --config configs/d_in_1_digits.yaml --cache_dir cache
+  python -m imprint_pl sweep --config configs/sweeps/quick.yaml
 
 `python -m imprint_pl COMMAND --help` lists every option.
 """
@@ -51,9 +53,15 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"unknown command {argv[0]!r}: give one of {', '.join(COMMANDS)}")
     try:
         # Importing Lightning takes seconds: not before it is needed.
-        from imprint_pl.commands import run
+        arguments = [_packaged_config(argument) for argument in argv]
+        if argv[0] == "sweep":
+            from imprint_pl.sweep_command import run
 
-        run([_packaged_config(arguments) for arguments in argv])
+            run(arguments[1:])
+        else:
+            from imprint_pl.commands import run
+
+            run(arguments)
     except Exception as error:
         mistake = _users_mistake(error)
         if mistake is None:

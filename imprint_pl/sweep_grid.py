@@ -5,7 +5,6 @@ A configuration is a task of a data set, embedded by a backbone, under the param
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -265,13 +264,13 @@ def _variants(block: dict[str, Any], place: str) -> Iterator[Variant | None]:
     _known(block, KEYWORDS, place)
     if "recipe" not in block and not all(slot in block for slot in SLOTS):
         missing = [slot for slot in SLOTS if slot not in block]
-        raise ImprintError(
-            f"{place}: give recipe, or every part (missing: {', '.join(missing)})"
-        )
+        raise ImprintError(f"{place}: give recipe, or every part (missing: {', '.join(missing)})")
     used, combinations = set(), itertools.product(*(_list(block[key]) for key in block))
     for values in combinations:
         given = {
-            key: _value(value) for key, value in zip(block, values, strict=True) if value is not None
+            key: _value(value)
+            for key, value in zip(block, values, strict=True)
+            if value is not None
         }
         recipe, shots = given.pop("recipe", None), given.pop("shots", None)
         if shots is not None and (not isinstance(shots, int) or shots < 1):
@@ -356,8 +355,3 @@ def _known(given: dict[str, Any], known, place: str) -> None:
             raise ImprintError(
                 f"{place}: unknown key {key!r}{near(key, known)} (known: {', '.join(known)})"
             )
-
-
-def keywords_of(function) -> list[str]:
-    """The names that a constructor or function takes."""
-    return list(inspect.signature(function).parameters)
