@@ -1,4 +1,4 @@
-"""The results of a sweep on disk: a row a configuration, kept whatever moment the process is killed.
+"""The results of a sweep on disk: a row a configuration, kept whenever the process is killed.
 
 New rows go to a journal, a line each, and from time to time into `results.parquet` and
 `results.csv`, which are replaced as a whole. A line that a kill cut short does not count.

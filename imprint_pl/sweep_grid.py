@@ -32,7 +32,7 @@ class Task:
     """One task: which classes under which labels. `shots` are drawn for each row, by its seed."""
 
     name: str
-    classes: Any = None
+    classes: Any = "all"
     d: int | None = None
     num_labels: int | None = None
     task_seed: int | None = None
@@ -120,10 +120,10 @@ class Sweep:
         """The configurations of one source, each once, without those that the paper leaves out."""
         kept: dict[str, Configuration] = {}
         backbone, data = names_of(source)
+        sizes = {task: len(task.groups(class_names)) for task in self.tasks}
         for task, variant, seed in itertools.product(self.tasks, self.variants, self.seeds):
             shots = task.shots if variant.shots is None else variant.shots
-            labels = len(task.groups(class_names))
-            if self.prune and _left_out(variant, shots, labels, num_train):
+            if self.prune and _left_out(variant, shots, sizes[task], num_train):
                 continue
             seed = seed if variant.uses_seed or shots else None
             parameters = {n: v for n, v in variant.parameters.items() if n != "recipe"}
@@ -229,7 +229,7 @@ def _tasks(entry: Any, place: str) -> Iterator[Task]:
     if not isinstance(entry, dict):
         raise ImprintError(f"{place}: the task {entry!r} is not a name, such as even, or keywords")
     _known(entry, TASK_KEYS, f"{place}, tasks")
-    classes = entry.get("classes")
+    classes = _hashable(entry.get("classes") or "all")
     if isinstance(classes, str) and not classes.startswith("paper-") and classes not in SUBSETS:
         near_name = near(classes, SUBSETS)
         raise ImprintError(
@@ -251,12 +251,16 @@ def _tasks(entry: Any, place: str) -> Iterator[Task]:
         yield Task(name, classes, **options)
 
 
+def _hashable(classes: Any) -> Any:
+    return tuple(map(_hashable, classes)) if isinstance(classes, list) else classes
+
+
 def _classes_name(classes: Any, place: str) -> str:
-    if classes is None or isinstance(classes, str):
-        return classes or "all"
+    if isinstance(classes, str):
+        return classes
     if len(classes) > CLASSES_SHOWN:
         raise ImprintError(f"{place}: a task of {len(classes)} classes needs a name: give name: …")
-    return ",".join("+".join(map(str, c)) if isinstance(c, list) else str(c) for c in classes)
+    return ",".join("+".join(map(str, c)) if isinstance(c, tuple) else str(c) for c in classes)
 
 
 def _variants(block: dict[str, Any], place: str) -> Iterator[Variant | None]:

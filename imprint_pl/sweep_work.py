@@ -281,7 +281,7 @@ class Work:
             self.grams[key] = gram, time.perf_counter() - start
             while len(self.grams) * gram.numel() * 8 > max(self.chunk_bytes, gram.numel() * 8):
                 self.grams.popitem(last=False)
-        self.grams.move_to_end(key) if key in self.grams else None
+        self.grams.move_to_end(key)
         return self.grams[key]
 
     def _task_gram(self, groups: list[Group], c: Configuration) -> tuple[Tensor, float]:
@@ -318,7 +318,7 @@ class Work:
             key = self._made_key((), c)
             largest[key] = max(largest.get(key, 0), c.variant.k or 0)
         for key, same in grouped(unit, lambda c: self._made_key((), c)).items():
-            if same[0].variant.parts.gen.name in PER_CLASS:
+            if same[0].variant.parts.gen.name in (*PER_CLASS, *CLUSTERS):
                 groups = [
                     g for task in dict.fromkeys(c.task for c in same) for g in self.groups(task)
                 ]
@@ -337,7 +337,7 @@ class Work:
                 found = self._best_products(weights, wanted)
                 seconds = time.perf_counter() - start
                 for (key, post, _), best in found.items():
-                    scores[key, post, group] = best, seconds / len(wanted), gen_seconds
+                    scores[key, post, group] = best, seconds, gen_seconds
         return scores
 
     def _best_products(self, weights: Tensor, wanted: set[tuple]) -> dict[tuple, Tensor]:
@@ -359,23 +359,17 @@ class Work:
         """Labels of the test rows for every NORM_post, NORM_inf and AGG, and their seconds."""
         classifier = self.embeddings.classifier
         classifier = None if classifier is None else tensor(classifier)
-        found, post_key = {}, lambda c: (_text(c, "norm_post"), _text(c, "as_published"))
-        for of_post in grouped(same, post_key).values():
+        found, biased = {}, bool(proxies.bias.any())
+        for of_post in grouped(
+            same, lambda c: (_text(c, "norm_post"), _text(c, "as_published"))
+        ).values():
             norm_post = of_post[0].variant.parts.norm_post
             start = time.perf_counter()
             weights = norm_post.of_proxies(proxies.weights, proxies.classes, classifier)
             spent = time.perf_counter() - start
             done = Proxies(weights, proxies.bias, proxies.classes)
 
-            def what(c, bias=proxies.bias.any()):
-                p = c.variant.parameters
-                # The argmax of plain inner products does not see the length of a sample.
-                blind = p["agg"] == "max" and not bias and p["norm_inf"] in SCALINGS
-                inf = "none" if blind else p["norm_inf"]
-                kind = "mnn " + p["distance"] if p["agg"] == "mnn" else c.id
-                return inf, "max" if p["agg"] == "max" else kind
-
-            for (inf, _), of_agg in grouped(of_post, what).items():
+            for (inf, _), of_agg in grouped(of_post, lambda c: _scored_alike(c, biased)).items():
                 norm_inf = NoNorm() if inf == "none" else of_agg[0].variant.parts.norm_inf
                 for c, (labels, seconds) in zip(
                     of_agg, self._labels(done, of_agg, norm_inf, rows, num_classes), strict=True
@@ -480,6 +474,15 @@ def _by_class(c: Configuration) -> bool:
     p = c.variant.parameters
     scaled = p["norm_post"] in SCALINGS and p["norm_inf"] in SCALINGS
     return p["gen"] in PER_CLASS and p["agg"] == "max" and scaled
+
+
+def _scored_alike(c: Configuration, biased: bool) -> tuple[str, str]:
+    """NORM_inf, and what tells scores or distances from others. The argmax of plain inner products
+    does not see the length of a sample."""
+    p = c.variant.parameters
+    if p["agg"] == "max":
+        return "none" if not biased and p["norm_inf"] in SCALINGS else p["norm_inf"], "max"
+    return p["norm_inf"], "mnn " + p["distance"] if p["agg"] == "mnn" else c.id
 
 
 def _text(c: Configuration, name: str) -> Any:
