@@ -80,7 +80,7 @@ def wanted(plan, rows):
     return source, chosen
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def ours(source, chosen):
     embeddings = load_embeddings(source, list(dict.fromkeys(c.task for c in chosen)), ".")
     start = time.perf_counter()

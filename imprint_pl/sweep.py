@@ -150,12 +150,12 @@ def _work(shared: tuple[str, Embeddings, int]) -> Work:
     return _KEPT[token]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _collapse(shared, task) -> tuple[float, float]:
     return _work(shared).collapse(task)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _unit(shared, i: int, unit: list[Configuration], todo: set[str]):
     return i, *_work(shared).run(unit, todo)
 
