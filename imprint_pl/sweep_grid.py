@@ -66,7 +66,10 @@ class Variant:
             return True
         draws = {"random_projection", "nystrom"} & {s.name for s in steps_of(self.parts.norm_pre)}
         fixed = {"mean", "all", "cov_max", "ls", "ridge", "lda"}
-        random = self.parts.gen.name not in fixed or self.parameters.get("lam") == "holdout"
+        # One cluster is the mean, one medoid the best of all samples.
+        single = self.parts.gen.name in ("kmeans", "kmedoids", "kls") and self.k == 1
+        random = not single and self.parts.gen.name not in fixed
+        random = random or self.parameters.get("lam") == "holdout"
         return random or bool(draws)
 
 

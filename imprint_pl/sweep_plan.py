@@ -47,7 +47,7 @@ def unit_key(c: Configuration) -> tuple[Any, ...]:
     if p["gen"] in CLUSTERS:
         return ("clusters", p["k"], p["engine"], *draw, c.seed)
     if p["gen"] in ("all", "kmedoids"):
-        return ("samples", p["gen"], p.get("k"), *draw, c.seed)
+        return (p["gen"], *draw)
     return ("sums", *draw)
 
 

@@ -21,6 +21,7 @@ from imprint_pl.collapse import nc1_of_moments, vci_of_moments
 from imprint_pl.errors import ImprintError
 from imprint_pl.gen import Proxies, ls, ridge
 from imprint_pl.gen.kls import clusters_of
+from imprint_pl.gen.kmedoids import Medoids
 from imprint_pl.imprinting import imprint_parts
 from imprint_pl.kmeans import kmeans_classes
 from imprint_pl.moments import Moments
@@ -209,8 +210,9 @@ class Work:
         return Proxies(weights, bias, classes), seconds
 
     def _made_key(self, group: Group, c: Configuration) -> tuple:
-        name = "kmeans" if c.variant.parts.gen.name in CLUSTERS else c.variant.parts.gen.name
-        return name, group, c.shots, c.seed
+        name = c.variant.parts.gen.name
+        k = c.variant.k if name == "kmedoids" else None
+        return "kmeans" if name in CLUSTERS else name, k, group, c.shots, c.seed
 
     def _of_class(self, group: Group, c: Configuration) -> tuple[Tensor, float]:
         weights, seconds = self.made[self._made_key(group, c)]
@@ -248,6 +250,21 @@ class Work:
                 for g, x, weights in zip(batch, xs, centroids, strict=True):
                     self.made[self._made_key(g, c)] = weights, seconds * len(x) / total
                 batch = []
+
+    def _make_medoids(self, same: list[Configuration]) -> None:
+        """k-medoids for all k and seeds from one matrix of distances a class."""
+        ks = [c.variant.k for c in same]
+        for group in dict.fromkeys(g for c in same for g in self.groups(c.task)):
+            start = time.perf_counter()
+            x = self.training(group, same[0])
+            medoids = Medoids(x, min(ks), max(ks))
+            shared = time.perf_counter() - start
+            for c in same:
+                key = self._made_key(group, c)
+                if key not in self.made:
+                    start = time.perf_counter()
+                    weights = x[medoids.choose(c.variant.k, c.seed or 0)]
+                    self.made[key] = weights, shared + time.perf_counter() - start
 
     def _clustered(self, group: Group, c: Configuration) -> tuple[Moments, float]:
         """Counts and sums of the clusters of a class."""
@@ -317,13 +334,14 @@ class Work:
         for c in unit:
             key = self._made_key((), c)
             largest[key] = max(largest.get(key, 0), c.variant.k or 0)
+        self._make_medoids([c for c in unit if c.variant.parts.gen.name == "kmedoids"])
         for key, same in grouped(unit, lambda c: self._made_key((), c)).items():
             if same[0].variant.parts.gen.name in (*PER_CLASS, *CLUSTERS):
                 groups = [
                     g for task in dict.fromkeys(c.task for c in same) for g in self.groups(task)
                 ]
                 self._make(groups, same[0], largest[key])
-        scores = {}
+        scores: dict[tuple, tuple[Tensor, float, float]] = {}
         by_class = [c for c in unit if _by_class(c)]
         for same in grouped(by_class, lambda c: self._made_key((), c)).values():
             wanted = {
