@@ -127,20 +127,28 @@ class NearestProxies(nn.Module):
     def _scores(
         self, z: Tensor, proxies: Tensor, proxy_classes: Tensor, num_classes: int
     ) -> Tensor:
+        far, nearest = self.nearest(z, proxies)
+        return self.vote(far, proxy_classes[nearest], num_classes).to(z.dtype)
+
+    def nearest(self, z: Tensor, proxies: Tensor) -> tuple[Tensor, Tensor]:
+        """`z (B, d)`, `proxies (P, d)` → distances of the m nearest, ascending, and which they are,
+        both `(B, min(m, P))`. Fewer are a prefix of more."""
         if self.distance == "mahalanobis":
             far = self._metric(proxies)(z, proxies)
         else:
             far = distances(z, proxies, self.distance)
-        nearest = far.topk(min(self.m, proxies.shape[0]), dim=1, largest=False)
-        votes = self._votes(nearest.values)
-        scores = votes.new_zeros(z.shape[0], num_classes)
-        classes = proxy_classes[nearest.indices]
+        return tuple(far.topk(min(self.m, proxies.shape[0]), dim=1, largest=False))
+
+    def vote(self, far: Tensor, classes: Tensor, num_classes: int) -> Tensor:
+        """Distances of the nearest proxies and their classes, both `(B, m)` → `(B, C)`."""
+        votes = self._votes(far)
+        scores = votes.new_zeros(far.shape[0], num_classes)
         scores = scores.scatter_add(1, classes, votes)
         if self.votes == "uniform" and not self.as_published:
-            bonus = torch.arange(votes.shape[1], 0, -1, device=z.device) / (2 * votes.shape[1])
+            bonus = torch.arange(votes.shape[1], 0, -1, device=far.device) / (2 * votes.shape[1])
             bonus = bonus.to(votes.dtype).expand_as(votes) * votes
             scores = scores + torch.zeros_like(scores).scatter_reduce(1, classes, bonus, "amax")
-        return scores.to(z.dtype)
+        return scores
 
     def _votes(self, far: Tensor) -> Tensor:
         if self.votes == "weighted_by_distance":

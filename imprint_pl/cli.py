@@ -1,4 +1,4 @@
-"""The commands: `python -m imprint_pl fit | validate | test | predict | embed`.
+"""The commands: `python -m imprint_pl fit | validate | test | predict | embed | sweep`.
 
 Lightning's own command line with our module, data sets and run folder; a user's mistake ends in one
 line that says what to change, not in a traceback.
@@ -13,7 +13,7 @@ from pathlib import Path
 from imprint_pl import __version__
 from imprint_pl.errors import ImprintError
 
-COMMANDS = ("fit", "validate", "test", "predict", "embed")
+COMMANDS = ("fit", "validate", "test", "predict", "embed", "sweep")
 # They take a checkpoint and files, and no Trainer.
 FILE_COMMANDS = ("add-class", "add-examples", "remove-class", "export")
 HELP = f"""\
@@ -30,6 +30,7 @@ commands:
   export     write a checkpoint as one file: onnx, torch_export, or the head as safetensors
   add-class, add-examples, remove-class
              change the classes of a checkpoint that was fitted with --model.keep
+  sweep      run a grid of recipes on many backbones, data sets and tasks
 
 examples:
   python -m imprint_pl fit --config configs/quickstart.yaml
@@ -40,6 +41,7 @@ examples:
   python -m imprint_pl fit --config configs/d_in_1_digits.yaml --cache_dir cache
   python -m imprint_pl add-class CHECKPOINT --name fox --images foxes/
   python -m imprint_pl export CHECKPOINT --format onnx
+  python -m imprint_pl sweep --config configs/sweeps/quick.yaml
 
 `python -m imprint_pl COMMAND --help` lists every option.
 """
@@ -64,9 +66,15 @@ def main(argv: list[str] | None = None) -> int:
             run_on_file(argv)
             return 0
         # Importing Lightning takes seconds: not before it is needed.
-        from imprint_pl.commands import run
+        arguments = [_packaged_config(argument) for argument in argv]
+        if argv[0] == "sweep":
+            from imprint_pl.sweep_command import run
 
-        run([_packaged_config(arguments) for arguments in argv])
+            run(arguments[1:])
+        else:
+            from imprint_pl.commands import run
+
+            run(arguments)
     except Exception as error:
         mistake = _users_mistake(error)
         if mistake is None:

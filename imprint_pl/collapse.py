@@ -79,7 +79,7 @@ def vci(x: Tensor, y: Tensor, *, average: str = "macro", as_published: bool = Fa
         return _too_few_classes(len(classes))
     weights = 1 / torch.bincount(y).double() if average == "macro" else None
     moments = Moments.of(x, y, len(classes), class_weights=weights)
-    return _vci(moments, average, as_published)
+    return vci_of_moments(moments, average, as_published)
 
 
 def nc1_of(moments: Moments, *, average: str = "macro", as_published: bool = False) -> float:
@@ -176,10 +176,11 @@ class VCI(_CollapseMetric):
     __doc__ = f"""VCI as a torchmetrics metric. See `vci`. {_CollapseMetric.__doc__}"""
 
     def _value(self, moments: Moments) -> float:
-        return _vci(moments, self.average, self.as_published)
+        return vci_of_moments(moments, self.average, self.as_published)
 
 
-def _vci(moments: Moments, average: str, as_published: bool) -> float:
+def vci_of_moments(moments: Moments, average: str = "macro", as_published: bool = False) -> float:
+    """`vci`, from sums with a Gram matrix; every class has a sample."""
     deviations = (moments.means - moments.global_mean) / moments.num_classes**0.5
     within = moments.within(average)
     if as_published:

@@ -66,10 +66,17 @@ def pseudo_classes(
     cluster, classes = torch.empty_like(y), []
     for c, (rows, of_class) in enumerate(zip(members, centroids, strict=True)):
         if len(rows):
-            used, own = torch.unique(_nearest(x[rows], of_class), return_inverse=True)
+            own, used = clusters_of(x[rows], of_class)
             cluster[rows] = len(classes) + own
-            classes += [c] * len(used)
+            classes += [c] * used
     return cluster, torch.tensor(classes, device=x.device)
+
+
+def clusters_of(x: Tensor, centroids: Tensor) -> tuple[Tensor, int]:
+    """The cluster of each sample of a class `(n,)`, numbered without the empty ones, and how many
+    clusters there are."""
+    used, own = torch.unique(_nearest(x, centroids), return_inverse=True)
+    return own, len(used)
 
 
 def _nearest(x: Tensor, centroids: Tensor) -> Tensor:

@@ -52,29 +52,53 @@ class KMedoids(PerClass):
 
     def of_class(self, x: Tensor, seed: int) -> Tensor:
         """`(n, d)` → `(min(n, k), d)`."""
-        n = len(x)
-        if n <= self.k:
-            return x
-        if self.k == 1:
-            return x[torch.cat([rows.sum(1) for rows in _distances(x)]).argmin(0, keepdim=True)]
+        return x[Medoids(x, self.k, self.k).choose(self.k, seed).to(x.device)]
+
+
+class Medoids:
+    """The distances between all samples of a class, for any k and seed.
+
+    Args:
+        x: `(n, d)`.
+        smallest, largest: of the k that will be asked for.
+    """
+
+    def __init__(self, x: Tensor, smallest: int, largest: int) -> None:
+        n = self.n = len(x)
+        self.matrix = self.centre = None
+        if largest == 1:
+            self.centre = torch.cat([rows.sum(1) for rows in _distances(x)]).argmin().cpu()
+        elif n > smallest:
+            self._fill(x, largest)
+
+    def _fill(self, x: Tensor, largest: int) -> None:
+        n = self.n
         if n > MAX_SAMPLES:
             raise ImprintError(
-                f"gen='kmedoids', k={self.k}: a class has {n:,} samples, whose distances would "
+                f"gen='kmedoids', k={largest}: a class has {n:,} samples, whose distances would "
                 f"take {4 * n * n / 1e9:.1f} GB; at most {MAX_SAMPLES:,} are allowed: draw fewer "
                 f"with shots={MAX_SAMPLES}, or choose gen='kmeans'"
             )
-        matrix = np.empty((n, n), np.float32)
-        done = 0
+        self.matrix, sums = np.empty((n, n), np.float32), []
         for rows in _distances(x):
-            matrix[done : done + len(rows)] = rows.cpu().numpy()
-            done += len(rows)
-        np.fill_diagonal(matrix, 0)
+            done = sum(map(len, sums))
+            sums.append(rows.sum(1))
+            self.matrix[done : done + len(rows)] = rows.cpu().numpy()
+        np.fill_diagonal(self.matrix, 0)
+        self.centre = torch.cat(sums).argmin().cpu()
+
+    def choose(self, k: int, seed: int) -> Tensor:
+        """The positions of the medoids, `(min(n, k),)`, on the CPU."""
+        if self.n <= k:
+            return torch.arange(self.n)
+        if k == 1:
+            return self.centre[None]
         package = _import_kmedoids()
-        start = sample(n, self.k, seed).numpy()
-        start = package.alternating(matrix, start, max_iter=MAX_ITERATIONS).medoids
+        start = sample(self.n, k, seed).numpy()
+        start = package.alternating(self.matrix, start, max_iter=MAX_ITERATIONS).medoids
         # One thread and the samples' own order: the same result on every machine.
-        medoids = package.fasterpam(matrix, start, max_iter=MAX_ITERATIONS, n_cpu=1).medoids
-        return x[torch.from_numpy(medoids.astype(np.int64)).to(x.device)]
+        found = package.fasterpam(self.matrix, start, max_iter=MAX_ITERATIONS, n_cpu=1).medoids
+        return torch.from_numpy(found.astype(np.int64))
 
 
 def _distances(x: Tensor) -> Iterator[Tensor]:

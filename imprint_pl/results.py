@@ -1,0 +1,123 @@
+"""The results of a sweep on disk: a row a configuration, kept whenever the process is killed.
+
+New rows go to a journal, a line each, and from time to time into `results.parquet` and
+`results.csv`, which are replaced as a whole. A line that a kill cut short does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from imprint_pl.errors import ImprintError
+
+TEXT, WHOLE, NUMBER, TRUTH = "string", "Int64", "Float64", "boolean"
+
+# Empty where a parameter is not used. `lam` is text, since it may be a rule ("gcv").
+COLUMNS = {
+    **{"backbone": TEXT, "data": TEXT, "task": TEXT},
+    **{"d": WHOLE, "num_labels": WHOLE, "task_seed": WHOLE, "shots": WHOLE, "recipe": TEXT},
+    **{"norm_pre": TEXT, "gen": TEXT, "k": WHOLE, "norm_post": TEXT, "norm_inf": TEXT},
+    **{"agg": TEXT, "m": WHOLE, "distance": TEXT, "votes": TEXT, "lam": TEXT},
+    **{"shrinkage": NUMBER, "projection_dim": WHOLE, "temperature": NUMBER, "engine": TEXT},
+    **{"width": NUMBER, "prior": TEXT, "intercept": TRUTH, "as_published": TRUTH, "seed": WHOLE},
+    **{"num_classes": WHOLE, "num_train": WHOLE, "num_test": WHOLE},
+    **{"accuracy": NUMBER, "macro_f1": NUMBER, "nc1": NUMBER, "vci": NUMBER},
+    **{"gen_seconds": NUMBER, "inference_seconds": NUMBER, "id": TEXT},
+}
+TIMES = ("gen_seconds", "inference_seconds")
+
+
+class Results:
+    """The rows in a folder; one process writes at a time.
+
+    Args:
+        folder: made where it does not exist.
+
+    Attributes:
+        ids: of the rows that are kept already.
+
+    Raises:
+        ImprintError: a file that is not a results file, a folder that cannot be written to.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.journal = self.folder / "journal.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._rows = {row["id"]: row for row in self._saved() + self._journalled()}
+        except OSError as error:
+            raise _not_writable(self.folder, error) from error
+        if self.journal.exists():
+            self.save()
+
+    @property
+    def ids(self) -> set[str]:
+        return set(self._rows)
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Keeps rows: after this no kill loses them."""
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        try:
+            with open(self.journal, "ab") as file:
+                file.write(text.encode())
+        except OSError as error:
+            raise _not_writable(self.folder, error) from error
+        self._rows |= {row["id"]: row for row in rows}
+
+    def table(self, order: list[str] | None = None) -> pd.DataFrame:
+        """All rows under `COLUMNS`; those of `order`, ids, come first and in this order."""
+        known = [i for i in order or [] if i in self._rows]
+        ids = [*known, *sorted(self.ids - set(known))]
+        frame = pd.DataFrame([self._rows[i] for i in ids], columns=list(COLUMNS))
+        return frame.astype(COLUMNS)
+
+    def save(self, order: list[str] | None = None) -> None:
+        """Writes `results.parquet` and `results.csv`, and empties the journal."""
+        table = self.table(order)
+        try:
+            self._replace("results.csv", lambda path: table.to_csv(path, index=False))
+            self._replace("results.parquet", lambda path: table.to_parquet(path, index=False))
+            # Last: until then its rows stand in both, under the same ids.
+            self.journal.unlink(missing_ok=True)
+        except OSError as error:
+            raise _not_writable(self.folder, error) from error
+
+    def _replace(self, name: str, write) -> None:
+        temporary = self.folder / f"unfinished-{name}"
+        write(temporary)
+        os.replace(temporary, self.folder / name)
+
+    def _saved(self) -> list[dict[str, Any]]:
+        path = self.folder / "results.parquet"
+        if not path.exists():
+            return []
+        try:
+            table = pd.read_parquet(path)
+            rows = table.astype(object).where(table.notna(), None).to_dict("records")
+            return [{name: row[name] for name in COLUMNS} for row in rows]
+        except (ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise ImprintError(
+                f"{path} was not written by a sweep of this version ({reason}): move it away, or "
+                "give another --results_dir"
+            ) from error
+
+    def _journalled(self) -> list[dict[str, Any]]:
+        if not self.journal.exists():
+            return []
+        *lines, cut = self.journal.read_bytes().split(b"\n")
+        if cut:
+            os.truncate(self.journal, self.journal.stat().st_size - len(cut))
+        return [json.loads(line) for line in lines]
+
+
+def _not_writable(folder: Path, error: Exception) -> ImprintError:
+    return ImprintError(
+        f"cannot write results into {folder} ({error}): give a --results_dir where you may write"
+    )

@@ -1,0 +1,88 @@
+"""`python -m imprint_pl sweep`: the options, what is printed before and after."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from imprint_pl.errors import ImprintError
+from imprint_pl.sweep import CHUNK_BYTES, describe, sweep
+from imprint_pl.sweep_grid import read_sweep
+
+BEST = 5
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise ImprintError(message)
+
+
+def run(argv: list[str]) -> None:
+    """Parses and runs the command."""
+    parser = Parser("python -m imprint_pl sweep", description=__doc__.split(":", 1)[0])
+    parser.add_argument("--config", required=True, help="the sweep's YAML, configs/sweeps/….yaml")
+    parser.add_argument("--results_dir", default="results", help="results go to DIR/<name>/")
+    parser.add_argument("--cache_dir", default="cache", help="the embedding cache")
+    parser.add_argument("--n_jobs", type=int, default=1, help="processes; 1 uses threads instead")
+    parser.add_argument("--dask", help='address of a Dask scheduler, or "local": two workers here')
+    parser.add_argument(
+        "--chunk_mb",
+        type=int,
+        default=CHUNK_BYTES >> 20,
+        help="memory besides the embeddings, a process (%(default)s)",
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="count configurations and estimate the time"
+    )
+    options = parser.parse_args(argv)
+    if options.n_jobs == 0 or options.chunk_mb < 1:
+        raise ImprintError("--n_jobs is not 0 (-1: all cores), --chunk_mb at least 1")
+    plan = read_sweep(options.config)
+    # Embedding says a line for each batch of work otherwise.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    full, kept, seconds = describe(plan, options.n_jobs)
+    print(
+        f"{plan.name}: {full:,} combinations, {kept:,} configurations after pruning; about "
+        f"{_duration(seconds)} besides embedding"
+    )
+    if options.dry_run:
+        return
+    start = time.perf_counter()
+    table = sweep(
+        plan,
+        options.results_dir,
+        options.cache_dir,
+        n_jobs=options.n_jobs,
+        dask=options.dask,
+        chunk_bytes=options.chunk_mb << 20,
+    )
+    seconds = time.perf_counter() - start
+    _print_best(table)
+    print(
+        f"{len(table):,} configurations, {seconds:.1f} s: "
+        f"{options.results_dir}/{plan.name}/results.csv and .parquet"
+    )
+
+
+def _print_best(table) -> None:
+    """The best, by accuracy averaged over what they were run on."""
+    names = ["recipe", "norm_pre", "gen", "k", "norm_post", "norm_inf", "agg", "m", "distance"]
+    mean = table.groupby(names, dropna=False)[["accuracy", "macro_f1"]].mean().reset_index()
+    shown = Table(box=box.ROUNDED, title="best on average")
+    for name in (*names, "accuracy", "macro F1"):
+        shown.add_column(name, justify="right" if name in ("k", "m", "accuracy") else "left")
+    for _, row in mean.sort_values("accuracy", ascending=False).head(BEST).iterrows():
+        cells = [str(row[n]) if row.notna()[n] else "" for n in names]
+        shown.add_row(*cells, f"{100 * row['accuracy']:.2f} %", f"{100 * row['macro_f1']:.2f} %")
+    Console(width=120).print(shown)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,364 @@
+"""The grid of a sweep: from its YAML to single configurations, without those that are the same.
+
+A configuration is a task of a data set, embedded by a backbone, under the parameters of `imprint`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from imprint_pl.cache import digest
+from imprint_pl.data.tasks import SUBSETS, resolve_task
+from imprint_pl.errors import ImprintError, near
+from imprint_pl.parts import SLOTS, parameters_of, steps_of
+from imprint_pl.recipes import AUTO, RECIPES, Auto, Parts, drop_unused, resolve
+
+KEYS = ("name", "backbones", "data", "tasks", "grid", "seeds", "prune")
+TASK_KEYS = ("name", "classes", "d", "num_labels", "task_seed", "shots")
+PARAMETERS = sorted({n for t in SLOTS.values() for part in t.values() for n in parameters_of(part)})
+KEYWORDS = ("recipe", "shots", *SLOTS, *PARAMETERS)
+# What the task's name is made of, at most.
+CLASSES_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: which classes under which labels. `shots` are drawn for each row, by its seed."""
+
+    name: str
+    classes: Any = "all"
+    d: int | None = None
+    num_labels: int | None = None
+    task_seed: int | None = None
+    shots: int | None = None
+
+    def groups(self, class_names: list[str]) -> list[tuple[int, ...]]:
+        """The original classes of each label."""
+        seed = self.task_seed or 0
+        return [
+            tuple(sorted(group))
+            for group in resolve_task(self.classes, class_names, self.d, self.num_labels, seed)
+        ]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One entry of the grid: parts, ready to use, and the plain parameters that name them."""
+
+    parts: Parts | Auto
+    parameters: dict[str, Any]
+    shots: int | None
+
+    @property
+    def k(self) -> int | None:
+        return self.parameters.get("k")
+
+    @property
+    def uses_seed(self) -> bool:
+        """Whether anything but the shots is random."""
+        if isinstance(self.parts, Auto):
+            return True
+        draws = {"random_projection", "nystrom"} & {s.name for s in steps_of(self.parts.norm_pre)}
+        fixed = {"mean", "all", "cov_max", "ls", "ridge", "lda"}
+        # One cluster is the mean, one medoid the best of all samples.
+        single = self.parts.gen.name in ("kmeans", "kmedoids", "kls") and self.k == 1
+        random = not single and self.parts.gen.name not in fixed
+        random = random or self.parameters.get("lam") == "holdout"
+        return random or bool(draws)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One row of the results. `seed` is `None` where nothing is random."""
+
+    backbone: str
+    data: str
+    task: Task
+    variant: Variant
+    shots: int | None
+    seed: int | None
+    id: str = field(default="", compare=False)
+
+    def columns(self) -> dict[str, Any]:
+        """The row's parameters."""
+        names = ("d", "num_labels", "task_seed")
+        parameters = dict(self.variant.parameters)
+        if parameters.get("lam") is not None:
+            parameters["lam"] = str(parameters["lam"])
+        return {
+            **{"backbone": self.backbone, "data": self.data, "task": self.task.name},
+            **{name: getattr(self.task, name) for name in names},
+            **parameters,
+            **{"shots": self.shots, "seed": self.seed, "id": self.id},
+        }
+
+
+@dataclass
+class Sweep:
+    """What the YAML says, checked.
+
+    Attributes:
+        sources: pairs of a backbone's and a data set's entry; the backbone's is `None` where the
+            data are embeddings.
+        full: combinations a source, before pruning.
+    """
+
+    name: str
+    sources: list[tuple[dict | None, dict]]
+    tasks: list[Task]
+    variants: list[Variant]
+    seeds: list[int]
+    prune: bool
+    full: int
+
+    def configurations(
+        self, source: tuple[dict | None, dict], class_names: list[str], num_train: int
+    ) -> list[Configuration]:
+        """The configurations of one source, each once, without those that the paper leaves out."""
+        kept: dict[str, Configuration] = {}
+        backbone, data = names_of(source)
+        sizes = {task: len(task.groups(class_names)) for task in self.tasks}
+        for task, variant, seed in itertools.product(self.tasks, self.variants, self.seeds):
+            shots = task.shots if variant.shots is None else variant.shots
+            if self.prune and _left_out(variant, shots, sizes[task], num_train):
+                continue
+            seed = seed if variant.uses_seed or shots else None
+            parameters = {n: v for n, v in variant.parameters.items() if n != "recipe"}
+            if isinstance(variant.parts, Auto):
+                parameters = variant.parameters
+            key = {
+                **{"backbone": backbone, "data": data, "classes": task.classes, "d": task.d},
+                **{"num_labels": task.num_labels, "task_seed": task.task_seed},
+                **{"shots": shots, "seed": seed, "parameters": parameters},
+            }
+            name = digest(key)[:16]
+            kept.setdefault(
+                name, Configuration(backbone, data, task, variant, shots, seed, id=name)
+            )
+        return list(kept.values())
+
+
+def _left_out(variant: Variant, shots: int | None, labels: int, num_train: int) -> bool:
+    """The paper's rules: what cannot differ from another configuration, or makes no sense."""
+    parameters = variant.parameters
+    if variant.k is not None and shots is not None and variant.k > shots:
+        return True
+    proxies = num_train if parameters.get("gen") == "all" else labels * (variant.k or 1)
+    if parameters.get("m") is not None and parameters["m"] > proxies:
+        return True
+    return parameters.get("norm_pre") == "l2" and parameters["norm_inf"] not in ("l2", "same")
+
+
+def names_of(source: tuple[dict | None, dict]) -> tuple[str, str]:
+    """The columns `backbone` and `data`."""
+    backbone, data = source
+    if backbone is None:
+        return data.get("backbone", "embeddings"), data["name"]
+    size = backbone.get("image_size")
+    return backbone["name"] + (f"@{size}" if size else ""), data.get("label", data["name"])
+
+
+def read_sweep(path: str | Path) -> Sweep:
+    """Reads a sweep's YAML.
+
+    Raises:
+        ImprintError: a file that cannot be read, unknown keys and keywords (with near names),
+            values that no part takes.
+    """
+    try:
+        given = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ImprintError(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(given, dict):
+        raise ImprintError(f"{path}: expected the keys {', '.join(KEYS)}")
+    return checked_sweep(given, str(path))
+
+
+def checked_sweep(given: dict[str, Any], place: str = "the sweep") -> Sweep:
+    """As `read_sweep`, from what the YAML holds; `place` is named in errors."""
+    _known(given, KEYS, place)
+    for key in ("name", "data", "grid"):
+        if not given.get(key):
+            raise ImprintError(f"{place}: {key} is missing")
+    sources = []
+    for data in map(_named, _list(given["data"])):
+        if "embeddings" in data:
+            _known(data, ("name", "embeddings", "backbone", "class_names"), f"{place}, data")
+            sources.append((None, data))
+            continue
+        backbones = [_named(entry) for entry in _list(given.get("backbones"))]
+        if not backbones:
+            raise ImprintError(f"{place}: data {data['name']!r} asks for backbones")
+        sources += [(backbone, data) for backbone in backbones]
+    columns = [names_of(source) for source in sources]
+    for pair in columns:
+        if columns.count(pair) > 1:
+            raise ImprintError(
+                f"{place}: backbone {pair[0]!r} with data {pair[1]!r} stands there twice: give "
+                "one of the two data entries another name (label, for a data set)"
+            )
+    tasks = [t for entry in _list(given.get("tasks") or ["all"]) for t in _tasks(entry, place)]
+    names = {}
+    for task in tasks:
+        if names.setdefault(task.name, task.classes) != task.classes:
+            raise ImprintError(f"{place}: two tasks are called {task.name!r}: give each a name")
+    seeds = _list(given.get("seeds", [0]))
+    for seed in seeds:
+        if not isinstance(seed, int) or seed < 0:
+            raise ImprintError(f"{place}: seeds holds {seed!r}: give whole numbers from 0")
+    variants, full = [], 0
+    for number, block in enumerate(_list(given["grid"]), 1):
+        where = f"{place}, grid block {number}"
+        if not isinstance(block, dict):
+            raise ImprintError(f"{where}: expected keywords, such as recipe: [qi, robust]")
+        found = list(_variants(block, where))
+        variants += [variant for variant in found if variant is not None]
+        full += len(found)
+    full *= len(tasks) * len(seeds)
+    prune = given.get("prune", True)
+    return Sweep(str(given["name"]), sources, tasks, _different(variants), seeds, prune, full)
+
+
+def _tasks(entry: Any, place: str) -> Iterator[Task]:
+    """The tasks of an entry: a subset's name, or keywords, each a value or a list of values."""
+    if isinstance(entry, str):
+        entry = {"classes": entry}
+    if not isinstance(entry, dict):
+        raise ImprintError(f"{place}: the task {entry!r} is not a name, such as even, or keywords")
+    _known(entry, TASK_KEYS, f"{place}, tasks")
+    classes = _hashable(entry.get("classes") or "all")
+    if isinstance(classes, str) and not classes.startswith("paper-") and classes not in SUBSETS:
+        near_name = near(classes, SUBSETS)
+        raise ImprintError(
+            f"{place}: unknown task {classes!r}{near_name} (known: {', '.join(SUBSETS)})"
+        )
+    keys = [key for key in entry if key not in ("classes", "name")]
+    for values in itertools.product(*(_list(entry[key]) for key in keys)):
+        options = dict(zip(keys, values, strict=True))
+        for key, value in options.items():
+            if not isinstance(value, int | None):
+                raise ImprintError(f"{place}: tasks, {key}={value!r}: give a whole number")
+        if options.get("d") is not None:
+            options.setdefault("task_seed", 0)
+        if options.get("task_seed") is not None and options.get("d") is None:
+            raise ImprintError(f"{place}: tasks: task_seed is for d-in-1 tasks: give d, too")
+        name = entry.get("name") or _classes_name(classes, place)
+        if options.get("d") is not None:
+            name = f"{name} {options['d']}-in-1"
+        yield Task(name, classes, **options)
+
+
+def _hashable(classes: Any) -> Any:
+    return tuple(map(_hashable, classes)) if isinstance(classes, list) else classes
+
+
+def _classes_name(classes: Any, place: str) -> str:
+    if isinstance(classes, str):
+        return classes
+    if len(classes) > CLASSES_SHOWN:
+        raise ImprintError(f"{place}: a task of {len(classes)} classes needs a name: give name: …")
+    return ",".join("+".join(map(str, c)) if isinstance(c, tuple) else str(c) for c in classes)
+
+
+def _variants(block: dict[str, Any], place: str) -> Iterator[Variant | None]:
+    """The product of a block's values; `None` where it holds nothing that another does not."""
+    _known(block, KEYWORDS, place)
+    if "recipe" not in block and not all(slot in block for slot in SLOTS):
+        missing = [slot for slot in SLOTS if slot not in block]
+        raise ImprintError(f"{place}: give recipe, or every part (missing: {', '.join(missing)})")
+    used, combinations = set(), itertools.product(*(_list(block[key]) for key in block))
+    for values in combinations:
+        given = {
+            key: _value(value)
+            for key, value in zip(block, values, strict=True)
+            if value is not None
+        }
+        recipe, shots = given.pop("recipe", None), given.pop("shots", None)
+        if shots is not None and (not isinstance(shots, int) or shots < 1):
+            raise ImprintError(f"{place}: shots={shots!r}: give a whole number of at least 1")
+        if recipe == AUTO:
+            yield Variant(resolve(AUTO), {"recipe": AUTO}, shots)
+            continue
+        # A recipe of which no part is left serves as the frame for five parts.
+        kept = drop_unused(recipe or "qi", given, kept=set(SLOTS))
+        kept = _without_temperature(recipe, kept)
+        used |= set(kept)
+        try:
+            parts = resolve(recipe or "qi", **kept)
+        except ImprintError as error:
+            raise ImprintError(f"{place}: {error}") from error
+        parameters = {n: v for n, v in parts.parameters.items() if v is not None}
+        parameters["recipe"] = recipe or _recipe_of(parameters)
+        # The same as without the keywords that were left out: one of them stands for all.
+        yield Variant(parts, parameters, shots)
+    unused = [key for key in block if key not in {*used, "recipe", "shots"}]
+    if unused:
+        raise ImprintError(f"{place}: {unused[0]} is not used by any of its combinations")
+
+
+def _without_temperature(recipe: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    # `mnn` takes a temperature, but only for votes by softmax.
+    chosen = RECIPES.get(recipe or "", {}) | given
+    if chosen.get("agg") == "mnn" and chosen.get("votes") != "softmax":
+        return {name: value for name, value in given.items() if name != "temperature"}
+    return given
+
+
+def _recipe_of(parameters: dict[str, Any]) -> str | None:
+    """The recipe that has just these parts and parameters."""
+    plain = {name: value for name, value in parameters.items() if name != "recipe"}
+    for name in RECIPES:
+        own = resolve(name).parameters.items()
+        if {n: v for n, v in own if n != "recipe" and v is not None} == plain:
+            return name
+    return None
+
+
+def _different(variants: list[Variant]) -> list[Variant]:
+    kept = {}
+    for variant in variants:
+        plain = {n: v for n, v in variant.parameters.items() if n != "recipe"}
+        if isinstance(variant.parts, Auto):
+            plain = variant.parameters
+        kept.setdefault(digest({"shots": variant.shots, "parameters": plain}), variant)
+    return list(kept.values())
+
+
+def _value(value: Any) -> Any:
+    """YAML reads 1e-4 as text, and an inner list is a chain of norms."""
+    if isinstance(value, list):
+        return "+".join(map(str, value))
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _named(entry: Any) -> dict[str, Any]:
+    if isinstance(entry, str):
+        return {"name": entry}
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise ImprintError(f"the entry {entry!r} needs a name")
+    return entry
+
+
+def _known(given: dict[str, Any], known, place: str) -> None:
+    for key in given:
+        if key not in known:
+            raise ImprintError(
+                f"{place}: unknown key {key!r}{near(key, known)} (known: {', '.join(known)})"
+            )

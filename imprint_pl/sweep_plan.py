@@ -1,0 +1,91 @@
+"""How a sweep's configurations are dealt into units of work that share what is expensive.
+
+A unit is what one process does at a time, and what a kill can cost. It is made of all
+configurations, done or not: its results do not depend on what was done before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from imprint_pl.cache import digest
+from imprint_pl.parts import steps_of
+from imprint_pl.recipes import Auto
+from imprint_pl.sweep_grid import Configuration
+
+# Their first k proxies are those of any larger k.
+PREFIX = ("random", "fps", "cov_max")
+CLUSTERS = ("kmeans", "kls", "kridge")
+PER_CLASS = ("mean", "kmeans", "kmedoids", "random", "fps", "cov_max", "all")
+# Of a recipe's parameters, those that AGG and NORM_post take.
+LATE = ("recipe", "norm_post", "norm_inf", "agg", "m", "distance", "votes", "temperature")
+LATE = (*LATE, "as_published")
+
+
+def is_shared(c: Configuration) -> bool:
+    """Whether parts of its work serve other tasks: NORM_pre has to look at one row at a time."""
+    parts = c.variant.parts
+    if isinstance(parts, Auto) or any(s.learns for s in steps_of(parts.norm_pre)):
+        return False
+    return c.variant.parameters.get("lam") != "holdout"
+
+
+def generator_key(c: Configuration) -> str:
+    """What decides on the proxies before NORM_post, besides the task."""
+    plain = {n: v for n, v in c.variant.parameters.items() if n not in LATE}
+    return digest({**plain, "shots": c.shots, "seed": c.seed})
+
+
+def unit_key(c: Configuration) -> tuple[Any, ...]:
+    if not is_shared(c):
+        return ("alone", c.task.name, c.task.task_seed, generator_key(c))
+    p = c.variant.parameters
+    draw = (p["norm_pre"], c.shots, c.seed if c.shots else None)
+    if p["gen"] in PREFIX:
+        return ("prefix", p["gen"], *draw, c.seed)
+    if p["gen"] in CLUSTERS:
+        return ("clusters", p["k"], p["engine"], *draw, c.seed)
+    if p["gen"] in ("all", "kmedoids"):
+        return (p["gen"], *draw)
+    return ("sums", *draw)
+
+
+def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    """Items by key, in the order in which keys first occur."""
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def units(configurations: list[Configuration]) -> list[list[Configuration]]:
+    return list(grouped(configurations, unit_key).values())
+
+
+def cost(unit: list[Configuration], train: int, test: int, dim: int) -> float:
+    """Roughly the multiplications of a unit, for an estimate: `train` and `test` rows of `dim`."""
+    total = 0.0
+    p = unit[0].variant.parameters
+    if not is_shared(unit[0]):
+        p_dim = p.get("projection_dim", 0)
+        width = max(dim, min(p_dim or dim, train))
+        return train * width * (dim + width) + width**3 * 8 + len(unit) * test * width * dim
+    k = max(c.variant.k or 1 for c in unit)
+    if unit_key(unit[0])[0] == "clusters":
+        total += train * (35 * 32 * k + 2 * k * dim + 80 * dim)
+    elif p["gen"] == "fps":
+        total += 4.0 * train * k * dim
+    elif p["gen"] == "kmedoids":
+        total += train * dim * train / 10
+    if any(c.variant.parameters["gen"] in ("ls", "lda", "ridge", "kls", "kridge") for c in unit):
+        total += 4.0 * train * dim**2
+    for (key, _), same in grouped(unit, lambda c: (generator_key(c), c.task)).items():
+        if same[0].variant.parameters["gen"] in ("ls", "lda", "ridge", "kls", "kridge"):
+            total += 4.0 * dim**3
+        proxies = train if p["gen"] == "all" else 10 * k
+        far = {c.variant.parameters.get("distance") for c in same}
+        slow = {"manhattan": 10, "chebyshev": 10, None: 0.5}
+        total += sum(test * proxies * dim * slow.get(d, 2) for d in far) + 0 * len(key)
+        total += len(same) * test * dim * 4
+    return total

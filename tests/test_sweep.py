@@ -1,0 +1,394 @@
+"""Sweeps: the shared work gives what each configuration gives alone, kills lose nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import ROOT
+from safetensors.torch import save_file
+
+from imprint_pl import imprint
+from imprint_pl.cli import main
+from imprint_pl.collapse import nc1, vci
+from imprint_pl.data import ArrayDataset, Digits, EmbeddingDataModule, Splits
+from imprint_pl.embedding import embed
+from imprint_pl.errors import ImprintError
+from imprint_pl.norm import L2
+from imprint_pl.recipes import RECIPES
+from imprint_pl.results import COLUMNS, TIMES, Results
+from imprint_pl.select import draw_shots
+from imprint_pl.sweep import sweep
+from imprint_pl.sweep_grid import checked_sweep
+
+NORMS = ["none", "l2", "power"]
+SLOTS = ("norm_pre", "gen", "norm_post", "norm_inf", "agg")
+PARAMETERS = ("k", "m", "distance", "votes", "lam", "shrinkage", "projection_dim", "temperature")
+PARAMETERS = (*PARAMETERS, "engine", "width", "prior", "intercept", "as_published")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Digits through the embedded backbone, as a file and as splits."""
+    from imprint_pl.backbone import load_backbone
+
+    folder = tmp_path_factory.mktemp("digits")
+    embedded = embed(load_backbone("efficientnet_lite0", image_size=32), Digits(), folder)
+    (x, y), (x_test, y_test) = embedded.arrays("train"), embedded.arrays("test")
+    # 600 samples: every generator on them, many times over, takes seconds.
+    x, y = x[:600], y[:600]
+    path = folder / "digits.safetensors"
+    arrays = {"train_embeddings": x, "train_labels": y}
+    save_file(arrays | {"test_embeddings": x_test, "test_labels": y_test}, path)
+    names = [str(c) for c in range(10)]
+    return path, Splits(names, ArrayDataset(x, y), ArrayDataset(x_test, y_test))
+
+
+def plan(path, grid, tasks=("all",), seeds=(0,), **more):
+    data = {"name": "digits", "embeddings": str(path)}
+    given = {"name": "s", "data": [data], "tasks": list(tasks), "grid": grid, "seeds": list(seeds)}
+    return checked_sweep(given | more)
+
+
+def keywords_of(row):
+    """A row of the results as keywords of `imprint`."""
+    if row["recipe"] == "auto":
+        return {"recipe": "auto"}
+    names = [n for n in (*SLOTS, *PARAMETERS) if not pd.isna(row[n])]
+    given = {n: row[n] for n in names}
+    if "lam" in given and given["lam"] not in ("gcv", "holdout"):
+        given["lam"] = float(given["lam"])
+    for name in ("k", "m", "projection_dim"):
+        if name in given:
+            given[name] = int(given[name])
+    if given.get("votes") != "softmax" and given["agg"] == "mnn":
+        given.pop("temperature", None)
+    return {"recipe": "qi"} | given
+
+
+def alone(splits, row):
+    """The row's accuracy in percent by `imprint`, without any sharing; and the test samples."""
+    options = {n: int(row[n]) for n in ("d", "num_labels", "task_seed") if not pd.isna(row[n])}
+    classes = None if options else row["task"]
+    if classes == "0+3,7":
+        classes = [[0, 3], 7]
+    task = EmbeddingDataModule(splits, classes=classes, **options)
+    (x, y), (x_test, y_test) = task.arrays("train"), task.arrays("test")
+    seed = 0 if pd.isna(row["seed"]) else int(row["seed"])
+    if not pd.isna(row["shots"]):
+        kept = draw_shots(y, int(row["shots"]), seed)
+        x, y = x[kept], y[kept]
+    head = imprint(x, y, seed=seed, calibrate=False, **keywords_of(row))
+    assert len(y) == row["num_train"]
+    return (head(x_test).argmax(1) == y_test).double().mean().item(), len(y_test)
+
+
+GRIDS = {
+    "per class, max": dict(
+        norm_pre=NORMS,
+        gen=["mean", "kmeans", "kmedoids", "random", "fps", "cov_max", "all"],
+        k=[1, 4],
+        norm_post=["none", "l2", "quantile"],
+        norm_inf=["none", "l2"],
+        agg="max",
+    ),
+    "sums": dict(
+        norm_pre=["none", "l2"],
+        gen=["ls", "kls", "ridge", "kridge", "lda"],
+        k=3,
+        norm_post=["none", "l2"],
+        norm_inf=["none", "l2"],
+        agg="max",
+    ),
+    "votes": dict(
+        norm_pre="l2",
+        gen=["mean", "kmeans", "fps", "ls"],
+        k=3,
+        norm_post=["none", "l2"],
+        norm_inf="l2",
+        agg=["mnn", "logsumexp"],
+        m=[1, 3],
+        distance=["euclidean", "cosine", "manhattan", "chebyshev", "mahalanobis"],
+        votes=["uniform", "weighted_by_distance", "softmax"],
+        temperature=[0.1, 0.5],
+    ),
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_shared_work_gives_what_each_configuration_gives_alone(digits, tmp_path, grid):
+    path, splits = digits
+    tasks = ["odd", {"classes": [[0, 3], 7]}]
+    table = sweep(plan(path, [GRIDS[grid]], tasks, [5]), tmp_path, progress=False)
+    rows = table.to_dict("records")
+    assert len(rows) > 50
+    # Every kind, and of the hundreds of rows as many as take seconds.
+    rows = rows if len(rows) < 90 else rows[:: len(rows) // 90]
+    different = []
+    for row in rows:
+        accuracy, samples = alone(splits, row)
+        if abs(accuracy - row["accuracy"]) > 1e-9:
+            different.append((round((accuracy - row["accuracy"]) * samples), keywords_of(row)))
+    # Products in another order may decide a near tie of a single sample.
+    assert all(abs(samples) <= 1 for samples, _ in different), different
+    assert len(different) <= len(rows) // 50, different
+
+
+def test_every_recipe_and_auto_are_allowed_and_give_what_they_give_alone(digits, tmp_path):
+    path, splits = digits
+    small = [r for r in RECIPES if r not in ("ranpac", "kernel")]
+    grid = [
+        dict(recipe=["auto", *small]),
+        dict(recipe=["ranpac", "kernel"], projection_dim=100),
+        dict(recipe="ridge", lam="holdout"),
+        dict(recipe="whitened", norm_post=["none", "quantile"]),
+    ]
+    table = sweep(plan(path, grid, ["short"], [1]), tmp_path, progress=False)
+    assert {"auto", *RECIPES} == set(table.recipe)
+    for row in table.to_dict("records"):
+        assert alone(splits, row)[0] == pytest.approx(row["accuracy"], abs=1e-9), row
+    auto = table[table.recipe == "auto"].iloc[0]
+    assert not pd.isna(auto.gen)
+
+
+def test_shots_and_d_in_1_tasks_give_what_they_give_alone(digits, tmp_path):
+    path, splits = digits
+    grid = [dict(recipe=["qi", "robust", "ls", "lda"], shots=[3, 10], k=[2, 5])]
+    tasks = ["all", {"d": [2, 3], "num_labels": 3, "task_seed": [0, 4]}]
+    table = sweep(plan(path, grid, tasks, [2, 3]), tmp_path, progress=False)
+    assert (table.k.isna() | (table.k <= table.shots)).all()
+    assert set(table.task) == {"all", "all 2-in-1", "all 3-in-1"}
+    for row in table.to_dict("records")[::3]:
+        accuracy, samples = alone(splits, row)
+        assert abs(accuracy - row["accuracy"]) * samples <= 1.01, row
+
+
+def test_collapse_is_that_of_the_l2_normalised_training_set(digits, tmp_path):
+    path, splits = digits
+    tasks = ["even", {"classes": [[0, 3], 7]}]
+    table = sweep(plan(path, [dict(recipe="qi", shots=[None, 2])], tasks), tmp_path, progress=False)
+    assert len(table) == 4
+    for name, rows in table.groupby("task"):
+        classes = [[0, 3], 7] if name != "even" else name
+        x, y = EmbeddingDataModule(splits, classes=classes).arrays("train")
+        assert rows.nc1.tolist() == pytest.approx([nc1(L2()(x), y)] * 2, rel=1e-6)
+        assert rows.vci.tolist() == pytest.approx([vci(L2()(x), y)] * 2, rel=1e-6)
+
+
+def test_macro_f1_and_counts_are_torchmetrics_and_the_task_s(digits, tmp_path):
+    from torchmetrics.functional.classification import multiclass_f1_score
+
+    path, splits = digits
+    row = sweep(plan(path, [dict(recipe="qi")], ["odd"]), tmp_path, progress=False).iloc[0]
+    task = EmbeddingDataModule(splits, classes="odd")
+    (x, y), (x_test, y_test) = task.arrays("train"), task.arrays("test")
+    scores = imprint(x, y, "qi")(x_test)
+    assert row.macro_f1 == pytest.approx(multiclass_f1_score(scores, y_test, 5).item(), abs=1e-6)
+    assert (row.num_classes, row.num_train, row.num_test) == (5, len(y), len(y_test))
+    assert pd.isna(row.seed)  # nothing is random
+    assert pd.isna(row.k)
+
+
+@pytest.mark.parametrize(
+    ("grid", "tasks", "shots", "expected"),
+    [
+        # mean has no k.
+        (dict(recipe="robust", gen=["mean", "kmeans"], k=[1, 2, 5]), ["all"], None, 1 + 3),
+        # max has neither m nor votes; m is at most k C, here 2 · 3.
+        (
+            dict(recipe="robust", k=2, agg=["max", "mnn"], m=[1, 6, 7], votes=["uniform"]),
+            ["short"],
+            None,
+            1 + 2,
+        ),
+        # NORM_pre l2 asks for NORM_inf l2.
+        (dict(recipe="qi", norm_pre=["none", "l2"], norm_inf=["none", "l2"]), ["all"], None, 3),
+        # k is at most the shots.
+        (dict(recipe="robust", k=[1, 5, 10], shots=[1, 5]), ["all"], None, 1 + 2),
+    ],
+)
+def test_what_is_the_same_is_pruned_by_the_papers_rules(grid, tasks, shots, expected):
+    p = plan("x", [grid], tasks)
+    names = [str(c) for c in range(10)]
+    assert len(p.configurations(p.sources[0], names, 600)) == expected
+
+
+def test_seeds_count_only_where_something_is_random():
+    names = [str(c) for c in range(10)]
+    p = plan("x", [dict(recipe=["qi", "robust"]), dict(recipe="qi", shots=5)], seeds=[1, 2, 3])
+    seeds = [c.seed for c in p.configurations(p.sources[0], names, 600)]
+    assert seeds == [None, 1, 2, 3, 1, 2, 3]
+
+
+def test_a_configuration_named_by_its_parts_is_that_of_the_recipe():
+    names = [str(c) for c in range(10)]
+    parts = dict(norm_pre="l2", gen="mean", norm_post="l2", norm_inf="l2", agg="max")
+    p = plan("x", [parts, dict(recipe="qi")])
+    (one,) = p.configurations(p.sources[0], names, 600)
+    assert one.variant.parameters["recipe"] == "qi"
+
+
+def test_ids_are_stable():
+    names = [str(c) for c in range(10)]
+    p = plan("x", [dict(recipe="robust", k=5)], seeds=[7])
+    assert p.configurations(p.sources[0], names, 600)[0].id == "3edcc01ea11c4978"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grid": [{"recipe": "robust", "kk": 3}]}, "unknown key 'kk'"),
+        ({"grid": [{"recipe": "robust", "norm_prae": "l2"}]}, "did you mean 'norm_pre'"),
+        ({"grid": [{"recipe": "robst"}]}, "did you mean 'robust'"),
+        ({"grid": [{"recipe": "qi", "m": [1, 3]}]}, "m is not used by any of its combinations"),
+        ({"grid": [{"gen": "mean"}]}, "give recipe, or every part"),
+        ({"grid": [{"recipe": "robust", "k": 0}]}, "k=0"),
+        ({"tasks": ["evn"]}, "did you mean 'even'"),
+        ({"tasks": [{"clases": [0]}]}, "did you mean 'classes'"),
+        ({"seeds": [-1]}, "seeds holds -1"),
+        ({"sedes": [1]}, "did you mean 'seeds'"),
+        ({"data": ["Digits"]}, "asks for backbones"),
+        ({"data": []}, "data is missing"),
+    ],
+)
+def test_a_mistake_in_the_yaml_is_an_error_with_a_cure(tmp_path, capsys, change, message):
+    data = [{"name": "x", "embeddings": "x.safetensors"}]
+    given = {"name": "s", "data": data, "grid": [{"recipe": "qi"}]} | change
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(given))
+    assert main(["sweep", "--config", str(tmp_path / "s.yaml")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_counts_and_estimates_and_runs_nothing(digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = [{"name": "x", "embeddings": str(digits[0])}]
+    grid = [{"recipe": "robust", "gen": ["mean", "kmeans"], "k": [1, 2, 5]}]
+    given = {"name": "s", "data": data, "grid": grid, "seeds": [0, 1]}
+    Path("s.yaml").write_text(yaml.safe_dump(given))
+    assert main(["sweep", "--config", "s.yaml", "--dry_run"]) == 0
+    assert "12 combinations, 7 configurations after pruning; about" in capsys.readouterr().out
+    assert not Path("results").exists()
+
+
+def test_every_shipped_sweep_can_be_read():
+    from imprint_pl.sweep_grid import read_sweep
+
+    names = [str(c) for c in range(1000)]
+    for path in (ROOT / "configs" / "sweeps").glob("*.yaml"):
+        p = read_sweep(path)
+        assert p.name == path.stem
+        assert p.configurations(p.sources[0], names, 60000)
+
+
+def without_times(table):
+    return table.drop(columns=list(TIMES)).sort_values("id").reset_index(drop=True)
+
+
+def assert_same(one, other):
+    pd.testing.assert_frame_equal(without_times(one), without_times(other), check_exact=True)
+
+
+def test_a_second_run_computes_nothing_and_a_larger_grid_only_what_is_new(
+    digits, tmp_path, monkeypatch
+):
+    from imprint_pl import sweep_work
+
+    first = sweep(plan(digits[0], [dict(recipe=["qi", "ls"])]), tmp_path, progress=False)
+    ran, run = [], sweep_work.Work.run
+    monkeypatch.setattr(
+        sweep_work.Work, "run", lambda self, u, todo: ran.extend(todo) or run(self, u, todo)
+    )
+    assert_same(sweep(plan(digits[0], [dict(recipe=["qi", "ls"])]), tmp_path), first)
+    assert ran == []
+    more = sweep(plan(digits[0], [dict(recipe=["qi", "lda", "ls"])]), tmp_path, progress=False)
+    assert len(ran) == 1
+    assert more.recipe.tolist() == ["qi", "lda", "ls"]
+
+
+def test_files_have_one_schema_and_say_the_same(digits, tmp_path):
+    grid = [dict(recipe=["qi", "ls", "ridge", "kernel"], shots=[5])]
+    table = sweep(plan(digits[0], grid), tmp_path, progress=False)
+    parquet = pd.read_parquet(tmp_path / "s" / "results.parquet")
+    assert list(parquet.columns) == list(COLUMNS)
+    pd.testing.assert_frame_equal(parquet.astype(COLUMNS), table)
+    rows = pd.read_csv(tmp_path / "s" / "results.csv")
+    assert rows.accuracy.tolist() == table.accuracy.tolist()
+    assert rows.id.tolist() == table.id.tolist()
+    assert set(rows.lam.dropna()) == {"0.0001", "gcv"}
+
+
+def test_a_line_that_a_kill_cut_short_does_not_count(tmp_path):
+    results = Results(tmp_path)
+    rows = [dict.fromkeys(COLUMNS) | {"id": i, "accuracy": 1 / 3} for i in ("a", "b")]
+    results.append(rows)
+    with open(results.journal, "ab") as file:
+        file.write(b'{"id": "c", "accur')
+    again = Results(tmp_path)
+    assert again.ids == {"a", "b"}
+    again.append([dict.fromkeys(COLUMNS) | {"id": "d"}])
+    assert Results(tmp_path).ids == {"a", "b", "d"}
+    assert Results(tmp_path).table().accuracy.tolist()[0] == 1 / 3
+
+
+def test_a_foreign_results_file_is_an_error_that_leaves_it_alone(tmp_path):
+    path = tmp_path / "results.parquet"
+    path.write_bytes(b"not parquet")
+    with pytest.raises(ImprintError, match="move it away"):
+        Results(tmp_path)
+    assert path.read_bytes() == b"not parquet"
+
+
+def test_two_sweeps_on_the_same_results_are_an_error(digits, tmp_path):
+    from filelock import FileLock
+
+    (tmp_path / "s").mkdir()
+    with FileLock(tmp_path / "s" / "lock"), pytest.raises(ImprintError, match="another sweep"):
+        sweep(plan(digits[0], [dict(recipe="qi")]), tmp_path, progress=False)
+
+
+def test_a_small_chunk_and_two_processes_give_the_same(digits, tmp_path):
+    grid = [dict(recipe=["qi", "ls", "knn", "lda"]), dict(recipe="robust", k=[2, 5])]
+    p = plan(digits[0], grid, ["all", "odd"])
+    one = sweep(p, tmp_path / "one", progress=False)
+    small = sweep(p, tmp_path / "small", chunk_bytes=1 << 20, progress=False)
+    two = sweep(p, tmp_path / "two", n_jobs=2, progress=False)
+    for other in (small, two):
+        joined = one.merge(other, on="id")
+        assert len(joined) == len(one)
+        off = (joined.accuracy_x - joined.accuracy_y).abs() * joined.num_test_x
+        assert off.max() <= 1.01
+
+
+@pytest.mark.slow  # two workers import everything
+def test_a_local_dask_cluster_gives_the_same(digits, tmp_path):
+    pytest.importorskip("distributed", reason="dask is not installed (imprint-pl[dask])")
+    p = plan(digits[0], [dict(recipe=["qi", "ls"])], ["all", "odd"])
+    one = sweep(p, tmp_path / "one", progress=False)
+    dask = sweep(p, tmp_path / "dask", dask="local", progress=False)
+    joined = one.merge(dask, on="id")
+    assert len(joined) == len(one) == 4
+    assert (joined.accuracy_x - joined.accuracy_y).abs().max() * 360 <= 1.01
+
+
+def test_kills_lose_and_spoil_nothing(digits, tmp_path):
+    script = Path(__file__).with_name("killed_sweeps.py")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(script), str(digits[0]), str(tmp_path), "3"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = yaml.safe_load(done.stdout)
+    assert counts == sorted(counts)
+    assert counts[-1] > 0
+    assert any(0 < count < counts[-1] or count < 171 for count in counts[1:])
+    killed = pd.read_parquet(tmp_path / "killed" / "s" / "results.parquet").astype(COLUMNS)
+    undisturbed = pd.read_parquet(tmp_path / "whole" / "s" / "results.parquet").astype(COLUMNS)
+    assert_same(killed, undisturbed)
+    assert not list((tmp_path / "killed").glob("**/unfinished*"))
