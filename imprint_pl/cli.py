@@ -1,4 +1,4 @@
-"""The commands: `python -m imprint_pl fit | validate | test | predict | embed`.
+"""The commands: `python -m imprint_pl fit | validate | test | predict | embed | report | dashboard`.
 
 Lightning's own command line with our module, data sets and run folder; a user's mistake ends in one
 line that says what to change, not in a traceback.
@@ -13,7 +13,7 @@ from pathlib import Path
 from imprint_pl import __version__
 from imprint_pl.errors import ImprintError
 
-COMMANDS = ("fit", "validate", "test", "predict", "embed")
+COMMANDS = ("fit", "validate", "test", "predict", "embed", "report", "dashboard")
 HELP = f"""\
 imprint_pl {__version__}: an image classifier on a frozen foundation model, imprinted in one pass
 
@@ -25,6 +25,8 @@ commands:
   test       measure a checkpoint on the test images
   predict    label the images of a data set, of files or of folders; writes a CSV
   embed      fill the embedding cache with a data set, for `fit --cache_dir`
+  report     tables, figures and a page from the results of a sweep
+  dashboard  the wandb workspace that compares recipes; a run for each result
 
 examples:
   python -m imprint_pl fit --config configs/quickstart.yaml
@@ -33,6 +35,7 @@ examples:
   python -m imprint_pl test --data Digits --ckpt_path CHECKPOINT
   python -m imprint_pl predict --ckpt_path CHECKPOINT --images photo.jpg holiday/
   python -m imprint_pl fit --config configs/d_in_1_digits.yaml --cache_dir cache
+  python -m imprint_pl report results/section_5_1
 
 `python -m imprint_pl COMMAND --help` lists every option.
 """
@@ -51,6 +54,16 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"unknown command {argv[0]!r}: give one of {', '.join(COMMANDS)}")
     try:
         # Importing Lightning takes seconds: not before it is needed.
+        if argv[0] == "report":
+            from imprint_pl.report.command import run as report
+
+            report(argv[1:])
+            return 0
+        if argv[0] == "dashboard":
+            from imprint_pl.dashboard import run as dashboard
+
+            dashboard(argv[1:])
+            return 0
         from imprint_pl.commands import run
 
         run([_packaged_config(arguments) for arguments in argv])
