@@ -1,4 +1,4 @@
-"""The commands: `python -m imprint_pl fit | validate | test | predict | embed | report | dashboard`.
+"""The commands: `python -m imprint_pl fit | validate | test | predict | embed | report | …`.
 
 Lightning's own command line with our module, data sets and run folder; a user's mistake ends in one
 line that says what to change, not in a traceback.

@@ -19,7 +19,7 @@ from imprint_pl.report.tables import shown
 MOST_ROWS = 1500
 
 CAPTIONS = {
-    "critical_difference": "Left is best. Recipes on one orange bar cannot be told apart "
+    "critical_difference": "Left is best. Recipes with a dot on the same bar cannot be told apart "
     "(Wilcoxon signed-rank, Holm, p ≥ 0.05).",
     "critical_difference_settings": "As above, of the settings with the best average ranks; chosen "
     "from these same results, so that their differences look clearer than they are.",
