@@ -283,8 +283,8 @@ class ImprintCLI(LightningCLI):
             summary["purity"], summary["purity_of_one_proxy"] = drawn.purity, drawn.chance
         write_summary(folder, summary, self.model)
         if self.results is not None:
-            send = self._get(self.config, "gallery") == "wandb"
-            self.results.log(summary, self.model, self.gallery, send)
+            pictures = self._get(self.config, "gallery") == "wandb"
+            self.results.send(summary, self.model, self.gallery, pictures)
         print_summary(summary)
         if drawn:
             print(f"gallery: {self.gallery.path}")

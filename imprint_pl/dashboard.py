@@ -150,6 +150,8 @@ def log_sweep(
             config=given,
             mode="offline" if offline else "online",
             settings=settings,
+            # A run that is open here would be taken for each of these.
+            reinit="finish_previous",
         )
         run.summary.update(figures)
         run.finish()
@@ -196,13 +198,13 @@ def _login() -> str:
     import wandb
 
     try:
-        if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+        if not wandb.login(prompt=False):
             raise ValueError("no API key")
         return wandb.Api(timeout=20).default_entity
     except Exception as error:
         raise ImprintError(
             f"wandb cannot be reached ({' '.join(str(error).split())[:200]}): run `wandb login` "
-            "where there is a network, or give --offline to write runs that `wandb sync` sends later"
+            "where there is a network, or give --offline for runs that `wandb sync` sends later"
         ) from error
 
 

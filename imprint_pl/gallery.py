@@ -1,4 +1,4 @@
-"""What each proxy stands for: the training images nearest to it, and how many samples it speaks for.
+"""What each proxy stands for: the training images nearest to it, and how many samples it has.
 
 Above the head and the data; beside `callback.py`. On a d-in-1 task it shows how the merged classes
 come apart, and purity says how far.
@@ -96,7 +96,7 @@ def proxy_gallery(
     for name, value in (("y", y), ("original", original)):
         if value is not None and value.shape != x.shape[:1]:
             raise ImprintError(
-                f"{name} of shape {tuple(value.shape)} for {len(x)} embeddings: expected ({len(x)},)"
+                f"{name} of shape {tuple(value.shape)} for {len(x)} embeddings: give one a row"
             )
     y, kept = y.cpu(), head.proxy_classes.cpu()
     if original is not None:
@@ -182,7 +182,7 @@ def draw_gallery(
     blocks = [[p for p in gallery.proxies if p.label == label] for label in labels[:classes]]
     rows = [(proxy, i) for block in blocks for i, proxy in enumerate(block[:proxies])]
     columns = max((len(proxy.nearest) for proxy, _ in rows), default=1) or 1
-    side, text, top = 0.62, 2.5, 0.75
+    side, text, top = 0.62, 2.5, 0.45
     width, height = text + side * columns + 0.1, top + side * len(rows) + 0.12 * len(blocks) + 0.1
     with style():
         # A picture has at most 65,535 pixels a side.

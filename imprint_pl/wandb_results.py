@@ -82,12 +82,12 @@ class WandbResults(Callback):
     def on_test_epoch_end(self, trainer, pl_module) -> None:
         self._end(trainer, pl_module, trainer.test_dataloaders)
 
-    def log(
+    def send(
         self,
         summary: dict[str, Any],
         model: LightningModule,
         gallery: ImprintGallery | None = None,
-        send_images: bool = False,
+        with_images: bool = False,
     ) -> None:
         """Logs what the run left behind.
 
@@ -96,7 +96,7 @@ class WandbResults(Callback):
                 Paths of this machine stay here.
             model: for the classes' names and accuracies.
             gallery: what each proxy stands for; as a table of numbers.
-            send_images: log the gallery's picture as well. Training images then leave this machine.
+            with_images: log the gallery's picture as well. Training images then leave this machine.
         """
         import wandb
 
@@ -127,7 +127,7 @@ class WandbResults(Callback):
         if gallery is not None and gallery.rows:
             rows = [[row[name] for name in gallery.rows[0]] for row in gallery.rows]
             tables["proxies"] = wandb.Table(columns=list(gallery.rows[0]), data=rows)
-        if send_images:
+        if with_images:
             if gallery is None or gallery.path is None:
                 raise ImprintError("no gallery was drawn: give --gallery wandb to a `fit`")
             tables["gallery"] = wandb.Image(str(gallery.path))

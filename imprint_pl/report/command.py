@@ -11,7 +11,7 @@ from imprint_pl.errors import ImprintError, near
 from imprint_pl.report import figures, tables
 from imprint_pl.report.page import advice, write_page
 from imprint_pl.report.results import find_results, read_results, whole_tasks
-from imprint_pl.report.statistics import accuracy_by_group, compare, tests_of
+from imprint_pl.report.statistics import accuracy_by_group, compare, significance
 
 # Methods in a diagram that can still be read.
 MOST_IN_DIAGRAM = 15
@@ -20,7 +20,7 @@ MOST_IN_DIAGRAM = 15
 def write_report(
     results: str | Path, output: str | Path | None = None, galleries: list[str | Path] = ()
 ) -> Path:
-    """Writes `report.html` and the folder `report/` with each table as CSV, each figure as PNG, SVG.
+    """Writes `report.html`, and the folder `report/` with tables as CSV, figures as PNG and SVG.
 
     Args:
         results: a results file, or the folder of a sweep.
@@ -54,9 +54,11 @@ def write_report(
             diagrams["critical_difference_settings"] = (title, whole)
         for name, (title, own) in diagrams.items():
             table = accuracy_by_group(own)
+            if not len(table):
+                continue
             best = compare(table).head(MOST_IN_DIAGRAM)
             table = table[list(best.index)]
-            found = tests_of(table)
+            found = significance(table)
             if name == "critical_difference":
                 tests, compared = found, compare(table)
             if found is not None:
@@ -92,7 +94,7 @@ def run(argv: list[str]) -> None:
     """The command, its arguments without its name."""
     parser = _Parser(
         prog="python -m imprint_pl report",
-        description="Write report.html, and tables and figures as CSV, PNG and SVG, beside results.",
+        description="Write report.html, tables as CSV and figures as PNG and SVG beside results.",
     )
     parser.add_argument("results", help="the folder of a sweep, or its results file")
     parser.add_argument("--output", help="folder to write into (default: beside the results)")

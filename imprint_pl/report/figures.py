@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from imprint_pl.report import tables
 from imprint_pl.report.results import whole_tasks
-from imprint_pl.report.statistics import Tests
+from imprint_pl.report.statistics import Significance
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#8B6D00")
 MARKERS = "osD^vPX<"
@@ -47,12 +47,12 @@ def style():
         yield
 
 
-def critical_difference(compared: pd.DataFrame, tests: Tests) -> Figure:
+def critical_difference(compared: pd.DataFrame, tests: Significance) -> Figure:
     """Average ranks on an axis, best left; methods with a dot on one bar cannot be told apart.
 
     Args:
         compared: `compare`'s table, of the methods in `tests`.
-        tests: of `tests_of`.
+        tests: of `significance`.
     """
     import scikit_posthocs
 

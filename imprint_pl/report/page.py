@@ -12,7 +12,7 @@ import pandas as pd
 
 from imprint_pl import __version__
 from imprint_pl.report.results import whole_tasks
-from imprint_pl.report.statistics import ALPHA, Tests
+from imprint_pl.report.statistics import ALPHA, Significance
 from imprint_pl.report.tables import shown
 
 # Rows of a table on the page; the CSV has all of them.
@@ -41,7 +41,9 @@ NOTES = {
 }
 
 
-def advice(rows: pd.DataFrame, compared: pd.DataFrame | None, tests: Tests | None) -> list[str]:
+def advice(
+    rows: pd.DataFrame, compared: pd.DataFrame | None, tests: Significance | None
+) -> list[str]:
     """Which recipe to use and why, in plain sentences, from a comparison of `compare`."""
     if compared is None or len(compared) < 2:
         return ["There are fewer than two methods on whole tasks: nothing to compare."]
@@ -83,7 +85,8 @@ def advice(rows: pd.DataFrame, compared: pd.DataFrame | None, tests: Tests | Non
                 f"(p {_p(tests.pairs.loc[best, second])})."
             )
     near_best = compared[compared["accuracy"] >= row["accuracy"] - 0.01].index
-    fastest = seconds.reindex(near_best).idxmin() if seconds.notna().any() else best
+    timed = seconds.reindex(near_best).dropna()
+    fastest = timed.idxmin() if best in timed else best
     if fastest != best:
         sentences.append(
             f"In a hurry, {fastest}: at most one point less, {_seconds(seconds[fastest])} of GEN "

@@ -43,7 +43,7 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class Tests:
+class Significance:
     """Friedman's p over all methods, and Holm-corrected p of each pair by Wilcoxon's test.
 
     Attributes:
@@ -61,7 +61,7 @@ class Tests:
         return self.friedman is None or self.friedman < ALPHA
 
 
-def tests_of(table: pd.DataFrame) -> Tests | None:
+def significance(table: pd.DataFrame) -> Significance | None:
     """The tests on a table of accuracies, groups × methods; `None` where none is possible.
 
     With fewer than six groups Wilcoxon's signed-rank test cannot reach p < 0.05.
@@ -94,4 +94,4 @@ def tests_of(table: pd.DataFrame) -> Tests | None:
     # Holm here, since the library's would be spoilt by a pair without differences.
     pairs[upper] = multipletests(raw[upper], method="holm")[1]
     pairs = np.minimum(pairs, pairs.T)
-    return Tests(len(table), friedman, pd.DataFrame(pairs, index=methods, columns=methods))
+    return Significance(len(table), friedman, pd.DataFrame(pairs, index=methods, columns=methods))

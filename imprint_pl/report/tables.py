@@ -11,7 +11,7 @@ import pandas as pd
 
 from imprint_pl.recipes import RECIPES
 from imprint_pl.report.results import whole_tasks
-from imprint_pl.report.statistics import Tests, accuracy_by_group, compare
+from imprint_pl.report.statistics import Significance, accuracy_by_group, compare
 
 PAPER, OURS_MINUS = "paper %", "ours − paper"
 FAMILY = ["norm_pre", "norm_post", "norm_inf", "agg", "m", "distance", "votes"]
@@ -33,7 +33,10 @@ def methods(rows: pd.DataFrame) -> pd.DataFrame:
     rows = whole_tasks(rows)
     if not len(rows):
         return pd.DataFrame()
-    compared = compare(accuracy_by_group(rows)).reset_index(names="method")
+    table = accuracy_by_group(rows)
+    if not len(table):
+        return pd.DataFrame()
+    compared = compare(table).reset_index(names="method")
     seconds = rows.groupby("method")["gen_seconds"].median()
     known = published("methods").set_index("method")["value"]
     table = pd.DataFrame(
@@ -73,7 +76,7 @@ def groups(rows: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()
 
 
-def pairs(tests: Tests | None) -> pd.DataFrame:
+def pairs(tests: Significance | None) -> pd.DataFrame:
     """Holm-corrected p of every two methods."""
     if tests is None:
         return pd.DataFrame()
