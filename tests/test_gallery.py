@@ -98,7 +98,7 @@ def test_images_of_any_size_and_mode_are_drawn(tmp_path):
 
 def test_merged_digits_come_apart_at_the_end_of_a_fit(tmp_path, capfd):
     options = ["--config", "configs/d_in_1_digits.yaml", "--model.k", "3", "--data.shots", "90"]
-    options += ["--model.image_size", "64", "--trainer.default_root_dir", str(tmp_path)]
+    options += ["--model.image_size", "48", "--trainer.default_root_dir", str(tmp_path)]
     options += ["--gallery", "file"]
     cached = [*options, "--cache_dir", str(tmp_path / "cache")]
     for arguments in (options, cached):
