@@ -1,4 +1,4 @@
-"""The commands: `python -m imprint_pl fit | validate | test | predict | embed | sweep`.
+"""The commands: `python -m imprint_pl fit | validate | test | predict | embed | sweep | …`.
 
 Lightning's own command line with our module, data sets and run folder; a user's mistake ends in one
 line that says what to change, not in a traceback.
@@ -13,7 +13,7 @@ from pathlib import Path
 from imprint_pl import __version__
 from imprint_pl.errors import ImprintError
 
-COMMANDS = ("fit", "validate", "test", "predict", "embed", "sweep")
+COMMANDS = ("fit", "validate", "test", "predict", "embed", "sweep", "report", "dashboard")
 # They take a checkpoint and files, and no Trainer.
 FILE_COMMANDS = ("add-class", "add-examples", "remove-class", "export")
 HELP = f"""\
@@ -31,6 +31,8 @@ commands:
   add-class, add-examples, remove-class
              change the classes of a checkpoint that was fitted with --model.keep
   sweep      run a grid of recipes on many backbones, data sets and tasks
+  report     tables, figures and a page from the results of a sweep
+  dashboard  the wandb workspace that compares recipes; a run for each result
 
 examples:
   python -m imprint_pl fit --config configs/quickstart.yaml
@@ -42,6 +44,7 @@ examples:
   python -m imprint_pl add-class CHECKPOINT --name fox --images foxes/
   python -m imprint_pl export CHECKPOINT --format onnx
   python -m imprint_pl sweep --config configs/sweeps/quick.yaml
+  python -m imprint_pl report results/section_5_1
 
 `python -m imprint_pl COMMAND --help` lists every option.
 """
@@ -60,6 +63,16 @@ def main(argv: list[str] | None = None) -> int:
         known = ", ".join((*COMMANDS, *FILE_COMMANDS))
         return _fail(f"unknown command {argv[0]!r}: give one of {known}")
     try:
+        if argv[0] == "report":
+            from imprint_pl.report.command import run as report
+
+            report(argv[1:])
+            return 0
+        if argv[0] == "dashboard":
+            from imprint_pl.dashboard import run as dashboard
+
+            dashboard(argv[1:])
+            return 0
         if argv[0] in FILE_COMMANDS:
             from imprint_pl.file_commands import run_on_file
 

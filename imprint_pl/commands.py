@@ -7,24 +7,26 @@ import logging
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import imprint_pl.data
 from imprint_pl.embedding import embed
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.explain import explain_files
+from imprint_pl.gallery import ImprintGallery
 from imprint_pl.module import ImprintedClassifier
 from imprint_pl.predictions import PredictionWriter
 from imprint_pl.recipes import drop_unused
 from imprint_pl.run import print_summary, summarise, write_summary
 from imprint_pl.state import State, state_path
+from imprint_pl.wandb_results import WandbResults
 
 # Importing them makes them known by these short names.
 DATA = {
@@ -174,6 +176,12 @@ class ImprintCLI(LightningCLI):
                 type=str,
                 help="Folder of the embedding cache: images are embedded once and read afterwards.",
             )
+            parser.add_argument(
+                "--gallery",
+                type=Literal["file", "wandb"] | None,
+                help="Draw what each proxy stands for into the run's folder; with wandb log the "
+                "pictures there too: they leave this machine.",
+            )
         else:
             parser.set_defaults({"verbose": False})
         return parser
@@ -223,6 +231,14 @@ class ImprintCLI(LightningCLI):
                 self._get(self.config, "output"), self._get(self.config, "top")
             )
             callbacks.append(self.writer)
+        self.gallery = self.results = None
+        if self.subcommand == "fit" and self._get(self.config, "gallery"):
+            # The images of the task, also where a cache is to stand in for them.
+            self.gallery = ImprintGallery(self.datamodule)
+            callbacks.append(self.gallery)
+        if any(isinstance(entry, WandbLogger) for entry in kwargs.get("logger") or []):
+            self.results = WandbResults()
+            callbacks.append(self.results)
         if self.subcommand != "fit":
             kwargs["enable_checkpointing"] = False
         elif config.get("enable_checkpointing") is not False and not any(
@@ -295,8 +311,16 @@ class ImprintCLI(LightningCLI):
             print("run: none (fast_dev_run keeps nothing)")
             return
         folder = Path(folder or self.trainer.default_root_dir)
+        drawn = self.gallery and self.gallery.gallery
+        if drawn and drawn.purity is not None:
+            summary["purity"], summary["purity_of_one_proxy"] = drawn.purity, drawn.chance
         write_summary(folder, summary, self.model)
+        if self.results is not None:
+            pictures = self._get(self.config, "gallery") == "wandb"
+            self.results.send(summary, self.model, self.gallery, pictures)
         print_summary(summary)
+        if drawn:
+            print(f"gallery: {self.gallery.path}")
         print(f"run: {folder}")
 
     def _save_state(self, checkpoint: str | None) -> None:

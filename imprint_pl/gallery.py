@@ -1,0 +1,326 @@
+"""What each proxy stands for: the training images nearest to it, and how many samples it has.
+
+Above the head and the data; beside `callback.py`. On a d-in-1 task it shows how the merged classes
+come apart, and purity says how far.
+"""
+
+from __future__ import annotations
+
+import csv
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from imprint_pl.agg import NearestProxies
+from imprint_pl.batch import split_batch
+from imprint_pl.data.images import ImageDataModule
+from imprint_pl.distances import Mahalanobis, distances
+from imprint_pl.errors import ImprintError
+from imprint_pl.head import ImprintedHead
+
+# What a picture can show: rows (proxies) of a class, and classes.
+PROXIES_SHOWN = 5
+CLASSES_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A proxy and its samples, all by their places in the training set.
+
+    Attributes:
+        index: its row in `head.proxies`.
+        label: its class.
+        samples: how many training samples of the class are nearer to it than to the class's others.
+        nearest: places of the nearest of these, the nearest first.
+        original: the most frequent original class among its samples, and `share` its share of them;
+            `None` where nothing was merged, or where it has no samples.
+    """
+
+    index: int
+    label: int
+    samples: int
+    nearest: list[int]
+    original: int | None = None
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Proxies in the order of classes, in each the one with the most samples first.
+
+    Attributes:
+        proxies: all of them.
+        purity: the part of the samples whose proxy mostly stands for their own original class, from
+            0 to 1; `None` where nothing was merged.
+        chance: what one proxy a class would have: the share of each label's largest original class.
+    """
+
+    proxies: list[Proxy]
+    purity: float | None = None
+    chance: float | None = None
+
+
+def proxy_gallery(
+    head: ImprintedHead, x: Tensor, y: Tensor, original: Tensor | None = None, images: int = 8
+) -> Gallery:
+    """Which training samples each proxy stands for.
+
+    A sample belongs to that proxy of its own class which AGG finds nearest: the largest inner
+    product (plus bias) for max and logsumexp, the smallest distance for mnn.
+
+    Args:
+        head: filled.
+        x: `(N, d)`, the training embeddings as they come from the backbone.
+        y: `(N,)`, their labels.
+        original: `(N,)`, their classes before any were merged.
+        images: how many of the nearest to name.
+
+    Raises:
+        ImprintError: an empty head, or shapes that do not fit.
+
+    >>> from imprint_pl import imprint
+    >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [-1.0, 0.0]])
+    >>> y = torch.tensor([0, 0, 0, 1])
+    >>> head = imprint(x, y, "robust", k=2, calibrate=False)
+    >>> gallery = proxy_gallery(head, x, y, original=torch.tensor([0, 0, 1, 2]))
+    >>> [(proxy.label, proxy.samples) for proxy in gallery.proxies], gallery.purity, gallery.chance
+    ([(0, 2), (0, 1), (1, 1)], 1.0, 0.75)
+    """
+    if head.is_empty:
+        raise ImprintError("a gallery of an empty head: imprint it first")
+    for name, value in (("y", y), ("original", original)):
+        if value is not None and value.shape != x.shape[:1]:
+            raise ImprintError(
+                f"{name} of shape {tuple(value.shape)} for {len(x)} embeddings: give one a row"
+            )
+    y, kept = y.cpu(), head.proxy_classes.cpu()
+    if original is not None:
+        original = original.cpu() if _merges(y, original.cpu()) else None
+    proxies, right, largest = [], 0, 0
+    for label in range(head.num_classes):
+        own = (kept == label).nonzero().flatten()
+        places = (y == label).nonzero().flatten()
+        if not len(own):
+            continue
+        found = []
+        scores = _scores(head, x[places], own) if len(places) else torch.zeros(0, len(own))
+        chosen = scores.argmax(1) if len(places) else torch.zeros(0, dtype=torch.int64)
+        for column, index in enumerate(own.tolist()):
+            mine = (chosen == column).nonzero().flatten()
+            order = scores[mine, column].argsort(descending=True, stable=True)
+            nearest = places[mine[order[:images]]].tolist()
+            most = share = None
+            if original is not None and len(mine):
+                counts = torch.bincount(original[places[mine]])
+                most = int(counts.argmax())
+                right += int(counts[most])
+                share = float(counts[most]) / len(mine)
+            found.append(Proxy(index, label, len(mine), nearest, most, share))
+        if original is not None and len(places):
+            largest += int(torch.bincount(original[places]).max())
+        proxies += sorted(found, key=lambda proxy: -proxy.samples)
+    if original is None:
+        return Gallery(proxies)
+    return Gallery(proxies, right / len(y), largest / len(y))
+
+
+def _merges(y: Tensor, original: Tensor) -> bool:
+    return len(torch.unique(torch.stack([y, original.to(y)]), dim=1).T) > len(y.unique())
+
+
+@torch.no_grad()
+def _scores(head: ImprintedHead, x: Tensor, own: Tensor) -> Tensor:
+    """Samples `(n, d)` → how near each of the proxies `own (p,)` is, `(n, p)`; larger is nearer."""
+    chunks = []
+    metric = Mahalanobis(head.proxies.detach()) if _distance(head) == "mahalanobis" else None
+    for rows in x.split(4096):
+        z = head.norm_inf(rows.to(head.proxies))
+        if metric is not None:
+            near = -metric(z, head.proxies)[:, own]
+        elif _distance(head) is not None:
+            near = -distances(z, head.proxies[own], _distance(head))
+        else:
+            near = z @ head.proxies[own].T + head.bias[own]
+        chunks.append(near.cpu())
+    return torch.cat(chunks)
+
+
+def _distance(head: ImprintedHead) -> str | None:
+    return head.agg.distance if isinstance(head.agg, NearestProxies) else None
+
+
+def draw_gallery(
+    gallery: Gallery,
+    dataset: Any,
+    path: str | Path,
+    class_names: list[str],
+    original_names: list[str] | None = None,
+    classes: int = CLASSES_SHOWN,
+    proxies: int = PROXIES_SHOWN,
+) -> Path:
+    """Writes a PNG: a block a class, in it a row a proxy, the images nearest to it from the left.
+
+    Args:
+        gallery: of `proxy_gallery`.
+        dataset: the training images; `dataset.__getitems__(places)` gives images and labels.
+        path: the PNG.
+        class_names: C names.
+        original_names: names of the classes before any were merged.
+        classes, proxies: how many classes, and proxies of each, to draw; those with the most
+            samples. What is left out is said.
+    """
+    from matplotlib.figure import Figure
+
+    from imprint_pl.report.figures import style
+
+    labels = list(dict.fromkeys(proxy.label for proxy in gallery.proxies))
+    blocks = [[p for p in gallery.proxies if p.label == label] for label in labels[:classes]]
+    rows = [(proxy, i) for block in blocks for i, proxy in enumerate(block[:proxies])]
+    columns = max((len(proxy.nearest) for proxy, _ in rows), default=1) or 1
+    side, text, top = 0.62, 2.5, 0.45
+    width, height = text + side * columns + 0.1, top + side * len(rows) + 0.12 * len(blocks) + 0.1
+    with style():
+        # A picture has at most 65,535 pixels a side.
+        figure = Figure(figsize=(width, height), dpi=min(120, 60000 / height))
+        figure.text(
+            0.1 / width, 1 - 0.12 / height, _headline(gallery, classes), va="top", fontsize=9
+        )
+        lower = height - top
+        for proxy, place in rows:
+            lower -= side + (0.12 if place == 0 else 0)
+            middle = (lower + side / 2) / height
+            if place == 0:
+                block = blocks[labels.index(proxy.label)]
+                hidden = len(block) - proxies
+                name = textwrap.shorten(class_names[proxy.label], 17, placeholder="…")
+                more = f"\n{hidden} more" if hidden > 0 else ""
+                figure.text(
+                    0.1 / width, middle, name + more, va="center", fontsize=9, weight="bold"
+                )
+            what = f"{proxy.samples:,} samples"
+            if proxy.share is not None:
+                name = original_names[proxy.original] if original_names else str(proxy.original)
+                what += f"\n{100 * proxy.share:.0f} % {textwrap.shorten(name, 13, placeholder='…')}"
+            figure.text((text - 0.1) / width, middle, what, va="center", ha="right", fontsize=8)
+            images = dataset.__getitems__(proxy.nearest)[0] if proxy.nearest else []
+            for column, image in enumerate(images):
+                left = text + side * column
+                box = (left / width, lower / height, 0.94 * side / width, 0.94 * side / height)
+                axes = figure.add_axes(box)
+                axes.axis("off")
+                axes.imshow(_pixels(image), cmap="gray", vmin=0, vmax=255)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    return path
+
+
+def _headline(gallery: Gallery, classes: int) -> str:
+    labels = len({proxy.label for proxy in gallery.proxies})
+    lines = ["The training images nearest to each proxy"]
+    if labels > classes:
+        lines.append(f"the first {classes} of {labels} classes; the CSV has all")
+    if gallery.purity is not None:
+        lines.append(
+            f"purity {100 * gallery.purity:.1f} %; one proxy a class: {100 * gallery.chance:.1f} %"
+        )
+    return "\n".join(lines)
+
+
+def _pixels(image: Tensor):
+    image = image.to(torch.uint8)
+    return image[0].numpy() if image.shape[0] == 1 else image[:3].permute(1, 2, 0).numpy()
+
+
+def rows_of(
+    gallery: Gallery, class_names: list[str], original_names: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """A row a proxy: `proxy, class, samples`, and `original, share` where classes were merged."""
+    rows = []
+    for proxy in gallery.proxies:
+        row = {
+            "proxy": proxy.index,
+            "class": class_names[proxy.label],
+            "samples": proxy.samples,
+            "nearest": " ".join(map(str, proxy.nearest)),
+        }
+        if gallery.purity is not None:
+            known = proxy.original is not None
+            names = original_names or []
+            name = names[proxy.original] if known and names else proxy.original
+            row |= {"original": name, "share": round(proxy.share, 4) if known else None}
+        rows.append(row)
+    return rows
+
+
+class ImprintGallery(Callback):
+    """Writes `gallery.png` and `gallery.csv` into the run's folder when a fit ends.
+
+    The training images go through the backbone once more, on rank 0: the module has dropped their
+    embeddings by then. With an embedding cache that is read, not computed.
+
+    Args:
+        images: where the pictures come from, a data module of `imprint_pl.data`; needed where the
+            Trainer's has embeddings. The Trainer's own by default.
+        folder: to write into; the run's by default.
+
+    Attributes:
+        gallery: after the fit, what was drawn; `path` the PNG, `rows` those of the CSV.
+    """
+
+    def __init__(self, images: ImageDataModule | None = None, folder: str | None = None) -> None:
+        self.images = images
+        self.folder = folder
+        self.gallery: Gallery | None = None
+        self.path: Path | None = None
+        self.rows: list[dict[str, Any]] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for data in (trainer.datamodule, self.images or trainer.datamodule):
+            if not isinstance(data, ImageDataModule):
+                raise ImprintError(
+                    f"the gallery looks up training images by their places, which "
+                    f"{type(data).__name__} does not have: give a data module of imprint_pl.data"
+                )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Every rank asks: log_dir is a broadcast.
+        folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
+        if not trainer.is_global_zero or trainer.fast_dev_run or pl_module.head.is_empty:
+            return
+        data, images = trainer.datamodule, self.images or trainer.datamodule
+        images.setup()
+        x, y = _embedded(trainer, pl_module, data)
+        head = pl_module.head
+        names = [head.name_of(label) for label in range(head.num_classes)]
+        self.gallery = proxy_gallery(head, x, y, data.train_dataset.original_labels)
+        originals = data.original_class_names
+        self.rows = rows_of(self.gallery, names, originals)
+        self.path = draw_gallery(
+            self.gallery, images.train_dataset, folder / "gallery.png", names, originals
+        )
+        with open(folder / "gallery.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, self.rows[0])
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+@torch.no_grad()
+def _embedded(trainer: Trainer, module: Any, data: ImageDataModule) -> tuple[Tensor, Tensor]:
+    """The training set in its order, `(N, d)` and `(N,)`."""
+    training = module.training
+    module.eval()
+    xs, ys = [], []
+    with trainer.precision_plugin.forward_context():
+        # Not the Trainer's loader: under DDP that deals each rank a part.
+        for batch in data.loader(data.train_dataset):
+            images, labels = split_batch(trainer.strategy.batch_to_device(batch))
+            xs.append(module.embed(images))
+            ys.append(labels)
+    module.train(training)
+    return torch.cat(xs), torch.cat(ys)

@@ -1,0 +1,215 @@
+"""The figures of a report: one function each, from results to a matplotlib figure, or `None` where
+the results have nothing for it. Colours are Okabe and Ito's, markers differ too: no figure asks a
+reader to tell colours apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from imprint_pl.report import tables
+from imprint_pl.report.results import whole_tasks
+from imprint_pl.report.statistics import Significance
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#8B6D00")
+MARKERS = "osD^vPX<"
+# Lines in one figure that a reader can follow.
+MOST = len(COLOURS)
+LONGEST = 46
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "imprint_pl",
+    # A dollar in a name from a stranger is a dollar.
+    "text.parse_math": False,
+}
+
+
+@contextmanager
+def style():
+    """matplotlib's settings while figures are drawn and saved; the user's come back."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def critical_difference(compared: pd.DataFrame, tests: Significance) -> Figure:
+    """Average ranks on an axis, best left; methods with a dot on one bar cannot be told apart.
+
+    Args:
+        compared: `compare`'s table, of the methods in `tests`.
+        tests: of `significance`.
+    """
+    import scikit_posthocs
+
+    figure, axes = _figure(8.0, 1.4 + 0.17 * len(compared))
+    names = {name: _short(name) for name in compared.index}
+    if len(set(names.values())) < len(names):
+        names = {name: f"{i + 1}. {names[name]}" for i, name in enumerate(compared.index)}
+    ranks = compared["rank"].rename(index=names)
+    p = tests.pairs.rename(index=names, columns=names)
+    if not tests.some_differ:
+        p = p * 0 + 1
+    axes.grid(False)
+    scikit_posthocs.critical_difference_diagram(
+        ranks,
+        p,
+        ax=axes,
+        label_fmt_left="{label}  {rank:.2f} ",
+        label_fmt_right=" {rank:.2f}  {label}",
+        color_palette=dict.fromkeys(names.values(), "#222222"),
+        crossbar_props={"color": "#D55E00", "linewidth": 2.5, "marker": "o", "markersize": 6},
+    )
+    axes.set_title(f"average rank over {tests.groups} groups (1 is best)", fontsize=10, pad=24)
+    return figure
+
+
+def accuracy_against_k(rows: pd.DataFrame) -> Figure | None:
+    rows = tables.along_k(whole_tasks(rows))
+    if not len(rows) or rows["k"].nunique() < 2:
+        return None
+    table = rows.pivot_table(index="group", columns=["gen", "k"], values="accuracy")
+    # The same groups in every point, or the line would follow the groups.
+    mean = 100 * table.dropna().mean()
+    if not len(table.dropna()):
+        mean = 100 * table.mean()
+    lines = {gen: mean[gen] for gen in mean.index.get_level_values("gen").unique()}
+    lines = {gen: line for gen, line in lines.items() if len(line) > 1}
+    title = f"average over {len(table.dropna()) or len(table)} groups"
+    return _lines(lines, "k, proxies a class", "accuracy in %", title) if lines else None
+
+
+def accuracy_against_shots(rows: pd.DataFrame) -> Figure | None:
+    rows = rows[rows["shots"].notna()]
+    if rows["shots"].nunique() < 2:
+        return None
+    table = rows.pivot_table(index="group", columns=["method", "shots"], values="accuracy")
+    mean = 100 * table.mean()
+    names = mean.index.get_level_values("method").unique()
+    lines = {name: mean[name] for name in names if len(mean[name]) > 1}
+    if not lines:
+        return None
+    title = f"average over {len(table)} group{'s' * (len(table) > 1)}"
+    return _lines(lines, "training images a class", "accuracy in %", title)
+
+
+def nc1_against_d(rows: pd.DataFrame) -> Figure | None:
+    rows = rows[rows["d"].notna() & rows["nc1"].notna()]
+    if rows["d"].nunique() < 2:
+        return None
+    mean = rows.groupby(["backbone", "data", "d"])["nc1"].mean()
+    lines = {
+        f"{b}, {data}": line.droplevel([0, 1]) for (b, data), line in mean.groupby(level=[0, 1])
+    }
+    return _lines(lines, "d, classes that a label merges", "NC1", "drawings averaged", log=False)
+
+
+def gain_against_nc1(rows: pd.DataFrame) -> Figure | None:
+    from scipy.stats import spearmanr
+
+    table = tables.gain(rows)
+    if len(table) < 3 or table["NC1"].nunique() < 2:
+        return None
+    sources = rows.drop_duplicates("group").set_index("group")
+    labels = [f"{sources.backbone[g]}, {sources.data[g]}" for g in table["group"]]
+    figure, axes = _figure(7.0, 4.2)
+    for i, label in enumerate(dict.fromkeys(labels)):
+        own = table[[label == other for other in labels]]
+        color, marker = COLOURS[i % MOST], MARKERS[i % MOST]
+        axes.scatter(own["NC1"], own["gain"], 36, color, marker, label=_short(label), alpha=0.85)
+    axes.axhline(0, color="#777777", linewidth=1)
+    axes.set_xlabel("NC1 (low: each class huddles around its mean)")
+    axes.set_ylabel("accuracy at k = 5 minus k = 1, in points")
+    correlation = spearmanr(table["NC1"], table["gain"]).statistic
+    axes.set_title(
+        f"{len(table)} groups, Spearman {correlation:.2f}".replace("-", "−"), fontsize=10
+    )
+    _legend(axes)
+    return figure
+
+
+def gen_seconds(rows: pd.DataFrame) -> Figure | None:
+    rows = whole_tasks(rows[rows["method"].isin(tables.named(rows)) & (rows["gen_seconds"] > 0)])
+    if not len(rows):
+        return None
+    seconds = rows.groupby("method")["gen_seconds"].quantile([0.0, 0.5, 1.0]).unstack()
+    seconds = seconds.sort_values(0.5).iloc[-20:]
+    figure, axes = _figure(7.0, 1.2 + 0.32 * len(seconds))
+    places = np.arange(len(seconds))
+    axes.hlines(places, seconds[0.0], seconds[1.0], color="#999999", linewidth=2)
+    axes.plot(seconds[0.5], places, "o", color=COLOURS[0])
+    axes.set_yticks(places, [_short(name) for name in seconds.index])
+    axes.set_xscale("log")
+    _plain_ticks(axes.xaxis)
+    axes.set_xlabel("GEN in seconds (dot: median, line: least to most)")
+    return figure
+
+
+FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame], Figure | None]]] = {
+    "accuracy_against_k": ("Accuracy against k, a line a GEN", accuracy_against_k),
+    "accuracy_against_shots": ("Accuracy against shots", accuracy_against_shots),
+    "gain_against_nc1": ("Gain of k = 5 against NC1", gain_against_nc1),
+    "nc1_against_d": ("NC1 against d", nc1_against_d),
+    "gen_seconds": ("Time of GEN", gen_seconds),
+}
+
+
+def _lines(lines: dict, x: str, y: str, title: str, log: bool = True) -> Figure:
+    figure, axes = _figure(7.0, 4.2)
+    # The best at the right end first, so that the legend reads as the lines stand.
+    best = sorted(lines, key=lambda name: -lines[name].iloc[-1])[:MOST]
+    for i, name in enumerate(best):
+        line = lines[name].sort_index()
+        style = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 5}
+        axes.plot(line.index, line.to_numpy(), label=_short(name), **style)
+    ticks = sorted({x for name in best for x in lines[name].index})
+    if log:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    left_out = len(lines) - len(best)
+    axes.set_title(title + (f"; {left_out} lower lines left out" if left_out else ""), fontsize=10)
+    _legend(axes)
+    return figure
+
+
+def _figure(width: float, height: float):
+    # Without pyplot: no window, no global state.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _legend(axes) -> None:
+    longest = max((len(text) for text in axes.get_legend_handles_labels()[1]), default=0)
+    # Below the axes: beside them a long name would leave no room for the lines.
+    columns = 1 if longest > 34 else 2 if longest > 16 else 4
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, fontsize=9)
+
+
+def _plain_ticks(axis) -> None:
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _short(name: str) -> str:
+    # In a figure `robust mnn m=1 euclidean` says it; the tables have what one types.
+    name = re.sub(r"\b(gen|agg|distance|votes)=", "", " ".join(str(name).split()))
+    name = name.replace("weighted_by_distance", "weighted")
+    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"

@@ -1,0 +1,139 @@
+"""The results that a report is made of: a row a run, read and checked, with a method a row.
+
+A method is a recipe and the keywords in which the row differs from it, as one would type them; a
+group is what methods are compared on: backbone, data, task.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from imprint_pl.errors import ImprintError, near
+from imprint_pl.parts import SLOTS
+from imprint_pl.recipes import RECIPES, resolve
+
+NEEDED = ("backbone", "data", "task", "recipe", "accuracy")
+PARAMETERS = (
+    *SLOTS,
+    *("k", "m", "distance", "votes", "lam", "shrinkage", "projection_dim", "temperature", "engine"),
+)
+GROUP = ("backbone", "data", "task", "d", "task_seed")
+NUMBERS = (
+    *("d", "num_labels", "task_seed", "shots", "k", "m", "seed", "num_classes"),
+    *("accuracy", "macro_f1", "nc1", "vci", "gen_seconds", "inference_seconds"),
+)
+
+
+def find_results(path: str | Path) -> Path:
+    """The results file: `path` itself, or `results.parquet`, else `results.csv`, in a folder.
+
+    Raises:
+        ImprintError: there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for name in ("results.parquet", "results.csv"):
+            if (path / name).is_file():
+                return path / name
+        raise ImprintError(
+            f"{path} has neither results.parquet nor results.csv: give the folder that a sweep "
+            "wrote, or a results file"
+        )
+    if not path.is_file():
+        raise ImprintError(f"{path}: there is no such file or folder")
+    if path.suffix not in (".parquet", ".csv"):
+        raise ImprintError(f"{path}: a results file ends in .parquet or .csv")
+    return path
+
+
+def read_results(path: str | Path) -> pd.DataFrame:
+    """The rows of a results file, with the columns `method` and `group` added.
+
+    Accuracy and macro F1 are fractions; a column that is absent is added empty. Rows without an
+    accuracy are left out.
+
+    Raises:
+        ImprintError: no file, an unreadable one, a column that is needed and absent, an accuracy
+            that is no fraction, or no row.
+    """
+    path = find_results(path)
+    try:
+        rows = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except Exception as error:
+        raise ImprintError(
+            f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}): it is "
+            "damaged, or not a results file"
+        ) from error
+    for column in NEEDED:
+        if column not in rows:
+            raise ImprintError(
+                f"{path} has no column {column!r}{near(column, rows.columns)}: a report needs "
+                f"{', '.join(NEEDED)}"
+            )
+    for column in (*GROUP, *PARAMETERS, *NUMBERS):
+        if column not in rows:
+            rows[column] = None
+    for column in NUMBERS:
+        numbers = pd.to_numeric(rows[column], errors="coerce")
+        wrong = numbers.isna() & rows[column].notna() & (rows[column] != "")
+        if wrong.any():
+            raise ImprintError(
+                f"{path}: row {int(wrong.to_numpy().nonzero()[0][0])} has "
+                f"{column}={rows[column][wrong].iloc[0]!r}, which is no number"
+            )
+        rows[column] = numbers
+    rows = rows[rows["accuracy"].notna()].reset_index(drop=True)
+    if not len(rows):
+        raise ImprintError(f"{path} has no row with an accuracy: nothing to report")
+    outside = (rows["accuracy"] < 0) | (rows["accuracy"] > 1)
+    if outside.any():
+        raise ImprintError(
+            f"{path}: accuracy {rows['accuracy'][outside].iloc[0]} is not in [0, 1]: accuracies "
+            "are fractions in files"
+        )
+    for column in ("backbone", "data", "task", "recipe"):
+        rows[column] = rows[column].astype(str)
+    rows["method"] = [method_of(row) for row in rows[["recipe", *PARAMETERS]].to_dict("records")]
+    rows["group"] = rows[list(GROUP)].apply(
+        lambda row: " · ".join(_plain(value) for value in row if _given(value)), axis=1
+    )
+    return rows
+
+
+def method_of(row: dict) -> str:
+    """A row's recipe, then the keywords in which it differs: `robust`, `robust k=5`.
+
+    >>> method_of({"recipe": "robust", "gen": "kmeans", "k": 5.0, "norm_pre": "l2"})
+    'robust k=5'
+    """
+    recipe = row["recipe"]
+    own = resolve(recipe).parameters if recipe in RECIPES else {}
+    # The engine of k-means changes seconds, not the method.
+    differing = [
+        f"{name}={_plain(row[name])}"
+        for name in PARAMETERS
+        if name != "engine"
+        and _given(row.get(name))
+        and recipe != "auto"
+        and _plain(row[name]) != _plain(own.get(name))
+    ]
+    return " ".join([recipe, *differing])
+
+
+def _given(value) -> bool:
+    return not (value is None or value == "" or (isinstance(value, float) and value != value))
+
+
+def _plain(value) -> str:
+    """One spelling for 20, 20.0 and "20"."""
+    try:
+        return f"{float(value):g}"
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def whole_tasks(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows on all training samples of a task that merges no classes: Section 5.1's."""
+    return rows[rows["shots"].isna() & (rows["d"].isna())]

@@ -1,0 +1,97 @@
+"""Methods compared over groups: average accuracy, average rank, wins, Friedman, Wilcoxon–Holm.
+
+Pure functions of a table of accuracies, groups by methods; the tests are those of scipy and
+scikit-posthocs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+ALPHA = 0.05
+
+
+def accuracy_by_group(rows: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy, groups × methods, seeds averaged; of the methods that have every group.
+
+    A method that was run on a part of the groups would have an average of other tasks: it is left
+    out, unless that leaves fewer than two methods; then groups are left out instead.
+    """
+    table = rows.pivot_table(index="group", columns="method", values="accuracy", aggfunc="mean")
+    complete = table.dropna(axis=1)
+    return complete if complete.shape[1] >= 2 else table.dropna(axis=0)
+
+
+def compare(table: pd.DataFrame) -> pd.DataFrame:
+    """A row a method: accuracy (average, a fraction), rank (average, 1 is best), wins; best first.
+
+    Methods that tie share the ranks; each of the best of a group has a win.
+    """
+    # Rounded: accuracies that differ in the last bit are one accuracy.
+    rounded = table.round(9)
+    best = rounded.eq(rounded.max(axis=1), axis=0)
+    return pd.DataFrame(
+        {
+            "accuracy": table.mean(),
+            "rank": rounded.rank(axis=1, ascending=False).mean(),
+            "wins": best.sum(),
+        }
+    ).sort_values(["rank", "accuracy"], ascending=[True, False])
+
+
+@dataclass(frozen=True)
+class Significance:
+    """Friedman's p over all methods, and Holm-corrected p of each pair by Wilcoxon's test.
+
+    Attributes:
+        groups: number of groups.
+        friedman: p-value that no method differs; `None` for fewer than three methods.
+        pairs: methods × methods, symmetric, 1 on the diagonal.
+    """
+
+    groups: int
+    friedman: float | None
+    pairs: pd.DataFrame
+
+    @property
+    def some_differ(self) -> bool:
+        return self.friedman is None or self.friedman < ALPHA
+
+
+def significance(table: pd.DataFrame) -> Significance | None:
+    """The tests on a table of accuracies, groups × methods; `None` where none is possible.
+
+    With fewer than six groups Wilcoxon's signed-rank test cannot reach p < 0.05.
+
+    Source: Demšar 2006; Benavoli et al. 2016 (Wilcoxon–Holm as the post-hoc test).
+    """
+    import scikit_posthocs
+    from scipy.stats import friedmanchisquare
+    from statsmodels.stats.multitest import multipletests
+
+    table = table.round(9)
+    methods = list(table.columns)
+    if len(table) < 6 or len(methods) < 2:
+        return None
+    friedman = None
+    if len(methods) > 2:
+        friedman = float(friedmanchisquare(*(table[name] for name in methods)).pvalue)
+        # All methods the same: 0 / 0.
+        friedman = 1.0 if np.isnan(friedman) else friedman
+    # By number: the library sorts and compares names, which come from strangers.
+    numbered = table.set_axis(range(len(methods)), axis=1)
+    long = numbered.melt(var_name="method", value_name="accuracy")
+    long["method"] = long["method"].astype(int)
+    with np.errstate(all="ignore"):
+        raw = scikit_posthocs.posthoc_wilcoxon(long, val_col="accuracy", group_col="method")
+    # Two equal columns have no differences to rank.
+    raw = raw.loc[range(len(methods)), range(len(methods))].fillna(1.0).to_numpy()
+    upper = np.triu_indices(len(methods), 1)
+    pairs = np.ones_like(raw)
+    # Holm here, since the library's would be spoilt by a pair without differences.
+    pairs[upper] = multipletests(raw[upper], method="holm")[1]
+    pairs = np.minimum(pairs, pairs.T)
+    return Significance(len(table), friedman, pd.DataFrame(pairs, index=methods, columns=methods))

@@ -1,0 +1,144 @@
+"""What a fit leaves in wandb besides its metrics: summary, per-class table, confusion matrix, and
+the proxy gallery. The commands add it where there is a WandbLogger.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
+
+from imprint_pl.batch import dealt_samples, split_batch
+from imprint_pl.dashboard import FIGURES
+from imprint_pl.errors import ImprintError
+from imprint_pl.gallery import ImprintGallery
+from imprint_pl.store import EmbeddingStore
+
+# wandb draws a matrix from a row a cell; above that nobody could read it.
+MOST_CLASSES = 100
+# Paths of this machine.
+KEPT_HERE = ("checkpoint", "weights")
+
+
+class WandbResults(Callback):
+    """Keeps the predictions of a validation or test, and logs the results when asked.
+
+    Attributes:
+        confusion: `(C, C)` int64 after an evaluation, on rank 0: row = true class, column =
+            predicted.
+    """
+
+    def __init__(self) -> None:
+        self.confusion: Tensor | None = None
+        self._loggers: list[WandbLogger] = []
+        self._hook = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._loggers = [x for x in trainer.loggers if isinstance(x, WandbLogger)]
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._store, self._scores, self.confusion = EmbeddingStore(), None, None
+
+        def keep(module, inputs, scores):
+            self._scores = scores
+
+        # The module's steps return nothing: the scores are taken where the head gives them.
+        self._hook = pl_module.head.register_forward_hook(keep)
+
+    def _add(self, batch: Any) -> None:
+        # None where the head was empty.
+        if self._scores is not None:
+            labels = split_batch(batch)[1]
+            self._store.add(self._scores.argmax(1)[:, None].float(), labels)
+            self._scores = None
+
+    def _end(self, trainer: Trainer, pl_module: LightningModule, loader: Any) -> None:
+        self._hook.remove()
+        gathered = self._store.gather(dealt_samples(loader))
+        if gathered is None or not len(gathered[1]):
+            return
+        predicted, labels = gathered[0][:, 0].long(), gathered[1]
+        C = pl_module.head.num_classes
+        self.confusion = torch.bincount(labels * C + predicted, minlength=C * C).view(C, C)
+
+    def on_validation_epoch_start(self, trainer, pl_module) -> None:
+        self._start(trainer, pl_module)
+
+    def on_test_epoch_start(self, trainer, pl_module) -> None:
+        self._start(trainer, pl_module)
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *args) -> None:
+        self._add(batch)
+
+    def on_test_batch_end(self, trainer, pl_module, outputs, batch, *args) -> None:
+        self._add(batch)
+
+    def on_validation_epoch_end(self, trainer, pl_module) -> None:
+        self._end(trainer, pl_module, trainer.val_dataloaders)
+
+    def on_test_epoch_end(self, trainer, pl_module) -> None:
+        self._end(trainer, pl_module, trainer.test_dataloaders)
+
+    def send(
+        self,
+        summary: dict[str, Any],
+        model: LightningModule,
+        gallery: ImprintGallery | None = None,
+        with_images: bool = False,
+    ) -> None:
+        """Logs what the run left behind.
+
+        Args:
+            summary: of `run.summarise`; its figures become wandb's summary, the rest its config.
+                Paths of this machine stay here.
+            model: for the classes' names and accuracies.
+            gallery: what each proxy stands for; as a table of numbers.
+            with_images: log the gallery's picture as well. Training images then leave this machine.
+        """
+        import wandb
+
+        figures = {name: summary[name] for name in FIGURES if summary.get(name) is not None}
+        rest = {
+            name: value
+            for name, value in summary.items()
+            if name not in FIGURES and name not in KEPT_HERE and value is not None
+        }
+        head = model.head
+        names = [head.name_of(label) for label in range(head.num_classes)]
+        tables: dict[str, Any] = {}
+        if model.class_accuracy is not None:
+            values = model.class_accuracy.tolist()
+            tables["per_class"] = wandb.Table(
+                columns=["label", "class", "accuracy"],
+                data=[[i, name, values[i]] for i, name in enumerate(names)],
+            )
+        if self.confusion is not None and len(names) <= MOST_CLASSES:
+            true, predicted = self.confusion.nonzero().T
+            times = self.confusion[true, predicted]
+            tables["confusion_matrix"] = wandb.plot.confusion_matrix(
+                y_true=true.repeat_interleave(times).tolist(),
+                preds=predicted.repeat_interleave(times).tolist(),
+                class_names=names,
+                title="Confusion matrix",
+            )
+        if gallery is not None and gallery.rows:
+            rows = [[row[name] for name in gallery.rows[0]] for row in gallery.rows]
+            tables["proxies"] = wandb.Table(columns=list(gallery.rows[0]), data=rows)
+        if with_images:
+            if gallery is None or gallery.path is None:
+                raise ImprintError("no gallery was drawn: give --gallery wandb to a `fit`")
+            tables["gallery"] = wandb.Image(str(gallery.path))
+        for logger in self._loggers:
+            run = logger.experiment
+            run.config.update(rest, allow_val_change=True)
+            run.tags = (*(run.tags or ()), *_tags(summary, run.tags or ()))
+            run.log(tables)
+            run.summary.update(figures)
+
+
+def _tags(summary: dict[str, Any], known: tuple) -> list[str]:
+    tags = [str(summary[name])[:64] for name in ("backbone", "task", "recipe")]
+    return [tag for tag in dict.fromkeys(tags) if tag not in known]
