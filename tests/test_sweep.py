@@ -100,7 +100,7 @@ GRIDS = {
         gen=["ls", "kls", "ridge", "kridge", "lda"],
         k=3,
         norm_post=["none", "l2"],
-        norm_inf=["none", "l2"],
+        norm_inf="l2",
         agg="max",
     ),
     "votes": dict(
@@ -124,7 +124,7 @@ def test_shared_work_gives_what_each_configuration_gives_alone(digits, tmp_path,
     tasks = ["odd", {"classes": [[0, 3], 7]}]
     table = sweep(plan(path, [GRIDS[grid]], tasks, [5]), tmp_path, progress=False)
     rows = table.to_dict("records")
-    assert len(rows) > 50
+    assert len(rows) >= 40
     # Every kind, and of the hundreds of rows as many as take seconds.
     rows = rows if len(rows) < 90 else rows[:: len(rows) // 90]
     different = []
@@ -269,7 +269,7 @@ def test_a_dry_run_counts_and_estimates_and_runs_nothing(digits, tmp_path, capsy
     given = {"name": "s", "data": data, "grid": grid, "seeds": [0, 1]}
     Path("s.yaml").write_text(yaml.safe_dump(given))
     assert main(["sweep", "--config", "s.yaml", "--dry_run"]) == 0
-    assert "12 combinations, 7 configurations after pruning; about" in capsys.readouterr().out
+    assert "12 combinations, 6 configurations after pruning; about" in capsys.readouterr().out
     assert not Path("results").exists()
 
 
