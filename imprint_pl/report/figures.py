@@ -130,7 +130,15 @@ def gain_against_nc1(rows: pd.DataFrame) -> Figure | None:
     for i, label in enumerate(dict.fromkeys(labels)):
         own = table[[label == other for other in labels]]
         color, marker = COLOURS[i % MOST], MARKERS[i % MOST]
-        axes.scatter(own["NC1"], own["gain"], 36, color, marker, label=_short(label), alpha=0.85)
+        axes.scatter(
+            own["NC1"],
+            own["gain"],
+            s=36,
+            color=color,
+            marker=marker,
+            label=_short(label),
+            alpha=0.85,
+        )
     axes.axhline(0, color="#777777", linewidth=1)
     axes.set_xlabel("NC1 (low: each class huddles around its mean)")
     axes.set_ylabel("accuracy at k = 5 minus k = 1, in points")
