@@ -41,7 +41,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
     parts do not use is an error, so that a grid is best a list of dicts, one a recipe.
 
     Args:
-        recipe: a name in `imprint_pl.recipes.RECIPES`.
+        recipe: "auto", which compares recipes on held-out rows, or a name in
+            `imprint_pl.recipes.RECIPES`.
         norm_pre, gen, k, norm_post, norm_inf, agg, m, distance, votes, temperature, lam, intercept,
         shrinkage, prior, projection_dim, width, engine, as_published: as for `imprint`.
         keep: what `fit` keeps, so that classes can come and go later: "embeddings" (float16;
@@ -79,7 +80,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         temperature: float | None = None,
         lam: float | str | None = None,
         intercept: bool | None = None,
-        shrinkage: float | None = None,
+        shrinkage: float | str | None = None,
         prior: str | None = None,
         projection_dim: int | None = None,
         width: float | None = None,
@@ -300,7 +301,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         if keywords.get("recipe") != "auto":
             return resolve(**keywords), []
         codes = torch.unique(labels, return_inverse=True)[1]
-        head = imprint(x, codes, seed=self._seed(), **keywords)
+        head = imprint(x, codes, seed=self._seed(), calibrate=False, **keywords)
         del keywords["recipe"]
         chosen = {n: v for n, v in head.settings.items() if n in self.get_params(deep=False)}
         del chosen["seed"]

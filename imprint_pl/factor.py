@@ -17,6 +17,9 @@ from torch import Tensor
 from imprint_pl.errors import ImprintError
 from imprint_pl.moments import Moments
 
+# The shrinkage that chooses itself.
+OAS = "oas"
+
 
 def double(x: Tensor) -> Tensor:
     """`x` in float64; on the CPU where its device has none (Apple's MPS)."""
@@ -110,11 +113,11 @@ def inverse_factor(matrix: Tensor, cure: str) -> Tensor:
         return torch.linalg.solve_triangular(factor, identity, upper=False)
 
 
-def shrunk_within(moments: Moments, shrinkage: float) -> tuple[Tensor, str]:
+def shrunk_within(moments: Moments, shrinkage: float | str) -> tuple[Tensor, str]:
     """(1−s) Σ_W + s (tr Σ_W / d) I `(d, d)`, s the shrinkage, in float64, and a cure should it turn
     out singular.
 
-    Σ_W is the within-class covariance pooled over all samples, divided by N.
+    Σ_W is the within-class covariance pooled over all samples, divided by N. `"oas"` chooses s.
 
     Raises:
         ImprintError: Σ_W is zero.
@@ -129,12 +132,43 @@ def shrunk_within(moments: Moments, shrinkage: float) -> tuple[Tensor, str]:
             "class?), so that there is no within-class covariance: give more samples a class, or a "
             "recipe without it, such as 'qi'"
         )
+    if shrinkage == OAS:
+        shrinkage = oas(within, int(moments.counts.sum()) - int((moments.counts > 0).sum()))
     matrix = (1 - shrinkage) * within
     matrix.diagonal().add_(shrinkage * variance)
-    return matrix, f"shrinkage={shrinkage}: give a larger one, such as 0.01"
+    return matrix, f"shrinkage={shrinkage}: give a larger one, such as 0.01, or 'oas'"
 
 
-def check_shrinkage(shrinkage: float) -> None:
-    """Raises an `ImprintError` unless 0 ≤ shrinkage ≤ 1."""
-    if not 0 <= shrinkage <= 1:
-        raise ImprintError(f"shrinkage={shrinkage}: give a number from 0 to 1, such as 0.01")
+def oas(covariance: Tensor, freedom: int) -> float:
+    """The shrinkage of a covariance `(d, d)` of normal samples with the least expected squared
+    error, approximately.
+
+    s = ((1 − 2/d) tr S² + (tr S)²) / ((n + 1 − 2/d) (tr S² − (tr S)²/d)), at most 1; n the degrees
+    of freedom, samples less classes.
+
+    Source: Chen et al. 2010, "Shrinkage Algorithms for MMSE Covariance Estimation", equation 23.
+
+    >>> round(oas(torch.diag(torch.tensor([4.0, 1.0])), 100), 4)  # (0 · 17 + 25) / (100 · 4.5)
+    0.0556
+    """
+    d = len(covariance)
+    squared, trace = covariance.square().sum().item(), covariance.trace().item() ** 2
+    apart = (freedom + 1 - 2 / d) * (squared - trace / d)
+    # Round already: no shrinkage changes it.
+    return min(1.0, ((1 - 2 / d) * squared + trace) / apart) if apart > 0 else 1.0
+
+
+def checked_shrinkage(shrinkage: float | str) -> float | str:
+    """A number from 0 to 1 (YAML reads 1e-2 as text), or "oas"; else an `ImprintError`."""
+    if shrinkage == OAS:
+        return OAS
+    try:
+        number = float(shrinkage)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise ImprintError(
+            f"shrinkage={shrinkage!r}: give a number from 0 to 1, such as 0.01, or 'oas', which "
+            "chooses one"
+        )
+    return number

@@ -17,7 +17,7 @@ from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint_parts
 from imprint_pl.moments import CHUNK, Moments
-from imprint_pl.pipeline import head_of_sums
+from imprint_pl.pipeline import head_of_sums, with_chosen_lam
 from imprint_pl.recipes import Parts
 
 # Rows kept beside the sums, to fit the temperature on.
@@ -108,10 +108,7 @@ class Sums:
         moments = _moved(self.moments, device)
         x, labels = self.x.to(device), self.labels
         head = self._head(moments, class_names, self.parts.gen)
-        gen = copy.copy(self.parts.gen)
-        if "chosen_lam" in head.settings:
-            # To choose λ again takes as long as the head itself.
-            gen.lam = head.settings["chosen_lam"]
+        gen = with_chosen_lam(self.parts.gen)
         scores, of = [torch.empty(0, len(class_names), device=device)], [labels[:0]]
         with torch.no_grad():
             for held in self._held_out():

@@ -69,7 +69,8 @@ class ImprintedClassifier(Growing, LightningModule):
         lam: λ of "ls", "kls", "ridge" and "kridge"; for ridge also "gcv" (generalised
             cross-validation) or "holdout".
         intercept: of ridge: whether there is one.
-        shrinkage: of "whiten" and "lda": from 0 to 1, towards round classes.
+        shrinkage: of "whiten" and "lda": from 0 to 1, towards round classes, or "oas" (chosen from
+            the embeddings).
         prior: of "lda": "empirical" or "uniform".
         projection_dim: features of "random_projection" and "nystrom".
         width: of "nystrom": of the kernel, in median distances.
@@ -116,7 +117,7 @@ class ImprintedClassifier(Growing, LightningModule):
         temperature: float | None = None,
         lam: float | str | None = None,
         intercept: bool | None = None,
-        shrinkage: float | None = None,
+        shrinkage: float | str | None = None,
         prior: str | None = None,
         projection_dim: int | None = None,
         width: float | None = None,

@@ -52,18 +52,12 @@ def make_head(
         z = transform(norm_pre, x)
         proxies = parts.gen(z, labels, len(present), seed, progress)
         del z
-    chosen_lam = getattr(parts.gen, "chosen_lam", None)
     proxies = _finished(proxies, parts, present, classifier)
     head = head.to(x.device).fill(proxies, num_classes, class_names)
-    head.settings = dict(parts.parameters) | {"seed": seed}
-    if chosen_lam is not None:
-        head.settings["chosen_lam"] = chosen_lam
+    head.settings = _settings(parts, parts.gen, seed)
     if held:
         fitted = None if moments is None else (norm_pre, head.norm_inf, moments)
-        if chosen_lam is not None:
-            gen = copy.copy(parts.gen)
-            gen.lam = chosen_lam
-            parts = replace(parts, gen=gen)
+        parts = replace(parts, gen=with_chosen_lam(parts.gen))
         try:
             scores = held_out_scores(x, y, parts, num_classes, held, seed, classifier, fitted)
         except ImprintError:
@@ -114,10 +108,8 @@ def held_out_scores(
     norm_pre, norm_inf, moments = fitted
     gen = parts.gen
     if getattr(gen, "lam", None) in CHOICES:
-        # Chosen once, on all samples: again a fold would take as long as the head itself.
         gen(moments)
-        gen = copy.copy(gen)
-        gen.lam = gen.chosen_lam
+        gen = with_chosen_lam(gen)
     scores = []
     for mask in held:
         z = transform(norm_pre, x[mask])
@@ -134,7 +126,7 @@ def head_of_sums(
     moments: Moments,
     parts: Parts,
     head: ImprintedHead,
-    class_names: list[str],
+    class_names: list[str] | None = None,
     seed: int = 0,
     classifier: Tensor | None = None,
     gen: Any = None,
@@ -146,13 +138,27 @@ def head_of_sums(
     """
     gen = gen or parts.gen
     present = (moments.counts > 0).nonzero().flatten()
-    proxies = gen(Moments(moments.counts[present], moments.sums[present], moments.gram))
-    proxies = _finished(proxies, parts, present, classifier)
-    head = head.to(proxies.weights.device).fill(proxies, len(class_names), class_names)
-    head.settings = parts.parameters | {"seed": seed}
-    if getattr(gen, "chosen_lam", None) is not None:
-        head.settings["chosen_lam"] = gen.chosen_lam
+    proxies = _finished(gen(moments.present()), parts, present, classifier)
+    head = head.to(proxies.weights.device).fill(proxies, moments.num_classes, class_names)
+    head.settings = _settings(parts, gen, seed)
     return head
+
+
+def with_chosen_lam(gen: Any) -> Any:
+    """The GEN, or where it has chosen λ a copy that takes this λ as given: to choose again takes as
+    long as the head itself."""
+    if getattr(gen, "chosen_lam", None) is None:
+        return gen
+    gen = copy.copy(gen)
+    gen.lam = gen.chosen_lam
+    return gen
+
+
+def _settings(parts: Parts, gen: Any, seed: int) -> dict[str, Any]:
+    settings = parts.parameters | {"seed": seed}
+    if getattr(gen, "chosen_lam", None) is not None:
+        settings["chosen_lam"] = gen.chosen_lam
+    return settings
 
 
 def _sums(

@@ -23,7 +23,7 @@ COLUMNS = {
     **{"d": WHOLE, "num_labels": WHOLE, "task_seed": WHOLE, "shots": WHOLE, "recipe": TEXT},
     **{"norm_pre": TEXT, "gen": TEXT, "k": WHOLE, "norm_post": TEXT, "norm_inf": TEXT},
     **{"agg": TEXT, "m": WHOLE, "distance": TEXT, "votes": TEXT, "lam": TEXT},
-    **{"shrinkage": NUMBER, "projection_dim": WHOLE, "temperature": NUMBER, "engine": TEXT},
+    **{"shrinkage": TEXT, "projection_dim": WHOLE, "temperature": NUMBER, "engine": TEXT},
     **{"width": NUMBER, "prior": TEXT, "intercept": TRUTH, "as_published": TRUTH, "seed": WHOLE},
     **{"num_classes": WHOLE, "num_train": WHOLE, "num_test": WHOLE},
     **{"accuracy": NUMBER, "macro_f1": NUMBER, "nc1": NUMBER, "vci": NUMBER},

@@ -5,7 +5,6 @@ the recipes that must see them all.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -17,12 +16,11 @@ from imprint_pl.batch import dealt_positions
 from imprint_pl.calibration import fit_temperature
 from imprint_pl.collapse import nc1_of
 from imprint_pl.errors import ImprintError
-from imprint_pl.gen import Proxies
 from imprint_pl.head import ImprintedHead
 from imprint_pl.holdout import HeldOut
 from imprint_pl.moments import Moments
 from imprint_pl.parts import steps_of
-from imprint_pl.pipeline import checked
+from imprint_pl.pipeline import checked, head_of_sums, with_chosen_lam
 from imprint_pl.recipes import Auto, Parts
 from imprint_pl.store import check_batch
 
@@ -142,14 +140,9 @@ class EmbeddingSums:
         seen = (counts > 0).nonzero().flatten()
         # One sample a class stands for all: C, names and classes without samples are checked.
         checked(torch.zeros(len(seen), 1), seen.cpu(), len(counts), class_names, allow_empty)
-        gen = self.parts.gen
-        head = self._filled(self.moments, gen, classifier, class_names)
-        head.settings = dict(self.parts.parameters) | {"seed": self.seed}
-        if getattr(gen, "chosen_lam", None) is not None:
-            head.settings["chosen_lam"] = gen.chosen_lam
-            # λ was chosen on all samples; the heads without the held-out ones keep it.
-            gen = copy.copy(gen)
-            gen.lam = gen.chosen_lam
+        head = self._filled(self.moments, self.parts.gen, classifier, class_names)
+        # λ was chosen on all samples; the heads without the held-out ones keep it.
+        gen = with_chosen_lam(self.parts.gen)
         head.temperature = self._temperature(gen, classifier)
         return head
 
@@ -255,12 +248,8 @@ class EmbeddingSums:
         class_names: list[str] | None = None,
     ) -> ImprintedHead:
         """A head of these sums; its NORM_inf is the one of all heads made here."""
-        seen = (moments.counts > 0).nonzero().flatten()
-        proxies = gen(moments.present())
-        weights = self.parts.norm_post.of_proxies(proxies.weights, proxies.classes, classifier)
-        proxies = Proxies(weights, proxies.bias, seen[proxies.classes])
-        head = ImprintedHead(self.head.norm_inf, self.head.agg).to(self.device)
-        return head.fill(proxies, moments.num_classes, class_names)
+        head = ImprintedHead(self.head.norm_inf, self.head.agg)
+        return head_of_sums(moments, self.parts, head, class_names, self.seed, classifier, gen)
 
     def _temperature(self, gen: Any, classifier: Tensor | None) -> float:
         """Fitted on the held-out sample, by heads whose sums it was subtracted from."""

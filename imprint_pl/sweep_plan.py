@@ -80,12 +80,12 @@ def cost(unit: list[Configuration], train: int, test: int, dim: int) -> float:
         total += train * dim * train / 10
     if any(c.variant.parameters["gen"] in ("ls", "lda", "ridge", "kls", "kridge") for c in unit):
         total += 4.0 * train * dim**2
-    for (key, _), same in grouped(unit, lambda c: (generator_key(c), c.task)).items():
+    for same in grouped(unit, lambda c: (generator_key(c), c.task)).values():
         if same[0].variant.parameters["gen"] in ("ls", "lda", "ridge", "kls", "kridge"):
             total += 4.0 * dim**3
         proxies = train if p["gen"] == "all" else 10 * k
         far = {c.variant.parameters.get("distance") for c in same}
         slow = {"manhattan": 10, "chebyshev": 10, None: 0.5}
-        total += sum(test * proxies * dim * slow.get(d, 2) for d in far) + 0 * len(key)
+        total += sum(test * proxies * dim * slow.get(d, 2) for d in far)
         total += len(same) * test * dim * 4
     return total

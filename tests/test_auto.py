@@ -49,19 +49,18 @@ def test_what_it_gives_is_the_chosen_recipes_head(acceptance):
     assert torch.equal(head(x), same(x))
 
 
-@pytest.mark.parametrize(("n", "held_out"), [(40, True), (4000, False)])
-def test_it_leaves_kernel_for_a_recipe_that_is_better_beyond_doubt(n, held_out, monkeypatch):
-    # Only the sign of one of many noisy features matters, and lda is told which.
+@pytest.mark.parametrize("n", [400, 4000])
+def test_it_leaves_kernel_for_a_recipe_that_is_better_beyond_doubt(n):
+    # One feature decides, and the distances that the kernel sees are those of 299 noisy others.
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(n) % 2
-    x = torch.randn(n, 300, generator=generator)
-    x[:, 0] += 40.0 * y - 20
-    x[:, 1:] *= 30
+    x = 30 * torch.randn(n, 300, generator=generator)
+    x[:, 0] = 6.0 * y - 3 + torch.randn(n, generator=generator)
     head = imprint(x, y, "auto")
     first, chosen = head.tried[0], next(row for row in head.tried if row["chosen"])
-    assert chosen["accuracy"] >= first["accuracy"]
-    if chosen is not first:
-        assert chosen["difference"] > 2 * chosen["standard_error"]
+    assert chosen["recipe"] in ("ridge", "lda")
+    assert chosen["difference"] > 2 * chosen["standard_error"]
+    assert chosen["accuracy"] > first["accuracy"] + 0.1
 
 
 def test_a_lead_within_two_standard_errors_changes_nothing(monkeypatch):

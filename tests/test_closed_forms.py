@@ -12,6 +12,7 @@ from imprint_pl.gen import LDA, KRidge, Ridge
 from imprint_pl.gen.ridge import Spectrum, held_out
 from imprint_pl.moments import Moments
 from imprint_pl.recipes import resolve
+from imprint_pl.select import draw_shots
 
 CLOSED = ["whitened", "ridge", "lda", "ranpac", "kernel"]
 
@@ -246,10 +247,10 @@ def test_the_order_of_classes_and_samples_does_not_matter(recipe, blobs):
 @pytest.mark.parametrize("recipe", sorted(set(CLOSED) - {"ranpac", "kernel"}))
 def test_two_copies_of_every_sample_change_nothing_but_draws(recipe, blobs):
     x, y = blobs
-    once = imprint(x, y, recipe, **({"lam": 0.1} if recipe == "ridge" else {})).scores(x)
-    twice = imprint(
-        x.repeat(2, 1), y.repeat(2), recipe, **({"lam": 0.1} if recipe == "ridge" else {})
-    ).scores(x)
+    # λ and shrinkage that choose themselves look at the number of samples.
+    given = {"lam": 0.1} if recipe == "ridge" else {"shrinkage": 0.01}
+    once = imprint(x, y, recipe, **given).scores(x)
+    twice = imprint(x.repeat(2, 1), y.repeat(2), recipe, **given).scores(x)
     torch.testing.assert_close(once, twice, atol=1e-4, rtol=1e-4)
 
 
@@ -318,3 +319,25 @@ def test_kernel_on_real_embeddings(acceptance):
 @pytest.mark.slow
 def test_ranpac_on_real_embeddings(acceptance):
     assert np.mean([accuracy(acceptance, "ranpac", seed=seed) for seed in range(5)]) >= 87.8
+
+
+@pytest.mark.parametrize("recipe", ["lda", "whitened"])
+def test_the_shrinkage_that_chooses_itself_is_good_with_few_samples_and_with_many(
+    acceptance, recipe
+):
+    x, y = acceptance["train_embeddings"], acceptance["train_labels"]
+    few = draw_shots(y, 20, 0)
+
+    def accuracy(rows, **keywords):
+        head = imprint(x[rows], y[rows], recipe, calibrate=False, **keywords)
+        right = head(acceptance["test_embeddings"]).argmax(1) == acceptance["test_labels"]
+        return right.double().mean().item()
+
+    assert accuracy(few) > accuracy(few, shrinkage=0.01)
+    assert accuracy(slice(None)) > accuracy(slice(None), shrinkage=0.5) + 0.01
+
+
+@pytest.mark.parametrize("shrinkage", [-0.1, 1.1, "osa", float("nan")])
+def test_a_wrong_shrinkage_is_named_with_a_cure(shrinkage):
+    with pytest.raises(ImprintError, match="shrinkage=.*give a number from 0 to 1.*'oas'"):
+        imprint(torch.eye(3), torch.arange(3), "lda", shrinkage=shrinkage)

@@ -274,7 +274,7 @@ def test_probabilities_from_batches_mean_what_they_say(acceptance):
     model = in_batches(ImprintEstimator("lda"), x, y, size=2500)
     probabilities = model.predict_proba(acceptance["test_embeddings"])
     right = probabilities.argmax(1) == acceptance["test_labels"].numpy()
-    assert right.mean() == pytest.approx(0.8702, abs=0.001)
+    assert right.mean() == pytest.approx(0.8690, abs=0.001)
     assert probabilities.max(1).mean() == pytest.approx(right.mean(), abs=0.03)
 
 

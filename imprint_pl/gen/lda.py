@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from imprint_pl.errors import ImprintError
-from imprint_pl.factor import check_shrinkage, cholesky, double, shrunk_within
+from imprint_pl.factor import OAS, checked_shrinkage, cholesky, double, shrunk_within
 from imprint_pl.gen.base import Proxies
 from imprint_pl.moments import Moments
 
@@ -20,7 +20,7 @@ class LDA:
     Scores are log posteriors, up to what all classes share. Float64, by Cholesky.
 
     Args:
-        shrinkage: s, from 0 to 1, as for `whiten`.
+        shrinkage: s, from 0 to 1, or "oas", as for `whiten`.
         prior: π_c: "empirical", the class's share of the samples, or "uniform", 1/C.
 
     Raises:
@@ -33,11 +33,10 @@ class LDA:
     from_moments = True
     needs_gram = True
 
-    def __init__(self, shrinkage: float = 0.01, prior: str = "empirical") -> None:
-        check_shrinkage(shrinkage)
+    def __init__(self, shrinkage: float | str = OAS, prior: str = "empirical") -> None:
         if prior not in PRIORS:
             raise ImprintError(f"unknown prior={prior!r} (known: {', '.join(PRIORS)})")
-        self.shrinkage = shrinkage
+        self.shrinkage = checked_shrinkage(shrinkage)
         self.prior = prior
 
     def __call__(self, moments: Moments) -> Proxies:
