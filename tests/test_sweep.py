@@ -389,7 +389,8 @@ def test_kills_lose_and_spoil_nothing(digits, tmp_path):
     assert counts[-1] > 0
     killed = pd.read_parquet(tmp_path / "killed" / "s" / "results.parquet").astype(COLUMNS)
     undisturbed = pd.read_parquet(tmp_path / "whole" / "s" / "results.parquet").astype(COLUMNS)
-    # Some kills came while rows were being made.
-    assert any(0 < count < len(undisturbed) for count in counts), counts
+    # Most kills came while rows were being made.
+    assert sum(count < len(undisturbed) for count in counts) >= 5, counts
+    assert len(set(counts)) >= 3, counts
     assert_same(killed, undisturbed)
     assert not list((tmp_path / "killed").glob("**/unfinished*"))
