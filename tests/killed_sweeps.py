@@ -23,7 +23,17 @@ from imprint_pl.sweep_grid import checked_sweep
 KILLS = 10
 
 
+class SlowResults(Results):
+    """Takes its time before and after rows are kept, so that all kills come while rows are made."""
+
+    def append(self, rows):
+        time.sleep(0.05)
+        super().append(rows)
+        time.sleep(0.05)
+
+
 def run(path, folder):
+    sweep_file.Results = SlowResults
     # Saves within every kill's reach, too.
     sweep_file.SAVE_SECONDS = 0.05
     grid = [
@@ -69,7 +79,7 @@ def main(path, folder, seed):
     counts = []
     for _ in range(KILLS):
         process = forked(path, folder / "killed")
-        time.sleep(moments.uniform(0.0, 0.6))
+        time.sleep(moments.uniform(0.0, 0.5))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         counts.append(readable(folder / "killed" / "s"))

@@ -387,8 +387,10 @@ def test_kills_lose_and_spoil_nothing(digits, tmp_path):
     counts = yaml.safe_load(done.stdout)
     assert counts == sorted(counts)
     assert counts[-1] > 0
-    assert any(0 < count < counts[-1] or count < 171 for count in counts[1:])
     killed = pd.read_parquet(tmp_path / "killed" / "s" / "results.parquet").astype(COLUMNS)
     undisturbed = pd.read_parquet(tmp_path / "whole" / "s" / "results.parquet").astype(COLUMNS)
+    # Most kills came while rows were being made.
+    assert sum(count < len(undisturbed) for count in counts) >= 5, counts
+    assert len(set(counts)) >= 3, counts
     assert_same(killed, undisturbed)
     assert not list((tmp_path / "killed").glob("**/unfinished*"))
