@@ -67,7 +67,7 @@ def test_a_lead_within_two_standard_errors_changes_nothing(monkeypatch):
     right = torch.zeros(100, dtype=torch.bool)
     right[:80] = True
     little, much = right.clone(), right.clone()
-    little[80:83] = True  # three more right: 0.03 against 2 · 0.017
+    little[80:83] = True  # three more right: 0.03 against 2 · 0.02
     much[80:90] = True
     answers = iter([right, little])
     monkeypatch.setattr(auto, "CANDIDATES", (dict(recipe="qi"), dict(recipe="lda")))
