@@ -19,6 +19,7 @@ from imprint_pl.embedding import embed
 from imprint_pl.errors import ImprintError
 from imprint_pl.norm import L2
 from imprint_pl.recipes import RECIPES
+from imprint_pl.report.results import read_results
 from imprint_pl.results import COLUMNS, TIMES, Results
 from imprint_pl.select import draw_shots
 from imprint_pl.sweep import sweep
@@ -394,3 +395,18 @@ def test_kills_lose_and_spoil_nothing(digits, tmp_path):
     assert len(set(counts)) >= 3, counts
     assert_same(killed, undisturbed)
     assert not list((tmp_path / "killed").glob("**/unfinished*"))
+
+
+def test_a_report_reads_what_a_sweep_wrote(digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grid = [{"recipe": ["qi", "ridge", "auto", "knn"]}, {"recipe": "robust", "k": [1, 5]}]
+    data = [{"name": "x", "embeddings": str(digits[0])}]
+    Path("s.yaml").write_text(
+        yaml.safe_dump({"name": "s", "data": data, "tasks": ["all", "even"], "grid": grid})
+    )
+    assert main(["sweep", "--config", "s.yaml"]) == 0
+    for file in ("results/s", "results/s/results.csv"):
+        assert main(["report", file]) == 0
+    assert Path("results/s/report.html").is_file()
+    methods = {row["method"] for row in read_results("results/s").to_dict("records")}
+    assert methods == {"qi", "ridge", "auto", "knn", "robust k=1", "robust k=5"}

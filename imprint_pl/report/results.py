@@ -83,7 +83,11 @@ def read_results(path: str | Path) -> pd.DataFrame:
                 f"{path}: row {int(wrong.to_numpy().nonzero()[0][0])} has "
                 f"{column}={rows[column][wrong].iloc[0]!r}, which is no number"
             )
-        rows[column] = numbers
+        rows[column] = numbers.astype("float64")
+    for column in PARAMETERS:
+        # Empty is None, whatever pandas has for it in this column's type.
+        if column not in NUMBERS:
+            rows[column] = rows[column].astype(object).where(rows[column].notna(), None)
     rows = rows[rows["accuracy"].notna()].reset_index(drop=True)
     if not len(rows):
         raise ImprintError(f"{path} has no row with an accuracy: nothing to report")
