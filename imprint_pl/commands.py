@@ -92,6 +92,9 @@ def run(argv: list[str]) -> None:
         )
     except MisconfigurationException as error:
         raise ImprintError(str(error)) from error
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Lightning does so for nccl alone; threads of gloo that outlive Python may abort it.
+        torch.distributed.destroy_process_group()
 
 
 class Parser(LightningArgumentParser):

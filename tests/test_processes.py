@@ -72,6 +72,8 @@ for recipe, k in (("qi", None), ("robust", 4), ("whitened", None), ("ridge", Non
         torch.save(
             {"head": model.head.state_dict(), "metrics": metrics}, f"{folder}/{recipe}-{devices}.pt"
         )
+if devices > 1:
+    torch.distributed.destroy_process_group()
 """
 FAILING = """
 import sys

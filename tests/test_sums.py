@@ -496,6 +496,8 @@ if trainer.is_global_zero:
     # Of this program alone; ru_maxrss counts what the one that started it had.
     status = Path("/proc/self/status").read_text()
     print("KiB", status.split("VmHWM:")[1].split()[0])
+if devices > 1:
+    torch.distributed.destroy_process_group()
 """
 
 
