@@ -72,9 +72,11 @@ def extend(
     """Adds classes to a trained `nn.Linear`; the logits of the old ones stay the same.
 
     Label C_old + i is the i-th name of `new_classes`. With `old_data` the layer becomes an
-    `ExtendedLayer`, about as accurate as imprinting all classes at once. Without, it stays an
-    `nn.Linear` with more rows, which guess where the old classes are: on ten-class tasks the
-    harmonic mean of old-class and new-class accuracy was 7 to 18 points lower.
+    `ExtendedLayer`, about as accurate as imprinting all classes at once; that takes as many samples
+    of an old class as of a new one, since the classes with more samples win what lies between.
+    Without, it stays an `nn.Linear` with more rows, which guess where the old classes are: on
+    ten-class tasks the harmonic mean of old-class and new-class accuracy was 11 points lower on
+    average, about what class means (`qi`) of all classes reach.
 
     Args:
         module: any trained `nn.Module` or LightningModule.

@@ -9,7 +9,12 @@ import pandas as pd
 import pytest
 import wandb
 from conftest import ROOT
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import WandbLogger
+from projects import Plain, digits
+from torch.utils.data import DataLoader, TensorDataset
 
+from imprint_pl import ImprintCallback, attach
 from imprint_pl.cli import main
 from imprint_pl.dashboard import workspace
 
@@ -52,15 +57,8 @@ def test_the_workspace_is_the_stored_one():
 
 def records(folder):
     """(summary, config, tags and group, history keys) of an offline run, as wandb wrote them."""
-    from wandb.proto import wandb_internal_pb2
-
-    # As the end of the process would: what is written is on disk only then.
-    wandb.finish()
-    wandb.teardown()
     summary, config, run, history = {}, {}, None, set()
-    for data in chunks(next(folder.glob("*.wandb")).read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in stored(folder):
         if record.HasField("run"):
             run = record.run
             items = record.run.config.update
@@ -71,6 +69,26 @@ def records(folder):
             summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
         history |= {item.key or item.nested_key[0] for item in record.history.item}
     return summary, config, run, history
+
+
+def history_rows(folder):
+    """Each row of an offline run's history: name → value."""
+    return [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in row}
+        for row in (record.history.item for record in stored(folder) if record.HasField("history"))
+    ]
+
+
+def stored(folder):
+    from wandb.proto import wandb_internal_pb2
+
+    # As the end of the process would: what is written is on disk only then.
+    wandb.finish()
+    wandb.teardown()
+    for data in chunks(next(folder.glob("*.wandb")).read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        yield record
 
 
 def chunks(log):
@@ -92,6 +110,35 @@ def chunks(log):
 def the_run():
     (folder,) = Path("wandb").glob("offline-run-*")
     return folder
+
+
+def test_in_a_users_project_before_and_after_come_into_one_chart():
+    def fit(module, *callbacks, before=False):
+        logger = WandbLogger(project="p", offline=True, save_dir=type(module).__name__)
+        trainer = Trainer(max_epochs=2, logger=logger, callbacks=list(callbacks))
+        x, y = digits()
+        data = DataLoader(TensorDataset(x, y), 64)
+        if before:
+            trainer.validate(module, data, verbose=False)
+        trainer.fit(module, data, data)
+        (folder,) = Path(type(module).__name__).glob("wandb/offline-run-*")
+        return [row for row in history_rows(folder) if "val_acc" in row]
+
+    # Beside each other: in the same row of the history.
+    beside = fit(Plain(), ImprintCallback(Plain.layer, "qi", "validation"))
+    assert len(beside) == 2
+    for row in beside:
+        assert row["val_acc"] < row["imprinted/accuracy"] <= 1
+
+    # Imprinted, then fine-tuned: one line of the user's own metric, from step 0 on.
+    class Tuned(Plain):
+        pass
+
+    module, (x, y) = Tuned(), digits()
+    attach(module, Plain.layer, data=(x, y), recipe="qi")
+    tuned = fit(module, before=True)
+    assert [row["trainer/global_step"] for row in tuned] == [0, 9, 19]
+    assert tuned[0]["val_acc"] == pytest.approx(beside[0]["imprinted/accuracy"], abs=0.1)
 
 
 @pytest.mark.parametrize("gallery", [None, "file", "wandb"])
