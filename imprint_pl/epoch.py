@@ -8,6 +8,7 @@ import time
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from imprint_pl.batch import dealt_samples, samples_to_come
@@ -15,7 +16,9 @@ from imprint_pl.collapse import nc1
 from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint_parts
+from imprint_pl.memory import check_memory
 from imprint_pl.recipes import Auto, Parts
+from imprint_pl.reservoir import EmbeddingReservoir
 from imprint_pl.select import weibull_typical
 from imprint_pl.state import State
 from imprint_pl.store import EmbeddingStore, on_gpu
@@ -33,7 +36,7 @@ class ImprintEpoch:
         parts: of the recipe.
         seed: of every random choice.
         weibull: as for `imprint`; it asks for the embeddings, as do `keep` and `accept`.
-        keep, keep_sources, accept: as for `ImprintedClassifier`.
+        keep, keep_sources, accept, max_per_class: as for `ImprintedClassifier`.
 
     Attributes:
         state: on rank 0, once finished, what `keep` asks for.
@@ -49,7 +52,9 @@ class ImprintEpoch:
         keep: str | None = None,
         keep_sources: bool = False,
         accept: float | None = None,
+        max_per_class: int | None = None,
     ) -> None:
+        self.trainer = trainer
         self.keep, self.keep_sources, self.accept = keep, keep_sources, accept
         self.state: State | None = None
         self.data = trainer.datamodule
@@ -62,10 +67,19 @@ class ImprintEpoch:
         self.shortened = bool(trainer.fast_dev_run) or trainer.limit_train_batches != 1.0
         self.progress = trainer.progress_bar_callback is not None
         samples = samples_to_come(loader, trainer.num_training_batches, trainer.world_size)
+        self.samples, self.seen = samples, 0
         self.start = time.perf_counter()
         self.kept = EmbeddingStore()
         only_head = weibull is None and keep is None and accept is None
-        if only_head and streams(parts, samples):
+        summed = only_head and streams(parts, samples)
+        if max_per_class is not None:
+            if summed:
+                raise ImprintError(
+                    f"max_per_class={max_per_class}: this recipe keeps sums, not embeddings, and "
+                    "has nothing to bound; leave it out"
+                )
+            self.kept = EmbeddingReservoir(max_per_class, seed, self.num_classes, self.dealt)
+        elif summed:
             self.kept = EmbeddingSums(
                 parts,
                 num_classes=self.num_classes,
@@ -76,8 +90,33 @@ class ImprintEpoch:
             )
 
     def add(self, embeddings: Tensor, labels: Tensor) -> None:
-        """A batch `(B, d)` with labels `(B,)`."""
+        """A batch `(B, d)` with labels `(B,)`.
+
+        Raises:
+            ImprintError: a batch that cannot be; more embeddings than there is memory for.
+        """
+        self._check_memory(embeddings)
         self.kept.add(embeddings, labels)
+
+    def _check_memory(self, embeddings: Tensor) -> None:
+        """Before the first batch; where nobody knows how many will come, before each."""
+        first, known = self.seen == 0, self.samples is not None
+        self.seen += len(embeddings)
+        if not isinstance(self.kept, EmbeddingStore) or (known and not first):
+            return
+        strategy, result = self.trainer.strategy, None
+        if self.trainer.is_global_zero:
+            try:
+                result = check_memory(self.samples if known else self.seen, embeddings.shape[1])
+            except ImprintError as error:
+                result = error
+        if known:
+            # One rank decides: the others would wait for ever for one that has left.
+            result = strategy.broadcast(result)
+        if isinstance(result, ImprintError):
+            raise result
+        if result is not None and known:
+            rank_zero_info(result)
 
     def finish(
         self, classifier: Tensor | None, device: torch.device

@@ -81,6 +81,9 @@ class ImprintedClassifier(Growing, LightningModule):
         keep: what to keep of the training set, so that classes can come and go later (`state`):
             "embeddings" (float16; suffices for every step) or "moments" (sums).
         keep_sources: with embeddings, also keep what names the images: their files, or "train 17".
+        max_per_class: keep the embeddings of at most so many samples of each class, drawn at random
+            as they go by; GEN and NC1 see these. It bounds the memory of recipes that need the
+            embeddings; not with `keep`.
         accept: share of training samples to accept, such as 0.95: sets a threshold, below which
             `predict` says "none of these".
         seed: fixes every random choice.
@@ -126,6 +129,7 @@ class ImprintedClassifier(Growing, LightningModule):
         weibull: list[float] | None = None,
         keep: str | None = None,
         keep_sources: bool = False,
+        max_per_class: int | None = None,
         accept: float | None = None,
         seed: int = 0,
         image_size: int | None = None,
@@ -153,6 +157,14 @@ class ImprintedClassifier(Growing, LightningModule):
         self.keep, self.keep_sources, self.accept = keep, keep_sources, accept
         if keep is not None and keep not in KEEP:
             raise ImprintError(f"keep={keep!r}{near(keep, KEEP)}: give one of {', '.join(KEEP)}")
+        self.max_per_class = max_per_class
+        if max_per_class is not None and max_per_class < 1:
+            raise ImprintError(f"max_per_class={max_per_class}: give a number from 1 on")
+        if max_per_class is not None and keep is not None:
+            raise ImprintError(
+                f"max_per_class={max_per_class} drops samples that keep={keep!r} has to keep: give "
+                "one of them"
+            )
         if accept is not None and not 0 < accept <= 1:
             raise ImprintError(f"accept={accept}: give a share above 0 and at most 1, such as 0.95")
         self.parts = resolve(
@@ -236,6 +248,7 @@ class ImprintedClassifier(Growing, LightningModule):
             keep=self.keep,
             keep_sources=self.keep_sources,
             accept=self.accept,
+            max_per_class=self.max_per_class,
         )
         self._warned = False
 

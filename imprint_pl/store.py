@@ -45,12 +45,8 @@ class EmbeddingStore:
         """
         x, y = _concatenate(self._embeddings), _concatenate(self._labels)
         self._embeddings, self._labels = [], []
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return x, y
-        gathered_x, gathered_y = gather_rows(x), gather_rows(y)
-        if gathered_x is None:
-            return None
-        return gathered_x[:samples], gathered_y[:samples]
+        x, y = gather_rows(x), gather_rows(y)
+        return None if x is None else (x[:samples], y[:samples])
 
 
 def on_gpu(x: Tensor, y: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -80,6 +76,26 @@ def check_batch(embeddings: Tensor, batch: int, dim: int | None) -> None:
         )
 
 
+def check_labels(labels: Tensor, batch: int, num_classes: int | None) -> None:
+    """Checks the labels `(B,)` of batch number `batch`; `num_classes` may be unknown.
+
+    Raises:
+        ImprintError: a label out of range; names the batch and the sample.
+    """
+    outside = labels < 0
+    if num_classes is not None:
+        outside |= labels >= num_classes
+    if outside.any():
+        first = int(outside.nonzero()[0])
+        classes = (
+            "" if num_classes is None else f"..{num_classes - 1} for num_classes={num_classes}"
+        )
+        raise ImprintError(
+            f"label {int(labels[first])} of sample {first} in batch {batch} is out of range: labels "
+            f"are 0{classes or ', 1, …'}"
+        )
+
+
 def _concatenate(chunks: list[Tensor]) -> Tensor:
     """As `torch.cat`, but frees each chunk once copied: the peak is one copy, not two."""
     if not chunks:
@@ -94,7 +110,10 @@ def _concatenate(chunks: list[Tensor]) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> Tensor | None:
-    """Row j of rank r becomes row j · ranks + r on rank 0; ranks may hold different numbers."""
+    """Row j of rank r becomes row j · ranks + r on rank 0, `None` is the result on the others; ranks
+    may hold different numbers of rows."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     ranks, rank = dist.get_world_size(), dist.get_rank()
     counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(ranks)]

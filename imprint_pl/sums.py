@@ -22,7 +22,7 @@ from imprint_pl.moments import Moments
 from imprint_pl.parts import steps_of
 from imprint_pl.pipeline import checked, head_of_sums, with_chosen_lam
 from imprint_pl.recipes import Auto, Parts
-from imprint_pl.store import check_batch
+from imprint_pl.store import check_batch, check_labels
 
 # Rows that are added to the sums at once: a product of a few rows wastes most of its time.
 BLOCK = 2048
@@ -100,7 +100,7 @@ class EmbeddingSums:
         """
         x, labels = embeddings.detach().float(), labels.to("cpu", torch.int64)
         check_batch(x, self._batches, None if self.moments is None else self.input_dim)
-        self._check_labels(labels)
+        check_labels(labels, self._batches, self.num_classes)
         if self.moments is None:
             self._start(x)
         positions = dealt_positions(self._seen, len(labels))
@@ -114,6 +114,7 @@ class EmbeddingSums:
     def gather(self) -> EmbeddingSums | None:
         """The sums of all ranks on rank 0, `None` on the others."""
         self._flush()
+        self._held.gather(self.input_dim)
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return self
         device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -122,7 +123,6 @@ class EmbeddingSums:
         self._grow(int(classes))
         for moments in (self.moments, self.unit_moments):
             _reduce(moments, device)
-        self._held.gather(self.input_dim)
         return self if dist.get_rank() == 0 else None
 
     def imprint(
@@ -198,19 +198,6 @@ class EmbeddingSums:
         self.unit_moments = Moments.zeros(
             C, d, gram=unit_gram, class_weights=weights, device=self.device
         )
-
-    def _check_labels(self, labels: Tensor) -> None:
-        C = self.num_classes
-        outside = labels < 0
-        if C is not None:
-            outside |= labels >= C
-        if outside.any():
-            first = int(outside.nonzero()[0])
-            classes = "" if C is None else f"..{C - 1} for num_classes={C}"
-            raise ImprintError(
-                f"label {int(labels[first])} of sample {first} in batch {self._batches} is out of "
-                f"range: labels are 0{classes or ', 1, …'}"
-            )
 
     def _flush(self) -> None:
         if not self._rows:

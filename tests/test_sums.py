@@ -381,6 +381,7 @@ def test_classes_of_which_only_held_out_samples_exist_do_not_count(recipe):
     x, y = points(n=4000)
     held = HeldOut(0)
     held.add(x, y, torch.arange(4000))
+    held.gather(8)
     (chosen, _), (others, _) = held.folds(4000)
     y[(x == chosen[0]).all(1)] = 4
     options = {"lam": 0.1} if recipe == "ridge" else {}
@@ -414,7 +415,8 @@ def test_the_held_out_sample_is_bounded_and_the_same_in_any_batches_and_ranks():
         held = HeldOut(seed)
         for rows in parts:
             held.add(x[rows], y[rows], positions[rows])
-        assert len(held._kept[0]) == HELD
+        held.gather(1)
+        assert len(held._gathered[0]) == HELD
         return [rows.flatten().tolist() for rows, _ in held.folds(9000)]
 
     whole = drawn([slice(None)])
@@ -433,6 +435,7 @@ def test_few_samples_are_held_out_in_several_folds():
     x, y = torch.arange(3000.0)[:, None], torch.arange(3000) % 3
     held = HeldOut(0)
     held.add(x, y, torch.arange(3000))
+    held.gather(1)
     parts = [set(rows.flatten().tolist()) for rows, _ in held.folds(3000)]
     assert [len(part) for part in parts] == [300, 300]
     assert not parts[0] & parts[1]
@@ -485,7 +488,11 @@ class Waves(nn.Module):
     def forward(self, x):
         return torch.sin(x.flatten(1) @ self.matrix)
 
-overrides = {"ranpac": {"projection_dim": 1000}, "robust": {"k": 2}}.get(recipe, {})
+overrides = {
+    "ranpac": {"projection_dim": 1000}, "robust": {"k": 2},
+    "bounded": {"recipe": "robust", "k": 2, "max_per_class": 500},
+}.get(recipe, {})
+recipe = overrides.pop("recipe", recipe)
 trainer = Trainer(
     max_epochs=1, accelerator="cpu", devices=devices, logger=False, enable_progress_bar=False,
     strategy="ddp" if devices > 1 else "auto", enable_checkpointing=False,
@@ -505,7 +512,13 @@ if devices > 1:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "devices", "grows"),
-    [("ridge", 1, False), ("ridge", 2, False), ("ranpac", 1, False), ("robust", 1, True)],
+    [
+        ("ridge", 1, False),
+        ("ridge", 2, False),
+        ("ranpac", 1, False),
+        ("bounded", 1, False),
+        ("robust", 1, True),
+    ],
 )
 def test_memory_grows_with_the_images_only_where_their_embeddings_are_kept(
     tmp_path, recipe, devices, grows
