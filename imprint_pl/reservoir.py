@@ -129,7 +129,7 @@ class EmbeddingReservoir:
 
 
 def turns(positions: Tensor, seed: int) -> Tensor:
-    """The turn of each position `(n,)` in a random order of all, int64, without drawing the others'.
+    """The turn of each position `(n,)` in a random order of all, int64; the others' are not drawn.
 
     Source: Steele, Lea & Flood 2014, "Fast Splittable Pseudorandom Number Generators".
     """

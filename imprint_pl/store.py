@@ -87,12 +87,10 @@ def check_labels(labels: Tensor, batch: int, num_classes: int | None) -> None:
         outside |= labels >= num_classes
     if outside.any():
         first = int(outside.nonzero()[0])
-        classes = (
-            "" if num_classes is None else f"..{num_classes - 1} for num_classes={num_classes}"
-        )
+        among = ", 1, …" if num_classes is None else f"..{num_classes - 1} for {num_classes=}"
         raise ImprintError(
-            f"label {int(labels[first])} of sample {first} in batch {batch} is out of range: labels "
-            f"are 0{classes or ', 1, …'}"
+            f"label {int(labels[first])} of sample {first} in batch {batch} is out of range: "
+            f"labels are 0{among}"
         )
 
 
@@ -110,8 +108,10 @@ def _concatenate(chunks: list[Tensor]) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> Tensor | None:
-    """Row j of rank r becomes row j · ranks + r on rank 0, `None` is the result on the others; ranks
-    may hold different numbers of rows."""
+    """Row j of rank r becomes row j · ranks + r on rank 0; `None` on the others.
+
+    Ranks may hold different numbers of rows.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
