@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +36,8 @@ from imprint_pl.sweep_plan import CLUSTERS, PER_CLASS, PREFIX, generator_key, gr
 
 Group = tuple[int, ...]
 SCALINGS = ("none", "l2")
+# Of a product with test rows, at least.
+COLUMNS = 256
 
 
 class Work:
@@ -347,29 +350,39 @@ class Work:
             wanted = {
                 (generator_key(c), c.variant.parameters["norm_post"], c.variant.k) for c in same
             }
-            for group in dict.fromkeys(
-                g for task in dict.fromkeys(c.task for c in same) for g in self.groups(task)
-            ):
-                weights, gen_seconds = self.made[self._made_key(group, same[0])]
+            made = {
+                g: self.made[self._made_key(g, same[0])]
+                for task in dict.fromkeys(c.task for c in same)
+                for g in self.groups(task)
+            }
+            for batch in _wide_enough(made):
                 start = time.perf_counter()
-                found = self._best_products(weights, wanted)
+                found = self._best_products([made[g][0] for g in batch], wanted)
                 seconds = time.perf_counter() - start
+                columns = sum(len(made[g][0]) for g in batch)
                 for (key, post, _), best in found.items():
-                    scores[key, post, group] = best, seconds, gen_seconds
+                    for group, of_group in zip(batch, best, strict=True):
+                        weights, gen_seconds = made[group]
+                        share = seconds * len(weights) / columns
+                        scores[key, post, group] = of_group, share, gen_seconds
         return scores
 
-    def _best_products(self, weights: Tensor, wanted: set[tuple]) -> dict[tuple, Tensor]:
-        scale = 1 / weights.norm(dim=1).clamp_min(1e-12)
-        step = max(1, self.chunk_bytes // (8 * len(weights)))
-        found: dict[tuple, list[Tensor]] = {key: [] for key in wanted}
-        for z in self.test_x.split(step):
-            products = z @ weights.T
-            for key in wanted:
-                columns = products[:, : key[2]]
-                if key[1] == "l2":
-                    columns = columns * scale[: key[2]]
-                found[key].append(columns.amax(1))
-        return {key: torch.cat(parts) for key, parts in found.items()}
+    def _best_products(
+        self, of_groups: list[Tensor], wanted: set[tuple]
+    ) -> dict[tuple, list[Tensor]]:
+        """For each of `wanted` the largest products with the proxies of each group."""
+        weights = of_groups[0] if len(of_groups) == 1 else torch.cat(of_groups)
+        sizes = [len(w) for w in of_groups]
+        scales = (1 / weights.norm(dim=1).clamp_min(1e-12)).split(sizes)
+        found: dict[tuple, list[list[Tensor]]] = {key: [[] for _ in sizes] for key in wanted}
+        for z in self.test_x.split(self._block_rows(len(weights), None)):
+            for i, products in enumerate((z @ weights.T).split(sizes, 1)):
+                for key in wanted:
+                    columns = products[:, : key[2]]
+                    if key[1] == "l2":
+                        columns = columns * scales[i][: key[2]]
+                    found[key][i].append(columns.amax(1))
+        return {key: [torch.cat(parts) for parts in lists] for key, lists in found.items()}
 
     def _after_gen(
         self, proxies: Proxies, same: list[Configuration], rows: Tensor, num_classes: int
@@ -485,6 +498,19 @@ _SUMS = ("counts", "sums")
 # Columns that `auto` fills with what it has chosen.
 _CHOSEN = ("norm_pre", "gen", "k", "norm_post", "norm_inf", "agg", "lam", "shrinkage", "engine")
 _CHOSEN = (*_CHOSEN, "projection_dim", "width", "prior", "intercept")
+
+
+def _wide_enough(made: dict[Group, tuple[Tensor, float]]) -> Iterator[list[Group]]:
+    """Groups by `COLUMNS` proxies or more: few columns of a product take as long as many."""
+    batch, columns = [], 0
+    for group, (weights, _) in made.items():
+        batch.append(group)
+        columns += len(weights)
+        if columns >= COLUMNS:
+            yield batch
+            batch, columns = [], 0
+    if batch:
+        yield batch
 
 
 def _by_class(c: Configuration) -> bool:
