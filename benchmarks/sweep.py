@@ -19,11 +19,10 @@ from rich.table import Table
 from imprint_pl import imprint
 from imprint_pl.data import EmbeddingDataModule
 from imprint_pl.select import draw_shots
-from imprint_pl.sweep import CHUNK_BYTES
-from imprint_pl.sweep_data import load_embeddings, load_splits
-from imprint_pl.sweep_grid import checked_sweep
-from imprint_pl.sweep_plan import units
-from imprint_pl.sweep_work import Work
+from imprint_pl.sweep import CHUNK_BYTES, checked_sweep
+from imprint_pl.sweep.data import load_embeddings, load_splits
+from imprint_pl.sweep.plan import units
+from imprint_pl.sweep.work import Work
 
 SLOTS = ("norm_pre", "gen", "norm_post", "norm_inf", "agg")
 COUNTED = ("kmeans", "kmedoids", "random", "fps", "cov_max", "kls")

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from imprint_pl.errors import ImprintError
-from imprint_pl.sweep import CHUNK_BYTES, describe, sweep
-from imprint_pl.sweep_grid import read_sweep
+from imprint_pl.sweep import CHUNK_BYTES, describe, read_sweep, sweep
 
 BEST = 5
 

@@ -15,7 +15,7 @@ from imprint_pl.backbone import load_backbone
 from imprint_pl.data import ArrayDataset, ImageDataModule, Splits
 from imprint_pl.embedding import embed
 from imprint_pl.errors import ImprintError, near
-from imprint_pl.sweep_grid import Task
+from imprint_pl.sweep.grid import Task
 
 ARRAYS = ("train_embeddings", "train_labels", "test_embeddings", "test_labels")
 
