@@ -177,8 +177,8 @@ def load_backbone(
     """A frozen embedder from a name, a module or None.
 
     Args:
-        backbone: "efficientnet_lite0" (its weights are installed with this package), lite1, lite2
-            (with theirs); "torchvision/<name>"; "timm/<name>", also "timm/<name>.<tag>"; any
+        backbone: "efficientnet_lite0", "efficientnet_lite2" (their weights are installed with this
+            package), lite1 (with its own); "torchvision/<name>"; "timm/<name>", also "timm/<name>.<tag>"; any
             `nn.Module`, which is used as it is, frozen and put into eval mode in place; None, or
             "identity", where batches are embeddings already.
         pretrained: False gives random weights, the same at every call.

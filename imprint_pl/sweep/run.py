@@ -114,7 +114,7 @@ def _run(
     bar = tqdm(
         total=sum(costs),
         desc=f"{configurations[0].backbone}, {configurations[0].data}",
-        bar_format="{desc}: {percentage:3.0f}% |{bar}| {postfix} [{elapsed}<{remaining}]",
+        bar_format="{desc}: {percentage:3.0f}% |{bar}| [{elapsed}<{remaining}{postfix}]",
         disable=not progress,
         postfix=f"0/{len(todo)} configurations",
     )
