@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from imprint_pl.errors import ImprintError
+from imprint_pl.norm import quantiles
 from imprint_pl.select import sample
 from imprint_pl.sweep.data import Embeddings, tensor
 from imprint_pl.sweep.grid import Configuration, Task
@@ -21,7 +22,8 @@ class Samples:
         x, test_x: `(N, d)`; the training rows are sorted by class.
         order: `(N,)`, the places of the training rows in the data set.
         test_y: `(N_test,)`, original classes.
-        classifier: `(·, d)` of the backbone, or `None`.
+        classifier: `(d,)`, the quantiles of the backbone's classifier, all that NORM_post asks of
+            it, or `None`.
     """
 
     def __init__(self, embeddings: Embeddings) -> None:
@@ -29,7 +31,7 @@ class Samples:
         self.x, self.test_x = tensor(embeddings.train_x), tensor(embeddings.test_x)
         self.test_y, self.order = tensor(embeddings.test_y), tensor(embeddings.order)
         classifier = embeddings.classifier
-        self.classifier = None if classifier is None else tensor(classifier)
+        self.classifier = None if classifier is None else quantiles(tensor(classifier))
         classes, counts = torch.unique_consecutive(tensor(embeddings.train_y), return_counts=True)
         ends = counts.cumsum(0)
         self.slices = {
