@@ -1,8 +1,9 @@
 """The peak memory of a sweep in a process of its own; run by test_sweep_reference.py.
 
-    python sweep_memory.py FOLDER CHUNK_MB
+    python sweep_memory.py FOLDER CHUNK_MB [write]
 
-Prints, in MiB, the embeddings and how much the peak grew above what a small sweep had taken.
+Prints, in MiB, the embeddings and how much the peak grew above what a small sweep had taken; with
+`write` it makes the embeddings.
 """
 
 import sys
@@ -17,7 +18,6 @@ TRAIN, TEST, DIM = 40_000, 5_000, 1_280
 GRID = [
     {"recipe": ["qi", "hosoda", "janson", "ls", "lda", "ridge"]},
     {"recipe": "robust", "gen": ["kmeans", "fps", "random", "cov_max"], "k": [1, 5]},
-    {"recipe": "knn"},
 ]
 
 

@@ -14,6 +14,10 @@ from imprint_pl.errors import ImprintError
 from imprint_pl.sweep import CHUNK_BYTES, describe, read_sweep, sweep
 
 BEST = 5
+AFTERWARDS = (
+    "The same command goes on after a kill. Afterwards: `report results/<name>` for tables and a "
+    "page, `dashboard results/<name> --project P` for a wandb run each, grouped and tagged."
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,6 +28,7 @@ class Parser(argparse.ArgumentParser):
 def run(argv: list[str]) -> None:
     """Parses and runs the command."""
     parser = Parser("python -m imprint_pl sweep", description=__doc__.split(":", 1)[0])
+    parser.epilog = AFTERWARDS
     parser.add_argument("--config", required=True, help="the sweep's YAML, configs/sweeps/….yaml")
     parser.add_argument("--results_dir", default="results", help="results go to DIR/<name>/")
     parser.add_argument("--cache_dir", default="cache", help="the embedding cache")
