@@ -273,6 +273,22 @@ def test_a_dry_run_counts_and_estimates_and_runs_nothing(digits, tmp_path, capsy
     assert not Path("results").exists()
 
 
+def test_ctrl_c_is_a_line_that_says_how_to_go_on(digits, tmp_path, capsys, monkeypatch):
+    from imprint_pl.sweep import command
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "sweep", interrupted)
+    data = [{"name": "x", "embeddings": str(digits[0])}]
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump({"name": "s", "data": data, "grid": [{"recipe": "qi"}]}))
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", "--config", str(path)])
+    assert stopped.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
 def test_every_shipped_sweep_can_be_read():
     from imprint_pl.sweep import read_sweep
 

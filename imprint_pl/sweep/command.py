@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import time
 
 from rich import box
@@ -57,14 +58,19 @@ def run(argv: list[str]) -> None:
     if options.dry_run:
         return
     start = time.perf_counter()
-    table = sweep(
-        plan,
-        options.results_dir,
-        options.cache_dir,
-        n_jobs=options.n_jobs,
-        dask=options.dask,
-        chunk_bytes=options.chunk_mb << 20,
-    )
+    try:
+        table = sweep(
+            plan,
+            options.results_dir,
+            options.cache_dir,
+            n_jobs=options.n_jobs,
+            dask=options.dask,
+            chunk_bytes=options.chunk_mb << 20,
+        )
+    except KeyboardInterrupt:
+        folder = f"{options.results_dir}/{plan.name}"
+        print(f"stopped: {folder} keeps what is done, the same command goes on", file=sys.stderr)
+        sys.exit(130)  # as a shell's
     seconds = time.perf_counter() - start
     _print_best(table)
     print(
