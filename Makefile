@@ -30,6 +30,7 @@ bench: $(INSTALLED)  ## Ratios against scikit-learn, faiss and the bare forward 
 	$(BIN)/python benchmarks/aggregation.py
 	$(BIN)/python benchmarks/fit_overhead.py
 	$(BIN)/python benchmarks/auto.py
+	$(BIN)/python benchmarks/sweep.py
 
 clean:
 	rm -rf .venv runs

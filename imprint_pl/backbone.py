@@ -177,10 +177,10 @@ def load_backbone(
     """A frozen embedder from a name, a module or None.
 
     Args:
-        backbone: "efficientnet_lite0" (its weights are installed with this package), lite1, lite2
-            (with theirs); "torchvision/<name>"; "timm/<name>", also "timm/<name>.<tag>"; any
-            `nn.Module`, which is used as it is, frozen and put into eval mode in place; None, or
-            "identity", where batches are embeddings already.
+        backbone: "efficientnet_lite0", "efficientnet_lite2" (their weights are installed with this
+            package), lite1 (with its own); "torchvision/<name>"; "timm/<name>", also
+            "timm/<name>.<tag>"; any `nn.Module`, which is used as it is, frozen and put into eval
+            mode in place; None, or "identity", where batches are embeddings already.
         pretrained: False gives random weights, the same at every call.
         weights: a state dict (.pth, .safetensors) that fits the model, with its classifier or
             without; for torchvision also an entry as "IMAGENET1K_V1" (default: its `DEFAULT`).

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         # Importing Lightning takes seconds: not before it is needed.
         arguments = [_packaged_config(argument) for argument in argv]
         if argv[0] == "sweep":
-            from imprint_pl.sweep_command import run
+            from imprint_pl.sweep.command import run
 
             run(arguments[1:])
         else:

@@ -51,7 +51,8 @@ class Norm(nn.Module):
     ) -> Tensor:
         """NORM_post: proxies `(P, d)` of the classes `(P,)`, sorted → `(P, d)`.
 
-        `classifier` `(…, d)` is the backbone's original classifier, where there is one.
+        `classifier` `(·, d)` is the backbone's original classifier, where there is one, or `(d,)`
+        its `quantiles`, for who asks many times: they take longer than all else.
         """
         return self(weights)
 
@@ -129,19 +130,20 @@ class Quantile(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(P, d)` → `(P, d)`, with all rows as the reference."""
-        return _with_values(x, _quantiles(x))
+        return _with_values(x, quantiles(x))
 
     def of_proxies(
         self, weights: Tensor, classes: Tensor, classifier: Tensor | None = None
     ) -> Tensor:
         if not self.as_published:
-            if classifier is None or classifier.shape[1] != weights.shape[1]:
+            if classifier is None or classifier.shape[-1] != weights.shape[1]:
                 return self(weights)
-            return _with_values(weights, _quantiles(classifier.to(weights)))
+            ascending = classifier if classifier.ndim == 1 else quantiles(classifier.to(weights))
+            return _with_values(weights, ascending.to(weights))
         done = weights.clone()
         for c in classes.unique().tolist()[1:]:
             rows = classes == c
-            done[rows] = _with_values(weights[rows], _quantiles(done[classes < c]))
+            done[rows] = _with_values(weights[rows], quantiles(done[classes < c]))
         return done
 
 
@@ -241,8 +243,8 @@ NORMS = {part.name: part for part in (NoNorm, L2, Power)}
 PROXY_NORMS = NORMS | {Quantile.name: Quantile}
 
 
-def _quantiles(reference: Tensor) -> Tensor:
-    """The quantiles (i + ½) / d of all values of `(…, d)`, i = 0..d−1."""
+def quantiles(reference: Tensor) -> Tensor:
+    """The quantiles (i + ½) / d, i = 0..d−1, of all values of `(·, d)`: `(d,)`, ascending."""
     d = reference.shape[1]
     values = reference.double().flatten().sort().values
     # torch.quantile stops at 16 million values.

@@ -16,9 +16,9 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from imprint_pl import sweep as sweep_file
 from imprint_pl.results import Results
-from imprint_pl.sweep_grid import checked_sweep
+from imprint_pl.sweep import checked_sweep
+from imprint_pl.sweep import run as sweep_file
 
 KILLS = 10
 

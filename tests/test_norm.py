@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imprint_pl.norm import L2, NoNorm, Power, Quantile
+from imprint_pl.norm import L2, NoNorm, Power, Quantile, quantiles
 
 
 def test_quantiles_of_hand_made_proxies_are_exact():
@@ -45,6 +45,8 @@ def test_quantile_takes_the_original_classifier_as_reference_where_there_is_one(
     # The quantiles ¼ and ¾ of 0, 2, 4, 6, 8, 10 lie at positions 1.25 and 3.75.
     done = Quantile().of_proxies(weights, classes, classifier)
     assert done.tolist() == [[2.5, 7.5], [7.5, 2.5]]
+    assert quantiles(classifier).tolist() == [2.5, 7.5]
+    assert Quantile().of_proxies(weights, classes, quantiles(classifier)).equal(done)
 
 
 def test_the_embedded_backbone_knows_its_original_classifier():

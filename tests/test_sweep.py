@@ -22,8 +22,7 @@ from imprint_pl.recipes import RECIPES
 from imprint_pl.report.results import read_results
 from imprint_pl.results import COLUMNS, TIMES, Results
 from imprint_pl.select import draw_shots
-from imprint_pl.sweep import sweep
-from imprint_pl.sweep_grid import checked_sweep
+from imprint_pl.sweep import checked_sweep, sweep
 
 NORMS = ["none", "l2", "power"]
 SLOTS = ("norm_pre", "gen", "norm_post", "norm_inf", "agg")
@@ -274,8 +273,24 @@ def test_a_dry_run_counts_and_estimates_and_runs_nothing(digits, tmp_path, capsy
     assert not Path("results").exists()
 
 
+def test_ctrl_c_is_a_line_that_says_how_to_go_on(digits, tmp_path, capsys, monkeypatch):
+    from imprint_pl.sweep import command
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "sweep", interrupted)
+    data = [{"name": "x", "embeddings": str(digits[0])}]
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump({"name": "s", "data": data, "grid": [{"recipe": "qi"}]}))
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", "--config", str(path)])
+    assert stopped.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
 def test_every_shipped_sweep_can_be_read():
-    from imprint_pl.sweep_grid import read_sweep
+    from imprint_pl.sweep import read_sweep
 
     names = [str(c) for c in range(1000)]
     for path in (ROOT / "configs" / "sweeps").glob("*.yaml"):
@@ -295,12 +310,12 @@ def assert_same(one, other):
 def test_a_second_run_computes_nothing_and_a_larger_grid_only_what_is_new(
     digits, tmp_path, monkeypatch
 ):
-    from imprint_pl import sweep_work
+    from imprint_pl.sweep import work
 
     first = sweep(plan(digits[0], [dict(recipe=["qi", "ls"])]), tmp_path, progress=False)
-    ran, run = [], sweep_work.Work.run
+    ran, run = [], work.Work.run
     monkeypatch.setattr(
-        sweep_work.Work, "run", lambda self, u, todo: ran.extend(todo) or run(self, u, todo)
+        work.Work, "run", lambda self, u, todo: ran.extend(todo) or run(self, u, todo)
     )
     assert_same(sweep(plan(digits[0], [dict(recipe=["qi", "ls"])]), tmp_path), first)
     assert ran == []

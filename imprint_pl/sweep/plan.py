@@ -12,7 +12,7 @@ from typing import Any
 from imprint_pl.cache import digest
 from imprint_pl.parts import steps_of
 from imprint_pl.recipes import Auto
-from imprint_pl.sweep_grid import Configuration
+from imprint_pl.sweep.grid import Configuration
 
 # Their first k proxies are those of any larger k.
 PREFIX = ("random", "fps", "cov_max")

@@ -15,7 +15,7 @@ from imprint_pl.backbone import load_backbone
 from imprint_pl.data import ArrayDataset, ImageDataModule, Splits
 from imprint_pl.embedding import embed
 from imprint_pl.errors import ImprintError, near
-from imprint_pl.sweep_grid import Task
+from imprint_pl.sweep.grid import Task
 
 ARRAYS = ("train_embeddings", "train_labels", "test_embeddings", "test_labels")
 
@@ -47,6 +47,8 @@ class Embeddings:
             self.order = np.argsort(self.train_y, kind="stable")
             if not np.array_equal(self.order, np.arange(len(self.order))):
                 self.train_x, self.train_y = self.train_x[self.order], self.train_y[self.order]
+                # What comes from a file is a view of its whole mapping, which would stay in memory.
+                self.test_x = self.test_x.copy()
 
 
 def load_splits(entry: dict[str, Any]) -> tuple[ImageDataModule | None, Splits]:

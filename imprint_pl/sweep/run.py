@@ -1,7 +1,7 @@
 """Many recipes on many tasks: `sweep` runs a grid on one machine, or on several by Dask.
 
 Embeddings are made once and read from the cache; configurations that share work run together, see
-`sweep_work.py`. A sweep may be killed at any moment and goes on where it was.
+`work.py`. A sweep may be killed at any moment and goes on where it was.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from tqdm import tqdm
 from imprint_pl.cache import digest
 from imprint_pl.errors import ImprintError
 from imprint_pl.results import Results
-from imprint_pl.sweep_data import Embeddings, load_embeddings, load_splits
-from imprint_pl.sweep_grid import Configuration, Sweep, names_of
-from imprint_pl.sweep_plan import cost, units
-from imprint_pl.sweep_work import Work
+from imprint_pl.sweep.data import Embeddings, load_embeddings, load_splits
+from imprint_pl.sweep.grid import Configuration, Sweep, names_of
+from imprint_pl.sweep.plan import cost, units
+from imprint_pl.sweep.work import Work
 
 CHUNK_BYTES = 1 << 30
 SAVE_SECONDS = 30.0
@@ -114,7 +114,7 @@ def _run(
     bar = tqdm(
         total=sum(costs),
         desc=f"{configurations[0].backbone}, {configurations[0].data}",
-        bar_format="{desc}: {percentage:3.0f}% |{bar}| {postfix} [{elapsed}<{remaining}]",
+        bar_format="{desc}: {percentage:3.0f}% |{bar}| [{elapsed}<{remaining}{postfix}]",
         disable=not progress,
         postfix=f"0/{len(todo)} configurations",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import time
 
 from rich import box
@@ -11,10 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from imprint_pl.errors import ImprintError
-from imprint_pl.sweep import CHUNK_BYTES, describe, sweep
-from imprint_pl.sweep_grid import read_sweep
+from imprint_pl.sweep import CHUNK_BYTES, describe, read_sweep, sweep
 
 BEST = 5
+AFTERWARDS = (
+    "The same command goes on after a kill. Afterwards: `report results/<name>` for tables and a "
+    "page, `dashboard results/<name> --project P` for a wandb run each, grouped and tagged."
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,6 +29,7 @@ class Parser(argparse.ArgumentParser):
 def run(argv: list[str]) -> None:
     """Parses and runs the command."""
     parser = Parser("python -m imprint_pl sweep", description=__doc__.split(":", 1)[0])
+    parser.epilog = AFTERWARDS
     parser.add_argument("--config", required=True, help="the sweep's YAML, configs/sweeps/….yaml")
     parser.add_argument("--results_dir", default="results", help="results go to DIR/<name>/")
     parser.add_argument("--cache_dir", default="cache", help="the embedding cache")
@@ -53,14 +58,19 @@ def run(argv: list[str]) -> None:
     if options.dry_run:
         return
     start = time.perf_counter()
-    table = sweep(
-        plan,
-        options.results_dir,
-        options.cache_dir,
-        n_jobs=options.n_jobs,
-        dask=options.dask,
-        chunk_bytes=options.chunk_mb << 20,
-    )
+    try:
+        table = sweep(
+            plan,
+            options.results_dir,
+            options.cache_dir,
+            n_jobs=options.n_jobs,
+            dask=options.dask,
+            chunk_bytes=options.chunk_mb << 20,
+        )
+    except KeyboardInterrupt:
+        folder = f"{options.results_dir}/{plan.name}"
+        print(f"stopped: {folder} keeps what is done, the same command goes on", file=sys.stderr)
+        sys.exit(130)  # as a shell's
     seconds = time.perf_counter() - start
     _print_best(table)
     print(

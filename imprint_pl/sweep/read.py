@@ -1,23 +1,20 @@
-"""The grid of a sweep: from its YAML to single configurations, without those that are the same.
-
-A configuration is a task of a data set, embedded by a backbone, under the parameters of `imprint`.
-"""
+"""The YAML of a sweep, checked: what it says wrong is an error that names the place and a cure."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from imprint_pl.cache import digest
-from imprint_pl.data.tasks import SUBSETS, resolve_task
+from imprint_pl.data.tasks import SUBSETS
 from imprint_pl.errors import ImprintError, near
-from imprint_pl.parts import SLOTS, parameters_of, steps_of
-from imprint_pl.recipes import AUTO, RECIPES, Auto, Parts, drop_unused, resolve
+from imprint_pl.parts import SLOTS, parameters_of
+from imprint_pl.recipes import AUTO, RECIPES, Auto, drop_unused, resolve
+from imprint_pl.sweep.grid import Sweep, Task, Variant, names_of
 
 KEYS = ("name", "backbones", "data", "tasks", "grid", "seeds", "prune")
 TASK_KEYS = ("name", "classes", "d", "num_labels", "task_seed", "shots")
@@ -25,143 +22,6 @@ PARAMETERS = sorted({n for t in SLOTS.values() for part in t.values() for n in p
 KEYWORDS = ("recipe", "shots", *SLOTS, *PARAMETERS)
 # What the task's name is made of, at most.
 CLASSES_SHOWN = 10
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task: which classes under which labels. `shots` are drawn for each row, by its seed."""
-
-    name: str
-    classes: Any = "all"
-    d: int | None = None
-    num_labels: int | None = None
-    task_seed: int | None = None
-    shots: int | None = None
-
-    def groups(self, class_names: list[str]) -> list[tuple[int, ...]]:
-        """The original classes of each label."""
-        seed = self.task_seed or 0
-        return [
-            tuple(sorted(group))
-            for group in resolve_task(self.classes, class_names, self.d, self.num_labels, seed)
-        ]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One entry of the grid: parts, ready to use, and the plain parameters that name them."""
-
-    parts: Parts | Auto
-    parameters: dict[str, Any]
-    shots: int | None
-
-    @property
-    def k(self) -> int | None:
-        return self.parameters.get("k")
-
-    @property
-    def uses_seed(self) -> bool:
-        """Whether anything but the shots is random."""
-        if isinstance(self.parts, Auto):
-            return True
-        draws = {"random_projection", "nystrom"} & {s.name for s in steps_of(self.parts.norm_pre)}
-        fixed = {"mean", "all", "cov_max", "ls", "ridge", "lda"}
-        # One cluster is the mean, one medoid the best of all samples.
-        single = self.parts.gen.name in ("kmeans", "kmedoids", "kls") and self.k == 1
-        random = not single and self.parts.gen.name not in fixed
-        random = random or self.parameters.get("lam") == "holdout"
-        return random or bool(draws)
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One row of the results. `seed` is `None` where nothing is random."""
-
-    backbone: str
-    data: str
-    task: Task
-    variant: Variant
-    shots: int | None
-    seed: int | None
-    id: str = field(default="", compare=False)
-
-    def columns(self) -> dict[str, Any]:
-        """The row's parameters."""
-        names = ("d", "num_labels", "task_seed")
-        parameters = dict(self.variant.parameters)
-        if parameters.get("lam") is not None:
-            parameters["lam"] = str(parameters["lam"])
-        return {
-            **{"backbone": self.backbone, "data": self.data, "task": self.task.name},
-            **{name: getattr(self.task, name) for name in names},
-            **parameters,
-            **{"shots": self.shots, "seed": self.seed, "id": self.id},
-        }
-
-
-@dataclass
-class Sweep:
-    """What the YAML says, checked.
-
-    Attributes:
-        sources: pairs of a backbone's and a data set's entry; the backbone's is `None` where the
-            data are embeddings.
-        full: combinations a source, before pruning.
-    """
-
-    name: str
-    sources: list[tuple[dict | None, dict]]
-    tasks: list[Task]
-    variants: list[Variant]
-    seeds: list[int]
-    prune: bool
-    full: int
-
-    def configurations(
-        self, source: tuple[dict | None, dict], class_names: list[str], num_train: int
-    ) -> list[Configuration]:
-        """The configurations of one source, each once, without those that the paper leaves out."""
-        kept: dict[str, Configuration] = {}
-        backbone, data = names_of(source)
-        sizes = {task: len(task.groups(class_names)) for task in self.tasks}
-        for task, variant, seed in itertools.product(self.tasks, self.variants, self.seeds):
-            shots = task.shots if variant.shots is None else variant.shots
-            if self.prune and _left_out(variant, shots, sizes[task], num_train):
-                continue
-            seed = seed if variant.uses_seed or shots else None
-            parameters = {n: v for n, v in variant.parameters.items() if n != "recipe"}
-            if isinstance(variant.parts, Auto):
-                parameters = variant.parameters
-            key = {
-                **{"backbone": backbone, "data": data, "classes": task.classes, "d": task.d},
-                **{"num_labels": task.num_labels, "task_seed": task.task_seed},
-                **{"shots": shots, "seed": seed, "parameters": parameters},
-            }
-            name = digest(key)[:16]
-            kept.setdefault(
-                name, Configuration(backbone, data, task, variant, shots, seed, id=name)
-            )
-        return list(kept.values())
-
-
-def _left_out(variant: Variant, shots: int | None, labels: int, num_train: int) -> bool:
-    """The paper's rules: what cannot differ from another configuration, or makes no sense."""
-    parameters = variant.parameters
-    if variant.k is not None and shots is not None and variant.k > shots:
-        return True
-    proxies = num_train if parameters.get("gen") == "all" else labels * (variant.k or 1)
-    if parameters.get("m") is not None and parameters["m"] > proxies:
-        return True
-    return parameters.get("norm_pre") == "l2" and parameters["norm_inf"] not in ("l2", "same")
-
-
-def names_of(source: tuple[dict | None, dict]) -> tuple[str, str]:
-    """The columns `backbone` and `data`."""
-    backbone, data = source
-    if backbone is None:
-        return data.get("backbone", "embeddings"), data["name"]
-    size = backbone.get("image_size")
-    return backbone["name"] + (f"@{size}" if size else ""), data.get("label", data["name"])
 
 
 def read_sweep(path: str | Path) -> Sweep:
