@@ -121,20 +121,31 @@ class ImprintedHead(nn.Module, Pretrained):
         return self.scores(embeddings) * self.log_scale.exp()
 
     def scores(self, embeddings: Tensor) -> Tensor:
-        """Embeddings `(B, d)` → scores `(B, C)` in the units of AGG; −∞ without proxies.
+        """Embeddings `(B, d)` → scores `(B, C)` in the units of AGG; −∞ without proxies, NaN for an
+        embedding that is not finite or whose square is too large for float32.
 
         Raises:
             ImprintError: the head is empty, or made for another `d`.
         """
         if self.is_empty:
             raise ImprintError("this head has no proxies yet: imprint it, or load a checkpoint")
-        if embeddings.shape[-1] != self.embedding_dim:
+        if embeddings.ndim != 2:
+            raise ImprintError(f"embeddings of shape {tuple(embeddings.shape)}: expected (B, d)")
+        if embeddings.shape[1] != self.embedding_dim:
             raise ImprintError(
                 f"embeddings of {embeddings.shape[-1]} numbers for a head made for "
                 f"{self.embedding_dim}: use the backbone that the head was imprinted with"
             )
         z = self.norm_inf(embeddings.to(self.proxies.dtype))
-        return self.agg(z, self.proxies, self.bias, self.proxy_classes, self.num_classes)
+        if z.shape[-1] != self.feature_dim:
+            raise ImprintError(
+                f"NORM_inf makes {z.shape[-1]} numbers of an embedding, the proxies have "
+                f"{self.feature_dim}: give norm_inf='same', or parts that fit each other"
+            )
+        scores = self.agg(z, self.proxies, self.bias, self.proxy_classes, self.num_classes)
+        # NaN where the embedding, or its length, is not finite: some parts would drop that, as a
+        # relu does, or a vote, and a class would come out of nothing.
+        return scores + 0 * embeddings.float().square().sum(-1, keepdim=True).to(scores.dtype)
 
     def decide(self, scores: Tensor) -> Tensor:
         """Scores `(B, C)` of `scores` → labels `(B,)`; −1 where the best is below the threshold."""

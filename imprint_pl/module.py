@@ -22,6 +22,7 @@ from imprint_pl.errors import ImprintError, near
 from imprint_pl.growing import Growing
 from imprint_pl.metrics import TaskMetrics
 from imprint_pl.recipes import resolve
+from imprint_pl.select import checked_bounds
 from imprint_pl.state import KEEP
 
 # Above this, a value a class would drown a logger; `class_accuracy` and the run folder have them.
@@ -149,7 +150,7 @@ class ImprintedClassifier(Growing, LightningModule):
         self.strict_loading = False
         self.save_backbone = save_backbone
         self.seed = seed
-        self.weibull = weibull
+        self.weibull = None if weibull is None else checked_bounds(weibull)
         self.keep, self.keep_sources, self.accept = keep, keep_sources, accept
         if keep is not None and keep not in KEEP:
             raise ImprintError(f"keep={keep!r}{near(keep, KEEP)}: give one of {', '.join(KEEP)}")

@@ -23,6 +23,7 @@ from torch import Tensor
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint_parts
+from imprint_pl.limits import check_values
 from imprint_pl.moments import Moments
 from imprint_pl.norm import sums_of
 from imprint_pl.norm_learned import RandomProjection
@@ -279,8 +280,7 @@ class State:
             )
         if not len(x):
             raise ImprintError(f"class {name!r}: no sample was given; add some")
-        if not x.isfinite().all():
-            raise ImprintError(f"class {name!r}: an embedding is not finite; look at its images")
+        check_values(x, f"class {name!r}: ")
         return x
 
     def _renamed(self, names: list[str]) -> State:

@@ -18,6 +18,7 @@ from imprint_pl.collapse import nc1_of
 from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
 from imprint_pl.holdout import HeldOut
+from imprint_pl.limits import check_classes
 from imprint_pl.moments import Moments
 from imprint_pl.parts import steps_of
 from imprint_pl.pipeline import checked, head_of_sums, with_chosen_lam
@@ -201,6 +202,7 @@ class EmbeddingSums:
 
     def _check_labels(self, labels: Tensor) -> None:
         C = self.num_classes
+        check_classes(int(labels.max()) + 1 if len(labels) else 0)
         outside = labels < 0
         if C is not None:
             outside |= labels >= C
