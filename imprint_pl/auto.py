@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from imprint_pl.calibration import ENOUGH, folds
+from imprint_pl.calibration import ENOUGH, folds, scored
 from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
 from imprint_pl.pipeline import held_out_scores, make_head
@@ -139,7 +139,8 @@ def _labelled(
     except ImprintError:
         # Such as a within-class covariance of one sample a class.
         return None
-    return torch.cat([s.argmax(1) == y[mask] for s, mask in zip(scores, held, strict=True)])
+    labels = [y[scored(mask, num_classes)] for mask in held]
+    return torch.cat([s.argmax(1) == own for s, own in zip(scores, labels, strict=True)])
 
 
 def _compared(correct: Tensor | None, before: list[Tensor | None]) -> dict[str, float | None]:

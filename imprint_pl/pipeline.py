@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imprint_pl.calibration import fit_temperature, folds
+from imprint_pl.calibration import fit_temperature, folds, scored
 from imprint_pl.errors import ImprintError
 from imprint_pl.gen import Proxies
 from imprint_pl.gen.ridge import CHOICES
@@ -66,7 +66,8 @@ def make_head(
         except ImprintError:
             # Enough samples for the recipe, but not with some of them held out.
             return head
-        head.temperature = fit_temperature(torch.cat(scores), torch.cat([y[rows] for rows in held]))
+        labels = torch.cat([y[scored(mask, num_classes)] for mask in held])
+        head.temperature = fit_temperature(torch.cat(scores), labels)
     return head
 
 
@@ -91,7 +92,7 @@ def held_out_scores(
         fitted: NORM_pre, NORM_inf and the sums of all samples after NORM_pre, where they are known.
 
     Returns:
-        `(n, num_classes)` for each mask.
+        `(n, num_classes)` for each mask, of the samples that `scored` gives.
     """
     present, labels = torch.unique(y, return_inverse=True)
     norm_pre, head = parts.fresh()
@@ -101,8 +102,10 @@ def held_out_scores(
     by_sums = parts.gen.from_moments and not getattr(norm_pre, "uses_labels", False)
     if not (by_sums and worth_it):
         return [
-            make_head(x[~m], y[~m], parts, num_classes, None, seed, classifier).scores(x[m])
-            for m in held
+            make_head(x[~mask], y[~mask], parts, num_classes, None, seed, classifier).scores(
+                x[scored(mask, num_classes)]
+            )
+            for mask in held
         ]
     if fitted is None:
         norm_pre = norm_pre.to(x.device)
@@ -119,8 +122,11 @@ def held_out_scores(
         gram = "none" if moments.gram is None else "pooled"
         others = moments - Moments.of(z, labels[mask], len(present), gram=gram)
         proxies = _finished(gen(others), parts, present, classifier)
+        rows = scored(mask, num_classes)
         if norm_inf is not norm_pre:
-            z = transform(norm_inf, x[mask])
+            z = transform(norm_inf, x[rows])
+        elif len(rows) < len(z):
+            z = transform(norm_pre, x[rows])
         scores.append(parts.agg(z, proxies.weights, proxies.bias, proxies.classes, num_classes))
     return scores
 

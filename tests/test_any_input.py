@@ -489,7 +489,7 @@ def test_ridge_learns_alike_from_tiny_and_huge_embeddings_with_an_intercept(scal
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["auto", *RECIPES])
+@pytest.mark.parametrize("recipe", ["auto", "robust", "janson", "ridge", "lda"])
 def test_ten_thousand_classes(recipe):
     draw = torch.Generator().manual_seed(0)
     y = torch.arange(10_000).repeat(2)
@@ -500,5 +500,5 @@ def test_ten_thousand_classes(recipe):
     assert isinstance(head, ImprintedHead)
     assert scores.shape == (len(rows), 10_000)
     assert not scores.isnan().any()
-    if recipe in ("robust", "janson", "knn", "whitened", "qi"):
+    if recipe != "ridge":
         assert (scores.argmax(1) == y[rows]).float().mean() > 0.95
