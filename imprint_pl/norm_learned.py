@@ -9,6 +9,7 @@ from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.factor import OAS, checked_shrinkage, double, inverse_factor, shrunk_within
+from imprint_pl.files import check_tensor
 from imprint_pl.limits import is_count, is_number
 from imprint_pl.moments import Moments
 from imprint_pl.norm import Norm, sums_of
@@ -69,6 +70,7 @@ class Learned(Norm):
         for name in self.state:
             saved = state_dict.get(prefix + name)
             if saved is not None:
+                check_tensor(prefix + name, saved)
                 own = getattr(self, name)
                 setattr(self, name, torch.empty(saved.shape, dtype=saved.dtype, device=own.device))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
