@@ -27,6 +27,7 @@ from imprint_pl.run import summarise, write_summary
 from imprint_pl.state import State, state_path
 
 KILLS = 12
+PIECE = 4096
 
 
 class Flat(torch.nn.Module):
@@ -44,8 +45,17 @@ def classifier():
     return ImprintedClassifier(Flat(), "knn", keep="embeddings", preprocess=preprocess)
 
 
-def write(folder):
+def write_slowly(path, content):
+    """As a slow disk would: many kills come while a file is half written."""
+    with open(path, "wb", buffering=0) as file:
+        for start in range(0, len(content), PIECE):
+            file.write(content[start : start + PIECE])
+            time.sleep(0.002)
+
+
+def write(folder, exported):
     torch.set_num_threads(1)
+    Path.write_bytes = write_slowly
     model = classifier()
     flags = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer = Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **flags)
@@ -58,7 +68,8 @@ def write(folder):
         model.head.save_pretrained(folder / "head")
         write_summary(folder, summarise(trainer, model, "val"), model)
         write_page(folder / "report.html", name="a", rows=rows, **page)
-        write_export(Half(), folder / "half.pt2", "torch_export", [], {})
+        if exported:
+            write_export(Half(), folder / "half.pt2", "torch_export", [], {})
 
 
 def whole(folder):
@@ -85,7 +96,7 @@ def main(folder, seed):
         place.mkdir(exist_ok=True)
         process = os.fork()
         if process == 0:
-            write(place)
+            write(place, kill % 3 == 0)
         # Some before the first round is done, most while the second writes over it.
         time.sleep(moments.uniform(0.5, 6.0))
         os.kill(process, signal.SIGKILL)
