@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from imprint_pl.distances import DISTANCES, Mahalanobis, distances
 from imprint_pl.errors import ImprintError, near
+from imprint_pl.limits import LARGEST, SMALLEST, is_count, is_number
 
 # Numbers in a block of distances, samples × proxies: 256 MB in float64.
 BLOCK = 2**25
@@ -94,8 +95,10 @@ class NearestProxies(nn.Module):
         as_published: bool = False,
     ) -> None:
         super().__init__()
-        if m < 1:
-            raise ImprintError(f"m={m}: at least one proxy has to vote; give m ≥ 1")
+        if not is_count(m):
+            raise ImprintError(
+                f"m={m!r}: at least one proxy has to vote; give a whole number m ≥ 1"
+            )
         self.m = m
         self.distance = _one_of("distance", distance, DISTANCES)
         self.votes = _one_of("votes", votes, ("uniform", "weighted_by_distance", "softmax"))
@@ -179,6 +182,8 @@ def _one_of(keyword: str, value: str, known) -> str:
 
 
 def _positive(keyword: str, value: float) -> float:
-    if not value > 0:
-        raise ImprintError(f"{keyword}={value}: give a number above 0")
-    return value
+    if not is_number(value) or not value > 0:
+        raise ImprintError(f"{keyword}={value!r}: give a number above 0")
+    if not SMALLEST <= value <= LARGEST:
+        raise ImprintError(f"{keyword}={value}: give one from {SMALLEST:.0e} to {LARGEST:.0e}")
+    return float(value)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from imprint_pl.calibration import folds
+from imprint_pl.calibration import ENOUGH, folds, scored
 from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
 from imprint_pl.pipeline import held_out_scores, make_head
@@ -55,7 +55,8 @@ def imprint_auto(
     """Embeddings `x (N, d)`, labels `y (N,)`, checked → the chosen recipe's head.
 
     With fewer than 3,000 samples candidates are compared by cross-validation, over two to five
-    stratified folds. With more, 2,000 random samples are imprinted and up to 3,000 others labelled.
+    stratified folds; so, too, with so many classes that two samples of each are nearly all. With
+    more, 2,000 random samples are imprinted and up to 3,000 others labelled.
     A candidate replaces `kernel` if its accuracy there is higher by more than two standard errors
     of the paired difference, √(n₊ + n₋ + 1 − (n₊ − n₋)²/(n + 2)) / (n + 2), n₊ and n₋ the samples
     that only one or only the other has right, of n. Where nothing can be held out (one sample a
@@ -111,6 +112,9 @@ def _comparison(y: Tensor, seed: int) -> tuple[Tensor, list[Tensor]]:
     first[by_class[place < 2]] = True
     order = torch.cat([order[first[order]], order[~first[order]]])
     trained = max(TRAINED, int(first.sum()))
+    if len(y) - trained < ENOUGH:
+        # So many classes that their first samples leave none to label.
+        return everything, folds(y, seed, enough=LABELLED)
     sample = order[: trained + LABELLED]
     held = torch.zeros(len(sample), dtype=torch.bool, device=y.device)
     held[trained:] = True
@@ -135,7 +139,8 @@ def _labelled(
     except ImprintError:
         # Such as a within-class covariance of one sample a class.
         return None
-    return torch.cat([s.argmax(1) == y[mask] for s, mask in zip(scores, held, strict=True)])
+    labels = [y[scored(mask, num_classes)] for mask in held]
+    return torch.cat([s.argmax(1) == own for s, own in zip(scores, labels, strict=True)])
 
 
 def _compared(correct: Tensor | None, before: list[Tensor | None]) -> dict[str, float | None]:

@@ -86,9 +86,13 @@ class RowCache:
             if metadata.get("format") != FORMAT or metadata.get("key") != self._digest:
                 raise ValueError("it was not written for this cache")
             held = file.get_tensor("positions")
+            if held.ndim != 1 or held.dtype != np.int64 or not (np.diff(held) > 0).all():
+                raise ValueError("its positions do not ascend")
             if not np.isin(wanted, held).any():
                 return None, None
             embeddings = file.get_tensor("embeddings")
+        if embeddings.dtype != np.float32 or embeddings.shape[:-1] != held.shape:
+            raise ValueError("it does not hold a row of float32 for each position")
         if _content_hash(held, embeddings) != metadata.get("sha256"):
             raise ValueError("its content does not match its hash")
         return held, embeddings
@@ -150,7 +154,7 @@ class RowCache:
             lock.release()
 
     def _parts(self) -> list[Path]:
-        return sorted(self.folder.glob("part-?????.safetensors"))
+        return sorted(self.folder.glob(f"part-{5 * '[0-9]'}.safetensors"))
 
 
 def digest(key: dict) -> str:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 # Held-out samples that a temperature, or a choice between recipes, should rest on.
 ENOUGH = 500
+# Numbers among the scores of a fold, samples × classes: 128 MB in float64.
+SCORES = 2**24
 
 
 def folds(y: Tensor, seed: int, enough: int = ENOUGH) -> list[Tensor]:
@@ -48,6 +50,13 @@ def folds(y: Tensor, seed: int, enough: int = ENOUGH) -> list[Tensor]:
         if held >= enough:
             break
     return masks
+
+
+def scored(mask: Tensor, num_classes: int) -> Tensor:
+    """Which of the held-out samples, mask `(N,)`, are scored: their positions; all of them, or with
+    many classes, whose scores would fill the memory, every second, third, …"""
+    rows = mask.nonzero().flatten()
+    return rows[:: max(1, math.ceil(len(rows) * num_classes / SCORES))]
 
 
 def fit_temperature(scores: Tensor, y: Tensor) -> float:

@@ -47,7 +47,8 @@ def check_checkpoint(
         )
     if any(key.startswith("backbone.") for key in state):
         return
-    saved = checkpoint.get("backbone", {})
+    saved = checkpoint.get("backbone")
+    saved = saved if isinstance(saved, dict) else {}
     for key in ("name", "sha256"):
         if saved.get(key) != source[key]:
             raise ImprintError(

@@ -6,6 +6,7 @@ line that says what to change, not in a traceback.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -99,6 +100,8 @@ def main(argv: list[str] | None = None) -> int:
 def _users_mistake(error: BaseException | None) -> ImprintError | None:
     # jsonargparse wraps what a constructor raises.
     while error is not None and not isinstance(error, ImprintError):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return ImprintError(f"the disk is full ({error}): make room, and run it again")
         error = error.__cause__ or error.__context__
     return error
 

@@ -20,6 +20,7 @@ import imprint_pl.data
 from imprint_pl.embedding import embed
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.explain import explain_files
+from imprint_pl.files import hyperparameters, read_checkpoint
 from imprint_pl.gallery import ImprintGallery
 from imprint_pl.module import ImprintedClassifier
 from imprint_pl.predictions import PredictionWriter
@@ -199,19 +200,13 @@ class ImprintCLI(LightningCLI):
         path = self.config[command].get("ckpt_path")
         if not path:
             return
-        if not Path(path).is_file():
-            raise ImprintError(f"--ckpt_path {path}: there is no such file")
         try:
-            checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-            saved = dict(checkpoint["hyper_parameters"])
-        except Exception as error:
-            raise ImprintError(
-                f"--ckpt_path {path}: damaged, or not a checkpoint that `fit` wrote "
-                f"({type(error).__name__})"
-            ) from error
+            saved = hyperparameters(read_checkpoint(path))
+        except ImprintError as error:
+            raise ImprintError(f"--ckpt_path {error}") from error
         # LightningCLI lets the file's hyperparameters win; a user who types one means it.
         given = dict(self.given[command].get("model") or {})
-        model = {name: value for name, value in saved.items() if not name.startswith("_")} | given
+        model = saved | given
         model = drop_unused(model.get("recipe"), model, kept=set(given))
         self.config = self.parser.parse_object({command: {"model": model}}, self.config)
 

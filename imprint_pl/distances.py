@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from imprint_pl.limits import SMALLEST_LENGTH
+
 DISTANCES = ("euclidean", "cosine", "manhattan", "chebyshev", "mahalanobis")
 REGULARISATION = 1e-6
 
@@ -13,7 +15,11 @@ REGULARISATION = 1e-6
 def distances(z: Tensor, proxies: Tensor, distance: str) -> Tensor:
     """`z (B, d)`, `proxies (P, d)` → `(B, P)`; all of `DISTANCES` but "mahalanobis"."""
     if distance == "cosine":
-        return 1 - functional.normalize(z, dim=1) @ functional.normalize(proxies, dim=1).T
+        z, proxies = (
+            functional.normalize(rows, dim=1, eps=SMALLEST_LENGTH) for rows in (z, proxies)
+        )
+        # Rounding puts a vector a little beyond itself, where a vote by distance is negative.
+        return (1 - z @ proxies.T).clamp(min=0)
     if distance == "euclidean":
         # Around the proxies' mean there are fewer digits to lose in |z|² − 2 z·p + |p|².
         centre = proxies.mean(0)

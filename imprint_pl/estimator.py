@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint
 from imprint_pl.incremental import Rows, Sums
+from imprint_pl.limits import checked_seed
 from imprint_pl.norm import transform
 from imprint_pl.recipes import Parts, resolve
 from imprint_pl.state import State
@@ -259,9 +259,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         return torch.from_numpy(X).to(self.device or "cpu")
 
     def _seed(self) -> int:
-        if not isinstance(self.seed, Integral) or self.seed < 0:
-            raise ImprintError(f"seed={self.seed!r}: give an integer of at least 0")
-        return int(self.seed)
+        return checked_seed(self.seed)
 
     def _keywords(self) -> dict[str, Any]:
         """What was given of the recipe and its parts; NumPy's scalars, of a grid, as Python's."""

@@ -5,6 +5,7 @@ or an exported PyTorch program, compared with the classifier that it was made of
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -207,13 +208,16 @@ def _description(backbone: Backbone, head: ImprintedHead) -> dict[str, str]:
 def _write(
     module: torch.nn.Module, path: Path, format: str, outputs: list[str], description: dict
 ) -> None:
+    # Whole or not at all; the exporters look at the suffix.
+    temporary = path.with_name(f"unfinished-{path.name}")
     try:
         program = _program(module)
         if format == "torch_export":
             extra = {f"{name}.json": text for name, text in description.items()}
-            torch.export.save(program, path, extra_files=extra)
-            return
-        _write_onnx(program, path, outputs, description)
+            torch.export.save(program, temporary, extra_files=extra)
+        else:
+            _write_onnx(program, temporary, outputs, description)
+        os.replace(temporary, path)
     except ImprintError:
         raise
     except ImportError as error:

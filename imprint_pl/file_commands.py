@@ -15,8 +15,9 @@ from torch import Tensor
 from imprint_pl.data import Digits, ImageFiles
 from imprint_pl.errors import ImprintError
 from imprint_pl.export import FORMATS, check, export
+from imprint_pl.files import read_checkpoint, write_whole
 from imprint_pl.module import ImprintedClassifier
-from imprint_pl.state import state_path, write_whole
+from imprint_pl.state import state_path
 
 # Images that an exported file is compared on.
 CHECKED = 200
@@ -65,20 +66,11 @@ def run_on_file(argv: list[str]) -> None:
 
 def load_classifier(checkpoint: str | Path) -> ImprintedClassifier:
     """The classifier of a checkpoint that `fit` wrote, in eval mode, on the CPU."""
-    try:
-        return ImprintedClassifier.load_from_checkpoint(
-            checkpoint, map_location="cpu", weights_only=True
-        ).eval()
-    except ImprintError:
-        raise
-    except Exception as error:
-        raise ImprintError(
-            f"{checkpoint}: damaged, or not a checkpoint that `fit` wrote ({type(error).__name__})"
-        ) from error
+    return ImprintedClassifier.load_from_checkpoint(checkpoint, map_location="cpu").eval()
 
 
 def _write_checkpoint(model: ImprintedClassifier, source: str | Path, target: Path) -> None:
-    checkpoint = torch.load(source, weights_only=True, map_location="cpu")
+    checkpoint = read_checkpoint(source)
     state = checkpoint["state_dict"]
     checkpoint["state_dict"] = {n: t for n, t in state.items() if not n.startswith("head.")} | {
         f"head.{name}": value for name, value in model.head.state_dict().items()

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from imprint_pl.agg import Max
 from imprint_pl.errors import ImprintError
+from imprint_pl.files import check_tensor
 from imprint_pl.gen.base import Proxies
 from imprint_pl.hub import Pretrained
+from imprint_pl.limits import MAX_CLASSES, is_number
 from imprint_pl.norm import NoNorm
 from imprint_pl.parts import build, describe
 
@@ -121,20 +123,31 @@ class ImprintedHead(nn.Module, Pretrained):
         return self.scores(embeddings) * self.log_scale.exp()
 
     def scores(self, embeddings: Tensor) -> Tensor:
-        """Embeddings `(B, d)` → scores `(B, C)` in the units of AGG; −∞ without proxies.
+        """Embeddings `(B, d)` → scores `(B, C)` in the units of AGG; −∞ without proxies, NaN for an
+        embedding that is not finite or whose square is too large for float32.
 
         Raises:
             ImprintError: the head is empty, or made for another `d`.
         """
         if self.is_empty:
             raise ImprintError("this head has no proxies yet: imprint it, or load a checkpoint")
-        if embeddings.shape[-1] != self.embedding_dim:
+        if embeddings.ndim != 2:
+            raise ImprintError(f"embeddings of shape {tuple(embeddings.shape)}: expected (B, d)")
+        if embeddings.shape[1] != self.embedding_dim:
             raise ImprintError(
                 f"embeddings of {embeddings.shape[-1]} numbers for a head made for "
                 f"{self.embedding_dim}: use the backbone that the head was imprinted with"
             )
         z = self.norm_inf(embeddings.to(self.proxies.dtype))
-        return self.agg(z, self.proxies, self.bias, self.proxy_classes, self.num_classes)
+        if z.shape[-1] != self.feature_dim:
+            raise ImprintError(
+                f"NORM_inf makes {z.shape[-1]} numbers of an embedding, the proxies have "
+                f"{self.feature_dim}: give norm_inf='same', or parts that fit each other"
+            )
+        scores = self.agg(z, self.proxies, self.bias, self.proxy_classes, self.num_classes)
+        # NaN where the embedding, or its length, is not finite: some parts would drop that, as a
+        # relu does, or a vote, and a class would come out of nothing.
+        return scores + 0 * embeddings.float().square().sum(-1, keepdim=True).to(scores.dtype)
 
     def decide(self, scores: Tensor) -> Tensor:
         """Scores `(B, C)` of `scores` → labels `(B,)`; −1 where the best is below the threshold."""
@@ -161,6 +174,29 @@ class ImprintedHead(nn.Module, Pretrained):
         text = json.dumps(values, default=repr)
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
+    def check(self) -> ImprintedHead:
+        """Itself, or an `ImprintError` where the parts of a loaded head do not fit each other."""
+        P, C = len(self.proxies), self.num_classes
+        proxies, bias, classes = self.proxies.detach(), self.bias, self.proxy_classes
+        fits = proxies.ndim == 2 and bias.shape == classes.shape == (P,)
+        fits &= proxies.is_floating_point() and bias.is_floating_point()
+        fits &= classes.dtype == torch.int64 and bool(((classes >= 0) & (classes < C)).all())
+        fits &= len(self.class_names) in (0, C) and self.log_scale.numel() == 1
+        numbers = (proxies, bias, self.log_scale.exp())
+        fits &= all(bool(numbers_of.isfinite().all()) for numbers_of in numbers)
+        try:
+            if fits and not self.is_empty:
+                with torch.no_grad():
+                    fits = self.scores(proxies.new_zeros(1, self.embedding_dim)).shape == (1, C)
+        except (RuntimeError, IndexError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ImprintError(
+                f"a head of {C} classes with proxies {tuple(proxies.shape)} whose parts do not fit "
+                "each other: the file is damaged or forged"
+            )
+        return self
+
     def set_extra_state(self, state: Tensor) -> None:
         values = _read(state)
         for name in ("num_classes", "class_names", "settings", "tried"):
@@ -179,6 +215,7 @@ class ImprintedHead(nn.Module, Pretrained):
         for name in ("proxies", "bias", "proxy_classes"):
             saved = state_dict.get(prefix + name)
             if saved is not None:
+                check_tensor(prefix + name, saved)
                 own = getattr(self, name)
                 room = torch.empty(saved.shape, dtype=saved.dtype, device=own.device)
                 if name == "proxies":
@@ -188,4 +225,19 @@ class ImprintedHead(nn.Module, Pretrained):
 
 
 def _read(state: Tensor) -> dict[str, Any]:
-    return json.loads(bytes(state.cpu().tolist()).decode())
+    check_tensor("the head's settings", state)
+    try:
+        values = json.loads(state.cpu().numpy().astype("uint8", casting="no").tobytes().decode())
+        types = dict(num_classes=int, class_names=list, norm_inf=list, agg=list, settings=dict)
+        right = all(isinstance(values[name], kind) for name, kind in types.items())
+        right &= isinstance(values["tried"], list) and 0 <= values["num_classes"] <= MAX_CLASSES
+        right &= all(isinstance(name, str) for name in values["class_names"])
+        right &= values.get("threshold") is None or is_number(values["threshold"])
+        if not right:
+            raise ValueError("values of other types")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ImprintError(
+            f"the head's settings cannot be read ({type(error).__name__}): the file is damaged, or "
+            "not a head of this package"
+        ) from error
+    return values

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import nn
 
 from imprint_pl.errors import ImprintError
+from imprint_pl.files import read_tensors, save_tensors
 
 FILE = "model.safetensors"
 
@@ -32,7 +32,24 @@ class Pretrained(
             name: value.detach().cpu().contiguous().clone()
             for name, value in self.state_dict().items()
         }
-        (save_directory / FILE).write_bytes(save(state, {"format": "pt"}))
+        save_tensors(save_directory / FILE, state, {"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **keywords) -> nn.Module:
+        """A head from a folder or the Hub; see `ModelHubMixin.from_pretrained`.
+
+        Raises:
+            ImprintError: damaged, or not a head.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **keywords)
+        except ImprintError:
+            raise
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+            raise ImprintError(
+                f"{pretrained_model_name_or_path}: its config.json is damaged, or not one that "
+                f"save_pretrained wrote ({type(error).__name__})"
+            ) from error
 
     @classmethod
     def _from_pretrained(
@@ -60,10 +77,14 @@ class Pretrained(
                 token=token,
                 local_files_only=local_files_only,
             )
-        head = cls(**keywords)
+        # Of config.json, which the mixin hands on, nothing is taken.
+        head = cls(**{n: part for n, part in keywords.items() if isinstance(part, nn.Module)})
         try:
-            head.load_state_dict(load(Path(path).read_bytes()), strict=strict)
-        except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+            head.load_state_dict(read_tensors(path)[0], strict=strict)
+            head.check()
+        except ImprintError:
+            raise
+        except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, TypeError) as error:
             raise ImprintError(
                 f"{path}: damaged, or not a head that save_pretrained wrote "
                 f"({type(error).__name__})"

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from imprint_pl.auto import imprint_auto
 from imprint_pl.head import ImprintedHead
-from imprint_pl.pipeline import checked, make_head
+from imprint_pl.limits import checked_seed
+from imprint_pl.pipeline import checked, checked_classifier, checked_names, make_head
 from imprint_pl.recipes import AUTO, Auto, Parts, resolve
-from imprint_pl.select import draw_shots, weibull_typical
+from imprint_pl.select import checked_bounds, draw_shots, weibull_typical
 
 
 def imprint(
@@ -68,14 +69,15 @@ def imprint(
     >>> head(torch.tensor([[5.0, 1.0], [1.0, 2.0]])).argmax(1)
     tensor([0, 1])
     """
-    parts = resolve(recipe, **overrides)
+    parts, seed = resolve(recipe, **overrides), checked_seed(seed)
+    class_names = None if class_names is None else checked_names(class_names)
     if shots is not None or weibull is not None:
         x, y, num_classes = checked(x, y, num_classes, class_names, allow_empty=False)
     if shots is not None:
         rows = draw_shots(y, shots, seed)
         x, y = x[rows], y[rows]
     if weibull is not None:
-        rows = weibull_typical(x, y, *weibull)
+        rows = weibull_typical(x, y, *checked_bounds(weibull))
         x, y = x[rows], y[rows]
     return imprint_parts(
         x,
@@ -108,6 +110,7 @@ def imprint_parts(
     epoch that was cut short on purpose.
     """
     x, y, num_classes = checked(x, y, num_classes, class_names, allow_empty)
+    classifier = None if classifier is None else checked_classifier(classifier)
     rest = (num_classes, class_names, seed, classifier, progress, calibrate)
     if isinstance(parts, Auto):
         return imprint_auto(x, y, *rest)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from imprint_pl import kmeans_torch
 from imprint_pl.errors import ImprintError
+from imprint_pl.limits import is_count
 from imprint_pl.moments import sum_dtype
 
 ENGINES = ("auto", "faiss", "torch", "exact")
@@ -96,8 +97,8 @@ def kmeans(
 
 def check_settings(k: int, engine: str) -> None:
     """Raises an `ImprintError` for `k < 1` or an engine that does not exist."""
-    if k < 1:
-        raise ImprintError(f"k={k}: a class needs at least one proxy; give k ≥ 1")
+    if not is_count(k):
+        raise ImprintError(f"k={k!r}: a class needs at least one proxy; give a whole number k ≥ 1")
     if engine not in ENGINES:
         raise ImprintError(f"unknown engine={engine!r} (known: {', '.join(ENGINES)})")
 

@@ -6,6 +6,7 @@ and measures. The maths is in `imprinting.py` and below.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -19,9 +20,11 @@ from imprint_pl.batch import dealt_samples, images_of, split_batch
 from imprint_pl.checks import EMPTY, check_checkpoint, check_labels, check_task
 from imprint_pl.epoch import ImprintEpoch
 from imprint_pl.errors import ImprintError, near
+from imprint_pl.files import hyperparameters, read_checkpoint
 from imprint_pl.growing import Growing
 from imprint_pl.metrics import TaskMetrics
 from imprint_pl.recipes import resolve
+from imprint_pl.select import checked_bounds
 from imprint_pl.state import KEEP
 
 # Above this, a value a class would drown a logger; `class_accuracy` and the run folder have them.
@@ -153,7 +156,7 @@ class ImprintedClassifier(Growing, LightningModule):
         self.strict_loading = False
         self.save_backbone = save_backbone
         self.seed = seed
-        self.weibull = weibull
+        self.weibull = None if weibull is None else checked_bounds(weibull)
         self.keep, self.keep_sources, self.accept = keep, keep_sources, accept
         if keep is not None and keep not in KEEP:
             raise ImprintError(f"keep={keep!r}{near(keep, KEEP)}: give one of {', '.join(KEEP)}")
@@ -363,3 +366,53 @@ class ImprintedClassifier(Growing, LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_checkpoint(checkpoint, self.head, self.backbone.source())
+        head = {
+            name.removeprefix("head."): value
+            for name, value in checkpoint["state_dict"].items()
+            if name.startswith("head.")
+        }
+        trial = self.parts.empty_head()
+        trial.load_state_dict(head)
+        trial.check()
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> ImprintedClassifier:
+        """The classifier of a checkpoint that `fit` wrote, or a stranger: the file is checked, no
+        code comes from it, and its class is this one.
+
+        Args:
+            checkpoint_path: a file, or an open one.
+            map_location: where its tensors go; where they were, or to the CPU.
+            kwargs: keywords of the constructor that beat the file's, such as `backbone`.
+
+        The other arguments are Lightning's; `hparams_file` is refused, `weights_only` always holds.
+
+        Raises:
+            ImprintError: no such file, damaged, forged, no checkpoint, or of another backbone.
+        """
+        if hparams_file is not None:
+            raise ImprintError(f"hparams_file={hparams_file!r}: give hyperparameters as keywords")
+        where = map_location or (None if torch.cuda.is_available() else "cpu")
+        checkpoint = read_checkpoint(checkpoint_path, where)
+        known = inspect.signature(cls.__init__).parameters
+        given = {n: v for n, v in hyperparameters(checkpoint).items() if n in known} | kwargs
+        try:
+            model = cls(**given)
+            model.on_load_checkpoint(checkpoint)
+            model.load_state_dict(checkpoint["state_dict"], strict=bool(strict))
+        except ImprintError:
+            raise
+        except (RuntimeError, TypeError, KeyError, IndexError, ValueError) as error:
+            raise ImprintError(
+                f"{checkpoint_path}: damaged, or not a checkpoint that `fit` wrote "
+                f"({type(error).__name__})"
+            ) from error
+        return model.to(next(iter(checkpoint["state_dict"].values())).device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from imprint_pl.limits import SMALLEST_LENGTH
 from imprint_pl.moments import CHUNK, Moments
 
 
@@ -20,11 +21,13 @@ class Norm(nn.Module):
     Attributes:
         learns: whether `fit` has anything to do.
         uses_labels: whether what it learns depends on the labels.
+        maps: whether its output is of another space, with dimensions of its own.
         input_dim: d of the embeddings that it was fitted for; `None` where it takes any.
     """
 
     learns = False
     uses_labels = False
+    maps = False
     input_dim: int | None = None
 
     def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Norm:
@@ -79,7 +82,7 @@ class L2(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., d)` → `(..., d)`."""
-        return functional.normalize(x, dim=-1)
+        return functional.normalize(x, dim=-1, eps=SMALLEST_LENGTH)
 
 
 class Power(Norm):

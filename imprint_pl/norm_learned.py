@@ -9,6 +9,8 @@ from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.factor import OAS, checked_shrinkage, double, inverse_factor, shrunk_within
+from imprint_pl.files import check_tensor
+from imprint_pl.limits import is_count, is_number
 from imprint_pl.moments import Moments
 from imprint_pl.norm import Norm, sums_of
 
@@ -68,6 +70,7 @@ class Learned(Norm):
         for name in self.state:
             saved = state_dict.get(prefix + name)
             if saved is not None:
+                check_tensor(prefix + name, saved)
                 own = getattr(self, name)
                 setattr(self, name, torch.empty(saved.shape, dtype=saved.dtype, device=own.device))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -142,6 +145,7 @@ class RandomProjection(Learned):
     """
 
     name = "random_projection"
+    maps = True
     state = ("projection",)
 
     def __init__(self, projection_dim: int = 5000) -> None:
@@ -185,14 +189,15 @@ class Nystrom(Learned):
     """
 
     name = "nystrom"
+    maps = True
     # The landmarks are kept relative to `shift`, their mean: embeddings far from the origin would
     # lose digits in ‖x‖² + ‖z‖² − 2xz. `gamma` is 1 / (2σ²).
     state = ("shift", "landmarks", "gamma", "matrix", "mean")
 
     def __init__(self, projection_dim: int = 2000, width: float = 1.0) -> None:
         check_projection_dim(projection_dim)
-        if not 0 < width < float("inf"):
-            raise ImprintError(f"width={width}: give a number above 0, such as 1.0")
+        if not is_number(width) or not 1e-6 <= width <= 1e6:
+            raise ImprintError(f"width={width!r}: give a number above 0, such as 1.0")
         super().__init__()
         self.projection_dim = projection_dim
         self.width = width
@@ -246,8 +251,10 @@ LEARNED = {part.name: part for part in (Centre, Whiten, RandomProjection, Nystro
 
 def check_projection_dim(projection_dim: int) -> None:
     """Raises an `ImprintError` for `projection_dim < 1`."""
-    if projection_dim < 1:
-        raise ImprintError(f"projection_dim={projection_dim}: give at least one dimension")
+    if not is_count(projection_dim):
+        raise ImprintError(
+            f"projection_dim={projection_dim!r}: give at least one dimension, a whole number"
+        )
 
 
 def _squared_distances(x: Tensor, z: Tensor) -> Tensor:

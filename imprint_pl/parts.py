@@ -65,12 +65,20 @@ def build(slot: str, description: list[dict[str, Any]]) -> nn.Module:
     """
     steps = []
     for step in description:
-        keywords = dict(step)
-        name = keywords.pop("name")
-        if name not in SLOTS[slot]:
+        keywords = dict(step) if isinstance(step, dict) else {}
+        name = keywords.pop("name", None)
+        if not isinstance(name, str) or name not in SLOTS[slot]:
             raise ImprintError(
                 f"the head was saved with {slot}={name!r}, which is not a part of this package "
                 f"(known: {', '.join(SLOTS[slot])}): make the head with that part, then load"
             )
-        steps.append(SLOTS[slot][name](**keywords))
+        try:
+            steps.append(SLOTS[slot][name](**keywords))
+        except TypeError as error:
+            raise ImprintError(
+                f"the head was saved with {slot}={step!r:.200}, keywords that {name!r} does not "
+                "take: the file is damaged, or of another version"
+            ) from error
+    if not steps:
+        raise ImprintError(f"the head was saved without {slot}: the file is damaged")
     return Chain(steps) if len(steps) > 1 else steps[0]

@@ -7,17 +7,20 @@ candidates.
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from imprint_pl.calibration import fit_temperature, folds
+from imprint_pl.calibration import fit_temperature, folds, scored
 from imprint_pl.errors import ImprintError
 from imprint_pl.gen import Proxies
 from imprint_pl.gen.ridge import CHOICES
 from imprint_pl.head import ImprintedHead
+from imprint_pl.limits import check_classes, check_size, check_values
 from imprint_pl.moments import Moments
 from imprint_pl.norm import Norm, sums_of, transform
 from imprint_pl.recipes import Parts
@@ -63,7 +66,8 @@ def make_head(
         except ImprintError:
             # Enough samples for the recipe, but not with some of them held out.
             return head
-        head.temperature = fit_temperature(torch.cat(scores), torch.cat([y[rows] for rows in held]))
+        labels = torch.cat([y[scored(mask, num_classes)] for mask in held])
+        head.temperature = fit_temperature(torch.cat(scores), labels)
     return head
 
 
@@ -88,7 +92,7 @@ def held_out_scores(
         fitted: NORM_pre, NORM_inf and the sums of all samples after NORM_pre, where they are known.
 
     Returns:
-        `(n, num_classes)` for each mask.
+        `(n, num_classes)` for each mask, of the samples that `scored` gives.
     """
     present, labels = torch.unique(y, return_inverse=True)
     norm_pre, head = parts.fresh()
@@ -98,8 +102,10 @@ def held_out_scores(
     by_sums = parts.gen.from_moments and not getattr(norm_pre, "uses_labels", False)
     if not (by_sums and worth_it):
         return [
-            make_head(x[~m], y[~m], parts, num_classes, None, seed, classifier).scores(x[m])
-            for m in held
+            make_head(x[~mask], y[~mask], parts, num_classes, None, seed, classifier).scores(
+                x[scored(mask, num_classes)]
+            )
+            for mask in held
         ]
     if fitted is None:
         norm_pre = norm_pre.to(x.device)
@@ -116,8 +122,11 @@ def held_out_scores(
         gram = "none" if moments.gram is None else "pooled"
         others = moments - Moments.of(z, labels[mask], len(present), gram=gram)
         proxies = _finished(gen(others), parts, present, classifier)
+        rows = scored(mask, num_classes)
         if norm_inf is not norm_pre:
-            z = transform(norm_inf, x[mask])
+            z = transform(norm_inf, x[rows])
+        elif len(rows) < len(z):
+            z = transform(norm_pre, x[rows])
         scores.append(parts.agg(z, proxies.weights, proxies.bias, proxies.classes, num_classes))
     return scores
 
@@ -178,6 +187,39 @@ def _finished(
     return Proxies(weights, proxies.bias, present[proxies.classes])
 
 
+def _tensor(values: Any, what: str) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ImprintError(
+            f"{what} of type {type(values).__name__} ({' '.join(str(error).split())}): expected a "
+            "tensor or an array of numbers; ImprintEstimator takes labels of any kind"
+        ) from error
+
+
+def checked_names(names: Any) -> list[str]:
+    """The class names as a list; an `ImprintError` for what is none."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ImprintError(f"class_names={names!r}: give a list of names")
+    names = list(names)
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise ImprintError(f"class_names has {wrong[0]!r}: names are texts")
+    return names
+
+
+def checked_classifier(weights: Any) -> Tensor:
+    """Weights `(…, d)` of a classifier, as a tensor; an `ImprintError` for anything else."""
+    weights = _tensor(weights, "classifier")
+    if weights.ndim != 2 or not weights.is_floating_point() or 0 in weights.shape:
+        raise ImprintError(
+            f"classifier of shape {tuple(weights.shape)} and type {weights.dtype}: expected the "
+            "weights (C, d) of the backbone's own classifier, floats"
+        )
+    check_values(weights, "classifier: ")
+    return weights
+
+
 def checked(
     x: Tensor,
     y: Tensor,
@@ -189,7 +231,7 @@ def checked(
 
     `allow_empty` accepts classes without samples.
     """
-    x, y = torch.as_tensor(x), torch.as_tensor(y)
+    x, y = _tensor(x, "embeddings"), _tensor(y, "labels")
     if x.ndim != 2 or not x.is_floating_point() or 0 in x.shape:
         raise ImprintError(
             f"embeddings of shape {tuple(x.shape)} and type {x.dtype}: expected floats (N, d)"
@@ -199,17 +241,14 @@ def checked(
             f"labels of shape {tuple(y.shape)} and type {y.dtype} for {len(x)} embeddings: "
             f"expected integers ({len(x)},)"
         )
+    # In the type that they came in: float64 may hold what float32 cannot.
+    check_size(check_values(x))
     x, y = x.float(), y.long().to(x.device)
-    bad = ~x.isfinite().all(1)
-    if bad.any():
-        raise ImprintError(
-            f"{int(bad.sum())} of {len(x)} embeddings are not finite, the first is sample "
-            f"{int(bad.nonzero()[0])}: look at that image, or at the backbone's precision"
-        )
     if num_classes is None:
         num_classes = len(class_names) if class_names else int(y.max()) + 1
     if class_names and len(class_names) != num_classes:
         raise ImprintError(f"{len(class_names)} class_names for num_classes={num_classes}")
+    check_classes(num_classes)
     outside = (y < 0) | (y >= num_classes)
     if outside.any():
         first = int(outside.nonzero()[0])
@@ -217,10 +256,14 @@ def checked(
             f"label {int(y[first])} of sample {first} is out of range: labels are "
             f"0..{num_classes - 1} for num_classes={num_classes}"
         )
-    empty = (torch.bincount(y, minlength=num_classes) == 0).nonzero().flatten().tolist()
-    if empty and not allow_empty:
-        names = [f"{c} ({class_names[c]!r})" if class_names else str(c) for c in empty[:5]]
-        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+    present = torch.unique(y).tolist()
+    if len(present) < num_classes and not allow_empty:
+        # Without a list of all classes: one absurd label would ask for memory that nobody has.
+        some = itertools.islice(sorted(set(range(len(present) + 5)) - set(present)), 5)
+        empty = [c for c in some if c < num_classes]
+        names = [f"{c} ({class_names[c]!r})" if class_names else str(c) for c in empty]
+        left = num_classes - len(present) - len(empty)
+        more = f" and {left} more" if left else ""
         raise ImprintError(
             f"class {', '.join(names)}{more} has no training sample: add samples, "
             "or leave the class out and number the labels without gaps"

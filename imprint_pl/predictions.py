@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,11 @@ class PredictionWriter(Callback):
                 self.unread.append(f"  {self._reasons.get(index, sample)}")
                 continue
             classes, scores, probabilities = row[:top], row[top : 2 * top], row[2 * top :]
+            if math.isnan(probabilities[0]):
+                raise ImprintError(
+                    f"{sample}: its embedding is not finite; look at that image, or at the "
+                    "backbone's weights and precision"
+                )
             record = {
                 "index" if self._names is None else "file": sample,
                 "label": label,

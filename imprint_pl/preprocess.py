@@ -130,6 +130,8 @@ class Preprocess(nn.Module):
 
 def pair_of_sides(value, what: str) -> tuple[int, int]:
     sides = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ImprintError(f"{what}={value!r}: expected pixels above 0, or (height, width)")
+    if len(sides) != 2 or not all(isinstance(side, int) and 0 < side <= 2**14 for side in sides):
+        raise ImprintError(
+            f"{what}={value!r}: expected pixels above 0, at most {2**14}, or (height, width)"
+        )
     return sides

@@ -143,7 +143,7 @@ norm_inf='l2', agg='max': leave it out, or choose a part that takes it (m: mnn)
                 f"from the embeddings: leave it out, or name a recipe ({', '.join(RECIPES)})"
             )
         return Auto()
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise ImprintError(f"unknown recipe {recipe!r}{near_names(recipe, [AUTO, *RECIPES])}")
     chosen = RECIPES[recipe] | given
     parts, parameters, used = {}, {"recipe": recipe}, set()
@@ -162,6 +162,8 @@ norm_inf='l2', agg='max': leave it out, or choose a part that takes it (m: mnn)
         if len(steps) != 1 and (not steps or not slot.startswith("norm")):
             raise ImprintError(f"{slot}={chosen[slot]!r}: give one part")
         parts[slot] = Chain(steps) if len(steps) > 1 else steps[0]
+        if slot == "norm_inf":
+            _check_same_space(parts["norm_pre"], parts[slot])
         parameters[slot] = parts[slot].name
         for step in steps_of(parts[slot]):
             for name in parameters_of(type(step)):
@@ -205,6 +207,8 @@ def _part(slot: str, part: Any, chosen: dict, used: set[str], learned: dict[str,
         keywords = {name: chosen[name] for name in parameters_of(table[part]) if name in chosen}
         used |= set(keywords)
         part = table[part](**keywords)
+    if not callable(part) or not isinstance(getattr(part, "name", None), str):
+        raise ImprintError(f"{slot}={part!r}: give a name ({', '.join(table)}), or a part")
     for step in steps_of(part) if slot == "norm_inf" else []:
         if getattr(step, "learns", False) and step is not learned.get(step.name):
             raise ImprintError(
@@ -212,6 +216,16 @@ def _part(slot: str, part: Any, chosen: dict, used: set[str], learned: dict[str,
                 f'such step: give norm_pre={step.name!r}, too, or norm_inf="same"'
             )
     return part
+
+
+def _check_same_space(*norms: nn.Module) -> None:
+    """NORM_pre and NORM_inf; raises where proxies and embeddings would be in different spaces."""
+    maps = [[s.name for s in steps_of(norm) if getattr(s, "maps", False)] for norm in norms]
+    if maps[0] != maps[1]:
+        raise ImprintError(
+            f"norm_inf={norms[1].name!r} leaves embeddings in another space than the proxies, "
+            f"which norm_pre={norms[0].name!r} maps: give norm_inf='same', or leave it out"
+        )
 
 
 def _unused_message(unused: set[str], given: dict, parameters: dict) -> str:

@@ -114,7 +114,17 @@ class Results:
         *lines, cut = self.journal.read_bytes().split(b"\n")
         if cut:
             os.truncate(self.journal, self.journal.stat().st_size - len(cut))
-        return [json.loads(line) for line in lines]
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                rows.append({name: row.get(name) for name in COLUMNS} | {"id": str(row["id"])})
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ImprintError(
+                    f"{self.journal}: line {number} is damaged ({type(error).__name__}): remove "
+                    "it, and the sweep makes its row again"
+                ) from error
+        return rows
 
 
 def _not_writable(folder: Path, error: Exception) -> ImprintError:

@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from imprint_pl.files import write_whole
 from imprint_pl.recipes import AUTO
 
 DATA_PARAMETERS = (
@@ -65,7 +66,7 @@ def write_summary(folder: Path, summary: dict[str, Any], model: LightningModule)
         name: _json_number(value) if isinstance(value, float) else value
         for name, value in summary.items()
     }
-    (folder / "summary.json").write_text(json.dumps(plain, indent=2) + "\n")
+    write_whole(folder / "summary.json", f"{json.dumps(plain, indent=2)}\n".encode())
     if model.class_accuracy is not None:
         with open(folder / "per_class.csv", "w", newline="") as file:
             writer = csv.writer(file)

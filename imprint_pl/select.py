@@ -5,13 +5,14 @@ class mean. Before NORM_pre in the figure; positions in the training set come ou
 from __future__ import annotations
 
 import warnings
-from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from imprint_pl.errors import ImprintError
+from imprint_pl.limits import check_count, is_number
 from imprint_pl.moments import CHUNK, Moments
 
 # Distances whose spread is below this part of the largest differ by the embeddings' rounding alone.
@@ -22,12 +23,6 @@ def sample(n: int, count: int, seed: int) -> Tensor:
     """`(min(n, count),)` different positions in 0..n−1, on the CPU; fewer are a prefix of more."""
     # On the CPU on purpose: the draws are the same on every device.
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count]
-
-
-def check_count(name: str, value: int) -> None:
-    """Raises an `ImprintError` unless `value` is a whole number of at least 1."""
-    if not isinstance(value, Integral) or value < 1:
-        raise ImprintError(f"{name}={value!r}: give a whole number of at least 1")
 
 
 def draw_shots(y: Tensor, shots: int, seed: int) -> Tensor:
@@ -87,9 +82,9 @@ def weibull_typical(x: Tensor, y: Tensor, lower: float, upper: float) -> Tensor:
     >>> weibull_typical(x[:, None], torch.zeros(12, dtype=torch.long), 0.0, 0.9)
     tensor([ 1,  2,  3,  4,  5,  6,  7,  8,  9, 10])
     """
-    if not 0 <= lower < upper <= 1:
+    if not (is_number(lower) and is_number(upper)) or not 0 <= lower < upper <= 1:
         raise ImprintError(
-            f"weibull bounds lower={lower}, upper={upper}: give two probabilities with "
+            f"weibull bounds lower={lower!r}, upper={upper!r}: give two probabilities with "
             "0 ≤ lower < upper ≤ 1, such as 0.1 and 0.9"
         )
     present, y = torch.unique(y, return_inverse=True)
@@ -102,6 +97,13 @@ def weibull_typical(x: Tensor, y: Tensor, lower: float, upper: float) -> Tensor:
     )
     kept = [rows[_typical(distances[rows], lower, upper)] for rows in _members(y)]
     return torch.cat(kept).sort().values
+
+
+def checked_bounds(bounds: Any) -> tuple[float, float]:
+    """The two bounds of `weibull_typical`; an `ImprintError` where they are not two."""
+    if not isinstance(bounds, list | tuple) or len(bounds) != 2:
+        raise ImprintError(f"weibull={bounds!r}: give two probabilities, such as (0.1, 0.9)")
+    return tuple(bounds)
 
 
 def _members(y: Tensor) -> list[Tensor]:

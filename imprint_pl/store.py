@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from imprint_pl.errors import ImprintError
+from imprint_pl.limits import check_classes, check_values
 
 # Rows that travel between ranks at a time.
 CHUNK = 8192
@@ -60,20 +61,15 @@ def check_batch(embeddings: Tensor, batch: int, dim: int | None) -> None:
     """Checks the embeddings `(B, d)` of batch number `batch`; `dim` is the d of those before it.
 
     Raises:
-        ImprintError: another d, or a value that is not finite; names the batch and the sample.
+        ImprintError: another d, or a value that is not finite or too large; names the batch and
+            the sample.
     """
     if dim is not None and embeddings.shape[1] != dim:
         raise ImprintError(
             f"batch {batch} has embeddings of {embeddings.shape[1]} numbers, those before it had "
             f"{dim}: the backbone has to give all images embeddings of one size"
         )
-    finite = embeddings.isfinite().all(1)
-    if not finite.all():
-        raise ImprintError(
-            f"batch {batch} has {int((~finite).sum())} embeddings with NaN or infinite values, the "
-            f"first is its sample {int((~finite).nonzero()[0])}: look at that image, or at the "
-            "backbone's weights and precision"
-        )
+    check_values(embeddings, f"batch {batch}: ")
 
 
 def check_labels(labels: Tensor, batch: int, num_classes: int | None) -> None:
@@ -82,6 +78,7 @@ def check_labels(labels: Tensor, batch: int, num_classes: int | None) -> None:
     Raises:
         ImprintError: a label out of range; names the batch and the sample.
     """
+    check_classes(int(labels.max()) + 1 if len(labels) else 0)
     outside = labels < 0
     if num_classes is not None:
         outside |= labels >= num_classes

@@ -314,7 +314,7 @@ def test_data_of_another_task_are_refused(tmp_path):
 def test_embeddings_that_are_not_finite_name_the_batch(tmp_path):
     x = POINTS.clone()
     x[5, 0] = torch.nan
-    with pytest.raises(ImprintError, match="batch 1 .* its sample 1"):
+    with pytest.raises(ImprintError, match="batch 1: 1 of 2 embeddings .* sample 1"):
         trainer(tmp_path).fit(classifier(), Points(x))
 
 

@@ -27,7 +27,7 @@ def test_a_value_that_is_not_finite_names_batch_and_sample(value):
     store.add(X, Y)
     bad = X.clone()
     bad[3, 1] = value
-    with pytest.raises(ImprintError, match="batch 1 has 1 embeddings .* its sample 3"):
+    with pytest.raises(ImprintError, match="batch 1: 1 of 6 embeddings .* sample 3"):
         store.add(bad, Y)
 
 

@@ -336,7 +336,7 @@ def test_bad_batches_are_named():
     sums.add(x, y)
     bad = x.clone()
     bad[3, 1] = torch.nan
-    with pytest.raises(ImprintError, match="batch 1 has 1 embeddings .* its sample 3"):
+    with pytest.raises(ImprintError, match="batch 1: 1 of 8 embeddings .* sample 3"):
         sums.add(bad, y)
     with pytest.raises(ImprintError, match="batch 1 has embeddings of 5 numbers, .* had 6"):
         sums.add(x[:, :5], y)

@@ -4,6 +4,7 @@ The workers of the image folders run this; resizing for a backbone is not done h
 wrong with a file comes out as one error that names the file.
 """
 
+import functools
 import os
 
 import numpy as np
@@ -17,6 +18,9 @@ EXTENSIONS = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm"),
     *(".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 )
+
+# Pillow's names. It knows more, but hands some of them to other programs (EPS to Ghostscript).
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 # Tag value -> what turns the stored pixels upright (EXIF 2.32, tag 0x0112).
 UPRIGHT = {
@@ -44,7 +48,7 @@ def read_image(path: str | os.PathLike, max_side: int | None = None) -> Tensor:
     """Decode an image file, upright.
 
     Args:
-        path: the file, of any format that Pillow reads; of several frames the first.
+        path: the file, of one of `FORMATS`, whatever its name; of several frames the first.
         max_side: shrink the image so that neither side exceeds this many pixels; never enlarges.
             JPEG files are then decoded at a fraction of their size, which is also faster.
 
@@ -58,7 +62,7 @@ def read_image(path: str | os.PathLike, max_side: int | None = None) -> Tensor:
             decompression-bomb limit, or of a number range that cannot be known (floats).
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_formats()) as image:
             if max_side is not None:
                 image.draft(None, (max_side, max_side))
             image.load()
@@ -83,6 +87,13 @@ def read_image(path: str | os.PathLike, max_side: int | None = None) -> Tensor:
     channels_first = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
     # By numpy: torch would wake all its threads for so small a copy, which is slower.
     return torch.from_numpy(np.ascontiguousarray(channels_first))
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Those of `FORMATS` that Pillow was built with here."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _orientation(image: Image.Image) -> int:

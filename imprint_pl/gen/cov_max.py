@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from imprint_pl.gen.base import PerClass
+from imprint_pl.limits import check_count
 from imprint_pl.moments import CHUNK, sum_dtype
-from imprint_pl.select import check_count
 
 
 class CovMax(PerClass):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from imprint_pl.gen.base import PerClass
-from imprint_pl.select import check_count, sample
+from imprint_pl.limits import check_count
+from imprint_pl.select import sample
 
 
 class FarthestPoints(PerClass):

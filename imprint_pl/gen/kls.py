@@ -36,7 +36,7 @@ class KLeastSquares:
         check_settings(k, engine)
         check_lam(lam)
         self.k = k
-        self.lam = lam
+        self.lam = float(lam)
         self.engine = engine
 
     def __call__(

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.gen.base import PerClass
+from imprint_pl.limits import check_count
 from imprint_pl.moments import sum_dtype
-from imprint_pl.select import check_count, sample
+from imprint_pl.select import sample
 
 # The matrix of distances in float32 takes 1.6 GB for so many samples.
 MAX_SAMPLES = 20_000

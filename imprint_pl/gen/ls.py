@@ -9,6 +9,7 @@ from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.gen.base import Proxies
+from imprint_pl.limits import is_number
 from imprint_pl.moments import Moments
 
 
@@ -35,7 +36,7 @@ class LeastSquares:
 
     def __init__(self, lam: float = 1e-4) -> None:
         check_lam(lam)
-        self.lam = lam
+        self.lam = float(lam)
 
     def __call__(self, moments: Moments) -> Proxies:
         """`Moments` of C classes with a pooled Gram matrix → C proxies in float32.
@@ -52,7 +53,7 @@ class LeastSquares:
 
 def check_lam(lam: float) -> None:
     """Raises an `ImprintError` unless 0 ≤ lam < ∞."""
-    if isinstance(lam, str) or not 0 <= lam < math.inf:
+    if not is_number(lam) or not 0 <= lam < math.inf:
         raise ImprintError(
             f"lam={lam!r}: give a finite number of at least 0, such as 1e-4 (ridge can choose one)"
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from imprint_pl.gen.base import PerClass
-from imprint_pl.select import check_count, sample
+from imprint_pl.limits import check_count
+from imprint_pl.select import sample
 
 
 class Random(PerClass):

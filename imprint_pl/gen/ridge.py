@@ -13,15 +13,17 @@ from imprint_pl.gen.base import Proxies
 from imprint_pl.moments import CHUNK, Moments
 
 CHOICES = ("gcv", "holdout")
+# Mean squared lengths of samples beside which a 1 is neither swamped nor everything.
+SMALL, LARGE = 1e-3, 1e4
 
 
 class Ridge:
     """ridge: one proxy a class, the regularised least-squares fit of one-hot labels.
 
     W = (G + λI)⁻¹ Q, with G = (1/N) Σ z zᵀ `(d+1, d+1)` and Q = (1/N) Σ z yᵀ `(d+1, C)`; z is a
-    sample with a 1 appended, y its one-hot label, N the samples. The last row of W is the bias: the
-    intercept, penalised like any other weight. Every sample weighs alike, unlike in `ls`. Float64,
-    by Cholesky.
+    sample with a 1 appended (see `constant`), y its one-hot label, N the samples. The last row of W
+    is the bias: the intercept, penalised like any other weight. Every sample weighs alike, unlike
+    in `ls`. Float64, by Cholesky.
 
     Args:
         lam: λ ≥ 0, in units of a squared feature, or how to choose it: "gcv", by generalised
@@ -91,7 +93,7 @@ class Spectrum:
         self.system = Tridiagonal(gram)
         self.values = self.system.eigenvalues().clamp_min(0)
         self.projected = self.system.turn(cross)
-        self.intercept = intercept
+        self.constant = constant(moments) if intercept else None
 
     @property
     def grid(self) -> Tensor:
@@ -136,8 +138,8 @@ class Spectrum:
         solutions = [self.weights(lam) for lam in self.grid.tolist()]
         for rows, own in zip(x.split(CHUNK), targets.split(CHUNK), strict=True):
             rows, own, of = double(rows).cpu(), own.cpu(), classes.cpu()
-            if self.intercept:
-                rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+            if self.constant is not None:
+                rows = torch.cat([rows, rows.new_full((len(rows), 1), self.constant)], 1)
             for i, weights in enumerate(solutions):
                 scores = rows @ weights
                 errors[i] += (of[scores.argmax(1)] != of[own]).sum().item()
@@ -155,6 +157,7 @@ def solve(moments: Moments, lam: float | str, intercept: bool) -> tuple[Tensor, 
         solution = spectrum.weights(lam)
     else:
         gram, cross = normal_equations(moments, intercept)
+        _check_lam_beside(gram.trace().item(), lam)
         gram.diagonal().add_(lam)
         larger = max(1e-4, 1e-8 * gram.diagonal().mean().item())
         factor = cholesky(gram, f"lam={lam}: give a larger lam, such as {larger:.0e}, or 'gcv'")
@@ -162,7 +165,7 @@ def solve(moments: Moments, lam: float | str, intercept: bool) -> tuple[Tensor, 
     solution = solution.T.to(moments.sums.device, torch.float32)
     if not intercept:
         return solution.contiguous(), solution.new_zeros(len(solution)), lam
-    return solution[:, :-1].contiguous(), solution[:, -1].contiguous(), lam
+    return solution[:, :-1].contiguous(), constant(moments) * solution[:, -1], lam
 
 
 def fit(
@@ -201,6 +204,15 @@ def held_out(y: Tensor, seed: int, share: float = 0.1) -> Tensor:
     return held.to(y.device)
 
 
+def _check_lam_beside(trace: float, lam: float) -> None:
+    """Raises where λ leaves nothing of G: W would be Q / λ, and the class of most samples wins."""
+    if lam > 1e3 * trace > 0:
+        raise ImprintError(
+            f"lam={lam} is all that counts beside samples of a mean squared length of {trace:.0e}: "
+            f"give a smaller lam, such as {1e-4 * trace:.0e}, or 'gcv', or scale the embeddings up"
+        )
+
+
 def normal_equations(moments: Moments, intercept: bool) -> tuple[Tensor, Tensor]:
     """G and Q of `Ridge`, `(p, p)` and `(p, C)`, float64, new memory."""
     if moments.gram is None or moments.gram.ndim != 2 or moments.class_weights is not None:
@@ -210,10 +222,20 @@ def normal_equations(moments: Moments, intercept: bool) -> tuple[Tensor, Tensor]
     if not intercept:
         return gram, cross
     mean, share = cross.sum(1), double(moments.counts) / samples
-    p = len(gram) + 1
-    whole = gram.new_ones(p, p)
-    whole[:-1, :-1], whole[:-1, -1], whole[-1, :-1] = gram, mean, mean
-    return whole, torch.cat([cross, share[None]])
+    p, one = len(gram) + 1, constant(moments)
+    whole = gram.new_full((p, p), one**2)
+    whole[:-1, :-1], whole[:-1, -1], whole[-1, :-1] = gram, one * mean, one * mean
+    return whole, torch.cat([cross, one * share[None]])
+
+
+def constant(moments: Moments) -> float:
+    """What is appended to each sample for the intercept: 1, or, where samples are so short or so
+    long that one of the two would be lost beside the other, a number that keeps them in proportion:
+    the labels of a head then do not depend on the scale of its embeddings."""
+    length = double(moments.gram).trace().item() / double(moments.counts).sum().item()
+    if not length > 0:
+        return 1.0
+    return math.sqrt(max(1.0, length / LARGE) * min(1.0, length / SMALL))
 
 
 def checked_lam(lam: float | str) -> float | str:

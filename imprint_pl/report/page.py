@@ -11,6 +11,7 @@ import jinja2
 import pandas as pd
 
 from imprint_pl import __version__
+from imprint_pl.files import write_whole
 from imprint_pl.report.results import whole_tasks
 from imprint_pl.report.statistics import ALPHA, Significance
 from imprint_pl.report.tables import shown
@@ -129,8 +130,7 @@ def write_page(path: Path, *, galleries: list[Path], figures: dict, made: dict, 
         galleries=[(gallery.parent.name, _data(gallery, "image/png")) for gallery in galleries],
         tables=[_cells(name, title, table) for name, (title, table) in made.items()],
     )
-    path.write_text(page, encoding="utf-8")
-    return path
+    return write_whole(path, page.encode())
 
 
 def _cells(name: str, title: str, table: pd.DataFrame) -> dict:
