@@ -42,9 +42,7 @@ def summarise(trainer: Trainer, model: LightningModule, stage: str) -> dict[str,
         "accuracy": metrics.get(f"{stage}/accuracy"),
         "macro_f1": metrics.get(f"{stage}/macro_f1"),
         "calibration_error": metrics.get(f"{stage}/calibration_error"),
-        **{
-            name: metrics[f"{stage}/{name}"] for name in OUTSIDERS if f"{stage}/{name}" in metrics
-        },
+        **{name: metrics[f"{stage}/{name}"] for name in OUTSIDERS if f"{stage}/{name}" in metrics},
         "nc1": metrics.get("train/nc1"),
         "embed_seconds": metrics.get("train/embed_seconds"),
         "gen_seconds": metrics.get("train/gen_seconds"),
