@@ -18,19 +18,19 @@ ENOUGH = 500
 SCORES = 2**24
 
 
-def folds(y: Tensor, seed: int, enough: int = ENOUGH) -> list[Tensor]:
+def folds(y: Tensor, seed: int, enough: int = ENOUGH, most: int = 5) -> list[Tensor]:
     """Stratified folds of the labels `y (N,)`, as masks `(N,)` of the held-out samples.
 
     A tenth of each class, drawn by the seed, where that makes `enough` samples; otherwise up to
-    five folds, until they hold enough: a fifth of each class each, or one sample of a class of
-    fewer than five. A class's only sample is never held out: no proxy could answer for it. Without
-    a class of two samples there is no fold.
+    `most` folds, until they hold enough: a fifth of each class each, say, or one sample of a class
+    of fewer than five. A class's only sample is never held out: no proxy could answer for it.
+    Without a class of two samples there is no fold.
     """
     counts = torch.bincount(y.cpu())
     repeated = counts[counts > 1]
     if not len(repeated):
         return []
-    number = int(repeated.median().clamp(2, 10 if len(y) >= 10 * enough else 5))
+    number = int(repeated.median().clamp(2, 10 if len(y) >= 10 * enough else most))
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(y), generator=generator)
     labels, by_class = y.cpu()[order].sort(stable=True)

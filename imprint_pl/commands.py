@@ -277,6 +277,11 @@ class ImprintCLI(LightningCLI):
     def after_test(self) -> None:
         self._finish("test")
 
+    def before_predict(self) -> None:
+        named = getattr(self.datamodule, "sample_names", lambda split: None)
+        if self._get(self.config, "explain") and named("predict") is None:
+            raise ImprintError("--explain needs image files: give --images FILES")
+
     def after_predict(self) -> None:
         if self.trainer.is_global_zero:
             print(self.writer.summary())
@@ -287,8 +292,6 @@ class ImprintCLI(LightningCLI):
         if not folder:
             return
         paths = self.datamodule.sample_names("predict")
-        if paths is None:
-            raise ImprintError("--explain needs image files: give --images FILES")
         beside = state_path(self._get(self.config, "ckpt_path"))
         state = State.load(beside) if beside.is_file() else None
         print(f"explanations: {explain_files(self.model, paths, folder, state)}")

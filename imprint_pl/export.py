@@ -168,7 +168,10 @@ def _seconds(run: Callable[[Tensor], list[Tensor]], images: Sequence[Tensor]) ->
 
 
 def load(path: str | Path, format: str) -> Callable[[Tensor], list[Tensor]]:
-    """A function from uint8 images `(B, 3, H, W)` to the file's outputs, run on the CPU."""
+    """A function from uint8 images `(B, 3, H, W)` to the file's outputs, run on the CPU.
+
+    Only for files of your own: `torch.export.load` unpickles what lies in a .pt2 file.
+    """
     if format == "onnx":
         import onnxruntime
 

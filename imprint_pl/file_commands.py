@@ -111,8 +111,8 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True)
     growing = {
         "add-class": "Add a class to a checkpoint that was fitted with --model.keep.",
-        "add-examples": "Add images to a class of such a checkpoint.",
-        "remove-class": "Remove a class from such a checkpoint.",
+        "add-examples": "Add images to a class of a checkpoint that was fitted with --model.keep.",
+        "remove-class": "Remove a class from a checkpoint that was fitted with --model.keep.",
     }
     for command, text in growing.items():
         sub = commands.add_parser(command, description=text)
@@ -128,7 +128,9 @@ def _parser() -> Parser:
         sub.add_argument("--output", help="Write here instead of over the checkpoint.")
     sub = commands.add_parser("export", description="Write a classifier as one file.")
     sub.add_argument("checkpoint", help="What fit wrote.")
-    sub.add_argument("--format", choices=list(FORMATS), default="onnx")
+    sub.add_argument(
+        "--format", choices=list(FORMATS), default="onnx", help="onnx where not given."
+    )
     sub.add_argument("--output", help="The file, or for safetensors the folder.")
     sub.add_argument(
         "--images",

@@ -99,8 +99,7 @@ def held_out_scores(
     # Rows to sum up: each time the others, or all of them once and the held-out ones again.
     out = sum(int(mask.sum()) for mask in held)
     worth_it = fitted is not None or len(held) * len(y) - out > len(y) + out
-    by_sums = parts.gen.from_moments and not getattr(norm_pre, "uses_labels", False)
-    if not (by_sums and worth_it):
+    if not (holds_out_of_sums(parts) and worth_it):
         return [
             make_head(x[~mask], y[~mask], parts, num_classes, None, seed, classifier).scores(
                 x[scored(mask, num_classes)]
@@ -129,6 +128,11 @@ def held_out_scores(
             z = transform(norm_pre, x[rows])
         scores.append(parts.agg(z, proxies.weights, proxies.bias, proxies.classes, num_classes))
     return scores
+
+
+def holds_out_of_sums(parts: Parts) -> bool:
+    """Whether held-out samples can be taken out of sums: another fold is then cheap."""
+    return parts.gen.from_moments and not getattr(parts.norm_pre, "uses_labels", False)
 
 
 def head_of_sums(

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from imprint_pl.batch import dealt_samples
+from imprint_pl.batch import dealt_positions, dealt_samples
 from imprint_pl.errors import ImprintError
 from imprint_pl.head import NONE
 from imprint_pl.store import EmbeddingStore
@@ -79,7 +79,7 @@ class PredictionWriter(Callback):
             labels[best.values[:, 0] < head.threshold / head.temperature] = NONE
         for place, reason in (batch.get("skipped", {}) if isinstance(batch, dict) else {}).items():
             labels[place] = SKIPPED
-            self._reasons[self._seen + int(place)] = reason
+            self._reasons[int(dealt_positions(self._seen + int(place), 1))] = reason
         probabilities = outputs.softmax(1).gather(1, best.indices)
         # Classes are whole numbers below 2^24, exact in float32. A class without proxies has −∞.
         values = best.values.clamp(min=torch.finfo(torch.float32).min)
@@ -93,8 +93,11 @@ class PredictionWriter(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
             gathered = self._store.gather(dealt_samples(trainer.predict_dataloaders))
+            reasons = [{}] * trainer.world_size
+            torch.distributed.all_gather_object(reasons, self._reasons)
             if gathered is not None:
-                self._reasons = {}  # by places in this rank's batches
+                for of_rank in reasons:
+                    self._reasons |= of_rank
                 self._write(*gathered, pl_module.head)
         if self._file is not None:
             if self.path.suffix == ".json":

@@ -21,6 +21,9 @@ DATA_PARAMETERS = (
     *("shots", "val_fraction", "batch_size"),
 )
 
+# What the callback `unknowns.Outsiders` logs.
+OUTSIDERS = ("outsiders_auroc", "accepted", "rejected")
+
 
 def summarise(trainer: Trainer, model: LightningModule, stage: str) -> dict[str, Any]:
     """The figures and parameters of a finished `fit` ("val") or `validate`, `test` ("test").
@@ -40,6 +43,7 @@ def summarise(trainer: Trainer, model: LightningModule, stage: str) -> dict[str,
         "accuracy": metrics.get(f"{stage}/accuracy"),
         "macro_f1": metrics.get(f"{stage}/macro_f1"),
         "calibration_error": metrics.get(f"{stage}/calibration_error"),
+        **{name: metrics[f"{stage}/{name}"] for name in OUTSIDERS if f"{stage}/{name}" in metrics},
         "nc1": metrics.get("train/nc1"),
         "embed_seconds": metrics.get("train/embed_seconds"),
         "gen_seconds": metrics.get("train/gen_seconds"),
@@ -97,6 +101,16 @@ def print_summary(summary: dict[str, Any]) -> None:
     console = Console()
     console.print(f"\n{_what(summary)}", highlight=False, soft_wrap=True)
     console.print(table)
+    if "outsiders_auroc" in summary:
+        console.print(_outsiders(summary), highlight=False, soft_wrap=True)
+
+
+def _outsiders(summary: dict[str, Any]) -> str:
+    text = f"outsiders: AUROC {summary['outsiders_auroc']:.3f}"
+    if "accepted" not in summary:
+        return f"{text}; for a threshold fit with --model.accept 0.95"
+    accepted, rejected = (_number(summary[name], 100, 1, " %") for name in OUTSIDERS[1:])
+    return f"{text}, {rejected} rejected; {accepted} of {summary['task']} accepted"
 
 
 def _print_tried(tried: list[dict[str, Any]]) -> None:

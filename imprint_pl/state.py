@@ -165,8 +165,8 @@ class State:
         """
         if name in self.class_names:
             raise ImprintError(
-                f"class {name!r} is there already: add_examples gives it more samples, or choose "
-                "another name"
+                f"class {name!r} is there already: add-examples (add_examples in Python) gives it "
+                "more samples, or choose another name"
             )
         names = list(self.class_names)
         names.insert(len(names) if place is None else place, name)

@@ -49,8 +49,9 @@ def small(digits):
 @pytest.mark.parametrize(
     ("model", "format", "recipe", "keywords"),
     [
-        ("digits", "onnx", "robust", {}),
-        ("digits", "torch_export", "robust", {}),
+        pytest.param("digits", "onnx", "robust", {}, marks=pytest.mark.slow),
+        pytest.param("digits", "torch_export", "robust", {}, marks=pytest.mark.slow),
+        pytest.param("digits", "onnx", "kernel", {}, marks=pytest.mark.slow),
         ("small", "onnx", "kernel", {}),
         ("small", "onnx", "janson", {}),
         ("small", "onnx", "knn", {"distance": "mahalanobis"}),
@@ -65,7 +66,8 @@ def test_an_exported_file_agrees_with_the_classifier_on_200_real_images(
     path = export(backbone, head, tmp_path / "it.file", format)
     result = check(path, format, backbone, head, images, tmp_path)
     assert result.images == result.same_class == 200
-    assert result.difference <= 1e-4
+    # The rounding of a deep backbone's float32, and of a head's.
+    assert result.difference <= (1e-4 if model == "digits" else 1e-5)
     assert 0 < result.backbone_megabytes <= result.megabytes
     assert [p.name for p in tmp_path.iterdir()] == ["it.file"]
 

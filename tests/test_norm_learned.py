@@ -1,5 +1,6 @@
 """Norms that learn: against their formulas, in chains, and on their way through a head."""
 
+import copy
 import subprocess
 import sys
 
@@ -326,3 +327,16 @@ def test_a_head_with_learned_norms_exports_casts_and_can_be_trained(norm_pre, bl
     program = torch.export.export(head, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.testing.assert_close(program.module()(x[:7]), head(x[:7]))
     assert head.double()(x.double()).dtype == torch.float64
+
+
+def test_an_image_gets_the_probabilities_of_float64_from_a_kernel_head(acceptance):
+    x, y = acceptance["train_embeddings"][:1000], acceptance["train_labels"][:1000]
+    head = imprint(x, y, "kernel")
+    exact = copy.deepcopy(head)
+    exact.norm_inf.double()
+    test = acceptance["test_embeddings"][:500]
+    with torch.no_grad():
+        scores = exact.norm_inf(test.double()) @ head.proxies.T.double() + head.bias
+        expected = torch.softmax(scores / head.temperature, 1)
+        found = torch.softmax(head(test), 1)
+    assert (found - expected).abs().max() < 5e-6

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 # Neither the 431 training images nor the 106 test images divide evenly by 2 and by 3.
 SCRIPT = """
@@ -158,9 +159,9 @@ def test_an_error_while_imprinting_ends_every_process(tmp_path):
 
 
 def test_the_command_line_fits_tests_and_predicts_on_two_processes(tmp_path):
-    def command(*arguments):
-        base = [sys.executable, "-m", "imprint_pl", *arguments, "--data", "Digits"]
-        base += ["--data.classes", "[0,1,2]", "--trainer.accelerator", "cpu"]
+    def command(*arguments, data=("--data", "Digits", "--data.classes", "[0,1,2]")):
+        base = [sys.executable, "-m", "imprint_pl", *arguments, *data]
+        base += ["--trainer.accelerator", "cpu"]
         base += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
         done = subprocess.run(
             base, cwd=tmp_path, timeout=240, text=True, capture_output=True, check=False
@@ -180,3 +181,12 @@ def test_the_command_line_fits_tests_and_predicts_on_two_processes(tmp_path):
     assert last == "106 predictions: it.csv"
     rows = (tmp_path / "it.csv").read_text().splitlines()[1:]
     assert [row.split(",")[0] for row in rows] == [str(i) for i in range(106)]
+    # A file that cannot be read is named with its reason, whichever process met it.
+    for i in range(4):
+        Image.new("L", (8, 8), 60 * i).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:50])
+    files = ["--images", *(f"{i}.png" for i in range(4)), "--on_error", "skip"]
+    shown = command("predict", "--ckpt_path", summary["checkpoint"], *files, data=())
+    assert shown[-1].startswith("3 predictions: ")
+    assert shown[-3] == "skipped 1 that cannot be read:"
+    assert "cannot read the image 1.png: image file is truncated" in shown[-2]

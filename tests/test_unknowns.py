@@ -1,16 +1,19 @@
 """`unknowns.py`: the threshold, "none of these", and the AUROC against outsiders."""
 
+import json
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from sklearn.metrics import roc_auc_score
 
 from imprint_pl import ImprintedClassifier, ImprintedHead, ImprintError, imprint
+from imprint_pl.cli import main
 from imprint_pl.data import Digits
 from imprint_pl.unknowns import Outsiders, auroc, set_threshold
 
 
-@pytest.mark.parametrize("recipe", ["qi", "robust", "knn", "kernel"])
+@pytest.mark.parametrize("recipe", ["qi", "robust", "knn", "kernel", "ridge", "lda"])
 def test_new_samples_pass_as_often_as_asked_and_outsiders_seldom(acceptance, recipe):
     x, y = acceptance["train_embeddings"], acceptance["train_labels"]
     rows = (y < 8).nonzero().flatten()[:3000]
@@ -64,3 +67,22 @@ def test_a_test_run_logs_how_outsiders_are_told_from_insiders():
     before = model.head.threshold
     model.remove_class("0")
     assert model.head.threshold not in (None, before)
+
+
+def test_the_test_command_shows_the_figures_against_outsiders(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inside = ["--data", "Digits", "--data.classes", "[0,1,2,3,4,5]"]
+    options = ["--model.image_size", "32", "--model.recipe", "qi", "--model.accept", "0.9"]
+    assert main(["fit", *inside, *options, "--data.shots", "20"]) == 0
+    checkpoint = next(tmp_path.rglob("imprinted.ckpt"))
+    outside = ["--trainer.callbacks+=Outsiders", "--trainer.callbacks.data=Digits"]
+    outside += ["--trainer.callbacks.data.classes=[6,7,8,9]"]
+    capfd.readouterr()
+    assert main(["test", *inside, "--ckpt_path", str(checkpoint), *outside]) == 0
+    shown = capfd.readouterr().out
+    summary = json.loads((tmp_path / "runs/Digits/version_1/summary.json").read_text())
+    assert f"outsiders: AUROC {summary['outsiders_auroc']:.3f}, " in shown
+    assert f"{100 * summary['rejected']:.1f} % rejected" in shown
+    assert 0.5 < summary["outsiders_auroc"] < 1
+    assert 0.7 < summary["accepted"] <= 1
+    assert 0 < summary["rejected"] < 1
