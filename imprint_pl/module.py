@@ -361,15 +361,6 @@ class ImprintedClassifier(Growing, LightningModule):
                 del state[key]
         return state
 
-    @classmethod
-    def load_from_checkpoint(
-        cls, checkpoint_path: Any, *args: Any, weights_only: bool = True, **keywords: Any
-    ) -> ImprintedClassifier:
-        """Lightning's, which would unpickle anything from a URL."""
-        return super().load_from_checkpoint(
-            checkpoint_path, *args, weights_only=weights_only, **keywords
-        )
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["backbone"] = self.backbone.source()
 
