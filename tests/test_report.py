@@ -128,10 +128,31 @@ def test_too_few_groups_are_not_tested():
         ({"recipe": "ls", "lam": "0.01"}, "ls lam=0.01"),
         ({"recipe": "auto", "gen": "ridge"}, "auto"),
         ({"recipe": "somebody's", "gen": "mine", "k": None}, "somebody's gen=mine"),
+        (
+            {"recipe": "", "norm_pre": "l2", "gen": "kmeans", "k": 3.0, "norm_post": "none"}
+            | {"norm_inf": "l2", "agg": "mnn", "m": 5, "lam": None},
+            "l2/kmeans/none/l2/mnn k=3 m=5",
+        ),
     ],
 )
 def test_a_method_is_named_by_what_one_would_type(row, expected):
     assert method_of(row) == expected
+
+
+def test_a_sweep_of_parts_alone_and_of_one_number_of_shots_has_its_tables(tmp_path):
+    # As `sweep` writes a grid without recipes: an empty recipe, in a column of its own type.
+    rows = sweep()
+    rows = rows[rows["recipe"].isin(["robust", "qi"]) & rows["shots"].isna() & rows["d"].isna()]
+    parts = {"norm_pre": "l2", "norm_post": "l2", "norm_inf": "l2", "agg": "max"}
+    rows = rows.assign(gen=rows["recipe"].map({"robust": "kmeans", "qi": "mean"}), **parts)
+    rows = rows.assign(shots=100, recipe=None).astype({"recipe": "string", "shots": "Int64"})
+    rows.to_parquet(tmp_path / "results.parquet")
+    read = read_results(tmp_path)
+    assert "l2/mean/l2/l2/max" in set(read["method"])
+    assert not read["method"].str.contains("nan|None|shots").any()
+    assert len(accuracy_by_group(read)) > 0
+    assert main(["report", str(tmp_path)]) == 0
+    assert "l2/mean/l2/l2/max" in (tmp_path / "report.html").read_text()
 
 
 def test_every_table_and_figure_is_written(page):

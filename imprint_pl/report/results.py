@@ -98,7 +98,7 @@ def read_results(path: str | Path) -> pd.DataFrame:
             "are fractions in files"
         )
     for column in ("backbone", "data", "task", "recipe"):
-        rows[column] = rows[column].astype(str)
+        rows[column] = rows[column].astype(object).where(rows[column].notna(), "").map(str)
     rows["method"] = [method_of(row) for row in rows[["recipe", *PARAMETERS]].to_dict("records")]
     rows["group"] = rows[list(GROUP)].apply(
         lambda row: " · ".join(_plain(value) for value in row if _given(value)), axis=1
@@ -107,13 +107,20 @@ def read_results(path: str | Path) -> pd.DataFrame:
 
 
 def method_of(row: dict) -> str:
-    """A row's recipe, then the keywords in which it differs: `robust`, `robust k=5`.
+    """A row's recipe, then the keywords in which it differs: `robust`, `robust k=5`; without a
+    recipe its five parts, then the other keywords.
 
     >>> method_of({"recipe": "robust", "gen": "kmeans", "k": 5.0, "norm_pre": "l2"})
     'robust k=5'
+    >>> parts = dict(norm_pre="l2", gen="kmeans", norm_post="none", norm_inf="l2", agg="max")
+    >>> method_of({"recipe": "", "k": 3.0} | parts)
+    'l2/kmeans/none/l2/max k=3'
     """
     recipe = row["recipe"]
     own = resolve(recipe).parameters if recipe in RECIPES else {}
+    if not recipe:
+        own = {name: row[name] for name in SLOTS}
+        recipe = "/".join(map(_plain, own.values()))
     # The engine of k-means changes seconds, not the method.
     differing = [
         f"{name}={_plain(row[name])}"
@@ -139,5 +146,8 @@ def _plain(value) -> str:
 
 
 def whole_tasks(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows on all training samples of a task that merges no classes: Section 5.1's."""
-    return rows[rows["shots"].isna() & (rows["d"].isna())]
+    """The rows on all training samples, or where there are none such on the most shots, of tasks
+    that merge no classes: Section 5.1's."""
+    rows = rows[rows["d"].isna()]
+    all_samples = rows["shots"].isna()
+    return rows[all_samples] if all_samples.any() else rows[rows["shots"] == rows["shots"].max()]
