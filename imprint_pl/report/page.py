@@ -12,7 +12,7 @@ import pandas as pd
 
 from imprint_pl import __version__
 from imprint_pl.files import write_whole
-from imprint_pl.report.results import whole_tasks
+from imprint_pl.report.results import most_samples, whole_tasks
 from imprint_pl.report.statistics import ALPHA, Significance
 from imprint_pl.report.tables import shown
 
@@ -51,6 +51,8 @@ def advice(
     whole = whole_tasks(rows)
     seconds = whole.groupby("method")["gen_seconds"].median()
     groups = whole[whole["method"].isin(compared.index)]["group"].nunique()
+    if tests is not None:
+        groups = tests.groups
     best, second = compared.index[0], compared.index[1]
     row = compared.loc[best]
     most = compared["accuracy"].idxmax()
@@ -114,8 +116,13 @@ def write_page(path: Path, *, galleries: list[Path], figures: dict, made: dict, 
         undefined=jinja2.StrictUndefined,
     )
     rows = values.pop("rows")
+    shots = most_samples(rows)["shots"].max()
+    samples = (
+        f"up to {shots:,.0f} training samples a class" if shots > 0 else "all training samples"
+    )
     page = environment.get_template("page.html.jinja").render(
         **values,
+        samples=samples,
         version=__version__,
         counts={
             "runs": len(rows),

@@ -146,8 +146,11 @@ def _plain(value) -> str:
 
 
 def whole_tasks(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows on all training samples, or where there are none such on the most shots, of tasks
-    that merge no classes: Section 5.1's."""
-    rows = rows[rows["d"].isna()]
+    """The rows of tasks that merge no classes, with the most samples: Section 5.1's."""
+    return most_samples(rows[rows["d"].isna()])
+
+
+def most_samples(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows on all training samples; where there are none such, those on the most shots."""
     all_samples = rows["shots"].isna()
     return rows[all_samples] if all_samples.any() else rows[rows["shots"] == rows["shots"].max()]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from imprint_pl.recipes import RECIPES
-from imprint_pl.report.results import whole_tasks
+from imprint_pl.report.results import most_samples, whole_tasks
 from imprint_pl.report.statistics import Significance, accuracy_by_group, compare
 
 PAPER, OURS_MINUS = "paper %", "ours − paper"
@@ -89,7 +89,7 @@ def pairs(tests: Significance | None) -> pd.DataFrame:
 
 def along_k(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with a k that differ in GEN and k alone: of the most frequent other parts."""
-    rows = rows[rows["k"].notna() & rows["shots"].isna()]
+    rows = rows[rows["k"].notna()]
     if not len(rows):
         return rows
     family = rows[FAMILY].map(str).agg("|".join, axis=1)
@@ -109,7 +109,7 @@ def k(rows: pd.DataFrame) -> pd.DataFrame:
 
 def d_in_1(rows: pd.DataFrame) -> pd.DataFrame:
     """Accuracy of k-means on tasks that merge d classes a label, drawings averaged."""
-    rows = along_k(rows[rows["d"].notna()])
+    rows = along_k(most_samples(rows[rows["d"].notna()]))
     rows = rows[rows["gen"] == "kmeans"] if len(rows) else rows
     if not len(rows):
         return pd.DataFrame()
@@ -123,7 +123,7 @@ def d_in_1(rows: pd.DataFrame) -> pd.DataFrame:
 def shots(rows: pd.DataFrame) -> pd.DataFrame:
     """Accuracy against shots, a column a number of shots, groups and draws averaged."""
     rows = rows[rows["shots"].notna()]
-    if not len(rows):
+    if rows["shots"].nunique() < 2:
         return pd.DataFrame()
     rows = rows.assign(shots=rows["shots"].astype(int))
     table = 100 * rows.pivot_table(
@@ -148,7 +148,7 @@ def nc1(rows: pd.DataFrame) -> pd.DataFrame:
 
 def gain(rows: pd.DataFrame, more: int = 5) -> pd.DataFrame:
     """What k = 5 proxies of k-means gain over one, in points, with the group's NC1."""
-    rows = along_k(rows)
+    rows = along_k(most_samples(rows))
     rows = rows[rows["gen"] == "kmeans"] if len(rows) else rows
     if not len(rows) or not {1, more} <= set(rows["k"]):
         return pd.DataFrame()
