@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: fit test test-slow lint bench clean
+.PHONY: fit test test-slow lint bench soak gpu-check clean
 
 fit: $(INSTALLED)  ## Imprint the embedded backbone on scikit-learn's digits.
 	$(BIN)/python -m imprint_pl fit --config configs/quickstart.yaml
@@ -28,9 +28,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 bench: $(INSTALLED)  ## Ratios against scikit-learn, faiss and the bare forward (some minutes).
 	$(BIN)/python benchmarks/kmeans.py
 	$(BIN)/python benchmarks/aggregation.py
+	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/fit_overhead.py
 	$(BIN)/python benchmarks/auto.py
 	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/growth.py
+
+soak: $(INSTALLED)  ## Ten minutes of fit and predict: memory and open files must not grow.
+	$(BIN)/python benchmarks/soak.py
+
+gpu-check: $(INSTALLED)  ## GPU against CPU results, and how near to its limits; skipped without one.
+	$(BIN)/python benchmarks/gpu_check.py
 
 clean:
 	rm -rf .venv runs
