@@ -3,9 +3,9 @@
     python benchmarks/gpu_check.py
 
 Compares embeddings, NC1 and heads of every recipe with those of the CPU. Then prints images a
-second of `embed` beside the bare forward, on images that lie on the device, and how fast k-means gets
-through its points beside a copy within the device. Says so and ends where there is no GPU; works
-without faiss.
+second of `embed` beside the bare forward, on images that lie on the device, and how fast k-means
+gets through its points beside a copy within the device. Says so and ends where there is no GPU;
+works without faiss.
 """
 
 import argparse
