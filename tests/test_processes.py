@@ -18,9 +18,13 @@ from imprint_pl.collapse import NC1, VCI
 from imprint_pl.data import Digits
 
 devices, folder = int(sys.argv[1]), sys.argv[2]
-SUMMED = {
+POINTS = {
     "qi": {}, "hosoda": {}, "janson": {}, "ls": {}, "lda": {}, "ridge": {},
     "ranpac": {"projection_dim": 40},
+    # Not by sums: embeddings are gathered, all or at most so many of a class.
+    "knn": {}, "kernel": {"projection_dim": 40}, "bounded": {"k": 2, "max_per_class": 60},
+    "kmedoids": {"k": 2}, "random": {"k": 2}, "fps": {"k": 2}, "cov_max": {"k": 2},
+    "kls": {"k": 2}, "kridge": {"k": 2},
 }
 
 class Points(LightningDataModule):
@@ -41,9 +45,15 @@ def make_trainer():
         strategy="ddp" if devices > 1 else "auto", enable_checkpointing=False,
     )
 
-for recipe, options in SUMMED.items():
+for recipe, options in POINTS.items():
     trainer = make_trainer()
-    model = ImprintedClassifier(torch.nn.Identity(), recipe, **options)
+    if recipe in ("kls", "kridge"):
+        options |= {"recipe": recipe[1:], "gen": recipe}
+    elif recipe in ("kmedoids", "random", "fps", "cov_max"):
+        options |= {"recipe": "robust", "gen": recipe}
+    elif recipe == "bounded":
+        options |= {"recipe": "robust"}
+    model = ImprintedClassifier(torch.nn.Identity(), **({"recipe": recipe} | options))
     trainer.fit(model, Points())
     if trainer.is_global_zero:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -126,14 +136,19 @@ def test_more_processes_give_the_proxies_of_one(results, recipe, devices):
     assert more["metrics"]["train/nc1"] == pytest.approx(one["metrics"]["train/nc1"], rel=1e-5)
 
 
-@pytest.mark.parametrize("recipe", ["qi", "hosoda", "janson", "ls", "lda", "ridge", "ranpac"])
 @pytest.mark.parametrize("devices", [2, 3])
-def test_sums_of_more_processes_give_the_head_of_one_and_its_temperature(results, recipe, devices):
-    one, more = results[f"points-{recipe}-1"], results[f"points-{recipe}-{devices}"]
-    assert one["head"]["proxy_classes"].tolist() == [0, 1, 2, 3, 4, 5]
-    assert one["head"]["log_scale"] != 0
-    torch.testing.assert_close(more["head"], one["head"], rtol=1e-5, atol=1e-5)
-    assert more["metrics"]["train/nc1"] == pytest.approx(one["metrics"]["train/nc1"], rel=1e-6)
+def test_every_gen_gives_on_more_processes_the_head_of_one_and_its_temperature(results, devices):
+    names = [name for name in results if name.startswith("points-") and name.endswith("-1")]
+    assert len(names) == 16
+    for name in names:
+        one, more = results[name], results[f"{name[:-1]}{devices}"]
+        assert one["head"]["proxy_classes"].unique().tolist() == [0, 1, 2, 3, 4, 5], name
+        assert one["head"]["log_scale"] != 0, name
+        torch.testing.assert_close(
+            more["head"], one["head"], rtol=1e-5, atol=1e-5, msg=lambda text, name=name: name + text
+        )
+        nc1 = one["metrics"]["train/nc1"]
+        assert more["metrics"]["train/nc1"] == pytest.approx(nc1, rel=1e-6), name
 
 
 @pytest.mark.parametrize("devices", [2, 3])
