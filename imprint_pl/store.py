@@ -78,7 +78,8 @@ def check_labels(labels: Tensor, batch: int, num_classes: int | None) -> None:
     Raises:
         ImprintError: a label out of range; names the batch and the sample.
     """
-    check_classes(int(labels.max()) + 1 if len(labels) else 0)
+    if len(labels):
+        check_classes(max(1, int(labels.max()) + 1))
     outside = labels < 0
     if num_classes is not None:
         outside |= labels >= num_classes

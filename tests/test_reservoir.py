@@ -75,11 +75,20 @@ def test_what_a_sampler_repeats_is_not_kept():
     assert held.gather()[0][:, 0].tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("label", [-1, 3])
-def test_a_label_out_of_range_is_named(label):
+@pytest.mark.parametrize("labels", [[0, -1], [0, 3], [-1], [-1, -1]])
+def test_a_label_out_of_range_is_named(labels):
     held = EmbeddingReservoir(5, 0, num_classes=3)
-    with pytest.raises(ImprintError, match=f"label {label} of sample 1 in batch 0"):
-        held.add(torch.ones(2, 2), torch.tensor([0, label]))
+    place = labels.index(next(label for label in labels if label))
+    message = f"label {labels[place]} of sample {place} in batch 0"
+    with pytest.raises(ImprintError, match=message):
+        held.add(torch.ones(len(labels), 2), torch.tensor(labels))
+
+
+def test_an_empty_batch_adds_nothing():
+    held = EmbeddingReservoir(5, 0)
+    held.add(torch.ones(0, 2), torch.zeros(0, dtype=torch.int64))
+    held.add(torch.ones(1, 2), torch.tensor([1]))
+    assert held.gather()[1].tolist() == [1]
 
 
 # In a fit.
