@@ -48,12 +48,12 @@ def seconds(recipe: str, N: int, C: int, d: int, k: int, repeats: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("figure", nargs="?", default="growth.png")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("figure", nargs="?", help="PNG; none by default")
+    parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     seconds("qi", **FIXED, repeats=1)
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.7), sharey=True, layout="constrained")
     table = Table("recipe", *(f"slope in {name}" for name in VARIED))
     slopes = {recipe: [] for recipe in RECIPES}
     for axis, (name, values) in zip(axes, VARIED.items(), strict=True):
@@ -73,8 +73,10 @@ def main() -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("CPU seconds of imprint")
-    axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(arguments.figure, dpi=110)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    if arguments.figure:
+        figure.savefig(arguments.figure, dpi=90)
     for recipe, row in slopes.items():
         table.add_row(recipe, *row)
     Console().print(table)

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,29 +39,33 @@ def test_after_a_kill_at_any_moment_every_file_that_is_there_is_whole(tmp_path):
     assert min(counts.values()) >= 2
 
 
-@pytest.fixture
-def full_disk():
-    """From the call on no file grows beyond so many bytes: writing raises an OSError halfway, as on
-    a disk that is full (EFBIG, not ENOSPC; a real full disk asks for a mount)."""
+@contextmanager
+def full_disk(size):
+    """No file grows beyond so many bytes: writing raises an OSError halfway, as on a disk that is
+    full (EFBIG, not ENOSPC, which asks for a mount). It ends within the test, as pytest's
+    own log may be longer."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 X = torch.randn(400, 64, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(400) % 4
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_part_of_a_new_one(tmp_path, full_disk):
+def test_a_full_disk_leaves_the_old_file_and_no_part_of_a_new_one(tmp_path):
     path = save_tensors(tmp_path / "a.safetensors", {"x": X}, {})
-    full_disk(4096)
-    with pytest.raises(ImprintError, match=r"cannot write .*a.safetensors .*disk with room"):
+    message = r"cannot write .*a.safetensors .*disk with room"
+    with full_disk(4096), pytest.raises(ImprintError, match=message):
         save_tensors(path, {"x": X + 1}, {})
     assert torch.equal(read_tensors(path)[0]["x"], X)
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_a_full_disk_under_heads_states_caches_and_results_is_named(tmp_path, full_disk):
+def test_a_full_disk_under_heads_states_caches_and_results_is_named(tmp_path):
     head = imprint(X, Y, "knn")
     head.save_pretrained(tmp_path / "head")
     state = State.of(X, Y, head, "embeddings")
@@ -71,16 +76,15 @@ def test_a_full_disk_under_heads_states_caches_and_results_is_named(tmp_path, fu
     results = Results(tmp_path / "results")
     row = dict.fromkeys(COLUMNS) | {"id": "1", "backbone": "b" * 3000}
     results.append([row])
-    full_disk(4096)
-    with pytest.raises(ImprintError, match="cannot write .*model.safetensors"):
-        imprint(X + 1, Y, "knn").save_pretrained(tmp_path / "head")
-    with pytest.raises(ImprintError, match="cannot write .*a.state.safetensors"):
-        state.save(tmp_path / "a.state.safetensors")
-    with cache.lock(lambda: None), pytest.raises(ImprintError, match="--cache_dir on a disk"):
-        cache.write(torch.arange(10, 400), X[10:])
-    with pytest.raises(ImprintError, match="cannot write results"):
-        results.append([row | {"id": "2"}])
-    full_disk(resource.RLIM_INFINITY)
+    with full_disk(4096):
+        with pytest.raises(ImprintError, match="cannot write .*model.safetensors"):
+            imprint(X + 1, Y, "knn").save_pretrained(tmp_path / "head")
+        with pytest.raises(ImprintError, match="cannot write .*a.state.safetensors"):
+            state.save(tmp_path / "a.state.safetensors")
+        with cache.lock(lambda: None), pytest.raises(ImprintError, match="--cache_dir on a disk"):
+            cache.write(torch.arange(10, 400), X[10:])
+        with pytest.raises(ImprintError, match="cannot write results"):
+            results.append([row | {"id": "2"}])
     assert torch.equal(ImprintedHead.from_pretrained(tmp_path / "head")(X), head(X))
     assert torch.equal(State.load(tmp_path / "a.state.safetensors").x, state.x)
     rows, found, faults = cache.read(torch.arange(400))
@@ -91,12 +95,12 @@ def test_a_full_disk_under_heads_states_caches_and_results_is_named(tmp_path, fu
     assert Results(tmp_path / "results").ids == {"1"}
 
 
-def test_a_full_disk_under_fit_ends_in_one_line(tmp_path, full_disk, monkeypatch, capsys):
+def test_a_full_disk_under_fit_ends_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    full_disk(20_000)
     command = ["fit", "--data", "Digits", "--data.shots", "20", "--model.backbone", "identity"]
     command[5:] = ["--model.recipe", "knn", "--model.image_size", "32", "--trainer.logger", "false"]
-    assert main(command) == 2
+    with full_disk(20_000):
+        assert main(command) == 2
     assert "error: the disk is full" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.ckpt"))
 
