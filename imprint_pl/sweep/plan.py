@@ -67,6 +67,8 @@ def cost(unit: list[Configuration], train: int, test: int, dim: int) -> float:
     """Roughly the multiplications of a unit, for an estimate: `train` and `test` rows of `dim`."""
     total = 0.0
     p = unit[0].variant.parameters
+    if unit[0].shots:
+        train = min(train, 10 * unit[0].shots)  # ten classes, as below
     if not is_shared(unit[0]):
         p_dim = p.get("projection_dim", 0)
         width = max(dim, min(p_dim or dim, train))

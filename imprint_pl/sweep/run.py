@@ -27,7 +27,7 @@ from imprint_pl.sweep.work import Work
 CHUNK_BYTES = 1 << 30
 SAVE_SECONDS = 30.0
 # Multiplications a second and core, at which `cost` fits two cores of 2024; for the estimate only.
-SPEED = 1.5e10
+SPEED = 5e10
 
 
 def sweep(
