@@ -523,18 +523,19 @@ if devices > 1:
 def test_memory_grows_with_the_images_only_where_their_embeddings_are_kept(
     tmp_path, recipe, devices, grows
 ):
-    n = 25_000
+    n = 20_000
     # A script, since the other processes start it again.
     script = tmp_path / "script.py"
     script.write_text(MEASURED)
     peaks = []
-    for number in (n, 4 * n):
+    for number in (n, 8 * n):
         command = [sys.executable, script, recipe, number, devices, tmp_path]
         done = subprocess.run(
             list(map(str, command)), capture_output=True, text=True, check=True, timeout=300
         )
         peaks.append(int(done.stdout.split("KiB ")[1].split()[0]) / 1024)
-    more = 3 * n * 512 * 4 / 2**20 / devices
+    more = 7 * n * 512 * 4 / 2**20 / devices
     print(f"{recipe}, {devices} processes: {peaks} MiB; {more:.0f} MiB of embeddings more")
     growth = peaks[1] - peaks[0]
-    assert growth > 0.8 * more if grows else growth < 0.2 * more
+    # The same program's peak differs by some 25 MiB from run to run.
+    assert growth > 0.8 * more if grows else growth < 0.5 * more
