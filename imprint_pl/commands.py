@@ -26,7 +26,7 @@ from imprint_pl.module import ImprintedClassifier
 from imprint_pl.predictions import PredictionWriter
 from imprint_pl.recipes import drop_unused
 from imprint_pl.run import print_summary, summarise, write_summary
-from imprint_pl.state import State, state_path
+from imprint_pl.state_file import read_state, state_path
 from imprint_pl.wandb_results import WandbResults
 
 # Importing them makes them known by these short names.
@@ -293,7 +293,7 @@ class ImprintCLI(LightningCLI):
             return
         paths = self.datamodule.sample_names("predict")
         beside = state_path(self._get(self.config, "ckpt_path"))
-        state = State.load(beside) if beside.is_file() else None
+        state = read_state(beside) if beside.is_file() else None
         print(f"explanations: {explain_files(self.model, paths, folder, state)}")
 
     def _finish(self, stage: str) -> None:

@@ -29,7 +29,8 @@ from imprint_pl.unknowns import set_threshold
 class ImprintEpoch:
     """Takes the batches of one epoch, then makes the head.
 
-    Sums are kept where the recipe needs no more (see `streams`), the embeddings otherwise.
+    Sums are kept where the recipe needs no more (see `streams`), otherwise the embeddings, or
+    `max_per_class` of each class.
 
     Args:
         trainer: in its train loop, at the start of the epoch.
@@ -131,7 +132,8 @@ class ImprintEpoch:
         """
         summed = isinstance(self.kept, EmbeddingSums)
         embed_seconds = time.perf_counter() - self.start
-        gathered = self.kept.gather() if summed else self.kept.gather(self.dealt)
+        samples = (self.dealt,) if isinstance(self.kept, EmbeddingStore) else ()
+        gathered = self.kept.gather(*samples)
         if gathered is None:
             return None
         start = time.perf_counter()

@@ -17,7 +17,7 @@ from imprint_pl.errors import ImprintError
 from imprint_pl.export import FORMATS, check, export
 from imprint_pl.files import read_checkpoint, write_whole
 from imprint_pl.module import ImprintedClassifier
-from imprint_pl.state import state_path
+from imprint_pl.state_file import state_path
 
 # Images that an exported file is compared on.
 CHECKED = 200

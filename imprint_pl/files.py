@@ -8,7 +8,8 @@ import hashlib
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +25,18 @@ HASH = "sha256"
 # What a name or a number needs; a text with brackets would be read as structure, and structure can
 # name classes.
 PLAIN_TEXT = re.compile(r"[^{}\[\]\n]*")
+
+
+@contextmanager
+def damaged(path: Any, what: str, errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator:
+    """Around the reading of foreign bytes, which raises whatever it stumbles over: turns it into an
+    `ImprintError` that `path` is damaged, or not `what`. Those of ours pass."""
+    try:
+        yield
+    except ImprintError:
+        raise
+    except errors as error:
+        raise ImprintError(f"{path}: damaged, or not {what} ({type(error).__name__})") from error
 
 
 def write_whole(path: str | Path, content: bytes) -> Path:
@@ -96,17 +109,12 @@ def read_checkpoint(source: str | Path | IO[bytes], map_location: Any = "cpu") -
     name = source if isinstance(source, str | Path) else "the checkpoint"
     if name is source and not Path(source).is_file():
         raise ImprintError(f"{source}: there is no such file")
-    try:
+    with damaged(name, "a checkpoint that `fit` wrote"):
         _check_archive(source)
         checkpoint = torch.load(source, weights_only=True, map_location=map_location)
         state, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]
         if not all(isinstance(part, Mapping) for part in (state, settings)):
             raise ValueError("no state dict")
-    # Pickles of foreign bytes raise whatever their reader stumbles over.
-    except Exception as error:
-        raise ImprintError(
-            f"{name}: damaged, or not a checkpoint that `fit` wrote ({type(error).__name__})"
-        ) from error
     for key, tensor in state.items():
         if not str(key).endswith("_extra_state") or isinstance(tensor, Tensor):
             check_tensor(f"{name}: {key}", tensor)

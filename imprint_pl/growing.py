@@ -13,7 +13,8 @@ from torch import Tensor
 
 from imprint_pl.batch import images_of
 from imprint_pl.errors import ImprintError
-from imprint_pl.state import State, state_path
+from imprint_pl.state import State
+from imprint_pl.state_file import read_state, state_path, write_state
 
 # Images that go through the backbone at a time.
 BATCH = 64
@@ -62,11 +63,11 @@ class Growing:
 
     def save_state(self, checkpoint: str | Path) -> Path:
         """Writes the state beside a checkpoint, `NAME.state.safetensors`."""
-        return self._kept().save(state_path(checkpoint))
+        return write_state(self._kept(), state_path(checkpoint))
 
     def load_state(self, checkpoint: str | Path) -> None:
         """Reads the state beside a checkpoint."""
-        self.state = State.load(state_path(checkpoint))
+        self.state = read_state(state_path(checkpoint))
 
     def _kept(self) -> State:
         if self.state is None:

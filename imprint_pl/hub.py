@@ -9,11 +9,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
-from safetensors import SafetensorError
 from torch import nn
 
-from imprint_pl.errors import ImprintError
-from imprint_pl.files import read_tensors, save_tensors
+from imprint_pl.files import damaged, read_tensors, save_tensors
 
 FILE = "model.safetensors"
 
@@ -41,15 +39,11 @@ class Pretrained(
         Raises:
             ImprintError: damaged, or not a head.
         """
-        try:
+        what = "a folder that save_pretrained wrote"
+        # Not those of the network, which say what they are.
+        errors = (ValueError, TypeError, AttributeError, KeyError, RecursionError)
+        with damaged(pretrained_model_name_or_path, what, errors):
             return super().from_pretrained(pretrained_model_name_or_path, **keywords)
-        except ImprintError:
-            raise
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-            raise ImprintError(
-                f"{pretrained_model_name_or_path}: its config.json is damaged, or not one that "
-                f"save_pretrained wrote ({type(error).__name__})"
-            ) from error
 
     @classmethod
     def _from_pretrained(
@@ -79,14 +73,7 @@ class Pretrained(
             )
         # Of config.json, which the mixin hands on, nothing is taken.
         head = cls(**{n: part for n, part in keywords.items() if isinstance(part, nn.Module)})
-        try:
+        with damaged(path, "a head that save_pretrained wrote"):
             head.load_state_dict(read_tensors(path)[0], strict=strict)
             head.check()
-        except ImprintError:
-            raise
-        except (OSError, SafetensorError, RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise ImprintError(
-                f"{path}: damaged, or not a head that save_pretrained wrote "
-                f"({type(error).__name__})"
-            ) from error
         return head.to(torch.device(map_location)).eval()

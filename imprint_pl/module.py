@@ -20,7 +20,7 @@ from imprint_pl.batch import dealt_samples, images_of, split_batch
 from imprint_pl.checks import EMPTY, check_checkpoint, check_labels, check_task
 from imprint_pl.epoch import ImprintEpoch
 from imprint_pl.errors import ImprintError, near
-from imprint_pl.files import hyperparameters, read_checkpoint
+from imprint_pl.files import damaged, hyperparameters, read_checkpoint
 from imprint_pl.growing import Growing
 from imprint_pl.metrics import TaskMetrics
 from imprint_pl.recipes import resolve
@@ -404,15 +404,10 @@ class ImprintedClassifier(Growing, LightningModule):
         checkpoint = read_checkpoint(checkpoint_path, where)
         known = inspect.signature(cls.__init__).parameters
         given = {n: v for n, v in hyperparameters(checkpoint).items() if n in known} | kwargs
-        try:
+        # Not an OSError: of weights that cannot be fetched.
+        errors = (RuntimeError, TypeError, KeyError, IndexError, ValueError)
+        with damaged(checkpoint_path, "a checkpoint that `fit` wrote", errors):
             model = cls(**given)
             model.on_load_checkpoint(checkpoint)
             model.load_state_dict(checkpoint["state_dict"], strict=bool(strict))
-        except ImprintError:
-            raise
-        except (RuntimeError, TypeError, KeyError, IndexError, ValueError) as error:
-            raise ImprintError(
-                f"{checkpoint_path}: damaged, or not a checkpoint that `fit` wrote "
-                f"({type(error).__name__})"
-            ) from error
         return model.to(next(iter(checkpoint["state_dict"].values())).device)

@@ -122,7 +122,7 @@ class EmbeddingReservoir:
             x.shape[1],
         )
 
-    def gather(self, samples: int | None = None) -> tuple[Tensor, Tensor] | None:
+    def gather(self) -> tuple[Tensor, Tensor] | None:
         """`(n, d)` and `(n,)` on rank 0, in the order of the data set, `None` on the others."""
         gathered = self._kept.gather(self._dim or 0)
         return None if gathered is None else gathered[:2]

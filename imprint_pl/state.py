@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,20 +17,18 @@ import torch
 from torch import Tensor
 
 from imprint_pl.errors import ImprintError, near
-from imprint_pl.files import read_tensors, save_tensors
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint_parts
-from imprint_pl.limits import check_classes, check_values, checked_seed, is_count
+from imprint_pl.limits import check_values
 from imprint_pl.moments import Moments
 from imprint_pl.norm import sums_of
 from imprint_pl.norm_learned import RandomProjection
 from imprint_pl.parts import steps_of
-from imprint_pl.pipeline import checked_names, head_of_sums
+from imprint_pl.pipeline import head_of_sums
 from imprint_pl.recipes import Parts, resolve
-from imprint_pl.select import checked_bounds, weibull_typical
+from imprint_pl.select import weibull_typical
 
 KEEP = ("moments", "embeddings")
-FORMAT = "imprint_pl state 1"
 # Settings of a head that are results, not keywords of its recipe.
 RESULTS = ("seed", "chosen_lam", "chosen_by")
 
@@ -302,85 +299,6 @@ class State:
         order = torch.from_numpy(np.argsort(as_bytes, kind="stable"))
         sources = tuple(sources[i] for i in order.tolist()) if sources else ()
         return replace(self, x=x[order], y=y[order], sources=sources)
-
-    def save(self, path: str | Path) -> Path:
-        """Writes a safetensors file, which appears whole or not at all."""
-        tensors = {"x": self.x, "y": self.y, "classifier": self.classifier}
-        if self.moments is not None:
-            tensors |= {name: getattr(self.moments, name) for name in ("counts", "sums", "gram")}
-        tensors = {n: t.contiguous().clone() for n, t in tensors.items() if t is not None}
-        names = ("settings", "seed", "class_names", "embedding_dim", "sources", "temperature")
-        plain = {n: getattr(self, n) for n in (*names, "threshold", "accept", "weibull")}
-        return save_tensors(path, tensors, {"format": FORMAT, "state": json.dumps(plain)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> State:
-        """Reads what `save` wrote.
-
-        Raises:
-            ImprintError: no such file, or not one of these.
-        """
-        if not Path(path).is_file():
-            raise ImprintError(
-                f"{path}: there is no such file. Nothing was kept of the training set: fit with "
-                'keep="embeddings" (suffices for every step) or keep="moments"'
-            )
-        try:
-            tensors, metadata = read_tensors(path)
-            if metadata.get("format") != FORMAT:
-                raise ValueError("not a state")
-            state = cls._of_file(json.loads(metadata["state"]), tensors)
-            state._check()
-        except ImprintError:
-            raise
-        # Whatever the reading of forged values stumbles over.
-        except Exception as error:
-            raise ImprintError(
-                f"{path}: damaged, or not a state file ({type(error).__name__})"
-            ) from error
-        return state
-
-    @classmethod
-    def _of_file(cls, plain: dict[str, Any], tensors: dict[str, Tensor]) -> State:
-        moments = None
-        if "counts" in tensors:
-            moments = Moments(tensors["counts"], tensors["sums"], tensors.get("gram"))
-        plain["sources"] = tuple(plain["sources"])
-        plain["weibull"] = plain["weibull"] and checked_bounds(plain["weibull"])
-        rest = {name: tensors.get(name) for name in ("x", "y", "classifier")}
-        return cls(**plain, **rest, moments=moments)
-
-    def _check(self) -> None:
-        """Raises where the parts of a file do not fit each other."""
-        names, d = checked_names(self.class_names), self.embedding_dim
-        check_classes(len(names))
-        checked_seed(self.seed)
-        fits = len(set(names)) == len(names) and is_count(d)
-        fits &= all(isinstance(source, str) for source in self.sources)
-        if self.x is not None:
-            n = len(self.x)
-            fits &= self.x.is_floating_point() and tuple(self.x.shape) == (n, d)
-            fits &= self.y.dtype == torch.int64 and tuple(self.y.shape) == (n,)
-            fits &= bool(((self.y >= 0) & (self.y < len(names))).all())
-            fits &= len(self.sources) in (0, n)
-        else:
-            counts, sums, gram = self.moments.counts, self.moments.sums, self.moments.gram
-            features = sums.shape[1]
-            fits &= tuple(counts.shape) == (len(names),) == tuple(sums.shape[:1])
-            fits &= gram is None or tuple(gram.shape) == (features, features)
-            fits &= all(t is None or t.dtype == torch.float64 for t in (counts, sums, gram))
-            fits &= bool((counts >= 0).all())
-        given = (self.x, self.classifier) if self.moments is None else (self.moments.sums, None)
-        fits &= all(t is None or bool(t.isfinite().all()) for t in given)
-        if not fits:
-            raise ValueError("parts of different sizes")
-        # The recipe by its names; raises for one that is not ours.
-        _ = self.parts
-
-
-def state_path(checkpoint: str | Path) -> Path:
-    """The state's file beside a checkpoint: `imprinted.ckpt` → `imprinted.state.safetensors`."""
-    return Path(checkpoint).with_suffix(".state.safetensors")
 
 
 def _compact(x: Tensor) -> Tensor:

@@ -17,11 +17,12 @@ from imprint_pl.calibration import fit_temperature
 from imprint_pl.collapse import nc1_of
 from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
-from imprint_pl.holdout import HeldOut
+from imprint_pl.holdout import HELD, held_out_folds
 from imprint_pl.moments import Moments
 from imprint_pl.parts import steps_of
 from imprint_pl.pipeline import checked, head_of_sums, with_chosen_lam
 from imprint_pl.recipes import Auto, Parts
+from imprint_pl.reservoir import Reservoir
 from imprint_pl.store import check_batch, check_labels
 
 # Rows that are added to the sums at once: a product of a few rows wastes most of its time.
@@ -85,7 +86,8 @@ class EmbeddingSums:
         self.unit_moments: Moments | None = None
         self._batches = self._seen = 0
         self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._held = HeldOut(seed)
+        self._held = Reservoir(HELD, seed)
+        self._sample: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         """Samples in the sums: of this rank before `gather`, of all ranks after it."""
@@ -114,7 +116,7 @@ class EmbeddingSums:
     def gather(self) -> EmbeddingSums | None:
         """The sums of all ranks on rank 0, `None` on the others."""
         self._flush()
-        self._held.gather(self.input_dim)
+        self._sample = self._held.gather(self.input_dim)
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return self
         device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -241,7 +243,7 @@ class EmbeddingSums:
     def _temperature(self, gen: Any, classifier: Tensor | None) -> float:
         """Fitted on the held-out sample, by heads whose sums it was subtracted from."""
         scores, labels = [], []
-        for held, own in self._held.folds(len(self)):
+        for held, own in held_out_folds(self._sample, len(self), self.seed):
             held, own = held.to(self.device), own.to(self.device)
             gram = "none" if self.moments.gram is None else "pooled"
             part = Moments.of(self.norm_pre(held), own, self.moments.num_classes, gram=gram)

@@ -24,7 +24,7 @@ from imprint_pl.export import load
 from imprint_pl.report.page import write_page
 from imprint_pl.results import COLUMNS
 from imprint_pl.run import summarise, write_summary
-from imprint_pl.state import State, state_path
+from imprint_pl.state_file import read_state, state_path
 
 KILLS = 12
 PIECE = 4096
@@ -77,7 +77,7 @@ def whole(folder):
     images = torch.zeros(2, 3, 9, 9, dtype=torch.uint8)
     readers = {
         "a.ckpt": lambda path: ImprintedClassifier.load_from_checkpoint(path, backbone=Flat()),
-        state_path("a.ckpt").name: State.load,
+        state_path("a.ckpt").name: read_state,
         "head/model.safetensors": lambda path: ImprintedHead.from_pretrained(path.parent),
         "summary.json": lambda path: json.loads(path.read_text()),
         "report.html": lambda path: path.read_text().index("</html>"),

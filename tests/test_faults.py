@@ -22,6 +22,7 @@ from imprint_pl.cache import RowCache
 from imprint_pl.files import read_tensors, save_tensors, write_whole
 from imprint_pl.results import COLUMNS, Results
 from imprint_pl.state import State
+from imprint_pl.state_file import read_state, write_state
 
 TESTS = Path(__file__).parent
 
@@ -69,7 +70,7 @@ def test_a_full_disk_under_heads_states_caches_and_results_is_named(tmp_path):
     head = imprint(X, Y, "knn")
     head.save_pretrained(tmp_path / "head")
     state = State.of(X, Y, head, "embeddings")
-    state.save(tmp_path / "a.state.safetensors")
+    write_state(state, tmp_path / "a.state.safetensors")
     cache = RowCache(tmp_path / "cache", {"backbone": "x"})
     with cache.lock(lambda: None):
         cache.write(torch.arange(10), X[:10])
@@ -80,13 +81,13 @@ def test_a_full_disk_under_heads_states_caches_and_results_is_named(tmp_path):
         with pytest.raises(ImprintError, match="cannot write .*model.safetensors"):
             imprint(X + 1, Y, "knn").save_pretrained(tmp_path / "head")
         with pytest.raises(ImprintError, match="cannot write .*a.state.safetensors"):
-            state.save(tmp_path / "a.state.safetensors")
+            write_state(state, tmp_path / "a.state.safetensors")
         with cache.lock(lambda: None), pytest.raises(ImprintError, match="--cache_dir on a disk"):
             cache.write(torch.arange(10, 400), X[10:])
         with pytest.raises(ImprintError, match="cannot write results"):
             results.append([row | {"id": "2"}])
     assert torch.equal(ImprintedHead.from_pretrained(tmp_path / "head")(X), head(X))
-    assert torch.equal(State.load(tmp_path / "a.state.safetensors").x, state.x)
+    assert torch.equal(read_state(tmp_path / "a.state.safetensors").x, state.x)
     rows, found, faults = cache.read(torch.arange(400))
     assert torch.equal(rows[:10], X[:10])
     assert found.sum() == 10

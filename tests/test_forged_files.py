@@ -11,7 +11,7 @@ from imprint_pl.backbone import load_backbone
 from imprint_pl.cli import main
 from imprint_pl.data import Digits
 from imprint_pl.file_commands import load_classifier
-from imprint_pl.state import State, state_path
+from imprint_pl.state_file import read_state, state_path
 
 
 class Attack:
@@ -55,7 +55,7 @@ LOADERS = {
         ImprintedClassifier(recipe="qi", image_size=32), Digits(), ckpt_path=path
     ),
     "weights of a backbone": lambda path: load_backbone("efficientnet_lite0", weights=path),
-    "a state": State.load,
+    "a state": read_state,
 }
 
 
@@ -85,5 +85,5 @@ def test_a_pickle_in_the_place_of_a_head_or_a_state_does_not_run(forged):
         ImprintedHead.from_pretrained(folder)
     os.replace(folder / "pytorch_model.bin", state_path(forged))
     with pytest.raises(ImprintError, match="damaged, or not a state file"):
-        State.load(state_path(forged))
+        read_state(state_path(forged))
     assert not (forged.parent / "executed").exists()

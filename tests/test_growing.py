@@ -9,6 +9,7 @@ import torch
 
 from imprint_pl import ImprintedClassifier, ImprintError, ImprintEstimator, imprint
 from imprint_pl.state import State
+from imprint_pl.state_file import read_state, write_state
 
 RECIPES = {
     "qi": {},
@@ -158,18 +159,18 @@ def test_a_step_that_makes_no_sense_names_it(step, message):
 @pytest.mark.parametrize("keep", ["moments", "embeddings"])
 def test_a_state_is_read_in_a_fresh_process(tmp_path, keep):
     state, _ = start("ridge", keep)
-    state.save(tmp_path / "it.state.safetensors")
+    write_state(state, tmp_path / "it.state.safetensors")
     torch.save(PROBE, tmp_path / "probe.pt")
     code = (
-        "import torch; from imprint_pl.state import State\n"
-        "state = State.load('it.state.safetensors')\n"
+        "import torch; from imprint_pl.state_file import read_state\n"
+        "state = read_state('it.state.safetensors')\n"
         "torch.save(state.head().scores(torch.load('probe.pt')).detach(), 'scores.pt')"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     assert torch.equal(torch.load(tmp_path / "scores.pt"), state.head().scores(PROBE))
     (tmp_path / "it.state.safetensors").write_bytes(b"nothing")
     with pytest.raises(ImprintError, match="damaged, or not a state file"):
-        State.load(tmp_path / "it.state.safetensors")
+        read_state(tmp_path / "it.state.safetensors")
 
 
 def test_embeddings_beyond_float16_are_kept_as_they_are(blobs):

@@ -30,7 +30,7 @@ from imprint_pl.data.decode import read_image
 from imprint_pl.files import content_hash, hyperparameters, read_checkpoint
 from imprint_pl.report.results import read_results
 from imprint_pl.results import COLUMNS, Results
-from imprint_pl.state import State, state_path
+from imprint_pl.state_file import read_state, state_path
 
 CASES = 150
 SMALL = {"preprocess": {"size": 8, "mean": [0.5], "std": [0.5]}}
@@ -141,13 +141,13 @@ def test_damaged_heads(written, tmp_path):
 
 
 def test_damaged_states(written, tmp_path):
-    whole = State.load(state_path(written / "a.ckpt"))
+    whole = read_state(state_path(written / "a.ckpt"))
     content = state_path(written / "a.ckpt").read_bytes()
     path = tmp_path / "b.state.safetensors"
 
     def read(seed):
         path.write_bytes(damaged(content, seed))
-        found = State.load(path)
+        found = read_state(path)
         # The plain values stand outside of the hash, but a checkpoint beside them has them, too.
         assert torch.equal(found.y, whole.y)
         return found.x
@@ -437,7 +437,7 @@ def with_header(path, values, data):
 def test_absurd_sizes_in_the_header_of_a_head_or_a_state_ask_for_no_memory(written, tmp_path):
     for source, read in (
         (written / "head" / "model.safetensors", ImprintedHead.from_pretrained),
-        (state_path(written / "a.ckpt"), State.load),
+        (state_path(written / "a.ckpt"), read_state),
     ):
         values, data = header(source)
         target = tmp_path / source.name
@@ -487,7 +487,7 @@ def test_states_whose_parts_do_not_fit_each_other(written, tmp_path):
         metadata = {"format": "imprint_pl state 1", "state": json.dumps(plain | other_values)}
         save_file(forged, path, metadata | {"sha256": content_hash(forged)})
         with pytest.raises(ImprintError):
-            State.load(path)
+            read_state(path)
 
 
 def test_names_that_climb_out_of_a_folder_stay_names(written, tmp_path):

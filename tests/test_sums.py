@@ -16,9 +16,10 @@ from imprint_pl import ImprintedClassifier, ImprintedHead, ImprintError, imprint
 from imprint_pl.calibration import fit_temperature, folds
 from imprint_pl.collapse import nc1
 from imprint_pl.data import Digits
-from imprint_pl.holdout import HELD, HeldOut
+from imprint_pl.holdout import HELD, held_out_folds
 from imprint_pl.imprinting import imprint_parts
 from imprint_pl.recipes import resolve
+from imprint_pl.reservoir import Reservoir
 from imprint_pl.store import EmbeddingStore
 from imprint_pl.sums import EmbeddingSums, streams
 
@@ -375,14 +376,20 @@ def test_the_temperature_of_many_samples_suits_new_ones(recipe):
     assert head.temperature == pytest.approx(fit_temperature(head.scores(x), y), rel=0.1)
 
 
+def held_out(x, y, batches=(slice(None),), seed=0):
+    kept, positions = Reservoir(HELD, seed), torch.arange(len(y))
+    for rows in batches:
+        kept.add(x[rows], y[rows], positions[rows])
+    sample = kept.gather(x.shape[1])
+    assert len(sample[0]) == HELD
+    return held_out_folds(sample, len(y), seed)
+
+
 @pytest.mark.parametrize("recipe", ["ridge", "janson"])
 def test_classes_of_which_only_held_out_samples_exist_do_not_count(recipe):
     # Class 4 has one sample, and it is among those held out of 4,000.
     x, y = points(n=4000)
-    held = HeldOut(0)
-    held.add(x, y, torch.arange(4000))
-    held.gather(8)
-    (chosen, _), (others, _) = held.folds(4000)
+    (chosen, _), (others, _) = held_out(x, y)
     y[(x == chosen[0]).all(1)] = 4
     options = {"lam": 0.1} if recipe == "ridge" else {}
     head = summed(x, y, recipe, batch_size=500, overrides=options).imprint()
@@ -409,15 +416,9 @@ def test_no_temperature_where_held_out_samples_cannot_be_spared():
 
 def test_the_held_out_sample_is_bounded_and_the_same_in_any_batches_and_ranks():
     x, y = torch.arange(9000.0)[:, None], torch.arange(9000) % 3
-    positions = torch.arange(9000)
 
     def drawn(parts, seed=0):
-        held = HeldOut(seed)
-        for rows in parts:
-            held.add(x[rows], y[rows], positions[rows])
-        held.gather(1)
-        assert len(held._gathered[0]) == HELD
-        return [rows.flatten().tolist() for rows, _ in held.folds(9000)]
+        return [rows.flatten().tolist() for rows, _ in held_out(x, y, parts, seed)]
 
     whole = drawn([slice(None)])
     assert [len(fold) for fold in whole] == [900]
@@ -433,10 +434,7 @@ def test_the_held_out_sample_is_bounded_and_the_same_in_any_batches_and_ranks():
 
 def test_few_samples_are_held_out_in_several_folds():
     x, y = torch.arange(3000.0)[:, None], torch.arange(3000) % 3
-    held = HeldOut(0)
-    held.add(x, y, torch.arange(3000))
-    held.gather(1)
-    parts = [set(rows.flatten().tolist()) for rows, _ in held.folds(3000)]
+    parts = [set(rows.flatten().tolist()) for rows, _ in held_out(x, y)]
     assert [len(part) for part in parts] == [300, 300]
     assert not parts[0] & parts[1]
 
