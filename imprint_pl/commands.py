@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -12,42 +11,23 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import imprint_pl.data
 from imprint_pl.embedding import embed
-from imprint_pl.errors import ImprintError, near
+from imprint_pl.errors import ImprintError
 from imprint_pl.explain import explain_files
 from imprint_pl.files import hyperparameters, read_checkpoint
 from imprint_pl.gallery import ImprintGallery
 from imprint_pl.module import ImprintedClassifier
+from imprint_pl.parser import Parser
 from imprint_pl.predictions import PredictionWriter
 from imprint_pl.recipes import drop_unused
 from imprint_pl.run import print_summary, summarise, write_summary
 from imprint_pl.state_file import read_state, state_path
 from imprint_pl.wandb_results import WandbResults
 
-# Importing them makes them known by these short names.
-DATA = {
-    data.__name__: data
-    for data in (
-        imprint_pl.data.Digits,
-        imprint_pl.data.MNIST,
-        imprint_pl.data.FashionMNIST,
-        imprint_pl.data.CIFAR10,
-        imprint_pl.data.CIFAR100,
-        imprint_pl.data.USPS,
-        imprint_pl.data.SVHN,
-        imprint_pl.data.MNISTM,
-        imprint_pl.data.CombiDigits,
-        imprint_pl.data.Union,
-        imprint_pl.data.ImageNet,
-        imprint_pl.data.ImageFolder,
-        imprint_pl.data.ImageFiles,
-    )
-}
 USAGE = "[--config FILE.yaml] [--data NAME] [--data.…] [--model.…] [--trainer.…]"
 DESCRIPTIONS = {
     "fit": "Imprint a head on the training images in one epoch, and measure it.",
@@ -96,46 +76,6 @@ def run(argv: list[str]) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # Lightning does so for nccl alone; threads of gloo that outlive Python may abort it.
         torch.distributed.destroy_process_group()
-
-
-class Parser(LightningArgumentParser):
-    """Ends a wrong command line in one line with near names, instead of pages of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> None:
-        raise ImprintError(self._clear(_without_unions(str(message))))
-
-    def _clear(self, message: str) -> str:
-        if found := re.search(r"unrecognized arguments: --([^\s=]+)", message):
-            return f"unknown option --{found[1]}{near(found[1], self._names())}"
-        if found := re.search(r"(?:accept option|Option) '(\S+)'", message):
-            return f"unknown option {found[1]!r}{near(found[1], self._names())}"
-        if found := re.search(r"Expected a dot import path string: (\S+)", message):
-            return f"unknown data {found[1]!r}{near(found[1], DATA)}: one of {', '.join(DATA)}"
-        if "are required" in message and ".data" in message:
-            return (
-                "no data: give --data Digits (or MNIST, FashionMNIST, CIFAR10, ImageFolder with "
-                "--data.root …, Union with --data.sources …; for predict also --images FILE …), or "
-                "a --config that does"
-            )
-        return message
-
-    def _names(self) -> list[str]:
-        commands = getattr(self._subcommands_action, "choices", None) or {}
-        parsers = [self, *commands.values()]
-        return sorted({action.dest for parser in parsers for action in parser._actions})
-
-
-def _without_unions(message: str) -> str:
-    """What jsonargparse says of the type that was meant, without the alternatives to it."""
-    found = re.search(r"Errors:\n(.*?)\n\s*- Expected a <class 'NoneType'>", message, re.DOTALL)
-    if not found:
-        return message
-    text = found[1].strip().removeprefix("- ")
-    key = re.search(r'Parser key "([^"]+)"', message)
-    value = re.findall(r"Given value: (.*)", message)
-    if key and value and not value[-1].startswith("NestedArg") and value[-1] not in text:
-        return f"{key[1]}={value[-1]}: {text}"
-    return text
 
 
 class ImprintCLI(LightningCLI):

@@ -11,6 +11,9 @@ from torch.nn import functional
 
 from imprint_pl.errors import ImprintError
 
+# The keywords of `Preprocess`; the first three are needed.
+PREPROCESS_KEYS = ("size", "mean", "std", "interpolation", "resize", "crop_pct", "crop_mode")
+
 
 class Preprocess(nn.Module):
     """uint8 images to normalised float32 ones, on the device of this module.

@@ -13,7 +13,8 @@ from sklearn.datasets import load_sample_images
 from torch import nn
 from torchvision import models
 
-from imprint_pl.backbone import EMBEDDED, Preprocess, load_backbone
+from imprint_pl.backbone import Preprocess, load_backbone
+from imprint_pl.backbone_sources import EMBEDDED
 from imprint_pl.errors import ImprintError
 
 # (height, width): landscape, portrait, small, odd, tiny, square.

@@ -1,0 +1,70 @@
+"""The command line's parser: the data sets' short names, and a mistake in one line."""
+
+from __future__ import annotations
+
+import re
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+import imprint_pl.data
+from imprint_pl.errors import ImprintError, near
+
+# Importing them makes them known by these short names.
+DATA = {
+    data.__name__: data
+    for data in (
+        imprint_pl.data.Digits,
+        imprint_pl.data.MNIST,
+        imprint_pl.data.FashionMNIST,
+        imprint_pl.data.CIFAR10,
+        imprint_pl.data.CIFAR100,
+        imprint_pl.data.USPS,
+        imprint_pl.data.SVHN,
+        imprint_pl.data.MNISTM,
+        imprint_pl.data.CombiDigits,
+        imprint_pl.data.Union,
+        imprint_pl.data.ImageNet,
+        imprint_pl.data.ImageFolder,
+        imprint_pl.data.ImageFiles,
+    )
+}
+
+
+class Parser(LightningArgumentParser):
+    """Ends a wrong command line in one line with near names, instead of pages of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        raise ImprintError(self._clear(_without_unions(str(message))))
+
+    def _clear(self, message: str) -> str:
+        if found := re.search(r"unrecognized arguments: --([^\s=]+)", message):
+            return f"unknown option --{found[1]}{near(found[1], self._names())}"
+        if found := re.search(r"(?:accept option|Option) '(\S+)'", message):
+            return f"unknown option {found[1]!r}{near(found[1], self._names())}"
+        if found := re.search(r"Expected a dot import path string: (\S+)", message):
+            return f"unknown data {found[1]!r}{near(found[1], DATA)}: one of {', '.join(DATA)}"
+        if "are required" in message and ".data" in message:
+            return (
+                "no data: give --data Digits (or MNIST, FashionMNIST, CIFAR10, ImageFolder with "
+                "--data.root …, Union with --data.sources …; for predict also --images FILE …), or "
+                "a --config that does"
+            )
+        return message
+
+    def _names(self) -> list[str]:
+        commands = getattr(self._subcommands_action, "choices", None) or {}
+        parsers = [self, *commands.values()]
+        return sorted({action.dest for parser in parsers for action in parser._actions})
+
+
+def _without_unions(message: str) -> str:
+    """What jsonargparse says of the type that was meant, without the alternatives to it."""
+    found = re.search(r"Errors:\n(.*?)\n\s*- Expected a <class 'NoneType'>", message, re.DOTALL)
+    if not found:
+        return message
+    text = found[1].strip().removeprefix("- ")
+    key = re.search(r'Parser key "([^"]+)"', message)
+    value = re.findall(r"Given value: (.*)", message)
+    if key and value and not value[-1].startswith("NestedArg") and value[-1] not in text:
+        return f"{key[1]}={value[-1]}: {text}"
+    return text
