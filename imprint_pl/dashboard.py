@@ -4,11 +4,11 @@ result of a sweep. It knows the names that fits and sweeps log, and nothing of t
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
 
+from imprint_pl.arguments import ArgumentParser
 from imprint_pl.errors import ImprintError
 
 NAME = "imprinting recipes"
@@ -160,7 +160,7 @@ def log_sweep(
 
 def run(argv: list[str]) -> None:
     """The command, its arguments without its name."""
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="python -m imprint_pl dashboard",
         description="Build the wandb workspace that compares recipes; log a sweep's results first.",
     )
@@ -215,8 +215,3 @@ def _what_to_do(project: str, entity: str | None, logged: bool) -> str:
         steps.insert(1, f"wandb sync --include-offline wandb/offline-run-* -p {project}")
     what = "offline: the workspace lives on wandb's server. Where there is a network:"
     return "\n  ".join([what, *steps])
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ImprintError(f"{message}; see `{self.prog} --help`")

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from imprint_pl.arguments import ArgumentParser
 from imprint_pl.data import Digits, ImageFiles
 from imprint_pl.errors import ImprintError
 from imprint_pl.export import FORMATS, check, export
@@ -21,13 +22,6 @@ from imprint_pl.state_file import state_path
 
 # Images that an exported file is compared on.
 CHECKED = 200
-
-
-class Parser(argparse.ArgumentParser):
-    """Ends a wrong command line in one line."""
-
-    def error(self, message: str) -> None:
-        raise ImprintError(f"{self.prog.split()[-1]}: {message}")
 
 
 def run_on_file(argv: list[str]) -> None:
@@ -106,8 +100,8 @@ def _images_to_check(places: list[str] | None) -> list[Tensor]:
     return [image.expand(3, -1, -1).contiguous() for image in colours]
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="python -m imprint_pl")
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m imprint_pl")
     commands = parser.add_subparsers(dest="command", required=True)
     growing = {
         "add-class": "Add a class to a checkpoint that was fitted with --model.keep.",

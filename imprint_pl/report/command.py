@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pandas as pd
 
+from imprint_pl.arguments import ArgumentParser
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.report import figures, tables
 from imprint_pl.report.page import advice, write_page
@@ -92,7 +92,7 @@ def write_report(
 
 def run(argv: list[str]) -> None:
     """The command, its arguments without its name."""
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="python -m imprint_pl report",
         description="Write report.html, tables as CSV and figures as PNG and SVG beside results.",
     )
@@ -138,11 +138,6 @@ def print_table(title: str, table: pd.DataFrame) -> None:
         cells = zip(row, table.columns, strict=True)
         printed.add_row(*(escape(tables.shown(value, name)) for value, name in cells))
     Console().print(printed)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ImprintError(f"{message}; see `{self.prog} --help`")
 
 
 def _pictures(places: list[str | Path]) -> list[Path]:

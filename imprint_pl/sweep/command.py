@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 import time
@@ -11,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from imprint_pl.arguments import ArgumentParser
 from imprint_pl.errors import ImprintError
 from imprint_pl.sweep import CHUNK_BYTES, describe, read_sweep, sweep
 
@@ -21,14 +21,9 @@ AFTERWARDS = (
 )
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ImprintError(message)
-
-
 def run(argv: list[str]) -> None:
     """Parses and runs the command."""
-    parser = Parser("python -m imprint_pl sweep", description=__doc__.split(":", 1)[0])
+    parser = ArgumentParser("python -m imprint_pl sweep", description=__doc__.split(":", 1)[0])
     parser.epilog = AFTERWARDS
     parser.add_argument("--config", required=True, help="the sweep's YAML, configs/sweeps/….yaml")
     parser.add_argument("--results_dir", default="results", help="results go to DIR/<name>/")
