@@ -23,9 +23,9 @@ def check_task(head: ImprintedHead, names: list[str]) -> None:
         )
 
 
-def check_labels(head: ImprintedHead, labels: Tensor) -> None:
+def check_labels(labels: Tensor, num_classes: int) -> None:
     """Raises an `ImprintError` for a label `(B,)` that is none of the head's."""
-    C = head.num_classes
+    C = num_classes
     outside = (labels < 0) | (labels >= C)
     if outside.any():
         raise ImprintError(

@@ -238,24 +238,28 @@ class _Filler:
             total=len(missing), desc="embedding", delay=2, leave=False, disable=None
         ) as progress:
             for batch in self.datamodule.loader(images):
-                rows = self._embed(split_batch(batch)[0], dataset, missing[done + waiting :])
-                batches.append(rows)
-                waiting += len(rows)
-                progress.update(len(rows))
+                # Left on a GPU until they are written: to look at them is to wait for it.
+                batches.append(self._embed(split_batch(batch)[0]))
+                waiting += len(batches[-1])
+                progress.update(len(batches[-1]))
                 due = waiting >= PART_ROWS or time.perf_counter() - last >= PART_SECONDS
                 if due or done + waiting == len(missing):
-                    cache.write(missing[done : done + waiting], torch.cat(batches))
+                    rows, positions = torch.cat(batches).cpu(), missing[done : done + waiting]
+                    self._check(rows, dataset, positions)
+                    cache.write(positions, rows)
                     done, waiting = done + waiting, 0
                     batches, last = [], time.perf_counter()
         if home is not None:
             self.backbone.to(home)
 
-    def _embed(self, images: Tensor | list[Tensor], dataset: Dataset, positions: Tensor) -> Tensor:
+    def _embed(self, images: Tensor | list[Tensor]) -> Tensor:
         if isinstance(images, Tensor):
-            images = images.to(self.device)
+            images = images.to(self.device, non_blocking=True)
         else:
-            images = [image.to(self.device) for image in images]
-        rows = self.backbone(images).to("cpu", torch.float32)
+            images = [image.to(self.device, non_blocking=True) for image in images]
+        return self.backbone(images).float()
+
+    def _check(self, rows: Tensor, dataset: Dataset, positions: Tensor) -> None:
         finite = rows.isfinite().all(1)
         if not finite.all():
             position = int(positions[int((~finite).nonzero()[0])])
@@ -265,7 +269,6 @@ class _Filler:
                 f"the embedding of {sample} has NaN or infinite values: look at that image, or at "
                 "the backbone's weights and precision"
             )
-        return rows
 
 
 _WAITING = "embedding cache: another process fills {}; waiting for it"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import (
@@ -11,6 +14,11 @@ from torchmetrics.classification import (
 )
 
 from imprint_pl.batch import dealt_positions
+from imprint_pl.checks import check_labels
+
+# Samples that are measured together: a batch takes about as long, and on a GPU the processor has
+# to wait for it.
+ROWS = 2048
 
 
 class CalibrationError(MulticlassCalibrationError):
@@ -40,17 +48,38 @@ class TaskMetrics(MetricCollection):
         if num_classes > 1:
             metrics["calibration_error"] = CalibrationError(num_classes, n_bins=15)
         super().__init__(metrics)
+        self.num_classes = num_classes
         self.seen = 0
+        self._waiting: list[tuple[Tensor, Tensor]] = []
 
     def add(self, scores: Tensor, labels: Tensor, dealt: int | None) -> None:
         """A batch in the loader's order: logits `(B, C)`, labels `(B,)`.
 
         `dealt` is what `dealt_samples` says of the loader: what its sampler repeats to make the
         ranks even is left out.
+
+        Raises:
+            ImprintError: a label that is none of the C; perhaps later, at the latest by `compute`.
         """
         if dealt is not None:
-            once = dealt_positions(self.seen, len(labels)) < dealt
+            # The repeated ones are the last.
+            once = int((dealt_positions(self.seen, len(labels)) < dealt).sum())
             self.seen += len(labels)
-            scores, labels = scores[once.to(scores.device)], labels[once.to(labels.device)]
+            scores, labels = scores[:once], labels[:once]
+        self._waiting.append((scores, labels))
+        if sum(len(labels) for _, labels in self._waiting) >= ROWS:
+            self._update()
+
+    def compute(self) -> dict[str, Any]:
+        """The values over all batches and ranks."""
+        self._update()
+        return super().compute()
+
+    def _update(self) -> None:
+        if not self._waiting:
+            return
+        scores, labels = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting = []
         if len(labels):
+            check_labels(labels, self.num_classes)
             self.update(scores, labels)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imprint_pl.batch import dealt_positions
-from imprint_pl.store import check_batch, check_labels, gather_rows
+from imprint_pl.store import Collector, check_batch, check_labels, gather_rows
 
 # Samples that wait before those which are kept are chosen anew.
 BLOCK = 2048
@@ -81,7 +81,7 @@ class Reservoir:
         self._chosen, self._waiting = len(order), 0
 
 
-class EmbeddingReservoir:
+class EmbeddingReservoir(Collector):
     """Collects rows with labels as `EmbeddingStore` does, but keeps at most `max_per_class` of each
     class, drawn at random.
 
@@ -99,31 +99,31 @@ class EmbeddingReservoir:
         num_classes: int | None = None,
         dealt: int | None = None,
     ) -> None:
+        super().__init__()
         self.num_classes, self.dealt = num_classes, dealt
         self._kept = Reservoir(max_per_class, seed, per_class=True)
         self._batches = self._seen = 0
         self._dim: int | None = None
 
-    def add(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Adds a batch `(B, d)` with labels `(B,)`.
+    def take(self, embeddings: Tensor, labels: Tensor) -> None:
+        """A batch `(B, d)` with labels `(B,)`.
 
         Raises:
             ImprintError: see `check_batch`; a negative label.
         """
-        x, labels = embeddings.detach().float(), labels.to("cpu", torch.int64)
+        x, labels = embeddings.float(), labels.to("cpu", torch.int64)
         check_batch(x, self._batches, self._dim)
         check_labels(labels, self._batches, self.num_classes)
         positions = dealt_positions(self._seen, len(labels))
         own = slice(None) if self.dealt is None else positions < self.dealt
         self._kept.add(x[own], labels[own], positions[own])
-        self._batches, self._seen, self._dim = (
-            self._batches + 1,
-            self._seen + len(labels),
-            x.shape[1],
-        )
+        self._batches += 1
+        self._seen += len(labels)
+        self._dim = x.shape[1]
 
     def gather(self) -> tuple[Tensor, Tensor] | None:
         """`(n, d)` and `(n,)` on rank 0, in the order of the data set, `None` on the others."""
+        self.take_waiting()
         gathered = self._kept.gather(self._dim or 0)
         return None if gathered is None else gathered[:2]
 

@@ -13,25 +13,57 @@ from imprint_pl.limits import check_classes, check_values
 
 # Rows that travel between ranks at a time.
 CHUNK = 8192
+# Rows that wait on a GPU before they are looked at.
+GPU_ROWS = 8192
 
 
-class EmbeddingStore:
-    """Collects rows with labels; `gather` brings them together on rank 0 and empties the store."""
+class Collector:
+    """Takes the batches of an epoch; subclasses say in `take` what they keep of one.
+
+    Batches on a GPU wait there until there are 8,192 rows: to look at one, the processor has to
+    wait for the GPU, and the GPU then for the processor.
+    """
 
     def __init__(self) -> None:
-        self._embeddings: list[Tensor] = []
-        self._labels: list[Tensor] = []
-
-    def __len__(self) -> int:
-        return sum(map(len, self._labels))
+        self._waiting: list[tuple[Tensor, Tensor]] = []
 
     def add(self, embeddings: Tensor, labels: Tensor) -> None:
         """Adds a batch `(B, d)` with labels `(B,)`.
 
         Raises:
+            ImprintError: what `take` says of a batch; for one on a GPU perhaps later, at the latest
+                by `gather`.
+        """
+        self._waiting.append((embeddings.detach(), labels))
+        if embeddings.device.type == "cpu" or sum(len(x) for x, _ in self._waiting) >= GPU_ROWS:
+            self.take_waiting()
+
+    def take_waiting(self) -> None:
+        """Takes the batches that wait."""
+        waiting, self._waiting = self._waiting, []
+        for embeddings, labels in waiting:
+            self.take(embeddings, labels)
+
+    def take(self, embeddings: Tensor, labels: Tensor) -> None:
+        """A batch, in the order of `add`."""
+        raise NotImplementedError
+
+
+class EmbeddingStore(Collector):
+    """Collects rows with labels; `gather` brings them together on rank 0 and empties the store."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._embeddings: list[Tensor] = []
+        self._labels: list[Tensor] = []
+
+    def take(self, embeddings: Tensor, labels: Tensor) -> None:
+        """A batch `(B, d)` with labels `(B,)`.
+
+        Raises:
             ImprintError: see `check_batch`.
         """
-        embeddings = embeddings.detach().to("cpu", torch.float32)
+        embeddings = embeddings.to("cpu", torch.float32)
         dim = self._embeddings[0].shape[1] if self._embeddings else None
         check_batch(embeddings, len(self._labels), dim)
         self._embeddings.append(embeddings)
@@ -44,6 +76,7 @@ class EmbeddingStore:
             samples: how many samples a `DistributedSampler` dealt to the ranks; what it repeated
                 to make them even is dropped. `None` keeps every row.
         """
+        self.take_waiting()
         x, y = _concatenate(self._embeddings), _concatenate(self._labels)
         self._embeddings, self._labels = [], []
         x, y = gather_rows(x), gather_rows(y)

@@ -23,7 +23,7 @@ from imprint_pl.parts import steps_of
 from imprint_pl.pipeline import checked, head_of_sums, with_chosen_lam
 from imprint_pl.recipes import Auto, Parts
 from imprint_pl.reservoir import Reservoir
-from imprint_pl.store import check_batch, check_labels
+from imprint_pl.store import Collector, check_batch, check_labels
 
 # Rows that are added to the sums at once: a product of a few rows wastes most of its time.
 BLOCK = 2048
@@ -44,7 +44,7 @@ def streams(parts: Parts | Auto, samples: int | None) -> bool:
     return parts.gen.from_moments and (drawn or not learned)
 
 
-class EmbeddingSums:
+class EmbeddingSums(Collector):
     """Collects rows with labels as `EmbeddingStore` does, but keeps sums; `gather` adds up those of
     all ranks on rank 0, where `imprint` makes the head.
 
@@ -72,6 +72,7 @@ class EmbeddingSums:
         dealt: int | None = None,
         seed: int = 0,
     ) -> None:
+        super().__init__()
         self.parts, self.seed = parts, seed
         self.num_classes, self.samples, self.dealt = num_classes, samples, dealt
         self.class_counts = None
@@ -94,13 +95,13 @@ class EmbeddingSums:
         counted = 0 if self.moments is None else int(self.moments.counts.sum())
         return counted + sum(len(labels) for _, labels, _ in self._rows)
 
-    def add(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Adds a batch `(B, d)` with labels `(B,)`.
+    def take(self, embeddings: Tensor, labels: Tensor) -> None:
+        """A batch `(B, d)` with labels `(B,)`.
 
         Raises:
             ImprintError: see `check_batch`; a label out of range.
         """
-        x, labels = embeddings.detach().float(), labels.to("cpu", torch.int64)
+        x, labels = embeddings.float(), labels.to("cpu", torch.int64)
         check_batch(x, self._batches, None if self.moments is None else self.input_dim)
         check_labels(labels, self._batches, self.num_classes)
         if self.moments is None:
@@ -115,6 +116,7 @@ class EmbeddingSums:
 
     def gather(self) -> EmbeddingSums | None:
         """The sums of all ranks on rank 0, `None` on the others."""
+        self.take_waiting()
         self._flush()
         self._sample = self._held.gather(self.input_dim)
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:

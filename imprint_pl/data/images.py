@@ -250,6 +250,8 @@ class ImageDataModule(LightningDataModule):
             sampler=sampler,
             num_workers=workers,
             collate_fn=pack if from_files else as_it_is,
+            # From other memory a GPU takes a batch only when it has done all before it.
+            pin_memory=torch.cuda.is_available(),
             # Without one, each pass over a loader would draw a number from the global generator.
             generator=torch.Generator().manual_seed(self.seed),
         )
