@@ -6,6 +6,9 @@ Every part gives a score for every class, never a bare vote.
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -111,7 +114,7 @@ class NearestProxies(nn.Module):
             )
         self.temperature = temperature
         self.as_published = as_published
-        self._mahalanobis: tuple[tuple, Mahalanobis] | None = None
+        self._mahalanobis: tuple[Any, tuple, Mahalanobis] | None = None
 
     def forward(
         self, z: Tensor, proxies: Tensor, bias: Tensor, proxy_classes: Tensor, num_classes: int
@@ -162,12 +165,19 @@ class NearestProxies(nn.Module):
 
     def _metric(self, proxies: Tensor) -> Mahalanobis:
         if torch.compiler.is_exporting() and self._mahalanobis is not None:
-            return self._mahalanobis[1]
-        # The decomposition takes longer than many batches: kept until the proxies change.
-        key = (proxies.data_ptr(), proxies._version, proxies.shape, proxies.device)
-        if self._mahalanobis is None or self._mahalanobis[0] != key:
-            self._mahalanobis = (key, Mahalanobis(proxies.detach()))
-        return self._mahalanobis[1]
+            return self._mahalanobis[2]
+        # The decomposition takes longer than many batches: kept until the proxies change. Others
+        # may come to lie where these were, so that their address alone does not tell.
+        values = (proxies.data_ptr(), proxies._version, proxies.device)
+        of, known, metric = self._mahalanobis or (lambda: None, None, None)
+        if of() is not proxies or known != values:
+            metric = Mahalanobis(proxies.detach())
+            self._mahalanobis = (weakref.ref(proxies), values, metric)
+        return metric
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is kept of proxies that a copy does not have."""
+        return self.__dict__ | {"_mahalanobis": None}
 
 
 AGGS = {part.name: part for part in (Max, NearestProxies, LogSumExp)}

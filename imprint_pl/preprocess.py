@@ -78,7 +78,8 @@ class Preprocess(nn.Module):
             groups.setdefault(image.shape, []).append(index)
         out = self.mean.new_empty(len(images), self.mean.shape[1], *self.size, dtype=torch.float32)
         for indices in groups.values():
-            out[indices] = self._batch(torch.stack([images[index] for index in indices]))
+            stacked = torch.stack([images[index] for index in indices])
+            out[torch.tensor(indices)] = self._batch(stacked)
         return out
 
     def _batch(self, images: Tensor) -> Tensor:

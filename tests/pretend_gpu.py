@@ -63,6 +63,10 @@ class OnGpu(torch.Tensor):
     def is_cuda(self):
         return True
 
+    @property
+    def is_meta(self):
+        return False
+
     def __repr__(self):
         return f"OnGpu({self.held!r})"
 
@@ -95,6 +99,13 @@ class _Gpu(TorchDispatchMode):
         asked = there if given is None else torch.device(given).type != "cpu"
         if not there and not asked:
             return func(*args, **kwargs)
+        # In inference mode what is made of other operations comes here undone.
+        with self:
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        stray = [x for x in tensors if not isinstance(x, OnGpu) and x.is_meta]
+        assert not stray, f"{func}: PyTorch made a tensor where this file does not look"
         _check_devices(name, args, kwargs)
         if given is not None:
             kwargs["device"] = "cpu"
@@ -149,6 +160,6 @@ class _FromNumbers(TorchFunctionMode):
 def pretend_gpu():
     """Yields the `Waits`."""
     gpu = _Gpu()
-    memory = mock.patch("torch.cuda.mem_get_info", lambda device=None: (2**36, 2**36))
-    with memory, mock.patch("torch.cuda._lazy_init", lambda: None), gpu, _FromNumbers():
+    memory = mock.patch("torch.cuda.mem_get_info", return_value=(2**36, 2**36))
+    with memory, mock.patch("torch.cuda._lazy_init"), gpu, _FromNumbers():
         yield gpu.waits

@@ -1,4 +1,6 @@
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -108,6 +110,29 @@ def test_blocks_of_bounded_memory_give_the_same_scores(distance, monkeypatch):
     whole = scores(part, z, proxies, classes, 4)
     monkeypatch.setattr(agg, "BLOCK", 100)
     torch.testing.assert_close(scores(part, z, proxies, classes, 4), whole)
+
+
+def test_mahalanobis_tells_new_proxies_from_those_that_lay_at_their_address():
+    shared = NearestProxies(m=3, distance="mahalanobis", votes="uniform")
+    addresses = set()
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        proxies = torch.randn(30, 4, generator=generator)
+        addresses.add(proxies.data_ptr())
+        z = torch.randn(50, 4, generator=generator)
+        arguments = (z, proxies, torch.zeros(30), torch.arange(30) % 3, 3)
+        alone = NearestProxies(m=3, distance="mahalanobis", votes="uniform")
+        assert torch.equal(shared(*arguments), alone(*arguments))
+        del alone, arguments, proxies
+    assert len(addresses) < 8
+
+
+def test_a_copy_of_mnn_can_be_made_after_use():
+    z, proxies, classes = random_case(2)
+    part = NearestProxies(3, "mahalanobis")
+    expected = scores(part, z, proxies, classes, 4)
+    for copied in (copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
+        assert torch.equal(scores(copied, z, proxies, classes, 4), expected)
 
 
 def test_mahalanobis_follows_proxies_that_change():
