@@ -2,27 +2,37 @@
 
     python benchmarks/gpu_check.py
 
-Compares embeddings, NC1 and heads of every recipe with those of the CPU. Then prints images a
-second of `embed` beside the bare forward, on images that lie on the device, and how fast k-means
-gets through its points beside a copy within the device. Says so and ends where there is no GPU;
-works without faiss.
+Compares embeddings, NC1 and heads of every recipe with those of the CPU, and looks whether the
+imprint epoch makes the processor wait for the GPU. Then prints images a second of `embed` beside
+the bare forward, on images that lie on the device, of a whole `fit` from memory, and how fast
+k-means gets through its points beside a copy within the device. Says so and ends where there is no
+GPU; works without faiss.
 """
 
 import argparse
+import logging
 import sys
 import time
+import warnings
 
 import torch
+from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from imprint_pl import imprint
+from imprint_pl import ImprintedClassifier, imprint
 from imprint_pl.backbone import Backbone, load_backbone
 from imprint_pl.collapse import nc1
+from imprint_pl.data import ArrayDataset
 from imprint_pl.errors import ImprintError
 from imprint_pl.kmeans import kmeans
-from imprint_pl.recipes import RECIPES
+from imprint_pl.metrics import TaskMetrics
+from imprint_pl.recipes import RECIPES, resolve
+from imprint_pl.reservoir import EmbeddingReservoir
+from imprint_pl.store import EmbeddingStore
+from imprint_pl.sums import EmbeddingSums
 
 BACKBONE, SIZE, BATCH = "torchvision/resnet18", 224, 64
 
@@ -70,7 +80,42 @@ def same_results(table: Table, device: str) -> bool:
         cpu = _backbone(precision="32")(images)
         gpu = _backbone(precision=precision).to(device)(images.to(device)).float().cpu()
         row(f"embeddings, precision {precision}", _distance(cpu, gpu), bound, "relative")
+    for name, take in _takers(device).items():
+        row(f"waits of 20 batches: {name}", _waits(take, images, device), 0, "batches")
     return good
+
+
+def _takers(device: str) -> dict:
+    sums = EmbeddingSums(resolve("ridge"), num_classes=10)
+    metrics = TaskMetrics(10).to(device)
+    return {
+        "sums": sums.add,
+        "embeddings": EmbeddingStore().add,
+        "max_per_class": EmbeddingReservoir(100, 0, 10).add,
+        "metrics": lambda embeddings, labels: metrics.add(embeddings[:, :10], labels, None),
+    }
+
+
+def _waits(take, images: Tensor, device: str) -> int:
+    """In how many of 20 batches PyTorch saw the processor wait for the GPU."""
+    backbone = _backbone(precision="32").to(device)
+    labels = (torch.arange(len(images)) % 10).to(device)
+    images, waits = images.to(device), 0
+    with torch.no_grad():
+        take(backbone(images), labels)
+        for _ in range(20):
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                take(backbone(images), labels)
+            except RuntimeError as error:
+                if "synchronizing" not in str(error):
+                    raise
+                waits += 1
+            finally:
+                if device == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+    return waits
 
 
 def roofline(table: Table, device: str, scale: int) -> None:
@@ -97,6 +142,14 @@ def roofline(table: Table, device: str, scale: int) -> None:
             f"{limit:,.0f} (bare forward)",
             f"{reached / limit:.2f}",
         )
+        batches = 16 * scale
+        took = _fit_seconds(precision, batches, device)
+        table.add_row(
+            f"fit from memory, {BACKBONE}, {precision}",
+            f"{batches * BATCH / took:,.0f} images/s",
+            f"{limit:,.0f} (bare forward)",
+            f"{batches * BATCH / took / limit:.2f}",
+        )
     points = torch.nn.functional.normalize(torch.randn(20_000 * scale, 1024, device=device))
     target = torch.empty_like(points)
     copy = seconds(lambda: target.copy_(points), device)
@@ -115,6 +168,30 @@ def roofline(table: Table, device: str, scale: int) -> None:
         )
 
 
+def _fit_seconds(precision: str, batches: int, device: str) -> float:
+    """A fit of `qi`, with transfers, hooks, sums and the head; the second of two."""
+    images = torch.randint(0, 256, (batches * BATCH, 3, SIZE, SIZE), dtype=torch.uint8)
+    data = ArrayDataset(images, torch.arange(len(images)) % 10)
+    pinned = device == "cuda"
+    loader = DataLoader(data, BATCH, collate_fn=lambda batch: batch, pin_memory=pinned)
+    model = ImprintedClassifier(_backbone(precision=precision, image_size=SIZE), "qi")
+    took = 0.0
+    for _ in range(2):
+        trainer = Trainer(
+            accelerator="gpu" if pinned else "cpu",
+            devices=1,
+            max_epochs=1,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+        start = time.perf_counter()
+        trainer.fit(model, loader)
+        took = time.perf_counter() - start
+    return took
+
+
 def _backbone(**options) -> Backbone:
     torch.manual_seed(0)
     return load_backbone(BACKBONE, pretrained=False, **options).eval()
@@ -131,7 +208,9 @@ def main() -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print("gpu-check: skipped, PyTorch sees no GPU here")
         return 0
-    console = Console()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    console = Console(width=120)
     compared = Table("GPU against CPU", "found", "bound", "", "")
     good = same_results(compared, device)
     console.print(compared)
