@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from imprint_pl.errors import ImprintError
+from imprint_pl.sharing import ranks
 
 IMAGE_KEYS = ("image", "images", "x", "pixel_values", "input")
 LABEL_KEYS = ("label", "labels", "y", "target", "targets")
@@ -82,13 +83,11 @@ def dealt_positions(start: int, count: int) -> Tensor:
 
     In the order of the loader, dealt as `dealt_samples` says; with one process, their numbers.
     """
-    ranks, rank = 1, 0
-    if dist.is_available() and dist.is_initialized():
-        ranks, rank = dist.get_world_size(), dist.get_rank()
-    return torch.arange(start, start + count) * ranks + rank
+    rank = dist.get_rank() if ranks() > 1 else 0
+    return torch.arange(start, start + count) * ranks() + rank
 
 
-def samples_to_come(loader: Any, batches: float, ranks: int) -> int | None:
+def samples_to_come(loader: Any, batches: float, processes: int) -> int | None:
     """How many different samples all ranks together will see in `batches` batches of each rank.
 
     `None` where nobody can know: no `DataLoader` of a data set with a length and a batch size, or
@@ -100,5 +99,5 @@ def samples_to_come(loader: Any, batches: float, ranks: int) -> int | None:
     own = int(min(len(sampler), batches * size))
     dealt = dealt_samples(loader)
     if dealt is None:
-        return own if ranks == 1 else None
-    return min(dealt, own * ranks)
+        return own if processes == 1 else None
+    return min(dealt, own * processes)

@@ -36,6 +36,7 @@ from imprint_pl.batch import dealt_samples, split_batch
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint
+from imprint_pl.sharing import help_out, helped
 from imprint_pl.store import EmbeddingStore, on_gpu
 
 WHEN = ("fit_start", "validation", "train_end")
@@ -308,9 +309,12 @@ def _on_rank_zero(
 ) -> Any:
     """`function(*rows)` of rank 0, on every rank; an error ends them all."""
     result = None
-    if rows is not None:
+    if rows is None:
+        help_out()
+    else:
         try:
-            result = function(*rows)
+            with helped():
+                result = function(*rows)
         except ImprintError as error:
             result = error
     result = trainer.strategy.broadcast(result)

@@ -20,6 +20,7 @@ from imprint_pl.memory import check_memory
 from imprint_pl.recipes import Auto, Parts
 from imprint_pl.reservoir import EmbeddingReservoir
 from imprint_pl.select import weibull_typical
+from imprint_pl.sharing import help_out, helped
 from imprint_pl.state import State
 from imprint_pl.store import EmbeddingStore, on_gpu
 from imprint_pl.sums import EmbeddingSums, streams
@@ -135,14 +136,16 @@ class ImprintEpoch:
         samples = (self.dealt,) if isinstance(self.kept, EmbeddingStore) else ()
         gathered = self.kept.gather(*samples)
         if gathered is None:
+            help_out()
             return None
         start = time.perf_counter()
         try:
-            if summed:
-                head = gathered.imprint(self.class_names, classifier, self.shortened)
-                value, images = gathered.nc1(), len(gathered)
-            else:
-                head, value, images = self._imprint_rows(*gathered, classifier, device)
+            with helped():
+                if summed:
+                    head = gathered.imprint(self.class_names, classifier, self.shortened)
+                    value, images = gathered.nc1(), len(gathered)
+                else:
+                    head, value, images = self._imprint_rows(*gathered, classifier, device)
         except ImprintError as error:
             return error
         # On the CPU, for ranks with GPUs of their own.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.limits import check_classes, check_values
+from imprint_pl.sharing import ranks, travelling_device
 
 # Rows that travel between ranks at a time.
 CHUNK = 8192
@@ -143,11 +144,10 @@ def gather_rows(rows: Tensor) -> Tensor | None:
 
     Ranks may hold different numbers of rows.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if ranks() == 1:
         return rows
-    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-    ranks, rank = dist.get_world_size(), dist.get_rank()
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(ranks)]
+    device, rank = travelling_device(), dist.get_rank()
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(ranks())]
     dist.all_gather(counts, torch.tensor([len(rows)], device=device))
     counts = torch.cat(counts).cpu()
     parts = []
@@ -157,7 +157,7 @@ def gather_rows(rows: Tensor) -> Tensor | None:
         own = rows[start : start + size]
         piece[: len(own)] = own
         piece = piece.to(device)
-        pieces = [torch.empty_like(piece) for _ in range(ranks)] if rank == 0 else None
+        pieces = [torch.empty_like(piece) for _ in range(ranks())] if rank == 0 else None
         dist.gather(piece, pieces)
         if rank == 0:
             held = torch.arange(start, start + size)[:, None] < counts

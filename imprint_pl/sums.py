@@ -23,6 +23,7 @@ from imprint_pl.parts import steps_of
 from imprint_pl.pipeline import checked, head_of_sums, with_chosen_lam
 from imprint_pl.recipes import Auto, Parts
 from imprint_pl.reservoir import Reservoir
+from imprint_pl.sharing import ranks, travelling_device
 from imprint_pl.store import Collector, check_batch, check_labels
 
 # Rows that are added to the sums at once: a product of a few rows wastes most of its time.
@@ -119,9 +120,9 @@ class EmbeddingSums(Collector):
         self.take_waiting()
         self._flush()
         self._sample = self._held.gather(self.input_dim)
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if ranks() == 1:
             return self
-        device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+        device = travelling_device()
         classes = torch.tensor(self.moments.num_classes, device=device)
         dist.all_reduce(classes, dist.ReduceOp.MAX)
         self._grow(int(classes))

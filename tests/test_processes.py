@@ -16,8 +16,17 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from imprint_pl import ImprintedClassifier
 from imprint_pl.collapse import NC1, VCI
 from imprint_pl.data import Digits
+from imprint_pl.gen.kmeans import KMeans
 
 devices, folder = int(sys.argv[1]), sys.argv[2]
+clustered, of_classes = [], KMeans.of_classes
+
+def counted(self, xs, seed, progress):
+    clustered.append(len(xs))
+    return of_classes(self, xs, seed, progress)
+
+counted.__name__ = "of_classes"  # pickled by it
+KMeans.of_classes = counted
 POINTS = {
     "qi": {}, "hosoda": {}, "janson": {}, "ls": {}, "lda": {}, "ridge": {},
     "ranpac": {"projection_dim": 40},
@@ -61,6 +70,12 @@ for recipe, options in POINTS.items():
             {"head": model.head.state_dict(), "metrics": metrics},
             f"{folder}/points-{recipe}-{devices}.pt",
         )
+
+if devices > 1:
+    shares = [None] * devices
+    torch.distributed.all_gather_object(shares, clustered)
+    if torch.distributed.get_rank() == 0:
+        torch.save(shares, f"{folder}/shares-{devices}.pt")
 
 for recipe, k in (("qi", None), ("robust", 4), ("whitened", None), ("ridge", None), ("auto", None)):
     model = ImprintedClassifier("efficientnet_lite0", recipe, image_size=32, k=k)
@@ -149,6 +164,14 @@ def test_every_gen_gives_on_more_processes_the_head_of_one_and_its_temperature(r
         )
         nc1 = one["metrics"]["train/nc1"]
         assert more["metrics"]["train/nc1"] == pytest.approx(nc1, rel=1e-6), name
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_each_process_clusters_its_share_of_the_classes(results, devices):
+    shares = results[f"shares-{devices}"]
+    assert len({len(of_rank) for of_rank in shares}) == 1
+    # Six classes each time, but for folds of the temperature that leave fewer.
+    assert all(min(of_rank) >= 1 and max(of_rank) == 6 // devices for of_rank in shares)
 
 
 @pytest.mark.parametrize("devices", [2, 3])

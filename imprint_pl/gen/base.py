@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from imprint_pl.sharing import share
+
 
 class Proxies(NamedTuple):
     """`weights (P, d)`, `bias (P,)` and `classes (P,)`, the class of each proxy, sorted."""
@@ -25,6 +27,9 @@ class PerClass:
     """
 
     from_moments = False
+    # Whether the processes of a run take a share of the classes each: it pays where a class takes
+    # longer than to send it.
+    shared = False
 
     def __call__(
         self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, progress: bool = False
@@ -32,7 +37,11 @@ class PerClass:
         """Embeddings `x (N, d)`, labels `y (N,)` in 0..C−1 → `Proxies`."""
         order = torch.argsort(y, stable=True)
         members = order.split(torch.bincount(y, minlength=num_classes).tolist())
-        weights = self.of_classes([x[rows] for rows in members], seed, progress)
+        xs = [x[rows] for rows in members]
+        if self.shared:
+            weights = share(self.of_classes, xs, seed, progress)
+        else:
+            weights = self.of_classes(xs, seed, progress)
         sizes = torch.tensor([len(of_class) for of_class in weights], device=x.device)
         classes = torch.arange(num_classes, device=x.device).repeat_interleave(sizes)
         stacked = torch.cat(weights)

@@ -33,6 +33,7 @@ class CovMax(PerClass):
     """
 
     name = "cov_max"
+    shared = True
 
     def __init__(self, k: int = 20) -> None:
         check_count("k", k)

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from imprint_pl.gen.base import Proxies
+from imprint_pl.gen.kmeans import KMeans
 from imprint_pl.gen.ls import check_lam, solve
-from imprint_pl.kmeans import check_settings, kmeans_classes
+from imprint_pl.kmeans import check_settings
 from imprint_pl.moments import CHUNK, Moments
+from imprint_pl.sharing import share
 
 
 class KLeastSquares:
@@ -60,9 +62,8 @@ def pseudo_classes(
     """
     order = torch.argsort(y, stable=True)
     members = order.split(torch.bincount(y, minlength=num_classes).tolist())
-    centroids = kmeans_classes(
-        [x[rows] for rows in members], k, seed=seed, engine=engine, progress=progress
-    )
+    xs = [x[rows] for rows in members]
+    centroids = share(KMeans(k, engine).of_classes, xs, seed, progress)
     cluster, classes = torch.empty_like(y), []
     for c, (rows, of_class) in enumerate(zip(members, centroids, strict=True)):
         if len(rows):

@@ -24,6 +24,7 @@ class KMeans(PerClass):
     """
 
     name = "kmeans"
+    shared = True
 
     def __init__(self, k: int = 20, engine: str = "auto") -> None:
         check_settings(k, engine)

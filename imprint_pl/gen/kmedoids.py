@@ -46,6 +46,7 @@ class KMedoids(PerClass):
     """
 
     name = "kmedoids"
+    shared = True
 
     def __init__(self, k: int = 20) -> None:
         check_count("k", k)
