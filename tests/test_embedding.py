@@ -246,6 +246,7 @@ def test_what_a_killed_writer_left_unfinished_is_written_over(tmp_path):
     assert left <= {"key.json", "lock", "unfinished"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 def test_ten_kills_and_two_writers_leave_whole_files_and_equal_embeddings(tmp_path):
     command = [sys.executable, str(ROOT / "tests" / "killed_fills.py"), str(tmp_path), "0"]

@@ -196,6 +196,7 @@ def test_an_error_while_imprinting_ends_every_process(tmp_path):
     assert "class 3 ('hat') has no training sample" in finished.stdout
 
 
+@pytest.mark.slow
 def test_the_command_line_fits_tests_and_predicts_on_two_processes(tmp_path):
     def command(*arguments, data=("--data", "Digits", "--data.classes", "[0,1,2]")):
         base = [sys.executable, "-m", "imprint_pl", *arguments, *data]

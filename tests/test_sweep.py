@@ -389,6 +389,7 @@ def test_a_local_dask_cluster_gives_the_same(digits, tmp_path):
     assert (joined.accuracy_x - joined.accuracy_y).abs().max() * 360 <= 1.01
 
 
+@pytest.mark.slow
 def test_kills_lose_and_spoil_nothing(digits, tmp_path):
     script = Path(__file__).with_name("killed_sweeps.py")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
