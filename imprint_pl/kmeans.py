@@ -20,6 +20,8 @@ from imprint_pl.moments import sum_dtype
 
 ENGINES = ("auto", "faiss", "torch", "exact")
 FAISS_ITERATIONS = 100
+# Scratch memory of faiss on a GPU.
+GPU_BYTES = 256 << 20
 
 
 def kmeans_classes(
@@ -69,7 +71,9 @@ def kmeans_classes(
         found = [_mean(xs[i]) for i in todo]
     elif _resolved(engine, device) == "faiss":
         bar = tqdm(todo, desc="k-means", unit="class", disable=not progress, delay=2)
-        found = [_faiss(xs[i], k, seed, device) for i in bar]
+        dims = {xs[i].shape[1] for i in todo}
+        indices = {dim: _index(_import_faiss(), dim, device) for dim in dims}
+        found = [_faiss(xs[i], k, seed, indices[xs[i].shape[1]]) for i in bar]
     else:
         classes = [xs[i].detach().to(device, torch.float32) for i in todo]
         exact = engine == "exact"
@@ -115,7 +119,7 @@ def _resolved(engine: str, device: torch.device) -> str:
     return "faiss" if _sees_gpu(_import_faiss()) else "torch"
 
 
-def _faiss(x: Tensor, k: int, seed: int, device: torch.device) -> Tensor:
+def _faiss(x: Tensor, k: int, seed: int, index) -> Tensor:
     faiss = _import_faiss()
     parameters = faiss.ClusteringParameters()
     parameters.niter = FAISS_ITERATIONS
@@ -126,7 +130,8 @@ def _faiss(x: Tensor, k: int, seed: int, device: torch.device) -> Tensor:
     parameters.min_points_per_centroid = 1
     points = np.ascontiguousarray(x.detach().float().cpu().numpy())
     clustering = faiss.Clustering(points.shape[1], k, parameters)
-    clustering.train(points, _index(faiss, points.shape[1], device))
+    index.reset()  # of the class before
+    clustering.train(points, index)
     return torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(k, -1))
 
 
@@ -151,4 +156,7 @@ def _index(faiss, dim: int, device: torch.device):
     config = faiss.GpuIndexFlatConfig()
     # Each rank its own GPU; faiss.Kmeans(gpu=True) would take every visible one.
     config.device = torch.cuda.current_device() if device.index is None else device.index
-    return faiss.GpuIndexFlatL2(faiss.StandardGpuResources(), dim, config)
+    resources = faiss.StandardGpuResources()
+    # Its own 1.5 GB would be missing where PyTorch has the rest.
+    resources.setTempMemory(GPU_BYTES)
+    return faiss.GpuIndexFlatL2(resources, dim, config)
