@@ -251,10 +251,13 @@ class ImageDataModule(LightningDataModule):
             num_workers=workers,
             collate_fn=pack if from_files else as_it_is,
             # From other memory a GPU takes a batch only when it has done all before it.
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and self._device_type() != "cpu",
             # Without one, each pass over a loader would draw a number from the global generator.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def _device_type(self) -> str:
+        return "cuda" if self.trainer is None else self.trainer.strategy.root_device.type
 
     def _free_processors(self) -> int:
         available = (
