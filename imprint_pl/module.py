@@ -218,7 +218,8 @@ class ImprintedClassifier(Growing, LightningModule):
     @torch.no_grad()
     def embed(self, images: Any) -> Tensor:
         """A batch of images → embeddings `(B, d)`, float32."""
-        return self.backbone(images).float()
+        # A copy, not a part of something larger that it would keep in memory.
+        return self.backbone(images).to(torch.float32, copy=True)
 
     def train(self, mode: bool = True) -> ImprintedClassifier:
         """The backbone stays in eval mode: frozen is not eval, BatchNorm would drift."""

@@ -115,6 +115,18 @@ def test_the_head_is_full_before_its_epochs_validation_and_its_checkpoint(tmp_pa
     assert save.best_model_score == 1
 
 
+def test_of_many_tokens_only_the_first_stays_in_memory():
+    tokens = torch.randn(4, 197, 8)
+
+    class FirstToken(nn.Module):
+        def forward(self, x):
+            return tokens[:, 0]
+
+    embeddings = ImprintedClassifier(FirstToken(), "qi").embed(torch.zeros(4, 3, 2, 2))
+    assert torch.equal(embeddings, tokens[:, 0])
+    assert embeddings.untyped_storage().nbytes() == 4 * 8 * 4
+
+
 def test_the_backbone_and_its_statistics_stay_bitwise_the_same(tmp_path):
     backbone = small_backbone().train()
     before = copy.deepcopy(backbone.state_dict())
