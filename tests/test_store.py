@@ -72,6 +72,15 @@ def test_two_single_images_are_not_taken_for_images_and_labels():
     pair = [torch.zeros(3, 4, 4), torch.zeros(3, 5, 4)]
     assert images_of(pair) is pair
     assert images_of((pair, torch.tensor([0, 1]))) is pair
+    assert images_of(pair[:1]) == pair[:1]
+
+
+def test_a_batch_without_labels_may_be_wrapped_as_tensor_dataset_does():
+    for x in (X, torch.zeros(2, 3, 4, 4)):
+        assert images_of([x]) is x
+        assert images_of((x,)) is x
+        with pytest.raises(ImprintError, match="has no labels"):
+            split_batch([x])
 
 
 @pytest.mark.parametrize(
