@@ -218,6 +218,7 @@ def test_more_epochs_stop_after_one_and_say_so(tmp_path, epochs, caplog):
 @pytest.mark.parametrize(
     ("options", "rows"),
     [
+        (dict(limit_train_batches=1), 2),
         (dict(limit_train_batches=2), 4),
         (dict(limit_train_batches=0.67), 4),
         (dict(overfit_batches=2), 4),
