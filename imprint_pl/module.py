@@ -236,6 +236,8 @@ class ImprintedClassifier(Growing, LightningModule):
         if stage == "fit":
             # Empty and trainable: DDP refuses a module without a parameter to train.
             self.head.clear()
+            # A Trainer that has done its epoch before would do none, and leave the head empty.
+            self.trainer.fit_loop.epoch_progress.reset()
 
     def on_fit_start(self) -> None:
         # A gradient scaler (16-mixed) cannot step without gradients.
@@ -374,6 +376,9 @@ class ImprintedClassifier(Growing, LightningModule):
         trial = self.parts.empty_head()
         trial.load_state_dict(head)
         trial.check()
+        if trial.is_empty:
+            # Saved within the epoch, whose embeddings are gone: it is done again from its start.
+            checkpoint.pop("loops", None)
 
     @classmethod
     def load_from_checkpoint(

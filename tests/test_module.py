@@ -206,6 +206,28 @@ def test_a_second_fit_is_a_second_fit(tmp_path):
     torch.testing.assert_close(model.head.proxies, expected.proxies)
 
 
+@pytest.mark.parametrize("epochs", [1, 5])
+def test_a_second_fit_with_the_same_trainer_is_one_too(tmp_path, epochs):
+    model, run = classifier(), trainer(tmp_path, max_epochs=epochs)
+    run.fit(model, Points())
+    run.fit(model, Points(POINTS[:4], LABELS[:4]))
+    expected = imprint(POINTS[:4], LABELS[:4], "qi")
+    torch.testing.assert_close(model.head.proxies, expected.proxies)
+
+
+def test_a_checkpoint_from_within_the_epoch_starts_it_again(tmp_path):
+    class SaveInTheMiddle(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 0:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    trainer(tmp_path, callbacks=[SaveInTheMiddle()]).fit(classifier(), Points(batch_size=2))
+    model, run = classifier(), trainer(tmp_path)
+    run.fit(model, Points(batch_size=2), ckpt_path=tmp_path / "middle.ckpt")
+    torch.testing.assert_close(model.head.proxies, imprint(POINTS, LABELS, "qi").proxies)
+    assert run.callback_metrics["val/accuracy"] == 1
+
+
 @pytest.mark.parametrize("epochs", [5, -1])
 def test_more_epochs_stop_after_one_and_say_so(tmp_path, epochs, caplog):
     run = trainer(tmp_path, max_epochs=epochs)
