@@ -65,6 +65,17 @@ def test_a_file_that_cannot_be_read_is_skipped_by_name_or_fails(fitted, tmp_path
     assert float(rows[0]["probability"]) >= float(rows[0]["probability_2"]) > 0
 
 
+def test_images_and_on_error_may_be_written_with_an_equals_sign_anywhere(fitted, tmp_path, capfd):
+    checkpoint, photos = fitted
+    one, other = (str(next((photos / name).iterdir())) for name in ("digit1", "digit2"))
+    (tmp_path / "b.png").write_bytes(b"no image")
+    arguments = ["predict", "--on_error=skip", f"--images={one}", "--ckpt_path", str(checkpoint)]
+    arguments += ["--images", str(tmp_path / "b.png"), other, "--data.num_workers", "0"]
+    assert main([*arguments, "--output", str(tmp_path / "it.csv")]) == 0
+    assert "skipped 1 that cannot be read" in capfd.readouterr().out
+    assert [row["file"] for row in rows_of(tmp_path / "it.csv")] == [one, other]
+
+
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
 def test_json_holds_what_the_csv_holds(fitted, tmp_path, suffix):
     checkpoint, photos = fitted
