@@ -69,6 +69,12 @@ def _describe(batch: Any) -> str:
     return type(batch).__name__
 
 
+def loader_number(index: int, loaders: Any) -> Any:
+    """Of the loaders that a Trainer has, one or a collection, that of a `dataloader_idx`."""
+    loaders = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
+    return loaders[index] if isinstance(loaders, list | tuple) else loaders
+
+
 def dealt_samples(loader: Any) -> int | None:
     """How many samples a `DistributedSampler` deals to the ranks, or `None` without one.
 

@@ -33,7 +33,7 @@ from imprint_pl.attaching import (
     put_head,
     the_embedding,
 )
-from imprint_pl.batch import dealt_samples, split_batch
+from imprint_pl.batch import dealt_samples, loader_number, split_batch
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint
@@ -200,10 +200,8 @@ class ImprintCallback(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._is_on(trainer):
             return
-        loaders = trainer.val_dataloaders
-        loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
         for index, store in self._validated.items():
-            samples = dealt_samples(loaders[index]) if index < len(loaders) else None
+            samples = dealt_samples(loader_number(index, trainer.val_dataloaders))
             measured = _on_rank_zero(trainer, partial(_measure, self.head), store.gather(samples))
             suffix = f"/dataloader_idx_{index}" if len(self._validated) > 1 else ""
             for name, value in measured.items():

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from imprint_pl.backbone import load_backbone
-from imprint_pl.batch import dealt_samples, images_of, split_batch
+from imprint_pl.batch import dealt_samples, images_of, loader_number, split_batch
 from imprint_pl.checks import EMPTY, check_checkpoint, check_task
 from imprint_pl.epoch import ImprintEpoch
 from imprint_pl.errors import ImprintError, near
@@ -316,14 +316,18 @@ class ImprintedClassifier(Growing, LightningModule):
             )
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._measure(batch, self.trainer.val_dataloaders)
+        loaders = self.trainer.val_dataloaders
+        self._measure(batch, batch_idx, loader_number(dataloader_idx, loaders))
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._measure(batch, self.trainer.test_dataloaders)
+        loaders = self.trainer.test_dataloaders
+        self._measure(batch, batch_idx, loader_number(dataloader_idx, loaders))
 
-    def _measure(self, batch: Any, loader: Any) -> None:
+    def _measure(self, batch: Any, batch_idx: int, loader: Any) -> None:
         if self.metrics is None:
             return
+        if batch_idx == 0:
+            self.metrics.seen = 0  # of this loader
         images, labels = split_batch(batch)
         self.metrics.add(self(images), labels, dealt_samples(loader))
 
