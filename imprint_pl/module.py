@@ -371,13 +371,14 @@ class ImprintedClassifier(Growing, LightningModule):
         checkpoint["backbone"] = self.backbone.source()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_checkpoint(checkpoint, self.head, self.backbone.source())
+        # Not `self.head`, which may have the parts of another fit.
+        trial = self.parts.empty_head()
+        check_checkpoint(checkpoint, trial, self.backbone.source())
         head = {
             name.removeprefix("head."): value
             for name, value in checkpoint["state_dict"].items()
             if name.startswith("head.")
         }
-        trial = self.parts.empty_head()
         trial.load_state_dict(head)
         trial.check()
         if trial.is_empty:

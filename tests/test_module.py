@@ -180,6 +180,27 @@ def test_a_checkpoint_without_a_head_is_refused(tmp_path):
         ImprintedClassifier.load_from_checkpoint(tmp_path / "it.ckpt", backbone=nn.Identity())
 
 
+@pytest.mark.parametrize("recipes", [("qi", "whitened"), ("whitened", "qi")])
+def test_a_checkpoint_of_another_recipe_is_called_that(tmp_path, recipes):
+    written, read = (ImprintedClassifier(nn.Identity(), recipe) for recipe in recipes)
+    run = trainer(tmp_path)
+    run.fit(written, Points())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    with pytest.raises(ImprintError, match="of different recipes; give the recipe of the"):
+        run.test(read, Points(), ckpt_path=tmp_path / "it.ckpt")
+
+
+def test_a_fitted_classifier_takes_a_checkpoint_whose_recipe_auto_chose_otherwise(tmp_path):
+    written, fitted = ImprintedClassifier(nn.Identity(), "qi"), ImprintedClassifier(nn.Identity())
+    run = trainer(tmp_path)
+    run.fit(written, Points())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    whitened = imprint(POINTS, LABELS, "whitened").state_dict()
+    fitted.head.load_state_dict(whitened)
+    run.test(fitted, Points(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
+    assert torch.equal(fitted.head(POINTS), written.head(POINTS))
+
+
 def test_a_fresh_process_gives_identical_logits(tmp_path):
     model = ImprintedClassifier("efficientnet_lite0", "robust", k=2, image_size=32)
     x = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8)
