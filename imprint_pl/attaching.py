@@ -115,7 +115,7 @@ def detach(module: nn.Module, layer: str) -> nn.Module:
     if original.training != head.training:
         original.train(head.training)
     original.to(head.proxies.device)
-    module.set_submodule(layer, original)
+    put_module(module, layer, original)
     return original
 
 
@@ -124,7 +124,15 @@ def put_head(module: nn.Module, layer: str, head: ImprintedHead) -> None:
     old = layer_of(module, layer)
     # Not a submodule: neither optimizers nor checkpoints are to see it.
     head.__dict__["replaced"] = getattr(old, "replaced", old)
-    module.set_submodule(layer, head.to(_device(old, module)).train(old.training))
+    put_module(module, layer, head.to(_device(old, module)).train(old.training))
+
+
+def put_module(module: nn.Module, layer: str, new: nn.Module) -> None:
+    """Puts another module in the place of a layer, under each of the names that it has."""
+    old = layer_of(module, layer)
+    names = [name for name, part in module.named_modules(remove_duplicate=False) if part is old]
+    for name in names:
+        module.set_submodule(name, new)
 
 
 def layer_of(module: nn.Module, layer: str) -> nn.Module:
@@ -133,7 +141,7 @@ def layer_of(module: nn.Module, layer: str) -> nn.Module:
     Raises:
         ImprintError: no such layer; near names are given.
     """
-    names = [name for name, _ in module.named_modules() if name]
+    names = [name for name, _ in module.named_modules(remove_duplicate=False) if name]
     if layer not in names:
         last = f"; the last one is {names[-1]!r}" if names else ""
         raise ImprintError(
@@ -238,11 +246,11 @@ def at_rest(module: nn.Module, layer: str) -> Iterator[None]:
     with isolate_rng(), torch.no_grad():
         try:
             if original is not None:
-                module.set_submodule(layer, original.to(_device(present)))
+                put_module(module, layer, original.to(_device(present)))
             module.eval()
             yield
         finally:
-            module.set_submodule(layer, present)
+            put_module(module, layer, present)
             for part, mode in modes:
                 part.training = mode
 

@@ -26,7 +26,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
     images, labels = images_of(batch), None
     if isinstance(batch, Mapping):
         labels = next((batch[key] for key in LABEL_KEYS if key in batch), None)
-    elif _is_pair(batch):
+    elif _is_pair(batch) and len(batch) > 1:
         labels = batch[1]
     if labels is None:
         raise ImprintError(
@@ -55,17 +55,24 @@ def images_of(batch: Any) -> Any:
 
 
 def _is_pair(batch: Any) -> bool:
-    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-        return isinstance(batch, tuple)
-    # A list of single images (image files of any sizes) is not a pair.
-    second = batch[1]
-    return not (isinstance(second, Tensor) and second.ndim == 3)
+    if not isinstance(batch, (tuple, list)) or not batch:
+        return False
+    # A list of single images (image files of any sizes) is not a pair; `[x]` of a `TensorDataset`
+    # has no second.
+    last = batch[:2][-1]
+    return not (isinstance(last, Tensor) and last.ndim == 3)
 
 
 def _describe(batch: Any) -> str:
     if isinstance(batch, Mapping):
         return f"keys {sorted(map(str, batch))}"
     return type(batch).__name__
+
+
+def loader_number(index: int, loaders: Any) -> Any:
+    """Of the loaders that a Trainer has, one or a collection, that of a `dataloader_idx`."""
+    loaders = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
+    return loaders[index] if isinstance(loaders, list | tuple) else loaders
 
 
 def dealt_samples(loader: Any) -> int | None:

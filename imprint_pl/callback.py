@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from imprint_pl.attaching import (
     put_head,
     the_embedding,
 )
-from imprint_pl.batch import dealt_samples, split_batch
+from imprint_pl.batch import dealt_samples, loader_number, split_batch
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint
@@ -128,6 +129,17 @@ class ImprintCallback(Callback):
                 "limit_train_batches=0 leaves no training data to imprint from: give data=, or "
                 "leave some batches"
             )
+        averaging = [
+            callback
+            for callback in trainer.callbacks
+            if isinstance(callback, StochasticWeightAveraging | WeightAveraging)
+        ]
+        order = trainer.callbacks
+        if self.when == "train_end" and any(order.index(self) < order.index(c) for c in averaging):
+            raise ImprintError(
+                "a callback that averages weights ends after ImprintCallback and would write over "
+                "its head: give ImprintCallback after it in the Trainer's callbacks"
+            )
         if self.when == "fit_start":
             # Lightning does both, but after this: the pass cannot wait for it, since the optimizer
             # is to find the head's parameters.
@@ -135,6 +147,9 @@ class ImprintCallback(Callback):
                 trainer.precision_plugin.convert_module(pl_module)
             pl_module.to(trainer.strategy.root_device)
             self._replace(trainer, pl_module)
+            for callback in averaging:
+                # Their copy of the module, made before, has the layer.
+                callback.setup(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         while self._hooks:
@@ -185,14 +200,13 @@ class ImprintCallback(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._is_on(trainer):
             return
-        loaders = trainer.val_dataloaders
-        loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
         for index, store in self._validated.items():
-            samples = dealt_samples(loaders[index]) if index < len(loaders) else None
+            samples = dealt_samples(loader_number(index, trainer.val_dataloaders))
             measured = _on_rank_zero(trainer, partial(_measure, self.head), store.gather(samples))
             suffix = f"/dataloader_idx_{index}" if len(self._validated) > 1 else ""
             for name, value in measured.items():
-                pl_module.log(f"imprinted/{name}{suffix}", value)
+                # The suffix is Lightning's own, which it would add in a step alone.
+                pl_module.log(f"imprinted/{name}{suffix}", value, add_dataloader_idx=False)
 
     def _is_on(self, trainer: Trainer) -> bool:
         return self.when == "validation" and not trainer.sanity_checking
@@ -277,7 +291,8 @@ def _once_set_up(pl_module: LightningModule, action: Callable[[], None]) -> None
     own = pl_module.setup
 
     def setup(stage: str) -> None:
-        del pl_module.setup
+        # Another callback's is around this one, and has done it.
+        pl_module.__dict__.pop("setup", None)
         own(stage)
         action()
 

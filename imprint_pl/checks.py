@@ -40,7 +40,14 @@ def check_checkpoint(
     """Raises an `ImprintError` where a checkpoint has no head, or one imprinted on a backbone other
     than `source` (see `Backbone.source`); warns where only its preprocessing is another."""
     state = checkpoint["state_dict"]
-    missing = [f"head.{name}" for name in head.state_dict() if f"head.{name}" not in state]
+    own = {f"head.{name}": None for name in head.state_dict()}
+    missing = [name for name in own if name not in state]
+    foreign = [name for name in state if name.startswith("head.") and name not in own]
+    if "head.proxies" in state and (missing or (foreign and not head.takes_parts_of_file)):
+        raise ImprintError(
+            f"the checkpoint's head and this model's differ in {(missing + foreign)[0]!r}: they "
+            "are of different recipes; give the recipe of the checkpoint"
+        )
     if missing:
         raise ImprintError(
             f"the checkpoint has no {missing[0]!r}: it was not written by ImprintedClassifier"

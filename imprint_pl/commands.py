@@ -287,25 +287,24 @@ class EmbedCLI(ImprintCLI):
 
 def _files_as_data(args: list[str]) -> list[str]:
     """`--images a.jpg b/` is short for `--data ImageFiles --data.paths '["a.jpg", "b/"]'`."""
+    # `--images=a.jpg` is two words here.
+    joined = ("--images=", "--on_error=")
+    args = [part for a in args for part in (a.split("=", 1) if a.startswith(joined) else [a])]
     if "--images" not in args:
         return args
     start = args.index("--images")
-    end = start + 1
-    while end < len(args) and not args[end].startswith("--"):
-        end += 1
-    paths = json.dumps(args[start + 1 : end])
-    rest = [
-        argument.replace("--on_error", "--data.on_error", 1)
-        if argument.split("=")[0] == "--on_error"
-        else argument
-        for argument in args[end:]
-    ]
-    before = args[:start]
+    before, paths, rest, option = args[:start], [], [], None
+    for argument in args[start:]:
+        option = argument if argument.startswith("--") else option
+        if option != "--images":
+            rest.append("--data.on_error" if argument == "--on_error" else argument)
+        elif argument != option:
+            paths.append(argument)
     if "--on_error" in before:
         place = before.index("--on_error")
         rest = ["--data.on_error", *before[place + 1 : place + 2], *rest]
         before = [*before[:place], *before[place + 2 :]]
-    return [*before, "--data", "ImageFiles", "--data.paths", paths, *rest]
+    return [*before, "--data", "ImageFiles", "--data.paths", json.dumps(paths), *rest]
 
 
 def _quieten() -> None:

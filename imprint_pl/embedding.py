@@ -257,7 +257,8 @@ class _Filler:
             images = images.to(self.device, non_blocking=True)
         else:
             images = [image.to(self.device, non_blocking=True) for image in images]
-        return self.backbone(images).float()
+        # A copy: the first of all tokens would keep them all in memory.
+        return self.backbone(images).to(torch.float32, copy=True)
 
     def _check(self, rows: Tensor, dataset: Dataset, positions: Tensor) -> None:
         finite = rows.isfinite().all(1)

@@ -66,7 +66,9 @@ class ImprintEpoch:
         self.num_classes = len(self.class_names or []) or getattr(data, "num_classes", None)
         self.dealt = dealt_samples(loader)
         # Cut short on purpose, it may miss classes.
-        self.shortened = bool(trainer.fast_dev_run) or trainer.limit_train_batches != 1.0
+        limit = trainer.limit_train_batches
+        # 1 is one batch, 1.0 all of them.
+        self.shortened = bool(trainer.fast_dev_run) or limit != 1.0 or isinstance(limit, int)
         self.progress = trainer.progress_bar_callback is not None
         samples = samples_to_come(loader, trainer.num_training_batches, trainer.world_size)
         self.samples, self.seen = samples, 0

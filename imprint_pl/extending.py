@@ -20,6 +20,7 @@ from imprint_pl.attaching import (
     in_data_order,
     layer_of,
     loader_of,
+    put_module,
 )
 from imprint_pl.batch import images_of
 from imprint_pl.errors import ImprintError
@@ -133,7 +134,7 @@ def extend(
         all_x, all_y = torch.cat([old_x, x]), torch.cat([old_y, y + size])
         head = imprint(all_x, all_y, recipe, class_names=names, **overrides)
         new = ExtendedLayer(old, head.to(old.weight.device))
-    module.set_submodule(layer, new.train(old.training))
+    put_module(module, layer, new.train(old.training))
     return new
 
 

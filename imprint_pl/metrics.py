@@ -66,7 +66,8 @@ class TaskMetrics(MetricCollection):
             once = int((dealt_positions(self.seen, len(labels)) < dealt).sum())
             self.seen += len(labels)
             scores, labels = scores[:once], labels[:once]
-        self._waiting.append((scores, labels))
+        # A copy: a loader may fill the same tensor anew.
+        self._waiting.append((scores, labels.clone()))
         if sum(len(labels) for _, labels in self._waiting) >= ROWS:
             self._update()
 

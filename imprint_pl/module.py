@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from imprint_pl.backbone import load_backbone
-from imprint_pl.batch import dealt_samples, images_of, split_batch
+from imprint_pl.batch import dealt_samples, images_of, loader_number, split_batch
 from imprint_pl.checks import EMPTY, check_checkpoint, check_task
 from imprint_pl.epoch import ImprintEpoch
 from imprint_pl.errors import ImprintError, near
@@ -218,7 +218,8 @@ class ImprintedClassifier(Growing, LightningModule):
     @torch.no_grad()
     def embed(self, images: Any) -> Tensor:
         """A batch of images → embeddings `(B, d)`, float32."""
-        return self.backbone(images).float()
+        # A copy, not a part of something larger that it would keep in memory.
+        return self.backbone(images).to(torch.float32, copy=True)
 
     def train(self, mode: bool = True) -> ImprintedClassifier:
         """The backbone stays in eval mode: frozen is not eval, BatchNorm would drift."""
@@ -235,6 +236,8 @@ class ImprintedClassifier(Growing, LightningModule):
         if stage == "fit":
             # Empty and trainable: DDP refuses a module without a parameter to train.
             self.head.clear()
+            # A Trainer that has done its epoch before would do none, and leave the head empty.
+            self.trainer.fit_loop.epoch_progress.reset()
 
     def on_fit_start(self) -> None:
         # A gradient scaler (16-mixed) cannot step without gradients.
@@ -313,14 +316,18 @@ class ImprintedClassifier(Growing, LightningModule):
             )
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._measure(batch, self.trainer.val_dataloaders)
+        loaders = self.trainer.val_dataloaders
+        self._measure(batch, batch_idx, loader_number(dataloader_idx, loaders))
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._measure(batch, self.trainer.test_dataloaders)
+        loaders = self.trainer.test_dataloaders
+        self._measure(batch, batch_idx, loader_number(dataloader_idx, loaders))
 
-    def _measure(self, batch: Any, loader: Any) -> None:
+    def _measure(self, batch: Any, batch_idx: int, loader: Any) -> None:
         if self.metrics is None:
             return
+        if batch_idx == 0:
+            self.metrics.seen = 0  # of this loader
         images, labels = split_batch(batch)
         self.metrics.add(self(images), labels, dealt_samples(loader))
 
@@ -364,15 +371,19 @@ class ImprintedClassifier(Growing, LightningModule):
         checkpoint["backbone"] = self.backbone.source()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_checkpoint(checkpoint, self.head, self.backbone.source())
+        # Not `self.head`, which may have the parts of another fit.
+        trial = self.parts.empty_head()
+        check_checkpoint(checkpoint, trial, self.backbone.source())
         head = {
             name.removeprefix("head."): value
             for name, value in checkpoint["state_dict"].items()
             if name.startswith("head.")
         }
-        trial = self.parts.empty_head()
         trial.load_state_dict(head)
         trial.check()
+        if trial.is_empty:
+            # Saved within the epoch, whose embeddings are gone: it is done again from its start.
+            checkpoint.pop("loops", None)
 
     @classmethod
     def load_from_checkpoint(

@@ -40,6 +40,8 @@ class Parser(LightningArgumentParser):
         if found := re.search(r"unrecognized arguments: --([^\s=]+)", message):
             return f"unknown option --{found[1]}{near(found[1], self._names())}"
         if found := re.search(r"(?:accept option|Option) '(\S+)'", message):
+            if found[1] in self._names():
+                return f"{found[1]!r} is an option of another command: leave it out"
             return f"unknown option {found[1]!r}{near(found[1], self._names())}"
         if found := re.search(r"Expected a dot import path string: (\S+)", message):
             return f"unknown data {found[1]!r}{near(found[1], DATA)}: one of {', '.join(DATA)}"

@@ -43,8 +43,6 @@ class PredictionWriter(Callback):
             raise ImprintError(f"top={top}: give at least 1")
         if self.path is not None and self.path.suffix not in SUFFIXES:
             raise ImprintError(f"output {path}: the name ends in none of {', '.join(SUFFIXES)}")
-        self.count, self.unread = 0, []
-        self._reasons: dict[int, str] = {}
         self._file = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,6 +50,8 @@ class PredictionWriter(Callback):
         folder = trainer.log_dir
         if self.path is None:
             self.path = Path(folder or trainer.default_root_dir) / "predictions.csv"
+        self.count, self.unread = 0, []
+        self._reasons: dict[int, str] = {}
         self._store = EmbeddingStore()
         self._names = getattr(trainer.datamodule, "sample_names", lambda split: None)("predict")
         self._seen = 0

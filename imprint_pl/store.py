@@ -35,7 +35,9 @@ class Collector:
             ImprintError: what `take` says of a batch; for one on a GPU perhaps later, at the latest
                 by `gather`.
         """
-        self._waiting.append((embeddings.detach(), labels))
+        # Copies: a model may give a part of something larger (the first token of all), which would
+        # stay in memory whole, and a loader may fill the same tensors anew.
+        self._waiting.append((embeddings.detach().clone(), labels.clone()))
         if embeddings.device.type == "cpu" or sum(len(x) for x, _ in self._waiting) >= GPU_ROWS:
             self.take_waiting()
 

@@ -69,6 +69,30 @@ def test_detach_gives_the_first_layer_back_bitwise_after_any_number_of_attaches(
         detach(module, "1")
 
 
+def test_a_layer_with_two_names_is_replaced_under_both():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(2, 5)
+            self.net = nn.Sequential(nn.Identity(), self.fc)
+
+        def forward(self, x):
+            return self.net(x)
+
+    x, y = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])
+    for layer in ("fc", "net.1"):
+        module = Shared()
+        linear, head = module.fc, attach(module, layer, data=(x, y), recipe="qi")
+        assert module.fc is module.net[1] is head
+        assert module(x).shape == (2, 2)
+        copied = Shared()
+        attach(copied, layer)
+        copied.load_state_dict(module.state_dict())
+        assert torch.equal(copied(x), module(x))
+        attach(module, layer, data=(x, y), recipe="qi")
+        assert detach(module, layer) is module.fc is module.net[1] is linear
+
+
 def test_the_replaced_layer_is_neither_a_parameter_nor_in_the_state_dict():
     module = net()
     attach(module, "1", data=(POINTS, LABELS), recipe="qi")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging
 from projects import PROJECTS, Elaborate, LitDigits, Plain, digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -199,6 +199,44 @@ def test_the_validations_accuracy_is_that_of_the_same_head_by_hand(tmp_path):
     accuracy = (logits(expected, x[400:]).argmax(1) == y[400:]).float().mean()
     assert run.callback_metrics["imprinted/accuracy"] == pytest.approx(float(accuracy))
     assert isinstance(layer_of(module, Plain.layer), nn.Linear)
+
+
+def test_several_callbacks_may_imprint_for_one_module(tmp_path):
+    module = project(Plain)
+    callbacks = [ImprintCallback(Plain.layer, "qi", when) for when in ("validation", "train_end")]
+    run = trainer(tmp_path, *callbacks, enable_checkpointing=False)
+    run.fit(module, **Plain.data())
+    accuracy = (logits(module, digits()[0][400:]).argmax(1) == digits()[1][400:]).float().mean()
+    assert run.callback_metrics["imprinted/accuracy"] == pytest.approx(float(accuracy))
+
+
+def test_each_of_several_validation_loaders_is_measured(tmp_path):
+    class TwoLoaders(Plain):
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            super().validation_step(batch, batch_idx)
+
+    run = trainer(tmp_path, ImprintCallback(Plain.layer, "qi", "validation"))
+    data = TwoLoaders.data()
+    run.fit(project(TwoLoaders), data["train_dataloaders"], [data["val_dataloaders"]] * 2)
+    both = [run.callback_metrics[f"imprinted/accuracy/dataloader_idx_{i}"] for i in (0, 1)]
+    assert both[0] == both[1] > 0.5
+
+
+@pytest.mark.parametrize(
+    "averaging", [EMAWeightAveraging, lambda: StochasticWeightAveraging(1e-3, swa_epoch_start=1)]
+)
+def test_weights_can_be_averaged_from_an_imprinted_head_on(averaging, tmp_path):
+    module = project(Plain)
+    callbacks = [ImprintCallback(Plain.layer, "qi"), averaging()]
+    run = trainer(tmp_path, *callbacks, max_epochs=3, enable_checkpointing=False)
+    run.fit(module, **Plain.data())
+    assert layer_of(module, Plain.layer).num_classes == 10
+    assert run.callback_metrics["val_acc"] > 0.4
+    late = [ImprintCallback(Plain.layer, "qi", "train_end"), averaging()]
+    with pytest.raises(ImprintError, match="give ImprintCallback after it"):
+        trainer(tmp_path, *late).fit(project(Plain), **Plain.data())
+    trainer(tmp_path, *late[::-1]).fit(module := project(Plain), **Plain.data())
+    assert torch.equal(layer_of(module, Plain.layer).proxies, late[0].head.proxies)
 
 
 def test_fit_start_gives_the_head_that_attach_gives_from_the_whole_training_set(tmp_path):

@@ -361,6 +361,12 @@ def test_a_typo_in_a_config_file_is_named_with_near_names(tmp_path, capfd):
     assert "'model.recipee'; did you mean 'model.recipe'" in capfd.readouterr().err
 
 
+def test_an_option_of_fit_in_the_config_of_a_test_is_called_that(tmp_path, capfd):
+    (tmp_path / "it.yaml").write_text("data: Digits\ncache_dir: null\n")
+    assert main(["test", "--config", "it.yaml"]) == 2
+    assert "'cache_dir' is an option of another command: leave it out" in capfd.readouterr().err
+
+
 def test_a_checkpoint_of_another_task_is_refused(fitted, capfd):
     assert main(["test", "--data", "Digits", "--ckpt_path", str(fitted)]) == 2
     assert "imprinted for the classes [0, 1, 2] (3)" in capfd.readouterr().err

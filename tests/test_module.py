@@ -115,6 +115,18 @@ def test_the_head_is_full_before_its_epochs_validation_and_its_checkpoint(tmp_pa
     assert save.best_model_score == 1
 
 
+def test_of_many_tokens_only_the_first_stays_in_memory():
+    tokens = torch.randn(4, 197, 8)
+
+    class FirstToken(nn.Module):
+        def forward(self, x):
+            return tokens[:, 0]
+
+    embeddings = ImprintedClassifier(FirstToken(), "qi").embed(torch.zeros(4, 3, 2, 2))
+    assert torch.equal(embeddings, tokens[:, 0])
+    assert embeddings.untyped_storage().nbytes() == 4 * 8 * 4
+
+
 def test_the_backbone_and_its_statistics_stay_bitwise_the_same(tmp_path):
     backbone = small_backbone().train()
     before = copy.deepcopy(backbone.state_dict())
@@ -168,6 +180,27 @@ def test_a_checkpoint_without_a_head_is_refused(tmp_path):
         ImprintedClassifier.load_from_checkpoint(tmp_path / "it.ckpt", backbone=nn.Identity())
 
 
+@pytest.mark.parametrize("recipes", [("qi", "whitened"), ("whitened", "qi")])
+def test_a_checkpoint_of_another_recipe_is_called_that(tmp_path, recipes):
+    written, read = (ImprintedClassifier(nn.Identity(), recipe) for recipe in recipes)
+    run = trainer(tmp_path)
+    run.fit(written, Points())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    with pytest.raises(ImprintError, match="of different recipes; give the recipe of the"):
+        run.test(read, Points(), ckpt_path=tmp_path / "it.ckpt")
+
+
+def test_a_fitted_classifier_takes_a_checkpoint_whose_recipe_auto_chose_otherwise(tmp_path):
+    written, fitted = ImprintedClassifier(nn.Identity(), "qi"), ImprintedClassifier(nn.Identity())
+    run = trainer(tmp_path)
+    run.fit(written, Points())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    whitened = imprint(POINTS, LABELS, "whitened").state_dict()
+    fitted.head.load_state_dict(whitened)
+    run.test(fitted, Points(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
+    assert torch.equal(fitted.head(POINTS), written.head(POINTS))
+
+
 def test_a_fresh_process_gives_identical_logits(tmp_path):
     model = ImprintedClassifier("efficientnet_lite0", "robust", k=2, image_size=32)
     x = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8)
@@ -194,6 +227,28 @@ def test_a_second_fit_is_a_second_fit(tmp_path):
     torch.testing.assert_close(model.head.proxies, expected.proxies)
 
 
+@pytest.mark.parametrize("epochs", [1, 5])
+def test_a_second_fit_with_the_same_trainer_is_one_too(tmp_path, epochs):
+    model, run = classifier(), trainer(tmp_path, max_epochs=epochs)
+    run.fit(model, Points())
+    run.fit(model, Points(POINTS[:4], LABELS[:4]))
+    expected = imprint(POINTS[:4], LABELS[:4], "qi")
+    torch.testing.assert_close(model.head.proxies, expected.proxies)
+
+
+def test_a_checkpoint_from_within_the_epoch_starts_it_again(tmp_path):
+    class SaveInTheMiddle(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 0:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    trainer(tmp_path, callbacks=[SaveInTheMiddle()]).fit(classifier(), Points(batch_size=2))
+    model, run = classifier(), trainer(tmp_path)
+    run.fit(model, Points(batch_size=2), ckpt_path=tmp_path / "middle.ckpt")
+    torch.testing.assert_close(model.head.proxies, imprint(POINTS, LABELS, "qi").proxies)
+    assert run.callback_metrics["val/accuracy"] == 1
+
+
 @pytest.mark.parametrize("epochs", [5, -1])
 def test_more_epochs_stop_after_one_and_say_so(tmp_path, epochs, caplog):
     run = trainer(tmp_path, max_epochs=epochs)
@@ -206,6 +261,7 @@ def test_more_epochs_stop_after_one_and_say_so(tmp_path, epochs, caplog):
 @pytest.mark.parametrize(
     ("options", "rows"),
     [
+        (dict(limit_train_batches=1), 2),
         (dict(limit_train_batches=2), 4),
         (dict(limit_train_batches=0.67), 4),
         (dict(overfit_batches=2), 4),

@@ -5,10 +5,15 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from imprint_pl import ImprintedClassifier
 from imprint_pl.cli import main
 from imprint_pl.data import Digits
+from imprint_pl.predictions import PredictionWriter
 
 
 def rows_of(path):
@@ -63,6 +68,30 @@ def test_a_file_that_cannot_be_read_is_skipped_by_name_or_fails(fitted, tmp_path
     assert [row["file"][-5:] for row in rows] == ["a.png", "c.png"]
     assert [row["class"] for row in rows] == ["digit1", "digit1"]
     assert float(rows[0]["probability"]) >= float(rows[0]["probability_2"]) > 0
+
+
+def test_images_and_on_error_may_be_written_with_an_equals_sign_anywhere(fitted, tmp_path, capfd):
+    checkpoint, photos = fitted
+    one, other = (str(next((photos / name).iterdir())) for name in ("digit1", "digit2"))
+    (tmp_path / "b.png").write_bytes(b"no image")
+    arguments = ["predict", "--on_error=skip", f"--images={one}", "--ckpt_path", str(checkpoint)]
+    arguments += ["--images", str(tmp_path / "b.png"), other, "--data.num_workers", "0"]
+    assert main([*arguments, "--output", str(tmp_path / "it.csv")]) == 0
+    assert "skipped 1 that cannot be read" in capfd.readouterr().out
+    assert [row["file"] for row in rows_of(tmp_path / "it.csv")] == [one, other]
+
+
+def test_a_second_prediction_writes_a_file_of_its_own(tmp_path):
+    x, y = torch.eye(3), torch.arange(3)
+    options = dict(accelerator="cpu", logger=False, enable_checkpointing=False)
+    model = ImprintedClassifier(nn.Identity(), "qi")
+    Trainer(max_epochs=1, **options).fit(model, DataLoader(TensorDataset(x, y), 3))
+    run = Trainer(callbacks=[PredictionWriter(str(tmp_path / "it.csv"))], **options)
+    for rows in (x, x.flip(0)):
+        run.predict(model, DataLoader(TensorDataset(rows), batch_size=3))
+        written = rows_of(tmp_path / "it.csv")
+        assert [row["index"] for row in written] == ["0", "1", "2"]
+        assert [row["class"] for row in written] == [str(int(row.argmax())) for row in rows]
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])

@@ -3,6 +3,7 @@ import torch
 
 from imprint_pl import ImprintError
 from imprint_pl.batch import images_of, split_batch
+from imprint_pl.metrics import TaskMetrics
 from imprint_pl.store import EmbeddingStore
 
 X, Y = torch.arange(12.0).reshape(6, 2), torch.arange(6)
@@ -18,6 +19,26 @@ def test_batches_come_back_in_order_and_the_store_is_empty_after():
     assert x.dtype == torch.float32
     assert y.dtype == torch.int64
     assert len(store.gather()[1]) == 0
+
+
+def test_of_a_part_of_something_larger_the_part_alone_is_kept():
+    tokens = torch.randn(4, 197, 8)
+    store = EmbeddingStore()
+    store.add(tokens[:, 0], Y[:4])
+    (kept,) = store._embeddings
+    assert kept.untyped_storage().nbytes() == 4 * 8 * 4
+
+
+def test_a_loader_may_fill_the_same_tensors_anew():
+    x, y, store, metrics = torch.empty(3, 2), Y[:3].clone(), EmbeddingStore(), TaskMetrics(6)
+    for start in (0, 3):
+        x.copy_(X[start : start + 3])
+        y.copy_(Y[start : start + 3])
+        store.add(x, y)
+        metrics.add(torch.eye(6)[y], y, None)
+    for got, expected in zip(store.gather(), (X, Y), strict=True):
+        assert torch.equal(got, expected)
+    assert metrics.compute()["accuracy"] == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -51,6 +72,15 @@ def test_two_single_images_are_not_taken_for_images_and_labels():
     pair = [torch.zeros(3, 4, 4), torch.zeros(3, 5, 4)]
     assert images_of(pair) is pair
     assert images_of((pair, torch.tensor([0, 1]))) is pair
+    assert images_of(pair[:1]) == pair[:1]
+
+
+def test_a_batch_without_labels_may_be_wrapped_as_tensor_dataset_does():
+    for x in (X, torch.zeros(2, 3, 4, 4)):
+        assert images_of([x]) is x
+        assert images_of((x,)) is x
+        with pytest.raises(ImprintError, match="has no labels"):
+            split_batch([x])
 
 
 @pytest.mark.parametrize(
