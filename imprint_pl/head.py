@@ -16,7 +16,7 @@ from imprint_pl.errors import ImprintError
 from imprint_pl.files import check_tensor
 from imprint_pl.gen.base import Proxies
 from imprint_pl.hub import Pretrained
-from imprint_pl.limits import MAX_CLASSES, is_number
+from imprint_pl.limits import MAX_CLASSES, as_plain, is_number
 from imprint_pl.norm import NoNorm
 from imprint_pl.parts import build, describe
 
@@ -171,7 +171,7 @@ class ImprintedHead(nn.Module, Pretrained):
             "tried": self.tried,
             "threshold": self.threshold,
         }
-        text = json.dumps(values, default=repr)
+        text = json.dumps(values, default=as_plain)
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def check(self) -> ImprintedHead:

@@ -19,7 +19,7 @@ from torch import Tensor
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint_parts
-from imprint_pl.limits import check_values
+from imprint_pl.limits import as_plain, check_values
 from imprint_pl.moments import Moments
 from imprint_pl.norm import sums_of
 from imprint_pl.norm_learned import RandomProjection
@@ -96,7 +96,7 @@ class State:
         settings = {n: v for n, v in head.settings.items() if n not in RESULTS}
         quantile = settings.get("norm_post") == "quantile"
         state = cls(
-            settings=json.loads(json.dumps(settings, default=repr)),
+            settings=json.loads(json.dumps(settings, default=as_plain)),
             seed=int(head.settings.get("seed", 0)),
             class_names=[head.name_of(label) for label in range(head.num_classes)],
             embedding_dim=x.shape[1],
