@@ -193,7 +193,8 @@ def _finished(
 
 def _tensor(values: Any, what: str) -> Tensor:
     try:
-        return torch.as_tensor(values)
+        # Embeddings may come with the graph that made them: nothing here asks for a gradient.
+        return torch.as_tensor(values).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ImprintError(
             f"{what} of type {type(values).__name__} ({' '.join(str(error).split())}): expected a "

@@ -106,7 +106,7 @@ class State:
             weibull=None if weibull is None else (float(weibull[0]), float(weibull[1])),
             classifier=classifier.detach().cpu() if quantile and classifier is not None else None,
         )
-        x, y = x.detach().cpu(), y.detach().cpu()
+        x, y = x.detach().cpu(), y.detach().cpu().long()
         if keep == "embeddings":
             return state._with_rows(_compact(x), y, tuple(sources))
         parts = state.parts

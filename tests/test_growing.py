@@ -209,3 +209,11 @@ def test_a_classifier_grows_on_embeddings_and_a_failed_step_leaves_it_as_it_was(
     assert model.class_names == ["a", "b", "c", "d"]
     model.load_state(tmp_path / "it.ckpt")
     assert model.state.class_names == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_of_any_integer_type_are_kept(blobs, tmp_path, dtype):
+    x, y = blobs[0], blobs[1].to(dtype)
+    state = State.of(x, y, imprint(x, y, "qi"), "embeddings")
+    state = read_state(write_state(state, tmp_path / "state.safetensors"))
+    assert state.add_class("new", x[:2]).counts.tolist() == [*torch.bincount(y).tolist(), 2]

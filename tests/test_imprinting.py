@@ -204,3 +204,10 @@ def test_the_parameters_of_a_resolved_recipe_resolve_to_the_same(blobs):
     for recipe in RECIPES:
         parameters = resolve(recipe).parameters
         assert resolve(**parameters).parameters == parameters
+
+
+@pytest.mark.parametrize("keywords", [{}, {"recipe": "robust", "gen": "kmedoids", "k": 2}])
+def test_embeddings_that_carry_a_gradient_give_the_head_of_their_values(blobs, keywords):
+    x, y = blobs
+    head, expected = (imprint(z, y, **keywords) for z in (x.clone().requires_grad_(), x))
+    assert torch.equal(head(x), expected(x))
