@@ -166,6 +166,9 @@ class NearestProxies(nn.Module):
     def _metric(self, proxies: Tensor) -> Mahalanobis:
         if torch.compiler.is_exporting() and self._mahalanobis is not None:
             return self._mahalanobis[2]
+        if proxies.is_inference():
+            # Made in inference mode, where nothing tells whether they have changed since.
+            return Mahalanobis(proxies)
         # The decomposition takes longer than many batches: kept until the proxies change. Others
         # may come to lie where these were, so that their address alone does not tell.
         values = (proxies.data_ptr(), proxies._version, proxies.device)

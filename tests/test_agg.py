@@ -135,6 +135,16 @@ def test_a_copy_of_mnn_can_be_made_after_use():
         assert torch.equal(scores(copied, z, proxies, classes, 4), expected)
 
 
+def test_mahalanobis_takes_proxies_made_in_inference_mode_and_follows_their_changes():
+    z, proxies, classes = random_case(2)
+    part = NearestProxies(3, "mahalanobis")
+    expected = [scores(part, z, p, classes, 4) for p in (proxies, 2 * proxies)]
+    with torch.inference_mode():
+        changing = proxies.clone()
+        assert torch.equal(scores(part, z, changing, classes, 4), expected[0])
+        assert torch.equal(scores(part, z, changing.mul_(2), classes, 4), expected[1])
+
+
 def test_mahalanobis_follows_proxies_that_change():
     z, proxies, classes = random_case(2)
     part = NearestProxies(3, "mahalanobis")
