@@ -150,9 +150,11 @@ class ImprintedHead(nn.Module, Pretrained):
         return scores + 0 * embeddings.float().square().sum(-1, keepdim=True).to(scores.dtype)
 
     def decide(self, scores: Tensor) -> Tensor:
-        """Scores `(B, C)` of `scores` → labels `(B,)`; −1 where the best is below the threshold."""
+        """Scores `(B, C)` of `scores` → labels `(B,)`; −1 where the best is below the threshold, or
+        NaN."""
         best, labels = scores.max(1)
-        return labels if self.threshold is None else labels.where(best >= self.threshold, NONE)
+        least = -math.inf if self.threshold is None else self.threshold
+        return labels.where(best >= least, NONE)
 
     def name_of(self, label: int) -> str:
         """The class's name, or its number where it has none; "none of these" for −1."""

@@ -123,6 +123,16 @@ def test_the_logits_are_the_scores_over_the_temperature(blobs):
     assert head.log_scale.requires_grad
 
 
+@pytest.mark.parametrize("threshold", [None, 0.0])
+def test_an_embedding_that_is_not_finite_gets_no_label(blobs, threshold):
+    x, y = blobs
+    head = imprint(x, y, "robust", k=2)
+    head.threshold = threshold
+    rows = x[:3].clone()
+    rows[1, 2] = torch.nan
+    assert head.decide(head.scores(rows)).tolist() == [y[0], -1, y[2]]
+
+
 def test_a_head_and_a_state_made_with_numbers_of_numpy_can_be_read_again(blobs, tmp_path):
     x, y = blobs
     numbers = dict(k=np.int64(2), m=np.int64(3), as_published=np.bool_(False))
