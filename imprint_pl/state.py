@@ -302,8 +302,9 @@ class State:
 
 
 def _compact(x: Tensor) -> Tensor:
-    half = x.half()
-    return half if half.isfinite().all() else x.float()
+    half, sizes = torch.finfo(torch.half), torch.linalg.vector_norm(x, torch.inf, dim=1)
+    fits = (sizes == 0) | ((sizes >= half.tiny) & (sizes <= half.max))
+    return x.half() if fits.all() else x.float()
 
 
 def _refuse_moments(parts: Parts, weibull: Any) -> None:

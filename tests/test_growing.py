@@ -180,6 +180,18 @@ def test_embeddings_beyond_float16_are_kept_as_they_are(blobs):
     assert state.x.isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e-9])
+def test_embeddings_below_float16_are_kept_as_they_are(blobs, scale):
+    x, y = blobs
+    x = x * scale
+    state = State.of(x, y, imprint(x, y, "robust", k=2), "embeddings")
+    assert state.x.dtype == torch.float32
+    assert (state.head()(x).argmax(1) == y).all()
+    mixed = torch.cat([x / scale, torch.zeros(1, 5)])
+    head = imprint(mixed, y[[*range(40), 0]], "qi")
+    assert State.of(mixed, y[[*range(40), 0]], head, "embeddings").x.dtype == torch.float16
+
+
 def test_the_estimator_grows_and_forgets_with_labels_of_its_own():
     x = torch.cat([POOL["a"], POOL["c"]]).numpy()
     model = ImprintEstimator("ridge", keep="embeddings").fit(x, np.repeat([10, 30], 24))
