@@ -21,7 +21,7 @@ from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint
 from imprint_pl.incremental import Rows, Sums
-from imprint_pl.limits import checked_seed
+from imprint_pl.limits import check_values, checked_seed
 from imprint_pl.norm import transform
 from imprint_pl.recipes import Parts, resolve
 from imprint_pl.state import State
@@ -203,6 +203,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
                 stacklevel=2,
             )
         x, y = self._checked(X, y, reset=first)
+        check_values(x)
         known, closed = self._known(y, classes, first)
         labels = torch.from_numpy(np.searchsorted(known, y))
         if first:
