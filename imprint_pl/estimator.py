@@ -143,6 +143,12 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         """
         kept = self._fitted_state()
         classes = np.unique(np.append(self.classes_, label))
+        same = classes[np.isin(classes, self.classes_)]
+        if repr(same.tolist()) != repr(self.classes_.tolist()):
+            raise ImprintError(
+                f"label {label!r} is of another type than those known so far, "
+                f"{_some(self.classes_)}, which would become {_some(same)}: give one of their type"
+            )
         place = int(np.searchsorted(classes, label))
         return self._become(kept.add_class(str(label), self._rows(X), place), classes)
 

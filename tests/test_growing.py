@@ -205,6 +205,20 @@ def test_the_estimator_grows_and_forgets_with_labels_of_its_own():
         ImprintEstimator("ridge").fit(x, np.repeat([1, 2], 24)).add_class(3, x)
 
 
+@pytest.mark.parametrize(
+    ("known", "label"),
+    [([2, 10], "fox"), ([1, 2], "fox"), ([2, 10], 1.5), ([False, True], 2)],
+)
+def test_the_estimator_refuses_a_new_label_that_would_turn_the_others_into_another_type(
+    known, label
+):
+    X, y = np.eye(4)[[0, 0, 1, 1]], np.repeat(known, 2)
+    model = ImprintEstimator("qi", keep="embeddings").fit(X, y)
+    with pytest.raises(ImprintError, match=f"label {label!r} is of another type than those"):
+        model.add_class(label, np.eye(4)[[2, 2]])
+    assert model.predict(X).tolist() == y.tolist()
+
+
 def test_a_classifier_grows_on_embeddings_and_a_failed_step_leaves_it_as_it_was(tmp_path):
     state, _ = start("kernel", "embeddings")
     model = ImprintedClassifier(torch.nn.Identity(), recipe="kernel", projection_dim=8)
