@@ -43,6 +43,8 @@ def make_head(
     suits samples which were held out for it; 1 still where too few samples are left then.
     """
     present, labels = torch.unique(y, return_inverse=True)
+    # GEN notes the λ that it chose: a copy, since another thread may use these parts.
+    parts = replace(parts, gen=copy.copy(parts.gen))
     norm_pre, head = parts.fresh()
     held = folds(labels, seed) if calibrate else []
     moments = None
@@ -113,6 +115,7 @@ def held_out_scores(
     norm_pre, norm_inf, moments = fitted
     gen = parts.gen
     if getattr(gen, "lam", None) in CHOICES:
+        gen = copy.copy(gen)
         gen(moments)
         gen = with_chosen_lam(gen)
     scores = []
