@@ -164,7 +164,13 @@ class NearestProxies(nn.Module):
         return torch.full_like(far, 1 / far.shape[1])
 
     def _metric(self, proxies: Tensor) -> Mahalanobis:
-        if torch.compiler.is_exporting() and self._mahalanobis is not None:
+        if torch.compiler.is_exporting():
+            # A tracer has no numbers to decompose.
+            if self._mahalanobis is None:
+                raise ImprintError(
+                    'distance="mahalanobis" is exported as computed beforehand: call the head once '
+                    "on embeddings, then export"
+                )
             return self._mahalanobis[2]
         if proxies.is_inference():
             # Made in inference mode, where nothing tells whether they have changed since.

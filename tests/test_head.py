@@ -93,6 +93,15 @@ def test_a_head_exports_with_torch_export(blobs):
     torch.testing.assert_close(program.module()(x[:7]), head(x[:7]))
 
 
+def test_an_exported_mahalanobis_head_votes_by_its_own_proxies_not_by_held_out_ones(blobs):
+    x, _ = blobs
+    head = imprint(*blobs, "janson", distance="mahalanobis").eval()
+    with pytest.raises(ImprintError, match="call the head once"):
+        torch.export.export(head, (x,))
+    expected = head(x)
+    torch.testing.assert_close(torch.export.export(head, (x,)).module()(x), expected)
+
+
 def test_a_head_made_without_parts_takes_those_of_the_file(blobs, tmp_path):
     x, y = blobs
     head = imprint(x, y, "robust", norm_pre="power+whiten+l2", k=3, agg="mnn", m=2)
