@@ -154,6 +154,11 @@ class NearestProxies(nn.Module):
             bonus = torch.arange(votes.shape[1], 0, -1, device=far.device) / (2 * votes.shape[1])
             bonus = bonus.to(votes.dtype).expand_as(votes) * votes
             scores = scores + torch.zeros_like(scores).scatter_reduce(1, classes, bonus, "amax")
+        if self.distance == "mahalanobis":
+            # Distances with a large part in common differ by less than float32 can hold, in which
+            # scores leave: the best class is put ahead, or the lowest label would win.
+            ahead = scores.amax(1, keepdim=True) * (1 + 2**-21)
+            scores = scores.scatter(1, scores.argmax(1, keepdim=True), ahead)
         return scores
 
     def _votes(self, far: Tensor) -> Tensor:

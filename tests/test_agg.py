@@ -156,6 +156,14 @@ def test_mahalanobis_follows_proxies_that_change():
     assert torch.equal(changed, fresh)
 
 
+def test_the_nearest_mahalanobis_proxy_wins_though_float32_cannot_tell_the_votes_apart():
+    z, proxies, classes = random_case(3, n=50, p=4, d=30)
+    part = NearestProxies(4, "mahalanobis")
+    _, nearest = part.nearest(100 * z, proxies)
+    result = scores(part, 100 * z, proxies, classes, 4)
+    assert torch.equal(result.argmax(1), classes[nearest[:, 0]])
+
+
 def test_logsumexp_equals_its_formula_and_max_for_a_small_temperature():
     result = scores(LogSumExp(2.0), [[0.3]])
     expected = [2 * math.log(1 + math.exp(1.5)), 2 * math.log(math.exp(0.45) + math.exp(0.6)), 6.0]
