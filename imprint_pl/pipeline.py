@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -196,6 +197,9 @@ def _finished(
 
 def _tensor(values: Any, what: str) -> Tensor:
     try:
+        if hasattr(values, "__array__") and not isinstance(values, Tensor):
+            # Torch takes no frames, nor arrays that run backwards or may only be read.
+            values = np.require(values, requirements=["C", "W"])
         # Embeddings may come with the graph that made them: nothing here asks for a gradient.
         return torch.as_tensor(values).detach()
     except (TypeError, ValueError, RuntimeError) as error:
