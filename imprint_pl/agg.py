@@ -154,6 +154,11 @@ class NearestProxies(nn.Module):
             bonus = torch.arange(votes.shape[1], 0, -1, device=far.device) / (2 * votes.shape[1])
             bonus = bonus.to(votes.dtype).expand_as(votes) * votes
             scores = scores + torch.zeros_like(scores).scatter_reduce(1, classes, bonus, "amax")
+        if self.distance == "mahalanobis":
+            # Distances with a large part in common differ by less than float32 can hold, in which
+            # scores leave: the best class is put ahead, or the lowest label would win.
+            ahead = scores.amax(1, keepdim=True) * (1 + 2**-21)
+            scores = scores.scatter(1, scores.argmax(1, keepdim=True), ahead)
         return scores
 
     def _votes(self, far: Tensor) -> Tensor:
@@ -164,8 +169,17 @@ class NearestProxies(nn.Module):
         return torch.full_like(far, 1 / far.shape[1])
 
     def _metric(self, proxies: Tensor) -> Mahalanobis:
-        if torch.compiler.is_exporting() and self._mahalanobis is not None:
+        if torch.compiler.is_exporting():
+            # A tracer has no numbers to decompose.
+            if self._mahalanobis is None:
+                raise ImprintError(
+                    'distance="mahalanobis" is exported as computed beforehand: call the head once '
+                    "on embeddings, then export"
+                )
             return self._mahalanobis[2]
+        if proxies.is_inference():
+            # Made in inference mode, where nothing tells whether they have changed since.
+            return Mahalanobis(proxies)
         # The decomposition takes longer than many batches: kept until the proxies change. Others
         # may come to lie where these were, so that their address alone does not tell.
         values = (proxies.data_ptr(), proxies._version, proxies.device)

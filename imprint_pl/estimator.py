@@ -21,7 +21,7 @@ from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint
 from imprint_pl.incremental import Rows, Sums
-from imprint_pl.limits import checked_seed
+from imprint_pl.limits import check_values, checked_seed
 from imprint_pl.norm import transform
 from imprint_pl.recipes import Parts, resolve
 from imprint_pl.state import State
@@ -143,6 +143,12 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         """
         kept = self._fitted_state()
         classes = np.unique(np.append(self.classes_, label))
+        same = classes[np.isin(classes, self.classes_)]
+        if repr(same.tolist()) != repr(self.classes_.tolist()):
+            raise ImprintError(
+                f"label {label!r} is of another type than those known so far, "
+                f"{_some(self.classes_)}, which would become {_some(same)}: give one of their type"
+            )
         place = int(np.searchsorted(classes, label))
         return self._become(kept.add_class(str(label), self._rows(X), place), classes)
 
@@ -203,6 +209,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
                 stacklevel=2,
             )
         x, y = self._checked(X, y, reset=first)
+        check_values(x)
         known, closed = self._known(y, classes, first)
         labels = torch.from_numpy(np.searchsorted(known, y))
         if first:

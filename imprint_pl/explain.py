@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from imprint_pl.agg import LogSumExp, NearestProxies
 from imprint_pl.data.decode import read_image
-from imprint_pl.distances import distances
 from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
 from imprint_pl.state import State
@@ -164,14 +163,11 @@ def _contributions(head: ImprintedHead, x: Tensor) -> Tensor:
     z = head.norm_inf(x.to(head.proxies.dtype))
     if not isinstance(head.agg, NearestProxies):
         return torch.addmm(head.bias, z, head.proxies.T)
-    if head.agg.distance == "mahalanobis":
-        far = head.agg._metric(head.proxies)(z, head.proxies)
-    else:
-        far = distances(z, head.proxies, head.agg.distance)
-    nearest = far.topk(min(head.agg.m, far.shape[1]), dim=1, largest=False)
-    votes = torch.zeros_like(far).scatter(1, nearest.indices, head.agg._votes(nearest.values))
-    # Of uniform votes the nearest is the first.
-    return votes * (1 + 1e-9 / (1 + far)) if head.agg.votes == "uniform" else votes
+    far, nearest = (t.cpu() for t in head.agg.nearest(z, head.proxies))
+    # Of votes that are alike the nearest counts as the largest.
+    places = torch.arange(far.shape[1], dtype=torch.float64)
+    votes = head.agg._votes(far) * (1 - 1e-9 * places)
+    return votes.new_zeros(len(z), len(head.proxies)).scatter(1, nearest, votes)
 
 
 def _share(head: ImprintedHead, own: Tensor) -> float:

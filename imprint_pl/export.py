@@ -21,6 +21,7 @@ from imprint_pl.backbone import Backbone
 from imprint_pl.deploy import Deployed, Embedder
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
+from imprint_pl.limits import as_plain
 
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ""}
 # Resize and reductions in float64 and scatter with a maximum ask for 18.
@@ -198,9 +199,10 @@ def head_config(head: ImprintedHead, backbone: Backbone | None = None) -> dict[s
         "library": f"imprint_pl {__version__}",
         "class_names": [head.name_of(label) for label in range(head.num_classes)],
         "embedding_dim": head.embedding_dim,
-        "recipe": json.loads(json.dumps(head.settings, default=repr)),
+        "recipe": head.settings,
         "threshold": head.threshold,
     }
+    config = json.loads(json.dumps(config, default=as_plain))
     return config | ({"backbone": backbone.source()} if backbone is not None else {})
 
 

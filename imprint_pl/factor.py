@@ -7,7 +7,9 @@ hold a core, several threads wait for each other: 2000 × 2000 took up to 48 s i
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from imprint_pl.moments import Moments
 
 # The shrinkage that chooses itself.
 OAS = "oas"
+_ALONE = threading.Lock()
 
 
 def double(x: Tensor) -> Tensor:
@@ -61,7 +64,7 @@ class Tridiagonal:
             raise ImprintError("the Gram matrix overflows: scale the embeddings down, by l2 say")
         self._lapack, n = lapack, len(matrix)
         size = int(lapack.dsytrd_lwork(n, lower=1)[0])
-        with threadpool_limits(1):
+        with _one_thread():
             packed, self._diagonal, self._beside, self._scale, _ = lapack.dsytrd(
                 matrix.double().cpu().numpy().T, lower=1, lwork=size
             )
@@ -105,11 +108,18 @@ class Tridiagonal:
         return torch.from_numpy(columns)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # The limit is the whole process's: of two at a time one would put back what the other had set.
+    with _ALONE, threadpool_limits(1):
+        yield
+
+
 def inverse_factor(matrix: Tensor, cure: str) -> Tensor:
     """L⁻¹ of the factor L that `cholesky` gives; it raises the same."""
     factor = cholesky(matrix, cure)
     identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    with threadpool_limits(1) if matrix.device.type == "cpu" else nullcontext():
+    with _one_thread() if matrix.device.type == "cpu" else nullcontext():
         return torch.linalg.solve_triangular(factor, identity, upper=False)
 
 

@@ -16,7 +16,7 @@ from imprint_pl.errors import ImprintError
 from imprint_pl.files import check_tensor
 from imprint_pl.gen.base import Proxies
 from imprint_pl.hub import Pretrained
-from imprint_pl.limits import MAX_CLASSES, is_number
+from imprint_pl.limits import MAX_CLASSES, as_plain, is_number
 from imprint_pl.norm import NoNorm
 from imprint_pl.parts import build, describe
 
@@ -150,9 +150,11 @@ class ImprintedHead(nn.Module, Pretrained):
         return scores + 0 * embeddings.float().square().sum(-1, keepdim=True).to(scores.dtype)
 
     def decide(self, scores: Tensor) -> Tensor:
-        """Scores `(B, C)` of `scores` → labels `(B,)`; −1 where the best is below the threshold."""
+        """Scores `(B, C)` of `scores` → labels `(B,)`; −1 where the best is below the threshold, or
+        NaN."""
         best, labels = scores.max(1)
-        return labels if self.threshold is None else labels.where(best >= self.threshold, NONE)
+        least = -math.inf if self.threshold is None else self.threshold
+        return labels.where(best >= least, NONE)
 
     def name_of(self, label: int) -> str:
         """The class's name, or its number where it has none; "none of these" for −1."""
@@ -171,7 +173,7 @@ class ImprintedHead(nn.Module, Pretrained):
             "tried": self.tried,
             "threshold": self.threshold,
         }
-        text = json.dumps(values, default=repr)
+        text = json.dumps(values, default=as_plain)
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def check(self) -> ImprintedHead:

@@ -16,7 +16,6 @@ from imprint_pl.calibration import fit_temperature, folds
 from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint_parts
-from imprint_pl.limits import check_values
 from imprint_pl.moments import CHUNK, Moments
 from imprint_pl.pipeline import head_of_sums, with_chosen_lam
 from imprint_pl.recipes import Parts
@@ -100,7 +99,6 @@ class Sums:
 
     def add(self, x: Tensor, labels: Tensor, num_classes: int) -> None:
         """As `Rows.add`."""
-        check_values(x)
         moments = self.moments and _moved(self.moments, x.device)
         self.moments = _moved(self._added(moments, x, labels, num_classes), "cpu")
         self._sample(x, labels)

@@ -12,6 +12,7 @@ size, every matrix product and every random draw are those that the class would 
 from __future__ import annotations
 
 import math
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,9 @@ THREADED_PRODUCT = 3 << 20
 # Bounds the memory of a batch of projected classes, and of a block of distances.
 BATCH_BYTES = 256 << 20
 SUM_ROWS = 1024  # summed before they are added: float32 loses digits over many rows
+
+
+_ALONE = threading.Lock()
 
 
 @torch.no_grad()
@@ -289,10 +293,13 @@ def _threads(multiplications: int) -> Iterator[None]:
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Float32 products in float32, whatever autocast or matmul precision the caller trains with."""
+    """Float32 products in float32, whatever autocast or matmul precision the caller trains with.
+
+    It is the whole process's: one thread at a time, or one would put back what another had set.
+    """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    with torch.autocast(device.type, enabled=False):
+    with _ALONE, torch.autocast(device.type, enabled=False):
+        before = [backend.fp32_precision for backend in backends]
         for backend in backends:
             backend.fp32_precision = "ieee"
         try:

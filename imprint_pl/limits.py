@@ -8,6 +8,7 @@ from __future__ import annotations
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,6 +63,13 @@ def is_number(value: Any) -> bool:
 def is_count(value: Any) -> bool:
     """Whether it is a whole number of at least 1."""
     return isinstance(value, Integral) and is_number(value) and value >= 1
+
+
+def as_plain(value: Any) -> Any:
+    """For JSON, which knows numbers of Python alone: that in a number of NumPy or in a tensor of
+    one; of anything else its text."""
+    single = isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1)
+    return value.item() if single else repr(value)
 
 
 def check_count(name: str, value: Any) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +44,8 @@ def make_head(
     suits samples which were held out for it; 1 still where too few samples are left then.
     """
     present, labels = torch.unique(y, return_inverse=True)
+    # GEN notes the λ that it chose: a copy, since another thread may use these parts.
+    parts = replace(parts, gen=copy.copy(parts.gen))
     norm_pre, head = parts.fresh()
     held = folds(labels, seed) if calibrate else []
     moments = None
@@ -113,6 +116,7 @@ def held_out_scores(
     norm_pre, norm_inf, moments = fitted
     gen = parts.gen
     if getattr(gen, "lam", None) in CHOICES:
+        gen = copy.copy(gen)
         gen(moments)
         gen = with_chosen_lam(gen)
     scores = []
@@ -193,7 +197,11 @@ def _finished(
 
 def _tensor(values: Any, what: str) -> Tensor:
     try:
-        return torch.as_tensor(values)
+        if hasattr(values, "__array__") and not isinstance(values, Tensor):
+            # Torch takes no frames, nor arrays that run backwards or may only be read.
+            values = np.require(values, requirements=["C", "W"])
+        # Embeddings may come with the graph that made them: nothing here asks for a gradient.
+        return torch.as_tensor(values).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ImprintError(
             f"{what} of type {type(values).__name__} ({' '.join(str(error).split())}): expected a "

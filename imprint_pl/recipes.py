@@ -95,10 +95,13 @@ class Parts:
         return self.fresh()[1]
 
     def fresh(self) -> tuple[nn.Module, ImprintedHead]:
-        """A copy of NORM_pre, and an empty head whose NORM_inf shares what that copy will learn."""
+        """A copy of NORM_pre, and an empty head whose NORM_inf shares what that copy will learn.
+
+        Its AGG is a copy, too, since it may keep what it has computed of the head's proxies.
+        """
         # In one go: what the two share stays shared.
         norm_pre, norm_inf = copy.deepcopy((self.norm_pre, self.norm_inf))
-        return norm_pre, ImprintedHead(norm_inf, self.agg)
+        return norm_pre, ImprintedHead(norm_inf, copy.deepcopy(self.agg))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint_parts
-from imprint_pl.limits import check_values
+from imprint_pl.limits import as_plain, check_values
 from imprint_pl.moments import Moments
 from imprint_pl.norm import sums_of
 from imprint_pl.norm_learned import RandomProjection
@@ -96,7 +96,7 @@ class State:
         settings = {n: v for n, v in head.settings.items() if n not in RESULTS}
         quantile = settings.get("norm_post") == "quantile"
         state = cls(
-            settings=json.loads(json.dumps(settings, default=repr)),
+            settings=json.loads(json.dumps(settings, default=as_plain)),
             seed=int(head.settings.get("seed", 0)),
             class_names=[head.name_of(label) for label in range(head.num_classes)],
             embedding_dim=x.shape[1],
@@ -106,7 +106,7 @@ class State:
             weibull=None if weibull is None else (float(weibull[0]), float(weibull[1])),
             classifier=classifier.detach().cpu() if quantile and classifier is not None else None,
         )
-        x, y = x.detach().cpu(), y.detach().cpu()
+        x, y = x.detach().cpu(), y.detach().cpu().long()
         if keep == "embeddings":
             return state._with_rows(_compact(x), y, tuple(sources))
         parts = state.parts
@@ -302,8 +302,9 @@ class State:
 
 
 def _compact(x: Tensor) -> Tensor:
-    half = x.half()
-    return half if half.isfinite().all() else x.float()
+    half, sizes = torch.finfo(torch.half), torch.linalg.vector_norm(x, torch.inf, dim=1)
+    fits = (sizes == 0) | ((sizes >= half.tiny) & (sizes <= half.max))
+    return x.half() if fits.all() else x.float()
 
 
 def _refuse_moments(parts: Parts, weibull: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import damaged, read_tensors, save_tensors
-from imprint_pl.limits import check_classes, checked_seed, is_count
+from imprint_pl.limits import as_plain, check_classes, checked_seed, is_count
 from imprint_pl.moments import Moments
 from imprint_pl.pipeline import checked_names
 from imprint_pl.select import checked_bounds
@@ -37,7 +37,8 @@ def write_state(state: State, path: str | Path) -> Path:
         tensors |= {name: getattr(state.moments, name) for name in ("counts", "sums", "gram")}
     tensors = {n: t.contiguous().clone() for n, t in tensors.items() if t is not None}
     plain = {name: getattr(state, name) for name in PLAIN}
-    return save_tensors(path, tensors, {"format": FORMAT, "state": json.dumps(plain)})
+    text = json.dumps(plain, default=as_plain)
+    return save_tensors(path, tensors, {"format": FORMAT, "state": text})
 
 
 def read_state(path: str | Path) -> State:

@@ -5,6 +5,7 @@ the recipes that must see them all.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -240,7 +241,7 @@ class EmbeddingSums(Collector):
         class_names: list[str] | None = None,
     ) -> ImprintedHead:
         """A head of these sums; its NORM_inf is the one of all heads made here."""
-        head = ImprintedHead(self.head.norm_inf, self.head.agg)
+        head = ImprintedHead(self.head.norm_inf, copy.deepcopy(self.head.agg))
         return head_of_sums(moments, self.parts, head, class_names, self.seed, classifier, gen)
 
     def _temperature(self, gen: Any, classifier: Tensor | None) -> float:

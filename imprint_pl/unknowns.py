@@ -15,7 +15,7 @@ from imprint_pl.batch import images_of
 from imprint_pl.calibration import folds
 from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
-from imprint_pl.pipeline import held_out_scores, holds_out_of_sums
+from imprint_pl.pipeline import checked, held_out_scores, holds_out_of_sums
 from imprint_pl.recipes import resolve
 
 # Heads that hold out a part each: many where that is cheap. Scores of `lda` shrink with the number
@@ -62,6 +62,7 @@ def _held_out(
             f"accept={accept}: give the share of training samples to accept, above 0 and at most "
             "1, such as 0.95"
         )
+    x, y, _ = checked(x, y, head.num_classes, None, allow_empty=True)
     settings = dict(head.settings)
     seed = settings.pop("seed", 0)
     chosen = settings.pop("chosen_lam", None)

@@ -135,6 +135,16 @@ def test_a_copy_of_mnn_can_be_made_after_use():
         assert torch.equal(scores(copied, z, proxies, classes, 4), expected)
 
 
+def test_mahalanobis_takes_proxies_made_in_inference_mode_and_follows_their_changes():
+    z, proxies, classes = random_case(2)
+    part = NearestProxies(3, "mahalanobis")
+    expected = [scores(part, z, p, classes, 4) for p in (proxies, 2 * proxies)]
+    with torch.inference_mode():
+        changing = proxies.clone()
+        assert torch.equal(scores(part, z, changing, classes, 4), expected[0])
+        assert torch.equal(scores(part, z, changing.mul_(2), classes, 4), expected[1])
+
+
 def test_mahalanobis_follows_proxies_that_change():
     z, proxies, classes = random_case(2)
     part = NearestProxies(3, "mahalanobis")
@@ -144,6 +154,14 @@ def test_mahalanobis_follows_proxies_that_change():
     fresh = scores(NearestProxies(3, "mahalanobis"), z, proxies, classes, 4)
     assert not torch.allclose(first, changed)
     assert torch.equal(changed, fresh)
+
+
+def test_the_nearest_mahalanobis_proxy_wins_though_float32_cannot_tell_the_votes_apart():
+    z, proxies, classes = random_case(3, n=50, p=4, d=30)
+    part = NearestProxies(4, "mahalanobis")
+    _, nearest = part.nearest(100 * z, proxies)
+    result = scores(part, 100 * z, proxies, classes, 4)
+    assert torch.equal(result.argmax(1), classes[nearest[:, 0]])
 
 
 def test_logsumexp_equals_its_formula_and_max_for_a_small_temperature():

@@ -400,6 +400,17 @@ def test_a_wrong_label_of_a_batch_is_named_and_changes_nothing():
     np.testing.assert_array_equal(model.predict_proba(X), before)
 
 
+@pytest.mark.parametrize("recipe", ["qi", "ridge", "robust"])
+def test_a_batch_of_values_out_of_range_changes_nothing_though_it_brings_a_class(recipe):
+    y = np.array(["a", "a", "c", "c"])
+    model = ImprintEstimator(recipe).partial_fit(X, y)
+    with pytest.raises(ImprintError, match="values above"):
+        model.partial_fit(X * 1e13, ["b"] * 4)
+    model.partial_fit(X, y)
+    assert model.classes_.tolist() == ["a", "c"]
+    assert model.predict(X).tolist() == y.tolist()
+
+
 def test_what_the_head_needs_is_said_at_the_prediction():
     model = ImprintEstimator("lda").partial_fit(X[:1], ["a"]).partial_fit(X[2:3], ["b"])
     with pytest.raises(ImprintError, match="do not differ"):

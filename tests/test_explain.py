@@ -49,3 +49,15 @@ def test_none_of_these_still_says_what_was_nearest():
     (found,) = explain(head, torch.tensor([[-1.0, -1.0]]))
     assert found.class_name == "none of these"
     assert found.nearest_class in ("flat", "up")
+
+
+def test_of_uniform_votes_the_nearest_proxy_of_the_class_is_named():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 6, generator=generator), torch.arange(40) % 2
+    head = imprint(x, y, "knn", m=15, votes="uniform", distance="euclidean", calibrate=False)
+    z = torch.randn(20, 6, generator=generator)
+    far = torch.cdist(head.norm_inf(z), head.proxies.detach())
+    for found, row in zip(explain(head, z), far, strict=True):
+        own = (head.proxy_classes == int(found.nearest_class)).nonzero().flatten()
+        assert found.proxy == own[row[own].argmin()]
+        assert (1 / found.share) == pytest.approx(round(1 / found.share), abs=1e-6)

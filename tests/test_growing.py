@@ -180,6 +180,18 @@ def test_embeddings_beyond_float16_are_kept_as_they_are(blobs):
     assert state.x.isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e-9])
+def test_embeddings_below_float16_are_kept_as_they_are(blobs, scale):
+    x, y = blobs
+    x = x * scale
+    state = State.of(x, y, imprint(x, y, "robust", k=2), "embeddings")
+    assert state.x.dtype == torch.float32
+    assert (state.head()(x).argmax(1) == y).all()
+    mixed = torch.cat([x / scale, torch.zeros(1, 5)])
+    head = imprint(mixed, y[[*range(40), 0]], "qi")
+    assert State.of(mixed, y[[*range(40), 0]], head, "embeddings").x.dtype == torch.float16
+
+
 def test_the_estimator_grows_and_forgets_with_labels_of_its_own():
     x = torch.cat([POOL["a"], POOL["c"]]).numpy()
     model = ImprintEstimator("ridge", keep="embeddings").fit(x, np.repeat([10, 30], 24))
@@ -191,6 +203,20 @@ def test_the_estimator_grows_and_forgets_with_labels_of_its_own():
     assert set(model.predict(POOL["c"].numpy())) == {30}
     with pytest.raises(ImprintError, match="nothing was kept"):
         ImprintEstimator("ridge").fit(x, np.repeat([1, 2], 24)).add_class(3, x)
+
+
+@pytest.mark.parametrize(
+    ("known", "label"),
+    [([2, 10], "fox"), ([1, 2], "fox"), ([2, 10], 1.5), ([False, True], 2)],
+)
+def test_the_estimator_refuses_a_new_label_that_would_turn_the_others_into_another_type(
+    known, label
+):
+    X, y = np.eye(4)[[0, 0, 1, 1]], np.repeat(known, 2)
+    model = ImprintEstimator("qi", keep="embeddings").fit(X, y)
+    with pytest.raises(ImprintError, match=f"label {label!r} is of another type than those"):
+        model.add_class(label, np.eye(4)[[2, 2]])
+    assert model.predict(X).tolist() == y.tolist()
 
 
 def test_a_classifier_grows_on_embeddings_and_a_failed_step_leaves_it_as_it_was(tmp_path):
@@ -209,3 +235,11 @@ def test_a_classifier_grows_on_embeddings_and_a_failed_step_leaves_it_as_it_was(
     assert model.class_names == ["a", "b", "c", "d"]
     model.load_state(tmp_path / "it.ckpt")
     assert model.state.class_names == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_of_any_integer_type_are_kept(blobs, tmp_path, dtype):
+    x, y = blobs[0], blobs[1].to(dtype)
+    state = State.of(x, y, imprint(x, y, "qi"), "embeddings")
+    state = read_state(write_state(state, tmp_path / "state.safetensors"))
+    assert state.add_class("new", x[:2]).counts.tolist() == [*torch.bincount(y).tolist(), 2]

@@ -1,16 +1,20 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from imprint_pl import ImprintError, imprint
 from imprint_pl.agg import Max
+from imprint_pl.export import head_config
 from imprint_pl.gen import Proxies
 from imprint_pl.head import ImprintedHead
 from imprint_pl.norm import L2
 from imprint_pl.recipes import resolve
+from imprint_pl.state import State
+from imprint_pl.state_file import read_state, write_state
 
 
 def test_max_gives_each_class_its_best_proxy_plus_bias():
@@ -89,6 +93,15 @@ def test_a_head_exports_with_torch_export(blobs):
     torch.testing.assert_close(program.module()(x[:7]), head(x[:7]))
 
 
+def test_an_exported_mahalanobis_head_votes_by_its_own_proxies_not_by_held_out_ones(blobs):
+    x, _ = blobs
+    head = imprint(*blobs, "janson", distance="mahalanobis").eval()
+    with pytest.raises(ImprintError, match="call the head once"):
+        torch.export.export(head, (x,))
+    expected = head(x)
+    torch.testing.assert_close(torch.export.export(head, (x,)).module()(x), expected)
+
+
 def test_a_head_made_without_parts_takes_those_of_the_file(blobs, tmp_path):
     x, y = blobs
     head = imprint(x, y, "robust", norm_pre="power+whiten+l2", k=3, agg="mnn", m=2)
@@ -117,3 +130,30 @@ def test_the_logits_are_the_scores_over_the_temperature(blobs):
     head.temperature = 0.25
     torch.testing.assert_close(head(blobs[0]), 4 * head.scores(blobs[0]))
     assert head.log_scale.requires_grad
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0])
+def test_an_embedding_that_is_not_finite_gets_no_label(blobs, threshold):
+    x, y = blobs
+    head = imprint(x, y, "robust", k=2)
+    head.threshold = threshold
+    rows = x[:3].clone()
+    rows[1, 2] = torch.nan
+    assert head.decide(head.scores(rows)).tolist() == [y[0], -1, y[2]]
+
+
+def test_a_head_and_a_state_made_with_numbers_of_numpy_can_be_read_again(blobs, tmp_path):
+    x, y = blobs
+    numbers = dict(k=np.int64(2), m=np.int64(3), as_published=np.bool_(False))
+    head = imprint(x, y, "robust", agg="mnn", num_classes=y.numpy().max() + 1, **numbers)
+    for threshold in (np.float32(0.5), torch.tensor(0.5)):
+        head.threshold = threshold
+        head.save_pretrained(tmp_path)
+        read = ImprintedHead.from_pretrained(tmp_path)
+        assert torch.equal(read(x), head(x))
+        assert (read.num_classes, read.threshold, read.settings["k"]) == (3, 0.5, 2)
+        assert read.agg.as_published is False
+        state = State.of(x, y, head, "embeddings")
+        state = read_state(write_state(state, tmp_path / "state.safetensors"))
+        assert (state.threshold, state.head().settings["m"]) == (0.5, 3)
+        assert head_config(head)["threshold"] == 0.5

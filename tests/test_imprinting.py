@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -204,3 +205,21 @@ def test_the_parameters_of_a_resolved_recipe_resolve_to_the_same(blobs):
     for recipe in RECIPES:
         parameters = resolve(recipe).parameters
         assert resolve(**parameters).parameters == parameters
+
+
+@pytest.mark.parametrize("keywords", [{}, {"recipe": "robust", "gen": "kmedoids", "k": 2}])
+def test_embeddings_that_carry_a_gradient_give_the_head_of_their_values(blobs, keywords):
+    x, y = blobs
+    head, expected = (imprint(z, y, **keywords) for z in (x.clone().requires_grad_(), x))
+    assert torch.equal(head(x), expected(x))
+
+
+def test_frames_and_arrays_that_run_backwards_are_taken(blobs):
+    x, y = blobs
+    expected = imprint(x, y, "qi")
+    columns, labels = pd.DataFrame(x.numpy()).sample(frac=1, random_state=0), pd.Series(y.numpy())
+    for rows, own in (
+        (columns, labels[columns.index]),
+        (x.numpy()[::-1], y.numpy()[::-1]),
+    ):
+        torch.testing.assert_close(imprint(rows, own, "qi").scores(x), expected.scores(x))

@@ -86,3 +86,17 @@ def test_the_test_command_shows_the_figures_against_outsiders(tmp_path, capfd, m
     assert 0.5 < summary["outsiders_auroc"] < 1
     assert 0.7 < summary["accepted"] <= 1
     assert 0 < summary["rejected"] < 1
+
+
+@pytest.mark.parametrize("recipe", ["ridge", "robust"])
+def test_the_threshold_takes_embeddings_and_labels_of_the_types_that_imprint_takes(blobs, recipe):
+    x, y = blobs[0].half(), blobs[1]
+    expected = set_threshold(imprint(x, y, recipe), x.float(), y, 0.9).threshold
+    for rows, labels in (
+        (x, y.byte()),
+        (x.double(), y.int()),
+        (x.float().requires_grad_(), y),
+        (x.numpy(), y.numpy()),
+    ):
+        head = imprint(rows, labels, recipe)
+        assert set_threshold(head, rows, labels, 0.9).threshold == expected
