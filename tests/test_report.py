@@ -13,6 +13,7 @@ from scipy.stats import friedmanchisquare, wilcoxon
 
 from imprint_pl.cli import main
 from imprint_pl.errors import ImprintError
+from imprint_pl.parts import SLOTS, parameters_of
 from imprint_pl.recipes import resolve
 from imprint_pl.report import write_report
 from imprint_pl.report.page import advice
@@ -126,6 +127,14 @@ def test_too_few_groups_are_not_tested():
         ({"recipe": "robust", "k": 5, "engine": "faiss"}, "robust k=5"),
         ({"recipe": "ls", "lam": "0.0001"}, "ls"),
         ({"recipe": "ls", "lam": "0.01"}, "ls lam=0.01"),
+        ({"recipe": "kernel", "width": 1.0, "intercept": True}, "kernel"),
+        (
+            {"recipe": "kernel", "width": 0.2, "intercept": False},
+            "kernel width=0.2 intercept=False",
+        ),
+        ({"recipe": "lda", "prior": "uniform"}, "lda prior=uniform"),
+        ({"recipe": "janson", "as_published": True}, "janson as_published=True"),
+        ({"recipe": "hosoda", "agg": "mnn", "as_published": False}, "hosoda agg=mnn"),
         ({"recipe": "auto", "gen": "ridge"}, "auto"),
         ({"recipe": "somebody's", "gen": "mine", "k": None}, "somebody's gen=mine"),
         (
@@ -137,6 +146,13 @@ def test_too_few_groups_are_not_tested():
 )
 def test_a_method_is_named_by_what_one_would_type(row, expected):
     assert method_of(row) == expected
+
+
+def test_settings_that_differ_in_any_keyword_are_different_methods():
+    keywords = {n for t in SLOTS.values() for part in t.values() for n in parameters_of(part)}
+    for name in keywords - {"engine"}:
+        row = {"recipe": "robust"}
+        assert method_of(row | {name: 7}) != method_of(row | {name: 8}), name
 
 
 def test_a_sweep_of_parts_alone_and_of_one_number_of_shots_has_its_tables(tmp_path):

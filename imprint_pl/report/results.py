@@ -18,6 +18,7 @@ NEEDED = ("backbone", "data", "task", "recipe", "accuracy")
 PARAMETERS = (
     *SLOTS,
     *("k", "m", "distance", "votes", "lam", "shrinkage", "projection_dim", "temperature", "engine"),
+    *("width", "prior", "intercept", "as_published"),
 )
 GROUP = ("backbone", "data", "task", "d", "task_seed")
 NUMBERS = (
@@ -128,7 +129,7 @@ def method_of(row: dict) -> str:
         if name != "engine"
         and _given(row.get(name))
         and recipe != "auto"
-        and _plain(row[name]) != _plain(own.get(name))
+        and _plain(row[name]) != _plain(own.get(name, False if name == "as_published" else None))
     ]
     return " ".join([recipe, *differing])
 
@@ -139,6 +140,8 @@ def _given(value) -> bool:
 
 def _plain(value) -> str:
     """One spelling for 20, 20.0 and "20"."""
+    if isinstance(value, bool):
+        return str(value)
     try:
         return f"{float(value):g}"
     except (TypeError, ValueError):
