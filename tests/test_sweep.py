@@ -324,6 +324,22 @@ def test_a_second_run_computes_nothing_and_a_larger_grid_only_what_is_new(
     assert more.recipe.tolist() == ["qi", "lda", "ls"]
 
 
+def test_rows_of_other_data_under_the_same_name_are_an_error(digits, tmp_path):
+    import safetensors.torch
+
+    grid, path = [dict(recipe="qi")], tmp_path / "e.safetensors"
+    arrays = safetensors.torch.load_file(digits[0])
+    save_file(arrays, path)
+    first = sweep(plan(path, grid), tmp_path, progress=False)
+    save_file(arrays, tmp_path / "moved.safetensors")
+    assert_same(sweep(plan(tmp_path / "moved.safetensors", grid), tmp_path), first)
+    save_file(arrays | {"train_labels": arrays["train_labels"].flip(0)}, path)
+    with pytest.raises(ImprintError, match="give the sweep another name"):
+        sweep(plan(path, grid), tmp_path, progress=False)
+    others = sweep(plan(path, grid, name="others"), tmp_path, progress=False)
+    assert others.accuracy.tolist() != first.accuracy.tolist()
+
+
 def test_files_have_one_schema_and_say_the_same(digits, tmp_path):
     grid = [dict(recipe=["qi", "ls", "ridge", "kernel"], shots=[5])]
     table = sweep(plan(digits[0], grid), tmp_path, progress=False)
