@@ -137,6 +137,24 @@ def test_shared_work_gives_what_each_configuration_gives_alone(digits, tmp_path,
     assert len(different) <= len(rows) // 50, different
 
 
+def test_distances_that_tie_give_a_row_what_it_has_alone(tmp_path):
+    # Pixels are whole numbers: most of their largest differences are those of other proxies, too.
+    data = Digits()
+    data.setup()
+    x, x_test = (s.images.flatten(1).float() for s in (data.train_dataset, data.test_dataset))
+    y, y_test = data.train_dataset.labels, data.test_dataset.labels
+    path = tmp_path / "pixels.safetensors"
+    arrays = {"train_embeddings": x, "train_labels": y}
+    save_file(arrays | {"test_embeddings": x_test, "test_labels": y_test}, path)
+    parts = dict(norm_pre="none", gen="all", norm_post="none", norm_inf="none", agg="mnn")
+    votes = dict(distance=["chebyshev", "manhattan"], votes="uniform")
+    table = sweep(plan(path, [parts | votes | {"m": [1, 5, 40]}]), tmp_path, progress=False)
+    for row in table.to_dict("records"):
+        head = imprint(x, y, calibrate=False, **keywords_of(row))
+        accuracy = (head.scores(x_test).argmax(1) == y_test).double().mean().item()
+        assert row["accuracy"] == accuracy, row
+
+
 def test_every_recipe_and_auto_are_allowed_and_give_what_they_give_alone(digits, tmp_path):
     path, splits = digits
     small = [r for r in RECIPES if r not in ("ranpac", "kernel")]
