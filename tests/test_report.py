@@ -9,6 +9,7 @@ import subprocess
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from scipy.stats import friedmanchisquare, wilcoxon
 
 from imprint_pl.cli import main
@@ -19,7 +20,9 @@ from imprint_pl.report import write_report
 from imprint_pl.report.page import advice
 from imprint_pl.report.results import method_of, read_results
 from imprint_pl.report.statistics import accuracy_by_group, compare, significance
-from imprint_pl.report.tables import TABLES, safe_for_csv
+from imprint_pl.report.tables import TABLES, published, safe_for_csv
+from imprint_pl.results import Results
+from imprint_pl.sweep import read_sweep
 
 EVIL = '<img src=x onerror="alert(1)">$x_{'
 METHODS = [
@@ -188,6 +191,40 @@ def test_the_papers_numbers_stand_beside_ours(page):
     difference = float(row["accuracy %"]) - 88.95
     assert float(row["ours − paper"]) == pytest.approx(difference)
     assert all(r["paper %"] == "" for r in rows if r["backbone"] == "b2")
+
+
+def test_every_number_of_the_paper_stands_beside_a_row_of_the_shipped_sweeps(tmp_path):
+    found = {}
+    for name in ("section_5_1", "figure_6", "d_in_1"):
+        plan = read_sweep(ROOT / "configs" / "sweeps" / f"{name}.yaml")
+        results = Results(tmp_path / name)
+        for source in plan.sources:
+            classes = [str(c) for c in range(1000 if source[1]["name"] == "ImageNet" else 10)]
+            made = plan.configurations(source, classes, 60000)
+            made = [c for c in made if name != "section_5_1" or c.task.name == "all"]
+            results.append([c.columns() | {"accuracy": 0.5, "nc1": 1.0} for c in made])
+        results.save()
+        rows = read_results(tmp_path / name)
+        for table in ("methods", "k", "d_in_1", "nc1"):
+            values = TABLES[table][1](rows).filter(like="paper ").to_numpy().ravel()
+            found.setdefault(table, set()).update(values)
+    for table, values in found.items():
+        assert set(published(table)["value"]) <= values, table
+
+
+def test_tasks_of_other_numbers_of_labels_are_not_averaged(tmp_path):
+    place = {"task": "all 2-in-1", "d": 2, "task_seed": 0}
+    rows = [
+        row_of("robust", {"k": k}, num_labels=n, accuracy=n / 10 + k / 100, **place)
+        for n in (2, 5)
+        for k in (1, 5)
+    ]
+    pd.DataFrame(rows).to_parquet(tmp_path / "results.parquet")
+    read = read_results(tmp_path)
+    for table in ("d_in_1", "runs"):
+        accuracies = TABLES[table][1](read)["accuracy %"]
+        assert accuracies.tolist() == pytest.approx([21, 25, 51, 55])
+    assert sorted(TABLES["gain"][1](read)["k=1 %"]) == pytest.approx([21, 51])
 
 
 def test_the_advice_names_the_best_recipe_and_the_faster_near_it():

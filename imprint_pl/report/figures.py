@@ -111,9 +111,11 @@ def nc1_against_d(rows: pd.DataFrame) -> Figure | None:
     rows = rows[rows["d"].notna() & rows["nc1"].notna()]
     if rows["d"].nunique() < 2:
         return None
-    mean = rows.groupby(["backbone", "data", "d"])["nc1"].mean()
+    mean = rows.groupby(["backbone", "data", "num_labels", "d"], dropna=False)["nc1"].mean()
+    several = rows["num_labels"].nunique(dropna=False) > 1
     lines = {
-        f"{b}, {data}": line.droplevel([0, 1]) for (b, data), line in mean.groupby(level=[0, 1])
+        f"{b}, {data}" + f", {labels:g} labels" * several: line.droplevel([0, 1, 2])
+        for (b, data, labels), line in mean.groupby(level=[0, 1, 2], dropna=False)
     }
     return _lines(lines, "d, classes that a label merges", "NC1", "drawings averaged", log=False)
 

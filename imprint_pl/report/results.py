@@ -20,7 +20,9 @@ PARAMETERS = (
     *("k", "m", "distance", "votes", "lam", "shrinkage", "projection_dim", "temperature", "engine"),
     *("width", "prior", "intercept", "as_published"),
 )
-GROUP = ("backbone", "data", "task", "d", "task_seed")
+GROUP = ("backbone", "data", "task", "d", "num_labels", "task_seed")
+# Of ten labels, see `data.tasks.paper_d_in_1`.
+PAPER_TASK = r"paper-(?P<d>\d+)in1-(?P<task_seed>\d+)"
 NUMBERS = (
     *("d", "num_labels", "task_seed", "shots", "k", "m", "seed", "num_classes"),
     *("accuracy", "macro_f1", "nc1", "vci", "gen_seconds", "inference_seconds"),
@@ -85,6 +87,10 @@ def read_results(path: str | Path) -> pd.DataFrame:
                 f"{column}={rows[column][wrong].iloc[0]!r}, which is no number"
             )
         rows[column] = numbers.astype("float64")
+    papers = rows["task"].astype(str).str.fullmatch(PAPER_TASK)
+    if papers.any():
+        named = rows.loc[papers, "task"].str.extract(PAPER_TASK).astype("float64")
+        rows.loc[papers, ["d", "num_labels", "task_seed"]] = named.assign(num_labels=10.0)
     for column in PARAMETERS:
         # Empty is None, whatever pandas has for it in this column's type.
         if column not in NUMBERS:
