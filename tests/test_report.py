@@ -20,7 +20,7 @@ from imprint_pl.report import write_report
 from imprint_pl.report.page import advice
 from imprint_pl.report.results import method_of, read_results
 from imprint_pl.report.statistics import accuracy_by_group, compare, significance
-from imprint_pl.report.tables import TABLES, published, safe_for_csv
+from imprint_pl.report.tables import TABLES, published, safe_for_csv, shown
 from imprint_pl.results import Results
 from imprint_pl.sweep import read_sweep
 
@@ -240,6 +240,11 @@ def test_the_advice_names_the_best_recipe_and_the_faster_near_it():
     assert sentences.startswith("Use kernel: it has the best average rank, 1.00 of 4 recipes")
     assert "In a hurry, ridge" in sentences
     assert "over 8 groups" in sentences
+
+
+def test_a_number_without_bound_is_shown_as_such():
+    assert shown(float("inf"), "NC1") == "inf"
+    assert shown(3.0, "k") == "3"
 
 
 def test_the_page_needs_nothing_else(page):

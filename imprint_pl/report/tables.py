@@ -206,7 +206,7 @@ def shown(value: object, column: str) -> str:
         return f"{value:.2f}"
     if column.startswith("p ("):
         return "< 0.001" if value < 0.001 else f"{value:.3f}"
-    if value == int(value) and not column.endswith(" s"):
+    if value.is_integer() and not column.endswith(" s"):
         return f"{value:.0f}"
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
