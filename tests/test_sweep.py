@@ -358,6 +358,17 @@ def test_rows_of_other_data_under_the_same_name_are_an_error(digits, tmp_path):
     assert others.accuracy.tolist() != first.accuracy.tolist()
 
 
+def test_rows_of_other_classes_under_the_same_task_are_an_error(digits, tmp_path):
+    for classes in ([0, 1], [0, 1], [2, 3]):
+        task = {"name": "mine", "classes": classes}
+        p = plan(digits[0], [dict(recipe="qi")], tasks=[task])
+        if classes == [2, 3]:
+            with pytest.raises(ImprintError, match="rows of task mine from before"):
+                sweep(p, tmp_path, progress=False)
+        else:
+            assert len(sweep(p, tmp_path, progress=False)) == 1
+
+
 def test_files_have_one_schema_and_say_the_same(digits, tmp_path):
     grid = [dict(recipe=["qi", "ls", "ridge", "kernel"], shots=[5])]
     table = sweep(plan(digits[0], grid), tmp_path, progress=False)

@@ -65,9 +65,14 @@ def sweep(
     folder = Path(results_dir) / plan.name
     with _alone_in(folder), _where(n_jobs, dask):
         results, order, failed = Results(folder), [], []
+        for task in plan.tasks:
+            made_of = digest({"classes": task.classes})
+            _check_same(folder, f"task {task.name}", made_of, results.has(task=task.name))
         for source in plan.sources:
             names, train, made_of = _sizes(source)
-            _check_same(folder, source, made_of, results)
+            backbone, data = names_of(source)
+            of_names = results.has(backbone=backbone, data=data)
+            _check_same(folder, f"{backbone} on {data}", made_of, of_names)
             configurations = plan.configurations(source, names, train)
             order += [c.id for c in configurations]
             todo = {c.id for c in configurations} - results.ids
@@ -191,17 +196,16 @@ def _sizes(source) -> tuple[list[str], int, str]:
     return splits.class_names, len(splits.train.labels), digest(made_of)
 
 
-def _check_same(folder: Path, source, made_of: str, results: Results) -> None:
-    """Rows are known by names: raises where what these stand for has changed since."""
-    path, names = folder / "sources.json", names_of(source)
+def _check_same(folder: Path, name: str, made_of: str, has_rows: bool) -> None:
+    """Rows are known by names: raises where what a name stands for has changed since."""
+    path = folder / "sources.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    key = " on ".join(names)
-    if known.setdefault(key, made_of) != made_of and results.has(*names):
+    if has_rows and known.get(name, made_of) != made_of:
         raise ImprintError(
-            f"{folder} has rows of {key} from before its images, its embeddings or the backbone's "
-            "settings changed: give the sweep another name, or remove that folder"
+            f"{folder} has rows of {name} from before its classes, its images, its embeddings or "
+            "the backbone's settings changed: give the sweep another name, or remove that folder"
         )
-    write_whole(path, json.dumps(known | {key: made_of}, indent=2).encode())
+    write_whole(path, json.dumps(known | {name: made_of}, indent=2).encode())
 
 
 @contextmanager
