@@ -369,6 +369,17 @@ def test_rows_of_other_classes_under_the_same_task_are_an_error(digits, tmp_path
             assert len(sweep(p, tmp_path, progress=False)) == 1
 
 
+def test_embeddings_whose_squares_float32_cannot_hold_are_an_error(digits, tmp_path):
+    import safetensors.torch
+
+    arrays = safetensors.torch.load_file(digits[0])
+    for factor, message in ((1e25, "digits', training: .* values above 1e"), (1e-20, "smaller")):
+        scaled = {n: a * factor if n.endswith("embeddings") else a for n, a in arrays.items()}
+        save_file(scaled, tmp_path / "scaled.safetensors")
+        with pytest.raises(ImprintError, match=message):
+            sweep(plan(tmp_path / "scaled.safetensors", [dict(recipe="qi")]), tmp_path)
+
+
 def test_files_have_one_schema_and_say_the_same(digits, tmp_path):
     grid = [dict(recipe=["qi", "ls", "ridge", "kernel"], shots=[5])]
     table = sweep(plan(digits[0], grid), tmp_path, progress=False)
