@@ -17,6 +17,7 @@ from imprint_pl.errors import ImprintError
 from imprint_pl.parts import SLOTS, parameters_of
 from imprint_pl.recipes import resolve
 from imprint_pl.report import write_report
+from imprint_pl.report.figures import accuracy_against_shots
 from imprint_pl.report.page import advice
 from imprint_pl.report.results import method_of, read_results
 from imprint_pl.report.statistics import accuracy_by_group, compare, significance
@@ -240,6 +241,19 @@ def test_the_advice_names_the_best_recipe_and_the_faster_near_it():
     assert sentences.startswith("Use kernel: it has the best average rank, 1.00 of 4 recipes")
     assert "In a hurry, ridge" in sentences
     assert "over 8 groups" in sentences
+
+
+def test_a_point_of_a_line_is_an_average_over_the_groups_of_the_others(tmp_path):
+    rows = [
+        row_of("qi", {}, task=task, shots=shots, accuracy=base + shots / 100)
+        for task, base in (("all", 0.5), ("short", 0.8))
+        for shots in (1, 5)
+        if (task, shots) != ("all", 5)
+    ]
+    pd.DataFrame(rows).to_parquet(tmp_path / "results.parquet")
+    (axes,) = accuracy_against_shots(read_results(tmp_path)).axes
+    assert axes.lines[0].get_ydata() == pytest.approx([81, 85])
+    assert axes.get_title() == "average over 1 group"
 
 
 def test_a_number_without_bound_is_shown_as_such():
