@@ -138,12 +138,18 @@ class NearestProxies(nn.Module):
 
     def nearest(self, z: Tensor, proxies: Tensor) -> tuple[Tensor, Tensor]:
         """`z (B, d)`, `proxies (P, d)` → distances of the m nearest, ascending, and which they are,
-        both `(B, min(m, P))`. Fewer are a prefix of more."""
+        both `(B, min(m, P))`."""
+        return self.nearest_of(self.far(z, proxies))
+
+    def far(self, z: Tensor, proxies: Tensor) -> Tensor:
+        """Distances `(B, P)`."""
         if self.distance == "mahalanobis":
-            far = self._metric(proxies)(z, proxies)
-        else:
-            far = distances(z, proxies, self.distance)
-        return tuple(far.topk(min(self.m, proxies.shape[0]), dim=1, largest=False))
+            return self._metric(proxies)(z, proxies)
+        return distances(z, proxies, self.distance)
+
+    def nearest_of(self, far: Tensor) -> tuple[Tensor, Tensor]:
+        """As `nearest`, from all distances. Where they tie, fewer are no prefix of more."""
+        return tuple(far.topk(min(self.m, far.shape[1]), dim=1, largest=False))
 
     def vote(self, far: Tensor, classes: Tensor, num_classes: int) -> Tensor:
         """Distances of the nearest proxies and their classes, both `(B, m)` → `(B, C)`."""

@@ -48,13 +48,12 @@ class Backbone(nn.Module):
         self.preprocess = preprocess
         self.name, self.embedding_dim, self.precision = name, embedding_dim, precision
         self.classifier = classifier
-        self.pretrained, self.weights, self._own, self._sha256 = pretrained, weights, own, None
+        self.pretrained, self.weights, self._own = pretrained, weights, own
         size = preprocess.size if preprocess else None
         self.image_size = size[0] if size and size[0] == size[1] else size
         if not own:
             # Convolutions run up to 1.5 times faster so, transformers at the same speed.
             model.to(memory_format=torch.channels_last)
-        self.register_load_state_dict_post_hook(_forget_hash)
         self.train()
 
     def train(self, mode: bool = True) -> "Backbone":
@@ -64,20 +63,19 @@ class Backbone(nn.Module):
     def source(self) -> dict:
         """What names the embeddings, as plain values without paths: for checkpoints and caches.
 
-        `sha256` is of the model's state dict (names, types, shapes, values), computed once.
+        `sha256` is of the model's state dict (names, types, shapes, values), of what it is now:
+        weights change in place without a word.
         """
-        if self._sha256 is None:
-            digest = hashlib.sha256()
-            for key, value in sorted(self.model.state_dict().items()):
-                digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-                value = value.detach().cpu().contiguous().reshape(-1)
-                digest.update(value.view(torch.uint8).numpy().data)
-            self._sha256 = digest.hexdigest()
+        digest = hashlib.sha256()
+        for key, value in sorted(self.model.state_dict().items()):
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            value = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(value.view(torch.uint8).numpy().data)
         return {
             "name": self.name,
             "pretrained": self.pretrained,
             "weights": self.weights,
-            "sha256": self._sha256,
+            "sha256": digest.hexdigest(),
             "image_size": list(size) if isinstance(size := self.image_size, tuple) else size,
             "precision": self.precision,
             "preprocess": self.preprocess.config if self.preprocess else None,
@@ -145,11 +143,6 @@ class Backbone(nn.Module):
                 "preprocess=dict(size=…, mean=…, std=…), or float batches"
             )
         return self.preprocess(images if single else tensors)
-
-
-def _forget_hash(backbone: Backbone, _keys) -> None:
-    # A named function, unlike a lambda, lets the backbone be pickled.
-    backbone._sha256 = None
 
 
 def load_backbone(

@@ -9,7 +9,7 @@ import sys
 from torch import nn
 
 from imprint_pl.errors import ImprintError
-from imprint_pl.preprocess import PREPROCESS_KEYS
+from imprint_pl.preprocess import PREPROCESS_KEYS, pair_of_sides
 from imprint_pl.weights import (
     download,
     find_timm_weights,
@@ -71,7 +71,7 @@ def _torchvision(name, image_size, pretrained, file, entry) -> dict:
     try:
         is_vit = name.startswith("vit_")
         model = models.get_model(name, weights=None, **({"image_size": size} if is_vit else {}))
-    except AssertionError as error:
+    except (AssertionError, TypeError) as error:
         raise ImprintError(f"{full_name} cannot be built for image_size={size}: {error}") from error
     heads = [
         (key, part.in_features)
@@ -96,9 +96,10 @@ def _torchvision(name, image_size, pretrained, file, entry) -> dict:
     if hasattr(model, "transform_input"):
         # The ImageNet weights of Inception and GoogLeNet expect it, whichever way they come.
         model.transform_input = True
+    ratio = transforms.resize_size[0] / transforms.crop_size[0]
     preprocess = {
         "size": size,
-        "resize": round(size * transforms.resize_size[0] / transforms.crop_size[0]),
+        "resize": [round(side * ratio) for side in pair_of_sides(size, "image_size")],
         "mean": transforms.mean,
         "std": transforms.std,
         "interpolation": transforms.interpolation.value,

@@ -60,6 +60,10 @@ class Results:
     def ids(self) -> set[str]:
         return set(self._rows)
 
+    def has(self, **values: str) -> bool:
+        """Whether a row has these values."""
+        return any(all(row[n] == v for n, v in values.items()) for row in self._rows.values())
+
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Keeps rows: after this no kill loses them."""
         text = "".join(json.dumps(row) + "\n" for row in rows)

@@ -410,6 +410,14 @@ def test_position_embeddings_are_interpolated_to_another_size(name, builder, key
     assert backbone(torch.zeros(1, 3, 9, 9, dtype=torch.uint8)).shape[1] == backbone.embedding_dim
 
 
+def test_a_size_that_is_not_square_keeps_the_resize_ratio_of_each_side():
+    backbone = load_backbone("torchvision/resnet18", pretrained=False, image_size=(56, 112))
+    assert backbone.preprocess.resize == (64, 128)
+    assert backbone(torch.zeros(1, 3, 9, 9, dtype=torch.uint8)).shape == (1, 512)
+    with pytest.raises(ImprintError, match="cannot be built for image_size"):
+        load_backbone("torchvision/vit_b_16", pretrained=False, image_size=(64, 96))
+
+
 def test_a_backbone_is_copied_and_pickled_whole():
     backbone = load_backbone("timm/test_vit", pretrained=False)
     for twin in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):

@@ -359,6 +359,17 @@ def test_the_held_out_images_of_a_class_do_not_depend_on_the_classes_chosen(tmp_
     assert bees.class_names == ["bee"]
 
 
+def test_a_link_that_leads_back_up_counts_nothing_twice(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        flat(tmp_path / name / "0.png", 0)
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "other").symlink_to(tmp_path / "b")
+    (tmp_path / "b" / "other").symlink_to(tmp_path / "a")
+    found = [str(path)[len(str(tmp_path)) :] for path in ImageFiles(str(tmp_path / "a")).paths]
+    assert found == ["/a/0.png", "/a/other/0.png"]
+
+
 def test_nested_folders_count_and_hidden_and_other_files_do_not(tmp_path):
     root = make_folder(tmp_path, train=1, test=1)
     flat(tmp_path / "train" / "ant" / "deep" / "er" / "x.PNG", 50)

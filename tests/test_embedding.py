@@ -132,6 +132,16 @@ def test_what_changes_the_embeddings_changes_the_key(tmp_path):
     assert embed_means(Digits(shots=1), tmp_path).use.embedded == 0
 
 
+def test_weights_that_change_in_place_change_the_key(tmp_path):
+    backbone = means()
+    embed_means(Digits(shots=1), tmp_path, backbone)
+    backbone.model.load_state_dict({"offset": torch.tensor([1.0])})
+    assert embed_means(Digits(shots=1), tmp_path, backbone).use.read == 0
+    with torch.no_grad():
+        backbone.model.offset.add_(1)
+    assert embed_means(Digits(shots=1), tmp_path, backbone).use.read == 0
+
+
 def changed_digits(change):
     class Changed(Digits):
         def load(self):

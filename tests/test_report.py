@@ -9,16 +9,21 @@ import subprocess
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from scipy.stats import friedmanchisquare, wilcoxon
 
 from imprint_pl.cli import main
 from imprint_pl.errors import ImprintError
+from imprint_pl.parts import SLOTS, parameters_of
 from imprint_pl.recipes import resolve
 from imprint_pl.report import write_report
+from imprint_pl.report.figures import accuracy_against_shots
 from imprint_pl.report.page import advice
 from imprint_pl.report.results import method_of, read_results
 from imprint_pl.report.statistics import accuracy_by_group, compare, significance
-from imprint_pl.report.tables import TABLES, safe_for_csv
+from imprint_pl.report.tables import TABLES, published, safe_for_csv, shown
+from imprint_pl.results import Results
+from imprint_pl.sweep import read_sweep
 
 EVIL = '<img src=x onerror="alert(1)">$x_{'
 METHODS = [
@@ -126,6 +131,14 @@ def test_too_few_groups_are_not_tested():
         ({"recipe": "robust", "k": 5, "engine": "faiss"}, "robust k=5"),
         ({"recipe": "ls", "lam": "0.0001"}, "ls"),
         ({"recipe": "ls", "lam": "0.01"}, "ls lam=0.01"),
+        ({"recipe": "kernel", "width": 1.0, "intercept": True}, "kernel"),
+        (
+            {"recipe": "kernel", "width": 0.2, "intercept": False},
+            "kernel width=0.2 intercept=False",
+        ),
+        ({"recipe": "lda", "prior": "uniform"}, "lda prior=uniform"),
+        ({"recipe": "janson", "as_published": True}, "janson as_published=True"),
+        ({"recipe": "hosoda", "agg": "mnn", "as_published": False}, "hosoda agg=mnn"),
         ({"recipe": "auto", "gen": "ridge"}, "auto"),
         ({"recipe": "somebody's", "gen": "mine", "k": None}, "somebody's gen=mine"),
         (
@@ -137,6 +150,13 @@ def test_too_few_groups_are_not_tested():
 )
 def test_a_method_is_named_by_what_one_would_type(row, expected):
     assert method_of(row) == expected
+
+
+def test_settings_that_differ_in_any_keyword_are_different_methods():
+    keywords = {n for t in SLOTS.values() for part in t.values() for n in parameters_of(part)}
+    for name in keywords - {"engine"}:
+        row = {"recipe": "robust"}
+        assert method_of(row | {name: 7}) != method_of(row | {name: 8}), name
 
 
 def test_a_sweep_of_parts_alone_and_of_one_number_of_shots_has_its_tables(tmp_path):
@@ -174,6 +194,40 @@ def test_the_papers_numbers_stand_beside_ours(page):
     assert all(r["paper %"] == "" for r in rows if r["backbone"] == "b2")
 
 
+def test_every_number_of_the_paper_stands_beside_a_row_of_the_shipped_sweeps(tmp_path):
+    found = {}
+    for name in ("section_5_1", "figure_6", "d_in_1"):
+        plan = read_sweep(ROOT / "configs" / "sweeps" / f"{name}.yaml")
+        results = Results(tmp_path / name)
+        for source in plan.sources:
+            classes = [str(c) for c in range(1000 if source[1]["name"] == "ImageNet" else 10)]
+            made = plan.configurations(source, classes, 60000)
+            made = [c for c in made if name != "section_5_1" or c.task.name == "all"]
+            results.append([c.columns() | {"accuracy": 0.5, "nc1": 1.0} for c in made])
+        results.save()
+        rows = read_results(tmp_path / name)
+        for table in ("methods", "k", "d_in_1", "nc1"):
+            values = TABLES[table][1](rows).filter(like="paper ").to_numpy().ravel()
+            found.setdefault(table, set()).update(values)
+    for table, values in found.items():
+        assert set(published(table)["value"]) <= values, table
+
+
+def test_tasks_of_other_numbers_of_labels_are_not_averaged(tmp_path):
+    place = {"task": "all 2-in-1", "d": 2, "task_seed": 0}
+    rows = [
+        row_of("robust", {"k": k}, num_labels=n, accuracy=n / 10 + k / 100, **place)
+        for n in (2, 5)
+        for k in (1, 5)
+    ]
+    pd.DataFrame(rows).to_parquet(tmp_path / "results.parquet")
+    read = read_results(tmp_path)
+    for table in ("d_in_1", "runs"):
+        accuracies = TABLES[table][1](read)["accuracy %"]
+        assert accuracies.tolist() == pytest.approx([21, 25, 51, 55])
+    assert sorted(TABLES["gain"][1](read)["k=1 %"]) == pytest.approx([21, 51])
+
+
 def test_the_advice_names_the_best_recipe_and_the_faster_near_it():
     rows = sweep()
     rows["method"] = [method_of(row) for row in rows.to_dict("records")]
@@ -187,6 +241,24 @@ def test_the_advice_names_the_best_recipe_and_the_faster_near_it():
     assert sentences.startswith("Use kernel: it has the best average rank, 1.00 of 4 recipes")
     assert "In a hurry, ridge" in sentences
     assert "over 8 groups" in sentences
+
+
+def test_a_point_of_a_line_is_an_average_over_the_groups_of_the_others(tmp_path):
+    rows = [
+        row_of("qi", {}, task=task, shots=shots, accuracy=base + shots / 100)
+        for task, base in (("all", 0.5), ("short", 0.8))
+        for shots in (1, 5)
+        if (task, shots) != ("all", 5)
+    ]
+    pd.DataFrame(rows).to_parquet(tmp_path / "results.parquet")
+    (axes,) = accuracy_against_shots(read_results(tmp_path)).axes
+    assert axes.lines[0].get_ydata() == pytest.approx([81, 85])
+    assert axes.get_title() == "average over 1 group"
+
+
+def test_a_number_without_bound_is_shown_as_such():
+    assert shown(float("inf"), "NC1") == "inf"
+    assert shown(3.0, "k") == "3"
 
 
 def test_the_page_needs_nothing_else(page):

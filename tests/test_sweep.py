@@ -137,6 +137,24 @@ def test_shared_work_gives_what_each_configuration_gives_alone(digits, tmp_path,
     assert len(different) <= len(rows) // 50, different
 
 
+def test_distances_that_tie_give_a_row_what_it_has_alone(tmp_path):
+    # Pixels are whole numbers: most of their largest differences are those of other proxies, too.
+    data = Digits()
+    data.setup()
+    x, x_test = (s.images.flatten(1).float() for s in (data.train_dataset, data.test_dataset))
+    y, y_test = data.train_dataset.labels, data.test_dataset.labels
+    path = tmp_path / "pixels.safetensors"
+    arrays = {"train_embeddings": x, "train_labels": y}
+    save_file(arrays | {"test_embeddings": x_test, "test_labels": y_test}, path)
+    parts = dict(norm_pre="none", gen="all", norm_post="none", norm_inf="none", agg="mnn")
+    votes = dict(distance=["chebyshev", "manhattan"], votes="uniform")
+    table = sweep(plan(path, [parts | votes | {"m": [1, 5, 40]}]), tmp_path, progress=False)
+    for row in table.to_dict("records"):
+        head = imprint(x, y, calibrate=False, **keywords_of(row))
+        accuracy = (head.scores(x_test).argmax(1) == y_test).double().mean().item()
+        assert row["accuracy"] == accuracy, row
+
+
 def test_every_recipe_and_auto_are_allowed_and_give_what_they_give_alone(digits, tmp_path):
     path, splits = digits
     small = [r for r in RECIPES if r not in ("ranpac", "kernel")]
@@ -322,6 +340,44 @@ def test_a_second_run_computes_nothing_and_a_larger_grid_only_what_is_new(
     more = sweep(plan(digits[0], [dict(recipe=["qi", "lda", "ls"])]), tmp_path, progress=False)
     assert len(ran) == 1
     assert more.recipe.tolist() == ["qi", "lda", "ls"]
+
+
+def test_rows_of_other_data_under_the_same_name_are_an_error(digits, tmp_path):
+    import safetensors.torch
+
+    grid, path = [dict(recipe="qi")], tmp_path / "e.safetensors"
+    arrays = safetensors.torch.load_file(digits[0])
+    save_file(arrays, path)
+    first = sweep(plan(path, grid), tmp_path, progress=False)
+    save_file(arrays, tmp_path / "moved.safetensors")
+    assert_same(sweep(plan(tmp_path / "moved.safetensors", grid), tmp_path), first)
+    save_file(arrays | {"train_labels": arrays["train_labels"].flip(0)}, path)
+    with pytest.raises(ImprintError, match="give the sweep another name"):
+        sweep(plan(path, grid), tmp_path, progress=False)
+    others = sweep(plan(path, grid, name="others"), tmp_path, progress=False)
+    assert others.accuracy.tolist() != first.accuracy.tolist()
+
+
+def test_rows_of_other_classes_under_the_same_task_are_an_error(digits, tmp_path):
+    for classes in ([0, 1], [0, 1], [2, 3]):
+        task = {"name": "mine", "classes": classes}
+        p = plan(digits[0], [dict(recipe="qi")], tasks=[task])
+        if classes == [2, 3]:
+            with pytest.raises(ImprintError, match="rows of task mine from before"):
+                sweep(p, tmp_path, progress=False)
+        else:
+            assert len(sweep(p, tmp_path, progress=False)) == 1
+
+
+def test_embeddings_whose_squares_float32_cannot_hold_are_an_error(digits, tmp_path):
+    import safetensors.torch
+
+    arrays = safetensors.torch.load_file(digits[0])
+    for factor, message in ((1e25, "digits', training: .* values above 1e"), (1e-20, "smaller")):
+        scaled = {n: a * factor if n.endswith("embeddings") else a for n, a in arrays.items()}
+        save_file(scaled, tmp_path / "scaled.safetensors")
+        with pytest.raises(ImprintError, match=message):
+            sweep(plan(tmp_path / "scaled.safetensors", [dict(recipe="qi")]), tmp_path)
 
 
 def test_files_have_one_schema_and_say_the_same(digits, tmp_path):

@@ -211,7 +211,14 @@ class ImageFiles(ImageDataModule):
 
 def find_images(folder: str | Path) -> Iterator[str]:
     """Yield the image files below a folder, sorted, without hidden files and folders."""
+    seen = set()
     for place, folders, files in os.walk(folder, followlinks=True):
+        # A link that leads back up would be followed dozens of times.
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if _is_image(name):

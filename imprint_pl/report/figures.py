@@ -83,13 +83,9 @@ def accuracy_against_k(rows: pd.DataFrame) -> Figure | None:
     if not len(rows) or rows["k"].nunique() < 2:
         return None
     table = rows.pivot_table(index="group", columns=["gen", "k"], values="accuracy")
-    # The same groups in every point, or the line would follow the groups.
-    mean = 100 * table.dropna().mean()
-    if not len(table.dropna()):
-        mean = 100 * table.mean()
+    mean, title = _average(table)
     lines = {gen: mean[gen] for gen in mean.index.get_level_values("gen").unique()}
     lines = {gen: line for gen, line in lines.items() if len(line) > 1}
-    title = f"average over {len(table.dropna()) or len(table)} groups"
     return _lines(lines, "k, proxies a class", "accuracy in %", title) if lines else None
 
 
@@ -98,12 +94,11 @@ def accuracy_against_shots(rows: pd.DataFrame) -> Figure | None:
     if rows["shots"].nunique() < 2:
         return None
     table = rows.pivot_table(index="group", columns=["method", "shots"], values="accuracy")
-    mean = 100 * table.mean()
+    mean, title = _average(table)
     names = mean.index.get_level_values("method").unique()
     lines = {name: mean[name] for name in names if len(mean[name]) > 1}
     if not lines:
         return None
-    title = f"average over {len(table)} group{'s' * (len(table) > 1)}"
     return _lines(lines, "training images a class", "accuracy in %", title)
 
 
@@ -111,9 +106,11 @@ def nc1_against_d(rows: pd.DataFrame) -> Figure | None:
     rows = rows[rows["d"].notna() & rows["nc1"].notna()]
     if rows["d"].nunique() < 2:
         return None
-    mean = rows.groupby(["backbone", "data", "d"])["nc1"].mean()
+    mean = rows.groupby(["backbone", "data", "num_labels", "d"], dropna=False)["nc1"].mean()
+    several = rows["num_labels"].nunique(dropna=False) > 1
     lines = {
-        f"{b}, {data}": line.droplevel([0, 1]) for (b, data), line in mean.groupby(level=[0, 1])
+        f"{b}, {data}" + f", {labels:g} labels" * several: line.droplevel([0, 1, 2])
+        for (b, data, labels), line in mean.groupby(level=[0, 1, 2], dropna=False)
     }
     return _lines(lines, "d, classes that a label merges", "NC1", "drawings averaged", log=False)
 
@@ -174,6 +171,13 @@ FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame], Figure | None]]] = {
     "nc1_against_d": ("NC1 against d", nc1_against_d),
     "gen_seconds": ("Time of GEN", gen_seconds),
 }
+
+
+def _average(table: pd.DataFrame) -> tuple[pd.Series, str]:
+    """Percent over the groups, and a title. The same groups in every point, where some have all of
+    them, or the line would follow the groups."""
+    table = table.dropna() if len(table.dropna()) else table
+    return 100 * table.mean(), f"average over {len(table)} group{'s' * (len(table) > 1)}"
 
 
 def _lines(lines: dict, x: str, y: str, title: str, log: bool = True) -> Figure:

@@ -18,8 +18,11 @@ NEEDED = ("backbone", "data", "task", "recipe", "accuracy")
 PARAMETERS = (
     *SLOTS,
     *("k", "m", "distance", "votes", "lam", "shrinkage", "projection_dim", "temperature", "engine"),
+    *("width", "prior", "intercept", "as_published"),
 )
-GROUP = ("backbone", "data", "task", "d", "task_seed")
+GROUP = ("backbone", "data", "task", "d", "num_labels", "task_seed")
+# Of ten labels, see `data.tasks.paper_d_in_1`.
+PAPER_TASK = r"paper-(?P<d>\d+)in1-(?P<task_seed>\d+)"
 NUMBERS = (
     *("d", "num_labels", "task_seed", "shots", "k", "m", "seed", "num_classes"),
     *("accuracy", "macro_f1", "nc1", "vci", "gen_seconds", "inference_seconds"),
@@ -84,6 +87,10 @@ def read_results(path: str | Path) -> pd.DataFrame:
                 f"{column}={rows[column][wrong].iloc[0]!r}, which is no number"
             )
         rows[column] = numbers.astype("float64")
+    papers = rows["task"].astype(str).str.fullmatch(PAPER_TASK)
+    if papers.any():
+        named = rows.loc[papers, "task"].str.extract(PAPER_TASK).astype("float64")
+        rows.loc[papers, ["d", "num_labels", "task_seed"]] = named.assign(num_labels=10.0)
     for column in PARAMETERS:
         # Empty is None, whatever pandas has for it in this column's type.
         if column not in NUMBERS:
@@ -128,7 +135,7 @@ def method_of(row: dict) -> str:
         if name != "engine"
         and _given(row.get(name))
         and recipe != "auto"
-        and _plain(row[name]) != _plain(own.get(name))
+        and _plain(row[name]) != _plain(own.get(name, False if name == "as_published" else None))
     ]
     return " ".join([recipe, *differing])
 
@@ -139,6 +146,8 @@ def _given(value) -> bool:
 
 def _plain(value) -> str:
     """One spelling for 20, 20.0 and "20"."""
+    if isinstance(value, bool):
+        return str(value)
     try:
         return f"{float(value):g}"
     except (TypeError, ValueError):

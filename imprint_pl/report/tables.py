@@ -104,7 +104,7 @@ def k(rows: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame()
     keys = ["backbone", "data", "task", "k"]
     table = rows.groupby(keys)["accuracy"].mean().mul(100).rename("accuracy %").reset_index()
-    return _joined(table, "k", keys)
+    return _joined(table, "k", keys) if rows["shots"].isna().all() else table
 
 
 def d_in_1(rows: pd.DataFrame) -> pd.DataFrame:
@@ -113,11 +113,12 @@ def d_in_1(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows[rows["gen"] == "kmeans"] if len(rows) else rows
     if not len(rows):
         return pd.DataFrame()
-    keys = ["backbone", "data", "d", "k"]
-    grouped = rows.groupby(keys)
+    keys = ["backbone", "data", "d", "num_labels", "k"]
+    grouped = rows.groupby(keys, dropna=False)
     table = grouped["accuracy"].mean().mul(100).rename("accuracy %").reset_index()
     table["NC1"] = grouped["nc1"].mean().to_numpy()
-    return _joined(table, "d_in_1", keys)
+    table = table.dropna(axis=1, how="all")
+    return _joined(table, "d_in_1", keys) if rows["shots"].isna().all() else table
 
 
 def shots(rows: pd.DataFrame) -> pd.DataFrame:
@@ -141,9 +142,7 @@ def nc1(rows: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame()
     keys = ["backbone", "data", "task"]
     table = rows.groupby(keys)["nc1"].mean().rename("NC1").reset_index()
-    known = published("nc1").set_index(keys)["value"]
-    found = pd.Series([known.get(tuple(key)) for key in table[keys].to_numpy()], dtype=float)
-    return _beside(table, found, "NC1", "paper NC1")
+    return _joined(table, "nc1", keys, "NC1", "paper NC1")
 
 
 def gain(rows: pd.DataFrame, more: int = 5) -> pd.DataFrame:
@@ -166,7 +165,7 @@ def gain(rows: pd.DataFrame, more: int = 5) -> pd.DataFrame:
 
 def runs(rows: pd.DataFrame) -> pd.DataFrame:
     """Everything: accuracy and time of each method in each group and number of shots."""
-    keys = ["backbone", "data", "task", "shots", "method"]
+    keys = ["backbone", "data", "task", "num_labels", "shots", "method"]
     grouped = rows.groupby(keys, dropna=False)
     table = pd.DataFrame(
         {
@@ -207,7 +206,7 @@ def shown(value: object, column: str) -> str:
         return f"{value:.2f}"
     if column.startswith("p ("):
         return "< 0.001" if value < 0.001 else f"{value:.3f}"
-    if value == int(value) and not column.endswith(" s"):
+    if value.is_integer() and not column.endswith(" s"):
         return f"{value:.0f}"
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
@@ -224,12 +223,18 @@ def safe_for_csv(table: pd.DataFrame) -> pd.DataFrame:
     return safe.set_axis([plain(name) for name in safe.columns], axis=1)
 
 
-def _joined(table: pd.DataFrame, name: str, keys: list[str]) -> pd.DataFrame:
+def _joined(
+    table: pd.DataFrame, name: str, keys: list[str], ours: str = "accuracy %", paper: str = PAPER
+) -> pd.DataFrame:
     known = published(name)
-    keys = [key for key in keys if known[key].notna().all()]
-    value = known.set_index(keys)["value"]
-    found = pd.Series([value.get(tuple(key)) for key in table[keys].to_numpy()], dtype=float)
-    return _beside(table, found, "accuracy %")
+    keys = [key for key in keys if key in known and known[key].notna().all()]
+    # `FashionMNIST` as one types it, `fashion_mnist` as its module calls it.
+    known, own = (
+        part[keys].assign(data=part["data"].str.lower().str.replace("_", "")).apply(tuple, axis=1)
+        for part in (known, table)
+    )
+    found = own.map(dict(zip(known, published(name)["value"], strict=True)))
+    return _beside(table, found, ours, paper)
 
 
 def _beside(table: pd.DataFrame, paper: pd.Series, ours: str, name: str = PAPER) -> pd.DataFrame:

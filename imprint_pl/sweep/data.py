@@ -15,6 +15,7 @@ from imprint_pl.backbone import load_backbone
 from imprint_pl.data import ArrayDataset, ImageDataModule, Splits
 from imprint_pl.embedding import embed
 from imprint_pl.errors import ImprintError, near
+from imprint_pl.limits import check_size, check_values
 from imprint_pl.sweep.grid import Task
 
 ARRAYS = ("train_embeddings", "train_labels", "test_embeddings", "test_labels")
@@ -94,9 +95,12 @@ def load_embeddings(
         if backbone.classifier is not None:
             classifier = backbone.classifier.float().cpu().numpy()
     arrays = []
-    for dataset in (splits.train, splits.test):
+    for split, dataset in (("training", splits.train), ("test", splits.test)):
         kept = torch.isin(dataset.labels, torch.tensor(needed)).nonzero().flatten()
         selected = dataset.select(kept, dataset.labels[kept])
+        largest = check_values(selected.images, f"data {entry['name']!r}, {split}: ")
+        if dataset is splits.train:
+            check_size(largest)
         arrays += [selected.images.numpy(), selected.labels.numpy()]
     for name, labels in (("training", arrays[1]), ("test", arrays[3])):
         missing = set(needed) - set(labels.tolist())

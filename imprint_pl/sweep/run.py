@@ -6,6 +6,7 @@ Embeddings are made once and read from the cache; configurations that share work
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from imprint_pl.cache import digest
 from imprint_pl.errors import ImprintError
+from imprint_pl.files import write_whole
 from imprint_pl.results import Results
 from imprint_pl.sweep.data import Embeddings, load_embeddings, load_splits
 from imprint_pl.sweep.grid import Configuration, Sweep, names_of
@@ -57,13 +59,20 @@ def sweep(
         All rows of the results, under `imprint_pl.results.COLUMNS`.
 
     Raises:
-        ImprintError: data or backbones that cannot be loaded; another process on the same results.
+        ImprintError: data or backbones that cannot be loaded; another process on the same results;
+            rows of the same names that were made of other data.
     """
     folder = Path(results_dir) / plan.name
     with _alone_in(folder), _where(n_jobs, dask):
         results, order, failed = Results(folder), [], []
+        for task in plan.tasks:
+            made_of = digest({"classes": task.classes})
+            _check_same(folder, f"task {task.name}", made_of, results.has(task=task.name))
         for source in plan.sources:
-            names, train = _sizes(source)
+            names, train, made_of = _sizes(source)
+            backbone, data = names_of(source)
+            of_names = results.has(backbone=backbone, data=data)
+            _check_same(folder, f"{backbone} on {data}", made_of, of_names)
             configurations = plan.configurations(source, names, train)
             order += [c.id for c in configurations]
             todo = {c.id for c in configurations} - results.ids
@@ -175,11 +184,28 @@ def describe(plan: Sweep, n_jobs: int = 1) -> tuple[int, int, float]:
     return plan.full * len(plan.sources), kept, seconds
 
 
-def _sizes(source) -> tuple[list[str], int]:
+def _sizes(source) -> tuple[list[str], int, str]:
+    """Class names, training samples, and what tells this source from others of its names."""
     _, splits = load_splits(source[1])
     if len(splits.train.labels) == 0:
         raise ImprintError(f"data {names_of(source)[1]!r} has no training sample")
-    return splits.class_names, len(splits.train.labels)
+    made_of = {"backbone": source[0], "class_names": splits.class_names, "splits": []}
+    for split in (splits.train, splits.test):
+        parts = [part.fingerprint() for part in getattr(split, "parts", [split])]
+        made_of["splits"].append([parts, split.labels.tolist()])
+    return splits.class_names, len(splits.train.labels), digest(made_of)
+
+
+def _check_same(folder: Path, name: str, made_of: str, has_rows: bool) -> None:
+    """Rows are known by names: raises where what a name stands for has changed since."""
+    path = folder / "sources.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if has_rows and known.get(name, made_of) != made_of:
+        raise ImprintError(
+            f"{folder} has rows of {name} from before its classes, its images, its embeddings or "
+            "the backbone's settings changed: give the sweep another name, or remove that folder"
+        )
+    write_whole(path, json.dumps(known | {name: made_of}, indent=2).encode())
 
 
 @contextmanager

@@ -134,14 +134,18 @@ def _labels(
     test_x = samples.test_x
     blocks = rows.split(_block_rows(proxies.weights, aggs[0], chunk_bytes))
     if isinstance(aggs[0], NearestProxies):
-        nearest = NearestProxies(max(agg.m for agg in aggs), aggs[0].distance)
-        parts = [nearest.nearest(norm_inf(test_x[b]), proxies.weights) for b in blocks]
-        far, places = (torch.cat(part) for part in zip(*parts, strict=True))
-        classes = proxies.classes[places]
+        distances = NearestProxies(1, aggs[0].distance)
+        # Selected for each m by itself: of proxies that are as far, another number has others.
+        parts = {agg.m: [] for agg in aggs}
+        for b in blocks:
+            far = distances.far(norm_inf(test_x[b]), proxies.weights)
+            for m, of_m in parts.items():
+                of_m.append(NearestProxies(m).nearest_of(far))
         shared, results = time.perf_counter() - start, []
         for agg in aggs:
             start = time.perf_counter()
-            scores = agg.vote(far[:, : agg.m], classes[:, : agg.m], num_classes)
+            far, places = (torch.cat(part) for part in zip(*parts[agg.m], strict=True))
+            scores = agg.vote(far, proxies.classes[places], num_classes)
             labels = scores.to(test_x.dtype).argmax(1)
             results.append((labels, shared + time.perf_counter() - start))
         return results
