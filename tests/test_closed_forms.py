@@ -196,6 +196,20 @@ class Shrunk:
         return self
 
 
+@pytest.mark.parametrize("offset", [1, 30, 1000, 30_000])
+def test_lda_keeps_its_labels_however_far_from_the_origin_the_embeddings_lie(offset):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(2000) % 10
+    x = 0.3 * torch.randn(10, 64, generator=generator)[y] + torch.randn(
+        2000, 64, generator=generator
+    )
+    labels = imprint(x, y, "lda")(x).argmax(1)
+    far = imprint(x + offset, y, "lda")(x + offset).argmax(1)
+    assert (labels == y).float().mean() > 0.6
+    # At 30,000 float32 holds the embeddings themselves to 1/512.
+    assert (far == labels).float().mean() > (0.999 if offset < 10_000 else 0.98)
+
+
 def test_the_priors_of_lda_move_the_bias_alone():
     y = torch.tensor([0] * 30 + [1] * 10)
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(3))

@@ -10,6 +10,8 @@ from imprint_pl.gen.base import Proxies
 from imprint_pl.moments import Moments
 
 PRIORS = ("empirical", "uniform")
+# A score of this size in float32 is known to 1/64: less would change labels.
+LARGEST_SHARED = 2.0**17
 
 
 class LDA:
@@ -18,6 +20,10 @@ class LDA:
     w_c = Σ⁻¹ μ_c, b_c = −½ μ_cᵀ Σ⁻¹ μ_c + log π_c, with μ_c `(d,)` the class means and
     Σ = (1−s) Σ_W + s (tr Σ_W / d) I, Σ_W the within-class covariance pooled over all samples.
     Scores are log posteriors, up to what all classes share. Float64, by Cholesky.
+
+    What they share is of use in telling outsiders, but of embeddings very far from the origin (some
+    ten times their spread and more) it is all that float32 can hold. There, with μ the mean of all
+    samples, w_c = Σ⁻¹ (μ_c − μ) and b_c = −½ (μ_c + μ)ᵀ w_c + log π_c.
 
     Args:
         shrinkage: s, from 0 to 1, or "oas", as for `whiten`.
@@ -42,12 +48,15 @@ class LDA:
     def __call__(self, moments: Moments) -> Proxies:
         """`Moments` of C classes with a pooled Gram matrix → C proxies in float32."""
         factor = cholesky(*shrunk_within(moments, self.shrinkage))
-        means = double(moments.means)
-        weights = torch.cholesky_solve(means.T, factor).T
+        means, centre = double(moments.means), double(moments.global_mean)
+        shared = centre @ torch.cholesky_solve(centre[:, None], factor)
+        if shared < LARGEST_SHARED:
+            centre = torch.zeros_like(centre)
+        weights = torch.cholesky_solve((means - centre).T, factor).T
         counts = double(moments.counts)
         if self.prior == "uniform":
             counts = torch.ones_like(counts)
         priors = counts / counts.sum()
-        bias = -0.5 * (weights * means).sum(1) + priors.log()
+        bias = -0.5 * (weights * (means + centre)).sum(1) + priors.log()
         weights, bias = (t.to(moments.sums.device, torch.float32) for t in (weights, bias))
         return Proxies(weights.contiguous(), bias, torch.arange(len(bias), device=bias.device))

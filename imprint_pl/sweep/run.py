@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from imprint_pl.cache import digest
 from imprint_pl.errors import ImprintError
-from imprint_pl.files import write_whole
+from imprint_pl.files import damaged, write_whole
 from imprint_pl.results import Results
 from imprint_pl.sweep.data import Embeddings, load_embeddings, load_splits
 from imprint_pl.sweep.grid import Configuration, Sweep, names_of
@@ -199,7 +199,10 @@ def _sizes(source) -> tuple[list[str], int, str]:
 def _check_same(folder: Path, name: str, made_of: str, has_rows: bool) -> None:
     """Rows are known by names: raises where what a name stands for has changed since."""
     path = folder / "sources.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = {}
+    if path.exists():
+        with damaged(path, "what a sweep notes of its data", (ValueError, TypeError)):
+            known = dict(json.loads(path.read_text()))
     if has_rows and known.get(name, made_of) != made_of:
         raise ImprintError(
             f"{folder} has rows of {name} from before its classes, its images, its embeddings or "
