@@ -37,6 +37,8 @@ INTENDED = (
     ".*`training_step` returned `None`.*",
     ".*Found keys that are in the model state dict but not in the checkpoint: .'backbone.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
+    # They are rank 0's, on every rank.
+    ".*It is recommended to use `self.log..train/.*sync_dist=True.*",
 )
 
 
