@@ -38,9 +38,12 @@ def bare(model: ImprintedClassifier, loader: DataLoader) -> float:
     return time.perf_counter() - start
 
 
-def fit(model: ImprintedClassifier, loader: DataLoader) -> float:
+def fit(model: ImprintedClassifier, loader: DataLoader, accelerator: str = "auto") -> float:
+    """Seconds."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
+            accelerator=accelerator,
+            devices=1,
             max_epochs=1,
             logger=False,
             enable_progress_bar=False,

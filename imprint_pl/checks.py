@@ -25,12 +25,11 @@ def check_task(head: ImprintedHead, names: list[str]) -> None:
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
     """Raises an `ImprintError` for a label `(B,)` that is none of the head's."""
-    C = num_classes
-    outside = (labels < 0) | (labels >= C)
+    outside = (labels < 0) | (labels >= num_classes)
     if outside.any():
         raise ImprintError(
-            f"label {int(labels[outside][0])} is out of range for a head of {C} classes "
-            f"(0..{C - 1}): {TASK}"
+            f"label {int(labels[outside][0])} is out of range for a head of {num_classes} "
+            f"classes (0..{num_classes - 1}): {TASK}"
         )
 
 

@@ -76,6 +76,11 @@ class TaskMetrics(MetricCollection):
         self._update()
         return super().compute()
 
+    def reset(self) -> None:
+        """Forgets all samples, those that wait too."""
+        super().reset()
+        self.seen, self._waiting = 0, []
+
     def _update(self) -> None:
         if not self._waiting:
             return

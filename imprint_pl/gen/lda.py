@@ -21,9 +21,9 @@ class LDA:
     Σ = (1−s) Σ_W + s (tr Σ_W / d) I, Σ_W the within-class covariance pooled over all samples.
     Scores are log posteriors, up to what all classes share. Float64, by Cholesky.
 
-    What they share is of use in telling outsiders, but of embeddings very far from the origin (some
-    ten times their spread and more) it is all that float32 can hold. There, with μ the mean of all
-    samples, w_c = Σ⁻¹ (μ_c − μ) and b_c = −½ (μ_c + μ)ᵀ w_c + log π_c.
+    What they share is of use in telling outsiders, but where the embeddings lie many times their
+    spread from the origin it is all that float32 can hold. There, with μ the mean of all samples,
+    w_c = Σ⁻¹ (μ_c − μ) and b_c = −½ (μ_c + μ)ᵀ w_c + log π_c.
 
     Args:
         shrinkage: s, from 0 to 1, or "oas", as for `whiten`.
