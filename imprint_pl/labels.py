@@ -36,6 +36,12 @@ def place_of(name: str, names: Sequence[str]) -> int | None:
     return next((place for place, other in enumerate(names) if composed(other) == spelt), None)
 
 
+def names_of(data: Any) -> list[str]:
+    """The class names that a DataModule knows, as a list; empty where it knows none."""
+    names = getattr(data, "class_names", None)
+    return [] if names is None else [str(n) if isinstance(n, str) else n for n in names]
+
+
 def check_name(name: Any) -> None:
     """Raises an `ImprintError` for what cannot be a class's name."""
     if not isinstance(name, str) or not name.strip():
