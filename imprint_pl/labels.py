@@ -5,6 +5,7 @@ text "1", and "é" is one letter, whether it is written as one character or as t
 from __future__ import annotations
 
 import unicodedata
+import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -57,6 +58,19 @@ def check_composition(names: Sequence[str]) -> None:
             raise ImprintError(
                 f"{other!r} ({other!a}) and {name!r} ({name!a}) are one name, composed "
                 "in two ways: give it in one spelling, as unicodedata.normalize('NFC', name) does"
+            )
+
+
+def warn_of_alike(names: Sequence[str], place: str) -> None:
+    """Warns of classes whose names differ in case or spaces alone; the place begins the message."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(" ".join(composed(name).casefold().split()), name)
+        if other != name:
+            warnings.warn(
+                f"{place}: {other!r} and {name!r} differ in case or spaces alone, and are two "
+                "classes; give them one name if they are one",
+                stacklevel=3,
             )
 
 

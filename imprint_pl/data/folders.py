@@ -16,7 +16,7 @@ from imprint_pl.data.decode import EXTENSIONS
 from imprint_pl.data.files import ImageFileDataset
 from imprint_pl.data.images import ImageDataModule, Splits
 from imprint_pl.errors import ImprintError
-from imprint_pl.labels import check_composition, composed, place_of
+from imprint_pl.labels import check_composition, composed, place_of, warn_of_alike
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -131,13 +131,9 @@ class ImageFolder(ImageDataModule):
         self, folder: Path, class_names: list[str] | None = None
     ) -> tuple[list[str], ImageFileDataset]:
         found = _subfolders(folder)
-        dangling = [
-            e.name for e in os.scandir(folder) if e.is_symlink() and not os.path.exists(e.path)
-        ]
-        if dangling:
-            rank_zero_warn(
-                f"{folder} has links that lead nowhere and are not read: {', '.join(dangling[:6])}"
-            )
+        lost = [path for path in folder.iterdir() if not path.exists()]
+        if lost:
+            rank_zero_warn(f"{lost[0]} is a link that leads nowhere: it is not read")
         if not found:
             raise ImprintError(
                 f"{folder} has no class folders: put the images of each class into a folder of "
@@ -275,29 +271,22 @@ def _list(folders: Iterable[str | Path]) -> str:
 
 def _check_classes(folder: Path) -> None:
     """Raises an `ImprintError` where all images lie in one folder that has class folders of its
-    own, or one class is there in two compositions of its name; warns where two names differ in case
-    alone, and of a single class."""
+    own, or one class is there in two compositions of its name; says so where there is a single
+    class, or two names differ in case alone."""
     names = _subfolders(folder)
     check_composition(names)
-    by_case: dict[str, str] = {}
-    for name in names:
-        other = by_case.setdefault(composed(name).casefold(), name)
-        if other != name:
-            rank_zero_warn(
-                f"{folder} has {other}/ and {name}/, which differ in case alone: they are two "
-                "classes"
-            )
+    warn_of_alike(names, str(folder))
     if len(names) != 1:
         return
     only = folder / names[0]
     inner = [name for name in _subfolders(only) if _holds_images(only / name)]
     if len(inner) > 1 and not _has_own_images(only):
         raise ImprintError(
-            f"{folder} has a single class folder, {only}, with {_list(inner)} in it: if these are "
-            f"the classes, set root to {only}; if {names[0]!r} is the one class, put its images "
-            "into it without folders"
+            f"{folder} has a single class folder, {only}, with {_list(inner)} in it: set root to "
+            f"{only} if you mean these; if {names[0]!r} is the one class, put its images into it "
+            "without folders"
         )
-    rank_zero_warn(
+    rank_zero_info(
         f"{folder} has a single class folder, {only}: every image will be called {names[0]!r}, and "
         "its accuracy says nothing. Put the images of each class into a folder of its own."
     )
