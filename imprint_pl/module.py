@@ -152,7 +152,7 @@ class ImprintedClassifier(Growing, LightningModule):
         # A module among the hyperparameters would break weights_only loading; nor does a path of
         # this machine belong into a checkpoint. The name of a torchvision entry does.
         ignored = [] if isinstance(backbone, str) else ["backbone"]
-        if weights is not None and not weights.isidentifier():
+        if weights is not None and not str(weights).isidentifier():
             ignored.append("weights")
         self.save_hyperparameters(ignore=ignored)
         self.automatic_optimization = False

@@ -162,4 +162,4 @@ def _json_number(value: float) -> float | None:
 
 
 def _number(value: float | None, factor: float, digits: int, unit: str = "") -> str | None:
-    return None if value is None else f"{value * factor:.{digits}f}{unit}"
+    return None if value is None or math.isnan(value) else f"{value * factor:.{digits}f}{unit}"

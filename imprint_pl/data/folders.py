@@ -16,6 +16,7 @@ from imprint_pl.data.decode import EXTENSIONS
 from imprint_pl.data.files import ImageFileDataset
 from imprint_pl.data.images import ImageDataModule, Splits
 from imprint_pl.errors import ImprintError
+from imprint_pl.files import local_path
 from imprint_pl.labels import check_composition, composed, place_of, warn_of_alike
 
 SPLIT_NAMES = {
@@ -96,7 +97,7 @@ class ImageFolder(ImageDataModule):
                 "class to hold out as test, as in test_fraction=0.2"
             )
         _check_max_side(max_side)
-        self.name = Path(root).resolve().name
+        self.name = Path(self.root).resolve().name
         self.test_fraction = test_fraction
         self.max_side = max_side
 
@@ -195,7 +196,7 @@ class ImageFiles(ImageDataModule):
         super().__init__(batch_size=batch_size, num_workers=num_workers, download=False)
         _check_max_side(max_side)
         given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-        found = [path for place in given for path in _files_at(str(place))]
+        found = [path for place in given for path in _files_at(os.fspath(place))]
         if not found:
             raise ImprintError("paths is empty: name image files, folders or patterns")
         self.paths = list(dict.fromkeys(found))
@@ -357,7 +358,7 @@ def split_folders(root: Path) -> dict[str, Path]:
 
 
 def _files_at(place: str) -> Sequence[str]:
-    path = os.path.expanduser(place)
+    path = local_path(place)
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):

@@ -14,6 +14,7 @@ from imprint_pl.data.arrays import MNIST
 from imprint_pl.data.digit_sets import DIGITS, MNISTM, SVHN, USPS
 from imprint_pl.data.images import ImageDataModule, Splits
 from imprint_pl.errors import ImprintError
+from imprint_pl.files import local_path
 from imprint_pl.labels import composed, warn_of_alike
 
 
@@ -204,7 +205,7 @@ class CombiDigits(Union):
             num_workers=num_workers,
             seed=seed,
         )
-        self.root = str(root)
+        self.root = local_path(root)
 
     def rename(self, class_name: str) -> str:
         """The digit: MNIST's classes are called `"0 - zero"`."""
