@@ -129,9 +129,7 @@ def read_checkpoint(source: str | Path | IO[bytes], map_location: Any = "cpu") -
     name = source if is_path else "the checkpoint"
     if is_path and not os.path.isfile(source):
         if os.path.isdir(source):
-            raise ImprintError(
-                f"{source} is a folder: give the file in it that `fit` wrote, a .ckpt"
-            )
+            raise ImprintError(f"{source} is a folder: give the .ckpt in it that `fit` wrote")
         raise ImprintError(f"{source}: there is no such file")
     with damaged(name, "a checkpoint that `fit` wrote"):
         _check_archive(source)

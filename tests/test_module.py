@@ -395,8 +395,8 @@ def test_some_of_the_classes_are_measured_by_name_and_the_others_not_at_all(tmp_
     assert model.class_accuracy[1:].tolist() == [1, 1]
     assert model.class_accuracy[0].isnan()
     assert "test/accuracy/a" not in run.callback_metrics
+    data = Points(POINTS, LABELS, class_names=["c", "a"])
     with pytest.raises(ImprintError, match="label 2 is out of range for a head of 2 classes"):
-        data = Points(POINTS, LABELS, class_names=["c", "a"])
         trainer(tmp_path).test(model, data, verbose=False)
 
 
