@@ -563,13 +563,8 @@ def test_roots_and_files_are_read_as_a_shell_reads_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder_of(tmp_path / "my photos", "ant", "bee")
     url = (tmp_path / "my photos").as_uri()
-    for root in (
-        "~/my photos",
-        "$HOME/my photos/",
-        "${HOME}/my photos",
-        url,
-        tmp_path / "my photos",
-    ):
+    spellings = ("~/my photos", "$HOME/my photos/", "${HOME}/my photos", url)
+    for root in (*spellings, tmp_path / "my photos"):
         module = ImageFolder(root, num_workers=0)
         module.setup()
         assert (module.class_names, module.name) == (["ant", "bee"], "my photos")

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from sklearn.datasets import load_iris
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -17,6 +17,7 @@ from imprint_pl.data.tasks import resolve_classes, resolve_task
 from imprint_pl.errors import near
 from imprint_pl.labels import plain_labels, with_label
 from imprint_pl.state import State
+from imprint_pl.wandb_results import WandbResults
 
 X, Y = load_iris(return_X_y=True)
 WORDS = np.array(["a", "b", "c"])
@@ -245,3 +246,16 @@ def test_extend_refuses_a_class_that_is_there_and_one_name_in_two_compositions()
     with pytest.raises(ImprintError, match="is one of old_data's: give a new one another name"):
         extend(net, "0", {NFD: x + 3}, old_data=old)
     assert extend(net, "0", {"fox": x + 3}, old_data=old)(x).shape == (2, 3)
+
+
+def test_the_confusion_matrix_has_the_heads_classes_in_its_order():
+    x, y = torch.tensor(X).float(), torch.tensor(Y)
+    model = ImprintedClassifier(torch.nn.Identity(), "lda")
+    model.head.load_state_dict(imprint(x, y, "lda", class_names=["a", "b", "c"]).state_dict())
+    callback = WandbResults()
+    options = dict(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer = Trainer(callbacks=[callback], enable_model_summary=False, **options)
+    trainer.test(model, Points(x, 2 - y, ["c", "b", "a"]), verbose=False)
+    own = trainer.callback_metrics["test/accuracy"]
+    assert own > 0.95
+    assert callback.confusion.diagonal().sum() == round(150 * own.item())
