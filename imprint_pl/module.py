@@ -102,7 +102,9 @@ class ImprintedClassifier(Growing, LightningModule):
         save_backbone: keep the backbone in checkpoints too.
 
     The data module may have `class_names`, `num_classes`, and `class_counts` `(C,)`, the training
-    samples of each class; without the counts sums for NC1 take C times the memory.
+    samples of each class; without the counts sums for NC1 take C times the memory. Data that are
+    validated or tested may have the head's classes in another order, or some of them: they are
+    found by name.
 
     Logged: `train/nc1`, `train/temperature`, `train/embed_seconds`, `train/gen_seconds`,
     `train/images_per_second`; `val/…` and `test/…`: `accuracy` (micro), `macro_f1`,

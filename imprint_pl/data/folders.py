@@ -35,8 +35,9 @@ class ImageFolder(ImageDataModule):
 
     Either `<root>/train/<class>/` with `<root>/val/`, `<root>/test/` or both (one alone serves as
     validation and test), or `<root>/<class>/` alone: then `test_fraction` of each class is held
-    out as validation and test. Folders may be nested; hidden files and files that are no images
-    are ignored. A batch's images are a list of uint8 `(C, H, W)` of the files' own sizes.
+    out as validation and test. Beside other folders of images, and without val and test, "train" is
+    a class like them. Folders may be nested; hidden files and files that are no images are
+    ignored, and folders of systems, such as `__MACOSX`. A batch's images are a list of uint8 `(C, H, W)` of the files' own sizes.
 
     Args:
         root: The folder.

@@ -19,6 +19,7 @@ from imprint_pl.errors import ImprintError, near
 from imprint_pl.labels import place_of
 
 NAMES_SHOWN = 20
+IN_QUOTES = "; YAML makes other values of yes, no, on, off, null and 1.0: put such names in quotes"
 
 # The paper's subsets of ten classes, of any data set.
 SUBSETS = {
@@ -189,8 +190,9 @@ def resolve_classes(
             return list(range(len(class_names)))[SUBSETS[classes]]
         if place_of(classes, class_names) is not None:
             raise ImprintError(f"classes={classes!r}: give a list, as in classes=[{classes!r}]")
+        known = near(classes, [*SUBSETS, *class_names])
         raise ImprintError(
-            f"classes={classes!r} is unknown{near(classes, SUBSETS)}: give {', '.join(SUBSETS)}, "
+            f"classes={classes!r} is unknown{known}: give {', '.join(SUBSETS)}, "
             "paper-<d>in1-<shuffle> for ImageNet, or a list as in classes=[0, 1, 2]"
         )
     if len(classes) == 0:
@@ -219,7 +221,7 @@ def _class_index(requested: int | str, class_names: Sequence[str]) -> int:
     if isinstance(requested, bool) or not isinstance(requested, Integral):
         raise ImprintError(
             f"classes contains {requested!r}, of type {type(requested).__name__}: "
-            "give indices (int) or names (str)"
+            f"give indices (int) or names (str){IN_QUOTES}"
         )
     by_number = _by_number(class_names)
     if requested in by_number:
