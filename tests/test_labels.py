@@ -10,9 +10,11 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from sklearn.datasets import load_iris
+from sklearn.model_selection import GridSearchCV, cross_val_score
 from torch.utils.data import DataLoader, TensorDataset
 
 from imprint_pl import ImprintedClassifier, ImprintError, ImprintEstimator, extend, imprint
+from imprint_pl.batch import split_batch
 from imprint_pl.data.tasks import resolve_classes, resolve_task
 from imprint_pl.errors import near
 from imprint_pl.labels import plain_labels, with_label
@@ -259,3 +261,16 @@ def test_the_confusion_matrix_has_the_heads_classes_in_its_order():
     own = trainer.callback_metrics["test/accuracy"]
     assert own > 0.95
     assert callback.confusion.diagonal().sum() == round(150 * own.item())
+
+
+def test_labels_of_a_batch_that_are_texts_are_named():
+    with pytest.raises(ImprintError, match="no numbers: give integers 0..C−1, and the names as"):
+        split_batch((torch.eye(2), ["cat", "dog"]))
+
+
+def test_scikit_learns_tools_take_nullable_labels():
+    labels = pd.Series(Y, dtype="Int64")
+    assert cross_val_score(ImprintEstimator("lda"), X, labels).mean() > 0.9
+    grid = GridSearchCV(ImprintEstimator("qi"), {"recipe": ["qi", "lda"]}).fit(X, labels)
+    assert grid.best_params_ == {"recipe": "lda"}
+    assert grid.predict(X).dtype.kind == "i"

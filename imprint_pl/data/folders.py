@@ -37,7 +37,8 @@ class ImageFolder(ImageDataModule):
     validation and test), or `<root>/<class>/` alone: then `test_fraction` of each class is held
     out as validation and test. Beside other folders of images, and without val and test, "train" is
     a class like them. Folders may be nested; hidden files and files that are no images are
-    ignored, and folders of systems, such as `__MACOSX`. A batch's images are a list of uint8 `(C, H, W)` of the files' own sizes.
+    ignored, and folders of systems, such as `__MACOSX`. A batch's images are a list of uint8
+    `(C, H, W)` of the files' own sizes.
 
     Args:
         root: The folder.
