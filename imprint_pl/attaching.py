@@ -31,6 +31,7 @@ from imprint_pl.batch import split_batch
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint
+from imprint_pl.labels import names_of
 from imprint_pl.store import EmbeddingStore
 
 # The recipe of attach, extend and ImprintCallback where none is given.
@@ -152,7 +153,7 @@ def layer_of(module: nn.Module, layer: str) -> nn.Module:
 
 def class_settings(data: Any) -> dict[str, Any]:
     """`num_classes` and `class_names`, where the data knows them."""
-    names = list(getattr(data, "class_names", None) or [])
+    names = names_of(data)
     number = getattr(data, "num_classes", None) or len(names)
     return {"num_classes": number or None, "class_names": names or None}
 

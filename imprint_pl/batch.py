@@ -33,7 +33,13 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
             f"a batch of {_describe(batch)} has no labels: give tuples (images, labels) or dicts "
             f"with one of {', '.join(LABEL_KEYS)}"
         )
-    labels = torch.as_tensor(labels)
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ImprintError(
+            f"the labels of a batch, {str(labels)[:60]}, are no numbers: give integers 0..C−1, and "
+            "the names as class_names of the DataModule"
+        ) from error
     if labels.ndim != 1 or labels.is_floating_point() or len(labels) != len(images):
         raise ImprintError(
             f"labels of shape {tuple(labels.shape)} and type {labels.dtype} for {len(images)} "

@@ -356,6 +356,7 @@ def _measure(head: ImprintedHead, x: Tensor, y: Tensor) -> dict[str, Tensor]:
             f"classes (0..{C - 1}): give num_classes=, or training data with every class"
         )
     device = head.proxies.device
+    C = max(C, 2)  # torchmetrics takes no fewer
     labels = torch.cat([head(rows.to(device)).argmax(1) for rows in x.split(4096)]).cpu()
     return {
         "accuracy": multiclass_accuracy(labels, y, C, average="micro"),

@@ -4,23 +4,41 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from imprint_pl.errors import ImprintError
+from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
+from imprint_pl.labels import composed, place_of
 
 EMPTY = "the head has no proxies yet; fit first, or give ckpt_path"
 TASK = "give the data and classes of the checkpoint's task"
 
 
-def check_task(head: ImprintedHead, names: list[str]) -> None:
-    """Raises an `ImprintError` where the data's class names are not the head's."""
-    if names and head.class_names and names != head.class_names:
+def places_of(names: list[str], head: ImprintedHead) -> Tensor | None:
+    """The head's label of each of the data's classes `(C,)`, found by name; `None` where label c of
+    the data is label c of the head, and where either has no names.
+
+    Raises:
+        ImprintError: a class that the head does not have, or names that do not tell classes apart.
+    """
+    known = head.class_names
+    if not names or not known or list(map(composed, names)) == list(map(composed, known)):
+        return None
+    places = [place_of(name, known) for name in names]
+    if None in places:
+        name = names[places.index(None)]
         raise ImprintError(
-            f"the head was imprinted for the classes {_shown(head.class_names)}, the data has "
-            f"{_shown(names)}: {TASK}"
+            f"the head was imprinted for the classes {_shown(known)}, the data has "
+            f"{_shown(names)}, and {name!r} is none of the head's{near(name, known)}: {TASK}"
         )
+    if len(set(places)) < len(names) or len(set(map(composed, known))) < len(known):
+        raise ImprintError(
+            f"the head was imprinted for the classes {_shown(known)}, the data has "
+            f"{_shown(names)}, and some names stand for two classes: {TASK}"
+        )
+    return torch.tensor(places)
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:

@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         known = ", ".join((*COMMANDS, *FILE_COMMANDS))
         return _fail(f"unknown command {argv[0]!r}: give one of {known}")
     try:
+        argv = [argv[0], *map(_as_shell, argv[1:])]
         if argv[0] == "report":
             from imprint_pl.report.command import run as report
 
@@ -104,6 +105,16 @@ def _users_mistake(error: BaseException | None) -> ImprintError | None:
             return ImprintError(f"the disk is full ({error}): make room, and run it again")
         error = error.__cause__ or error.__context__
     return error
+
+
+def _as_shell(argument: str) -> str:
+    """`--data.root=~/photos`, which a shell hands on as it is, and paths in quotes."""
+    name, equals, value = argument.partition("=") if argument[:1] == "-" else ("", "", argument)
+    if not value.startswith(("~", "$", "file://")):
+        return argument
+    from imprint_pl.files import local_path
+
+    return f"{name}{equals}{local_path(value)}"
 
 
 def _packaged_config(argument: str) -> str:

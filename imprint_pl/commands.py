@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from imprint_pl.embedding import embed
 from imprint_pl.errors import ImprintError
 from imprint_pl.explain import explain_files
-from imprint_pl.files import hyperparameters, read_checkpoint
+from imprint_pl.files import hyperparameters, local_path, read_checkpoint
 from imprint_pl.gallery import ImprintGallery
 from imprint_pl.module import ImprintedClassifier
 from imprint_pl.parser import Parser
@@ -134,6 +134,11 @@ class ImprintCLI(LightningCLI):
         args = _files_as_data(args)
         self.config = parser.parse_args(args)
         self.given = parser.parse_args(args, defaults=False)
+        for config in (self.config, self.given):
+            for key, value in config.items():
+                # Paths of a YAML file, which no shell has read.
+                if isinstance(value, str) and value.startswith(("~/", "$", "file://")):
+                    config[key] = local_path(value)
 
     def _parse_ckpt_path(self) -> None:
         command = self.config.subcommand

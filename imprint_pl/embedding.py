@@ -26,6 +26,7 @@ from imprint_pl.data.embeddings import TASK_OPTIONS, EmbeddingDataModule
 from imprint_pl.data.images import ImageDataModule, Splits
 from imprint_pl.data.union import UnionDataset
 from imprint_pl.errors import ImprintError
+from imprint_pl.files import local_path
 
 # A part is written when it has this many rows, or after this many seconds: what a kill can cost.
 PART_ROWS = 8192
@@ -111,7 +112,7 @@ def embed(
     if datamodule.trainer is None:
         datamodule.prepare_data()
     splits = datamodule.load()
-    filler = _Filler(backbone, device, datamodule, key, Path(cache_dir))
+    filler = _Filler(backbone, device, datamodule, key, Path(local_path(cache_dir)))
     cached = {
         id(dataset): filler.cached(dataset)
         for dataset in (splits.train, splits.test, splits.val)

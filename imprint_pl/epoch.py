@@ -16,6 +16,7 @@ from imprint_pl.collapse import nc1
 from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint_parts
+from imprint_pl.labels import names_of
 from imprint_pl.memory import check_memory
 from imprint_pl.recipes import Auto, Parts
 from imprint_pl.reservoir import EmbeddingReservoir
@@ -62,7 +63,7 @@ class ImprintEpoch:
         self.data = trainer.datamodule
         self.parts, self.seed, self.weibull = parts, seed, weibull
         data, loader = trainer.datamodule, trainer.train_dataloader
-        self.class_names = list(getattr(data, "class_names", None) or []) or None
+        self.class_names = names_of(data) or None
         self.num_classes = len(self.class_names or []) or getattr(data, "num_classes", None)
         self.dealt = dealt_samples(loader)
         # Cut short on purpose, it may miss classes.

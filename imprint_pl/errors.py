@@ -14,5 +14,8 @@ def near(name: str, known: Iterable[str]) -> str:
     >>> near("robst", ["qi", "robust"])
     "; did you mean 'robust'?"
     """
-    found = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
+    # Without regard to case: CAT shares no letter with cat.
+    folded = {str(other).casefold(): other for other in known}
+    close = difflib.get_close_matches(str(name).casefold(), folded, n=3, cutoff=0.5)
+    found = [folded[other] for other in close]
     return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""

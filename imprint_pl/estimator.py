@@ -21,6 +21,13 @@ from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint
 from imprint_pl.incremental import Rows, Sums
+from imprint_pl.labels import (
+    check_composition,
+    find_label,
+    plain_labels,
+    some,
+    with_label,
+)
 from imprint_pl.limits import check_values, checked_seed
 from imprint_pl.norm import transform
 from imprint_pl.recipes import Parts, resolve
@@ -122,6 +129,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         """
         x, y = self._checked(X, y, reset=True)
         classes, codes = np.unique(y, return_inverse=True)
+        _check_texts(classes)
         names = [str(label) for label in classes]
         seed, keywords = self._seed(), self._keywords()
         self._head = imprint(x, torch.from_numpy(codes), class_names=names, seed=seed, **keywords)
@@ -142,25 +150,38 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
                 the class is there already.
         """
         kept = self._fitted_state()
-        classes = np.unique(np.append(self.classes_, label))
-        same = classes[np.isin(classes, self.classes_)]
-        if repr(same.tolist()) != repr(self.classes_.tolist()):
+        label, place = find_label(label, self.classes_)
+        if place is not None:
             raise ImprintError(
-                f"label {label!r} is of another type than those known so far, "
-                f"{_some(self.classes_)}, which would become {_some(same)}: give one of their type"
+                f"class {label!r} is there already: add_examples gives it more samples, or choose "
+                "another label"
             )
+        classes = with_label(self.classes_, label)
         place = int(np.searchsorted(classes, label))
-        return self._become(kept.add_class(str(label), self._rows(X), place), classes)
+        return self._become(kept.add_class(str(classes[place]), self._rows(X), place), classes)
 
     def add_examples(self, label, X) -> ImprintEstimator:
         """Adds samples `X (n, d)` to a class. Errors as of `add_class`."""
-        return self._become(self._fitted_state().add_examples(str(label), self._rows(X)))
+        kept = self._fitted_state()
+        name = kept.class_names[self._place(label)]
+        return self._become(kept.add_examples(name, self._rows(X)))
 
     def remove_class(self, label, X=None) -> ImprintEstimator:
         """Removes a class; `X`, all its samples, where `keep="moments"` asks for them."""
+        kept = self._fitted_state()
         x = None if X is None else self._rows(X)
-        left = self._fitted_state().remove_class(str(label), x)
-        return self._become(left, self.classes_[self.classes_.astype(str) != str(label)])
+        place = self._place(label)
+        left = kept.remove_class(kept.class_names[place], x)
+        return self._become(left, np.delete(self.classes_, place))
+
+    def _place(self, label) -> int:
+        label, place = find_label(label, self.classes_)
+        if place is None:
+            raise ImprintError(
+                f"there is no class {label!r}{near(label, map(str, self.classes_))} "
+                f"({len(self.classes_)} classes: {some(self.classes_)})"
+            )
+        return place
 
     def _fitted_state(self) -> State:
         check_is_fitted(self)
@@ -251,6 +272,10 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         best = self._logits(X).argmax(1).numpy()
         return self.classes_[best]
 
+    def score(self, X, y, sample_weight=None) -> float:
+        """Accuracy on `X (n, d)`, labels `y (n,)`."""
+        return super().score(X, plain_labels(y), sample_weight)
+
     def _logits(self, X) -> Tensor:
         check_is_fitted(self)
         x = self._tensor(validate_data(self, X, reset=False, **AS_TENSOR))
@@ -258,7 +283,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             return transform(self.head_.to(x.device), x).cpu().double()
 
     def _checked(self, X, y, reset: bool) -> tuple[Tensor, np.ndarray]:
-        X, y = validate_data(self, X, y, reset=reset, **AS_TENSOR)
+        X, y = validate_data(self, X, plain_labels(y), reset=reset, **AS_TENSOR)
         check_classification_targets(y)
         return self._tensor(X), y
 
@@ -281,13 +306,14 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
     def _known(self, y: np.ndarray, classes, first: bool) -> tuple[np.ndarray, bool]:
         """All labels so far, sorted, and whether the first batch has named all that may come."""
         closed = classes is not None if first else self._closed
+        classes = plain_labels(classes)
         if first:
             known = unique_labels(classes if closed else y)
         else:
-            known = self.classes_ if closed else unique_labels(self.classes_, y)
+            known = self.classes_ if closed else _with_new(self.classes_, y)
             if classes is not None and not np.array_equal(unique_labels(classes), known):
                 raise ImprintError(
-                    f"classes={list(classes)} are not those known so far, {_some(known)}: give "
+                    f"classes={list(classes)} are not those known so far, {some(known)}: give "
                     "them in the first partial_fit alone"
                 )
         outside = ~np.isin(y, known)
@@ -295,9 +321,10 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             label = y[outside].tolist()[0]
             raise ImprintError(
                 f"label {label!r} of sample {outside.argmax()} is not among the classes of the "
-                f"first partial_fit, {_some(known)}{near(label, map(str, known))}: name it "
+                f"first partial_fit, {some(known)}{near(label, map(str, known))}: name it "
                 "there, or leave `classes` out, and new labels may come with any batch"
             )
+        _check_texts(known)
         return known, closed
 
     def _settle(self, x: Tensor, labels: Tensor) -> tuple[Parts, list[dict[str, Any]]]:
@@ -331,6 +358,17 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         return state
 
 
-def _some(labels: np.ndarray) -> str:
-    more = f" and {len(labels) - 10} more" if len(labels) > 10 else ""
-    return f"{labels[:10].tolist()}{more}"
+def _check_texts(labels: np.ndarray) -> None:
+    if labels.dtype.kind in "OU":
+        check_composition(labels.tolist())
+
+
+def _with_new(known: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """`known (C,)` with the labels of a batch, sorted; of the same type where none is new."""
+    if (known.dtype.kind in "OU") != (y.dtype.kind in "OU"):
+        find_label(y[0], known)  # raises: a text is no number
+    new = y[~np.isin(y, known)]
+    if not len(new):
+        return known
+    whole = known.dtype.kind in "biu" and new.dtype.kind == "f"
+    return unique_labels(known, new.astype(np.int64) if whole else new)

@@ -16,6 +16,7 @@ from torch.nn import functional
 from imprint_pl.agg import LogSumExp, NearestProxies
 from imprint_pl.data.decode import read_image
 from imprint_pl.errors import ImprintError
+from imprint_pl.files import local_path
 from imprint_pl.head import ImprintedHead
 from imprint_pl.state import State
 
@@ -140,7 +141,7 @@ def explain_files(
     Files that cannot be read are left out. Training images are drawn where the state names their
     files and these still exist.
     """
-    folder = Path(folder)
+    folder = Path(local_path(folder))
     folder.mkdir(parents=True, exist_ok=True)
     state = None if state is None or state.x is None else state
     records = []

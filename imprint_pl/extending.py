@@ -26,6 +26,7 @@ from imprint_pl.batch import images_of
 from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint
+from imprint_pl.labels import check_composition, names_of, place_of
 from imprint_pl.moments import Moments
 
 # Of the new rows without old samples, chosen on digits and Fashion-MNIST embeddings: towards a
@@ -111,6 +112,10 @@ def extend(
         raise ImprintError("new_classes is empty: give {name: samples}")
     if old_data is None and (overrides or recipe != RECIPE):
         raise ImprintError("recipe and its keywords are used with old_data alone: give that, too")
+    check_composition(list(map(str, new_classes)))
+    for name in new_classes:
+        if place_of(name, names_of(old_data)) is not None:
+            raise ImprintError(f"class {name!r} is one of old_data's: give a new one another name")
     parts, size = [], old.out_features
     for name, samples in new_classes.items():
         # Labels nobody reads: there is one class.

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 from safetensors import safe_open
@@ -25,6 +27,22 @@ HASH = "sha256"
 # What a name or a number needs; a text with brackets would be read as structure, and structure can
 # name classes.
 PLAIN_TEXT = re.compile(r"[^{}\[\]\n]*")
+
+
+def local_path(place: str | os.PathLike) -> str:
+    """A path as a shell would read it: `~`, `$NAME` of the environment and `file://` at its start
+    are resolved; what exists under the very name is that.
+
+    No shell does so for `--data.root=~/photos` or for what stands in a YAML file or in quotes.
+    """
+    path = os.fspath(place)
+    if os.path.exists(path):
+        return path
+    if path.startswith("file://"):
+        return url2pathname(urlsplit(path).path)
+    if path.startswith("$"):
+        path = os.path.expandvars(path)
+    return os.path.expanduser(path)
 
 
 @contextmanager
@@ -106,8 +124,12 @@ def read_checkpoint(source: str | Path | IO[bytes], map_location: Any = "cpu") -
     Raises:
         ImprintError: no such file, damaged, forged, or no checkpoint.
     """
-    name = source if isinstance(source, str | Path) else "the checkpoint"
-    if name is source and not Path(source).is_file():
+    is_path = isinstance(source, str | os.PathLike)
+    source = local_path(source) if is_path else source
+    name = source if is_path else "the checkpoint"
+    if is_path and not os.path.isfile(source):
+        if os.path.isdir(source):
+            raise ImprintError(f"{source} is a folder: give the .ckpt in it that `fit` wrote")
         raise ImprintError(f"{source}: there is no such file")
     with damaged(name, "a checkpoint that `fit` wrote"):
         _check_archive(source)

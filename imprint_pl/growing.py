@@ -13,6 +13,7 @@ from torch import Tensor
 
 from imprint_pl.batch import images_of
 from imprint_pl.errors import ImprintError
+from imprint_pl.labels import warn_of_alike
 from imprint_pl.state import State
 from imprint_pl.state_file import read_state, state_path, write_state
 
@@ -42,7 +43,9 @@ class Growing:
             ImprintError: nothing was kept, or what was kept does not suffice (it says what would);
                 the class is there already; no image.
         """
-        self._become(self._kept().add_class(name, self._embedded(images), sources=sources))
+        grown = self._kept().add_class(name, self._embedded(images), sources=sources)
+        self._become(grown)
+        warn_of_alike(grown.class_names, "the head")
 
     def add_examples(self, name: str, images: Any, sources: Sequence[str] = ()) -> None:
         """Adds images to a class. Arguments and errors as of `add_class`."""

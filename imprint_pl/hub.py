@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from torch import nn
 
-from imprint_pl.files import damaged, read_tensors, save_tensors
+from imprint_pl.files import damaged, local_path, read_tensors, save_tensors
 
 FILE = "model.safetensors"
 
@@ -22,6 +22,10 @@ class Pretrained(
     tags=["weight-imprinting", "image-classification"],
 ):
     """Mixed into `ImprintedHead`, which takes parts and sizes from the file; never a pickle."""
+
+    def save_pretrained(self, save_directory: str | Path, **keywords) -> str | None:
+        """Writes the head into a folder; see `ModelHubMixin.save_pretrained`."""
+        return super().save_pretrained(local_path(save_directory), **keywords)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         # Parts that NORM_pre and NORM_inf share are stored under each name: safetensors wants
@@ -39,11 +43,11 @@ class Pretrained(
         Raises:
             ImprintError: damaged, or not a head.
         """
-        what = "a folder that save_pretrained wrote"
+        what, place = "a folder that save_pretrained wrote", pretrained_model_name_or_path
         # Not those of the network, which say what they are.
         errors = (ValueError, TypeError, AttributeError, KeyError, RecursionError)
-        with damaged(pretrained_model_name_or_path, what, errors):
-            return super().from_pretrained(pretrained_model_name_or_path, **keywords)
+        with damaged(place, what, errors):
+            return super().from_pretrained(local_path(place), **keywords)
 
     @classmethod
     def _from_pretrained(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
@@ -31,19 +31,32 @@ class CalibrationError(MulticlassCalibrationError):
         super().update(preds.softmax(1), target)
 
 
+class ClassAccuracy(MulticlassAccuracy):
+    """Accuracy of each class `(C,)`; NaN for a class without samples."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, average=None)
+
+    def compute(self) -> Tensor:
+        """`(C,)`."""
+        return super().compute().masked_fill(self.tp + self.fn == 0, torch.nan)
+
+
 class TaskMetrics(MetricCollection):
     """`accuracy` (micro), `macro_f1`, `calibration_error` (expected; for C > 1) and
-    `class_accuracy` `(C,)`, as fractions.
+    `class_accuracy` `(C,)`, as fractions; NaN for a class without samples.
 
     Args:
         num_classes: C.
     """
 
     def __init__(self, num_classes: int) -> None:
+        # torchmetrics takes two classes at least: beside a single one there is an empty one.
+        rooms = max(num_classes, 2)
         metrics = {
-            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-            "macro_f1": MulticlassF1Score(num_classes, average="macro"),
-            "class_accuracy": MulticlassAccuracy(num_classes, average=None),
+            "accuracy": MulticlassAccuracy(rooms, average="micro"),
+            "macro_f1": MulticlassF1Score(rooms, average="macro"),
+            "class_accuracy": ClassAccuracy(rooms),
         }
         if num_classes > 1:
             metrics["calibration_error"] = CalibrationError(num_classes, n_bins=15)
@@ -74,7 +87,9 @@ class TaskMetrics(MetricCollection):
     def compute(self) -> dict[str, Any]:
         """The values over all batches and ranks."""
         self._update()
-        return super().compute()
+        values = super().compute()
+        values["class_accuracy"] = values["class_accuracy"][: self.num_classes]
+        return values
 
     def reset(self) -> None:
         """Forgets all samples, those that wait too."""
@@ -88,4 +103,6 @@ class TaskMetrics(MetricCollection):
         self._waiting = []
         if len(labels):
             check_labels(labels, self.num_classes)
+            if self.num_classes == 1:
+                scores = nn.functional.pad(scores, (0, 1), value=-torch.inf)
             self.update(scores, labels)

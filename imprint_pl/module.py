@@ -17,11 +17,12 @@ from torch import Tensor
 
 from imprint_pl.backbone import load_backbone
 from imprint_pl.batch import dealt_samples, images_of, loader_number, split_batch
-from imprint_pl.checks import EMPTY, check_checkpoint, check_task
+from imprint_pl.checks import EMPTY, check_checkpoint, check_labels, places_of
 from imprint_pl.epoch import ImprintEpoch
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.files import damaged, hyperparameters, read_checkpoint
 from imprint_pl.growing import Growing
+from imprint_pl.labels import names_of
 from imprint_pl.metrics import TaskMetrics
 from imprint_pl.recipes import resolve
 from imprint_pl.select import checked_bounds
@@ -101,7 +102,9 @@ class ImprintedClassifier(Growing, LightningModule):
         save_backbone: keep the backbone in checkpoints too.
 
     The data module may have `class_names`, `num_classes`, and `class_counts` `(C,)`, the training
-    samples of each class; without the counts sums for NC1 take C times the memory.
+    samples of each class; without the counts sums for NC1 take C times the memory. Data that are
+    validated or tested may have the head's classes in another order, or some of them: they are
+    found by name.
 
     Logged: `train/nc1`, `train/temperature`, `train/embed_seconds`, `train/gen_seconds`,
     `train/images_per_second`; `val/…` and `test/…`: `accuracy` (micro), `macro_f1`,
@@ -151,7 +154,7 @@ class ImprintedClassifier(Growing, LightningModule):
         # A module among the hyperparameters would break weights_only loading; nor does a path of
         # this machine belong into a checkpoint. The name of a torchvision entry does.
         ignored = [] if isinstance(backbone, str) else ["backbone"]
-        if weights is not None and not weights.isidentifier():
+        if weights is not None and not str(weights).isidentifier():
             ignored.append("weights")
         self.save_hyperparameters(ignore=ignored)
         self.automatic_optimization = False
@@ -205,6 +208,8 @@ class ImprintedClassifier(Growing, LightningModule):
         self.head = self.parts.empty_head()
         self.metrics: TaskMetrics | None = None
         self.class_accuracy: Tensor | None = None
+        # For each class of the data that are measured the head's label, where they differ.
+        self._places: Tensor | None = None
         self._epoch: ImprintEpoch | None = None
 
     @property
@@ -306,7 +311,7 @@ class ImprintedClassifier(Growing, LightningModule):
     def _start_metrics(self, stage: str) -> None:
         self.metrics = None
         if not self.head.is_empty:
-            check_task(self.head, list(getattr(self.trainer.datamodule, "class_names", None) or []))
+            self._places = places_of(names_of(self.trainer.datamodule), self.head)
             self.metrics = TaskMetrics(self.head.num_classes).to(self.device)
         elif self.trainer.state.fn != "fit":
             raise ImprintError(f"cannot {stage}: {EMPTY}")
@@ -331,7 +336,18 @@ class ImprintedClassifier(Growing, LightningModule):
         if batch_idx == 0:
             self.metrics.seen = 0  # of this loader
         images, labels = split_batch(batch)
-        self.metrics.add(self(images), labels, dealt_samples(loader))
+        self.metrics.add(self(images), self.labels_of_head(labels), dealt_samples(loader))
+
+    def labels_of_head(self, labels: Tensor) -> Tensor:
+        """The head's labels `(B,)` for those of the data that are measured, by the classes' names.
+
+        Raises:
+            ImprintError: a label that is none of the data's classes.
+        """
+        if self._places is None:
+            return labels
+        check_labels(labels, len(self._places))
+        return self._places.to(labels.device)[labels]
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
@@ -349,6 +365,8 @@ class ImprintedClassifier(Growing, LightningModule):
             self.log(f"{stage}/{name}", value, prog_bar=shown, sync_dist=True)
         if self.head.num_classes <= LOGGED_CLASSES:
             for name, value in zip(self.class_names, self.class_accuracy, strict=True):
+                if value.isnan():
+                    continue  # no sample of that class
                 self.log(f"{stage}/accuracy/{name}", value.to(self.device), sync_dist=True)
 
     def on_predict_start(self) -> None:

@@ -7,6 +7,7 @@ import re
 from lightning.pytorch.cli import LightningArgumentParser
 
 import imprint_pl.data
+from imprint_pl.data.tasks import IN_QUOTES
 from imprint_pl.errors import ImprintError, near
 
 # Importing them makes them known by these short names.
@@ -45,6 +46,8 @@ class Parser(LightningArgumentParser):
             return f"unknown option {found[1]!r}{near(found[1], self._names())}"
         if found := re.search(r"Expected a dot import path string: (\S+)", message):
             return f"unknown data {found[1]!r}{near(found[1], DATA)}: one of {', '.join(DATA)}"
+        if found := re.match(r"classes=(.*): Does not validate", message):
+            return f"classes={found[1]}: give a list of indices or names{IN_QUOTES}"
         if "are required" in message and ".data" in message:
             return (
                 "no data: give --data Digits (or MNIST, FashionMNIST, CIFAR10, ImageFolder with "

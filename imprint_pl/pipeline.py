@@ -21,6 +21,7 @@ from imprint_pl.errors import ImprintError
 from imprint_pl.gen import Proxies
 from imprint_pl.gen.ridge import CHOICES
 from imprint_pl.head import ImprintedHead
+from imprint_pl.labels import plain_labels
 from imprint_pl.limits import check_classes, check_size, check_values
 from imprint_pl.moments import Moments
 from imprint_pl.norm import Norm, sums_of, transform
@@ -243,7 +244,7 @@ def checked(
 
     `allow_empty` accepts classes without samples.
     """
-    x, y = _tensor(x, "embeddings"), _tensor(y, "labels")
+    x, y = _tensor(x, "embeddings"), _tensor(plain_labels(y), "labels")
     if x.ndim != 2 or not x.is_floating_point() or 0 in x.shape:
         raise ImprintError(
             f"embeddings of shape {tuple(x.shape)} and type {x.dtype}: expected floats (N, d)"

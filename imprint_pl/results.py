@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from imprint_pl.errors import ImprintError
+from imprint_pl.files import local_path
 
 TEXT, WHOLE, NUMBER, TRUTH = "string", "Int64", "Float64", "boolean"
 
@@ -46,7 +47,7 @@ class Results:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(local_path(folder))
         self.journal = self.folder / "journal.jsonl"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

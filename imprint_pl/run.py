@@ -76,7 +76,9 @@ def write_summary(folder: Path, summary: dict[str, Any], model: LightningModule)
             writer = csv.writer(file)
             writer.writerow(["label", "class", "accuracy"])
             for label, value in enumerate(model.class_accuracy.tolist()):
-                writer.writerow([label, model.head.name_of(label), round(value, 6)])
+                # A class without samples has no accuracy.
+                accuracy = "" if math.isnan(value) else round(value, 6)
+                writer.writerow([label, model.head.name_of(label), accuracy])
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -160,4 +162,4 @@ def _json_number(value: float) -> float | None:
 
 
 def _number(value: float | None, factor: float, digits: int, unit: str = "") -> str | None:
-    return None if value is None else f"{value * factor:.{digits}f}{unit}"
+    return None if value is None or math.isnan(value) else f"{value * factor:.{digits}f}{unit}"

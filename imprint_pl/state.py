@@ -19,6 +19,7 @@ from torch import Tensor
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint_parts
+from imprint_pl.labels import check_name, place_of
 from imprint_pl.limits import as_plain, check_values
 from imprint_pl.moments import Moments
 from imprint_pl.norm import sums_of
@@ -160,14 +161,16 @@ class State:
             ImprintError: the class is there already, no sample, other dimensions, or sums that do
                 not suffice.
         """
-        if name in self.class_names:
+        check_name(name)
+        if place_of(name, self.class_names) is not None:
             raise ImprintError(
                 f"class {name!r} is there already: add-examples (add_examples in Python) gives it "
                 "more samples, or choose another name"
             )
-        names = list(self.class_names)
-        names.insert(len(names) if place is None else place, name)
-        return self._renamed(names).add_examples(name, x, sources)
+        names, label = list(self.class_names), len(self.class_names) if place is None else place
+        names.insert(label, name)
+        places = torch.arange(len(names) - 1)
+        return self._renamed(names, places + (places >= label)).add_examples(name, x, sources)
 
     def add_examples(self, name: str, x: Tensor, sources: Sequence[str] = ()) -> State:
         """With more samples `x (n, d)` of a class. Errors as of `add_class`."""
@@ -196,18 +199,20 @@ class State:
         label = self._label(name)
         if len(self.class_names) == 1:
             raise ImprintError(f"class {name!r} is the last one: a head needs a class")
-        names = [other for other in self.class_names if other != name]
+        names = [*self.class_names[:label], *self.class_names[label + 1 :]]
+        places = torch.arange(len(names) + 1)
+        places = torch.where(places == label, -1, places - (places > label).long())
         if self.x is not None:
             rows = self.y != label
             sources = tuple(s for s, kept in zip(self.sources, rows.tolist(), strict=False) if kept)
             left = replace(self, x=self.x[rows], y=self.y[rows], sources=sources)
-            return left._renamed(names)
+            return left._renamed(names, places)
         moments = self.moments
         if moments.gram is not None:
             moments = self._less(moments, label, name, x)
         else:
             self._check_features(int(self.counts.sum() - self.counts[label]))
-        return replace(self, moments=moments)._renamed(names)
+        return replace(self, moments=moments)._renamed(names, places)
 
     def _less(self, moments: Moments, label: int, name: str, x: Tensor | None) -> Moments:
         count = int(self.counts[label])
@@ -258,13 +263,19 @@ class State:
                 )
 
     def _label(self, name: str) -> int:
-        if name not in self.class_names:
+        label = place_of(name, self.class_names)
+        if label is None:
             raise ImprintError(
                 f"there is no class {name!r}{near(name, self.class_names)} "
                 f"({len(self.class_names)} classes: {', '.join(self.class_names[:10])}"
                 f"{', …' if len(self.class_names) > 10 else ''})"
             )
-        return self.class_names.index(name)
+        if self.class_names.count(self.class_names[label]) > 1:
+            raise ImprintError(
+                f"{self.class_names.count(self.class_names[label])} classes are called {name!r}: "
+                "fit with class names that tell them apart"
+            )
+        return label
 
     def _checked(self, x: Tensor, name: str) -> Tensor:
         x = torch.as_tensor(x).detach().cpu()
@@ -278,9 +289,9 @@ class State:
         check_values(x, f"class {name!r}: ")
         return x
 
-    def _renamed(self, names: list[str]) -> State:
-        """With other classes: those that are new are empty, those that went were emptied."""
-        places = torch.tensor([names.index(n) if n in names else -1 for n in self.class_names])
+    def _renamed(self, names: list[str], places: Tensor) -> State:
+        """With other classes, where label c becomes `places[c]`, or goes where that is −1: its rows
+        went before. New classes are empty."""
         if self.x is not None:
             return replace(self, class_names=names, y=places[self.y])
         kept = places >= 0

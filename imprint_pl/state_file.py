@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from imprint_pl.errors import ImprintError
-from imprint_pl.files import damaged, read_tensors, save_tensors
+from imprint_pl.files import damaged, local_path, read_tensors, save_tensors
 from imprint_pl.limits import as_plain, check_classes, checked_seed, is_count
 from imprint_pl.moments import Moments
 from imprint_pl.pipeline import checked_names
@@ -27,7 +27,7 @@ PLAIN += ("threshold", "accept", "weibull")
 
 def state_path(checkpoint: str | Path) -> Path:
     """The state's file beside a checkpoint: `imprinted.ckpt` → `imprinted.state.safetensors`."""
-    return Path(checkpoint).with_suffix(".state.safetensors")
+    return Path(local_path(checkpoint)).with_suffix(".state.safetensors")
 
 
 def write_state(state: State, path: str | Path) -> Path:

@@ -4,6 +4,7 @@ the proxy gallery. The commands add it where there is a WandbLogger.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -48,10 +49,10 @@ class WandbResults(Callback):
         # The module's steps return nothing: the scores are taken where the head gives them.
         self._hook = pl_module.head.register_forward_hook(keep)
 
-    def _add(self, batch: Any) -> None:
+    def _add(self, pl_module: LightningModule, batch: Any) -> None:
         # None where the head was empty.
         if self._scores is not None:
-            labels = split_batch(batch)[1]
+            labels = pl_module.labels_of_head(split_batch(batch)[1])
             self._store.add(self._scores.argmax(1)[:, None].float(), labels)
             self._scores = None
 
@@ -71,10 +72,10 @@ class WandbResults(Callback):
         self._start(trainer, pl_module)
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *args) -> None:
-        self._add(batch)
+        self._add(pl_module, batch)
 
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, *args) -> None:
-        self._add(batch)
+        self._add(pl_module, batch)
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
         self._end(trainer, pl_module, trainer.val_dataloaders)
@@ -110,7 +111,8 @@ class WandbResults(Callback):
         names = [head.name_of(label) for label in range(head.num_classes)]
         tables: dict[str, Any] = {}
         if model.class_accuracy is not None:
-            values = model.class_accuracy.tolist()
+            # A class without samples has no accuracy.
+            values = [None if math.isnan(v) else v for v in model.class_accuracy.tolist()]
             tables["per_class"] = wandb.Table(
                 columns=["label", "class", "accuracy"],
                 data=[[i, name, values[i]] for i, name in enumerate(names)],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imprint_pl.errors import ImprintError
+from imprint_pl.files import local_path
 
 # What timm looks for in a repository of the hub, in this order.
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -17,7 +18,7 @@ HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 def read_state_dict(file) -> dict[str, Tensor]:
     """A state dict from a file, never through pickle's code execution."""
-    path = Path(file).expanduser()
+    path = Path(local_path(file))
     if not path.is_file():
         raise ImprintError(f"weights {str(file)!r}: no such file")
     try:

@@ -210,6 +210,16 @@ def test_several_callbacks_may_imprint_for_one_module(tmp_path):
     assert run.callback_metrics["imprinted/accuracy"] == pytest.approx(float(accuracy))
 
 
+def test_a_validation_of_a_single_class_is_measured(tmp_path):
+    x, _ = digits()
+    loader = DataLoader(TensorDataset(x[:20], torch.zeros(20, dtype=torch.long)), batch_size=10)
+    callback = ImprintCallback(Plain.layer, "qi", "validation", num_classes=1)
+    run = trainer(tmp_path, callback)
+    run.fit(project(Plain), loader, loader)
+    assert run.callback_metrics["imprinted/accuracy"] == 1
+    assert run.callback_metrics["imprinted/macro_f1"] == 1
+
+
 def test_each_of_several_validation_loaders_is_measured(tmp_path):
     class TwoLoaders(Plain):
         def validation_step(self, batch, batch_idx, dataloader_idx):

@@ -190,6 +190,84 @@ def test_a_folder_of_photos_is_imprinted_and_single_files_are_predicted(tmp_path
     assert [row["class"] for row in rows] == ["dog", *["cat"] * 8, "dog"]
 
 
+SMALL = ["--data", "ImageFolder", "--data.num_workers", "0"]
+MODEL = ["--model.recipe", "qi", "--model.image_size", "32"]
+
+
+def test_a_folder_around_the_classes_ends_in_one_line_before_anything_is_embedded(tmp_path, capfd):
+    photos(tmp_path / "photos" / "photos")
+    assert main(["fit", *SMALL, "--data.root", "photos", *MODEL]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(
+        "error: photos has a single class folder, photos/photos, with cat/ and dog/ in it: "
+    )
+
+
+def test_a_single_class_goes_through_the_commands(tmp_path, capfd):
+    photos(tmp_path / "photos", ["cat"])
+    data = [*SMALL, "--data.root", "photos"]
+    options = ["--model.keep", "embeddings", "--model.accept", "0.9", "--gallery", "file"]
+    assert main(["fit", *data, *MODEL, *options]) == 0
+    output = capfd.readouterr()
+    summary = summary_of(output.out)
+    assert (summary["accuracy"], summary["macro_f1"], summary["nc1"]) == (1, 1, None)
+    assert "nan" not in output.out
+    checkpoint = ["--ckpt_path", summary["checkpoint"]]
+    assert main(["test", *data, *checkpoint]) == 0
+    assert summary_of(capfd.readouterr().out)["accuracy"] == 1
+    images = ["--images", "photos", "--output", "it.csv", "--top", "3", "--explain", "explained"]
+    assert main(["predict", *checkpoint, *images]) == 0
+    assert {row["class"] for row in rows_of("it.csv")} <= {"cat", "none of these"}
+
+
+def test_a_grown_checkpoint_is_measured_by_name_and_names_are_found(tmp_path, capfd):
+    photos(tmp_path / "photos", ["ant", "cat"])
+    photos(tmp_path / "all", ["ant", "cafe\u0301", "cat"])
+    data = [*SMALL, "--data.root", "photos"]
+    assert main(["fit", *data, *MODEL, "--model.keep", "embeddings"]) == 0
+    checkpoint = summary_of(capfd.readouterr().out)["checkpoint"]
+    command = ["add-class", checkpoint, "--images", "all/caf*/*.png", "--output", "grown.ckpt"]
+    assert main([*command, "--name", "caf\u00e9"]) == 0
+    # The head has ant, cat, café, in this order, the folder ant, café, cat.
+    assert main(["test", *SMALL, "--data.root", "all", "--ckpt_path", "grown.ckpt"]) == 0
+    folder = run_folder(capfd.readouterr().out)
+    rows = rows_of(folder / "per_class.csv")
+    assert [row["class"] for row in rows] == ["ant", "cat", "caf\u00e9"]
+    assert main(["test", *data, "--ckpt_path", "grown.ckpt"]) == 0
+    rows = rows_of(run_folder(capfd.readouterr().out) / "per_class.csv")
+    assert rows[2]["accuracy"] == "" != rows[1]["accuracy"]
+    assert main(["remove-class", "grown.ckpt", "--name", "CAFE\u0301"]) == 2
+    assert "did you mean 'caf\u00e9'" in capfd.readouterr().err
+    assert main(["remove-class", "grown.ckpt", "--name", "cafe\u0301"]) == 0
+    assert "2 classes: ant (6), cat (6)" in capfd.readouterr().out
+
+
+def test_paths_are_read_as_a_shell_reads_them(tmp_path, monkeypatch, capfd):
+    home = tmp_path / "home"
+    photos(home / "photos")
+    monkeypatch.setenv("HOME", str(home))
+    Path("it.yaml").write_text(
+        "data: {class_path: ImageFolder, init_args: {root: ~/photos, num_workers: 0}}\n"
+        "model: {recipe: qi, image_size: 32, keep: embeddings}\n"
+        "trainer: {default_root_dir: $HOME/runs}\ncache_dir: ~/cache\n"
+    )
+    assert main(["fit", "--config=file://" + str(tmp_path / "it.yaml")]) == 0
+    assert (home / "cache").is_dir()
+    (checkpoint,) = (home / "runs").rglob("*.ckpt")
+    shown = f"~/{checkpoint.relative_to(home)}"
+    assert main(["test", *SMALL, "--data.root=~/photos/", f"--ckpt_path={shown}"]) == 0
+    images = ["--images=~/photos/cat/*.png", "--output=$HOME/it.csv"]
+    assert main(["predict", *images, f"--ckpt_path=file://{checkpoint}"]) == 0
+    assert len(rows_of(home / "it.csv")) == 8
+    command = ["add-class", shown, "--name", "fox", "--images", "~/photos/dog"]
+    assert main([*command, "--output", "~/grown.ckpt"]) == 0
+    assert (home / "grown.state.safetensors").is_file()
+    capfd.readouterr()
+    assert main(["predict", *images, f"--ckpt_path={checkpoint.parent}"]) == 2
+    assert "is a folder: give the .ckpt in it" in capfd.readouterr().err
+    assert not Path("~").exists()
+
+
 def test_a_truncated_photo_is_named_whether_or_not_workers_read_it(tmp_path, capfd):
     photos(tmp_path / "photos")
     broken = tmp_path / "photos" / "dog" / "1.png"

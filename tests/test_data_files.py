@@ -13,7 +13,7 @@ import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
 
-from imprint_pl.data import ImageDataModule, ImageFileDataset, ImageFiles, ImageFolder
+from imprint_pl.data import ImageDataModule, ImageFileDataset, ImageFiles, ImageFolder, Union
 from imprint_pl.data.decode import read_image
 from imprint_pl.data.files import ImageFileLoader, pack
 from imprint_pl.errors import ImprintError
@@ -406,6 +406,172 @@ def test_a_class_without_test_images_is_evaluated_on_the_others_with_a_warning(t
         module.setup()
     assert module.class_names == ["ant", "bee", "cow"]
     assert module.test_dataset.labels.tolist() == [0, 1]
+
+
+def folder_of(root, *names):
+    """Three images in each folder."""
+    for name in names:
+        for number in range(3):
+            flat(root / name / f"{number}.png", number)
+    return str(root)
+
+
+def classes_of(root, **options):
+    module = ImageFolder(root, num_workers=0, **options)
+    module.setup()
+    return module.class_names
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("car", "ship", "train"),
+        ("car", "ship", "train/steam", "train/electric"),
+        ("Train", "car"),
+        ("car", "training", "ship/a"),
+    ],
+)
+def test_a_class_may_be_called_train(tmp_path, names):
+    folder_of(tmp_path, *names)
+    assert set(classes_of(str(tmp_path))) == {name.split("/")[0] for name in names}
+    module = ImageFolder(str(tmp_path), num_workers=0)
+    module.setup()
+    assert len(module.train_dataset) + len(module.test_dataset) == 3 * len(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ("car", "train/steam", "train/electric"),
+            r"has train/, with electric/ and steam/ in it, beside car/: if train/ holds the classes"
+            r", set root to .*train; if it is a class itself, rename it",
+        ),
+        (("car/a", "ship/b", "train/a", "train/b"), "beside car/ and ship/: if train/ holds"),
+        (("car", "ship", "test"), "has test/ but no train/ beside car/ and ship/"),
+        (("car", "ship", "Validation"), "has Validation/ but no train/ beside car/ and ship/"),
+        (("car", "ship", "train", "val"), "train/ has images but no class folders"),
+        (("train/a", "training/a", "val/a"), "train/ and training/, both of which are taken for"),
+        (("train/a", "valid/a", "val/a"), "val/ and valid/, both of which are taken for the val"),
+    ],
+)
+def test_folders_that_may_be_classes_or_splits_are_named(tmp_path, names, message):
+    with pytest.raises(ImprintError, match=message):
+        classes_of(folder_of(tmp_path, *names))
+
+
+def test_classes_of_split_folders_may_be_called_like_splits(tmp_path):
+    splits = ("train", "val", "test")
+    root = folder_of(tmp_path, *(f"{split}/{name}" for split in splits for name in splits))
+    assert classes_of(root) == ["test", "train", "val"]
+
+
+def test_images_beside_the_splits_are_not_read_and_named(tmp_path):
+    root = folder_of(tmp_path, "train/a", "train/b", "val/a", "val/b", "extra", "runs/x/version_0")
+    with pytest.warns(UserWarning, match="the images of extra/ are not read"):
+        assert classes_of(root) == ["a", "b"]
+
+
+def test_a_run_beside_the_training_images_is_no_class(tmp_path):
+    root = folder_of(tmp_path, "train/a", "train/b", "runs/ImageFolder/version_0")
+    assert classes_of(root) == ["a", "b"]
+
+
+@pytest.mark.parametrize("split", [".", "train"])
+@pytest.mark.parametrize("inner", [("cat", "dog"), ("train/cat", "val/cat")])
+def test_a_folder_around_the_classes_is_named_with_the_classes(tmp_path, split, inner):
+    root = folder_of(tmp_path, *(f"{split}/photos/{name}" for name in inner), "__MACOSX/photos/a")
+    first, second = (name.split("/")[0] for name in inner)
+    message = f"a single class folder, .*photos, with {first}/ and {second}/ in it: set root to .*"
+    with pytest.raises(ImprintError, match=message):
+        classes_of(root)
+
+
+def test_a_single_class_is_served_and_said_to_be_one(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        assert classes_of(folder_of(tmp_path, "photos")) == ["photos"]
+    assert "a single class folder" in caplog.text
+    assert "every image will be called 'photos'" in caplog.text
+    assert classes_of(folder_of(tmp_path, "dog"), classes=["dog"]) == ["dog"]
+
+
+def test_folders_of_systems_are_no_classes_and_their_images_do_not_count(tmp_path):
+    foreign = ("@eaDir", "__MACOSX", ".ipynb_checkpoints", "lost+found", "$RECYCLE.BIN")
+    root = folder_of(tmp_path, "a", "b", *foreign, *(f"a/{name}" for name in foreign))
+    module = ImageFolder(root, num_workers=0)
+    module.setup()
+    assert module.class_names == ["a", "b"]
+    assert len(module.train_dataset) + len(module.test_dataset) == 6
+
+
+def test_names_that_differ_in_their_composition_alone_are_one_class(tmp_path):
+    nfc, nfd = "caf\u00e9", "cafe\u0301"
+    folder_of(tmp_path, f"train/{nfd}", "train/caff", f"val/{nfc}", "val/caff")
+    module = ImageFolder(str(tmp_path), num_workers=0)
+    module.setup()
+    assert module.class_names == ["caff", nfc]
+    assert torch.bincount(module.val_dataset.labels).tolist() == [3, 3]
+    assert module.val_dataset.paths[-1].split(os.sep)[-2] == nfc
+    folder_of(tmp_path, f"train/{nfc}")
+    with pytest.raises(ImprintError, match=r"'caf\\xe9'.*one name, composed in two ways"):
+        classes_of(str(tmp_path))
+
+
+def test_what_is_held_out_does_not_depend_on_how_names_are_composed(tmp_path):
+    held = []
+    for system, accent in (("mac", "e\u0301"), ("other", "\u00e9")):
+        for first, name in ((0, f"caf{accent}"), (100, "caff")):
+            for number in range(10):
+                flat(tmp_path / system / name / f"{accent}{number}f.png", first + number)
+                flat(tmp_path / system / name / f"f{number}.png", first + 50 + number)
+        module = ImageFolder(str(tmp_path / system), num_workers=0)
+        module.setup()
+        held.append(numbers_of(module.test_dataset))
+    assert held[0] == held[1]
+
+
+def test_classes_that_differ_in_case_alone_are_named(tmp_path):
+    root = folder_of(tmp_path, "Cat", "cat", "dog")
+    with pytest.warns(UserWarning, match="'Cat' and 'cat' differ in case or spaces alone"):
+        assert classes_of(root) == ["Cat", "cat", "dog"]
+    root = folder_of(tmp_path / "splits", "train/Cat", "train/dog", "val/cat", "val/dog")
+    with pytest.raises(ImprintError, match="val.cat has no counterpart .*did you mean 'Cat'"):
+        classes_of(root)
+
+
+def test_links_to_class_folders_are_followed_and_those_to_nothing_named(tmp_path):
+    folder_of(tmp_path / "elsewhere", "fox")
+    root = folder_of(tmp_path / "root", "ant", "bee")
+    (tmp_path / "root" / "fox").symlink_to(tmp_path / "elsewhere" / "fox")
+    assert classes_of(root) == ["ant", "bee", "fox"]
+    (tmp_path / "root" / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.warns(UserWarning, match="gone is a link that leads nowhere"):
+        assert classes_of(root) == ["ant", "bee", "fox"]
+
+
+def test_a_union_merges_names_in_either_composition_and_names_those_alike(tmp_path):
+    one = ImageFolder(folder_of(tmp_path / "one", "cafe\u0301", "dog"), num_workers=0)
+    other = ImageFolder(folder_of(tmp_path / "other", "caf\u00e9", "Dog"), num_workers=0)
+    both = Union([one, other], num_workers=0)
+    with pytest.warns(UserWarning, match="'dog' and 'Dog' differ in case"):
+        both.setup()
+    assert both.class_names == ["caf\u00e9", "dog", "Dog"]
+
+
+def test_roots_and_files_are_read_as_a_shell_reads_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / "my photos", "ant", "bee")
+    url = (tmp_path / "my photos").as_uri()
+    spellings = ("~/my photos", "$HOME/my photos/", "${HOME}/my photos", url)
+    for root in (*spellings, tmp_path / "my photos"):
+        module = ImageFolder(root, num_workers=0)
+        module.setup()
+        assert (module.class_names, module.name) == (["ant", "bee"], "my photos")
+        assert len(ImageFiles(root).paths) == len(ImageFiles([root]).paths) == 6
+    assert len(ImageFiles(["~/my photos/*/1.png"]).paths) == 2
+    folder_of(tmp_path / "~" / "odd", "ant", "bee")
+    assert ImageFolder("~/odd").root == "~/odd"
 
 
 def test_wrong_roots_are_named_with_the_cure(tmp_path):

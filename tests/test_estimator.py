@@ -393,7 +393,7 @@ def test_a_wrong_label_of_a_batch_is_named_and_changes_nothing():
         model.partial_fit(X[:2], ["cat", "dot"])
     with pytest.raises(ImprintError, match="classes=.'cat', 'cow'. are not those known so far"):
         model.partial_fit(X[:1], ["cat"], classes=["cat", "cow"])
-    with pytest.raises(ValueError, match="Mix of label input types"):
+    with pytest.raises(ValueError, match="label 1 is of another type than those known"):
         ImprintEstimator("qi").partial_fit(X, ["a"] * 4).partial_fit(X, [1] * 4)
     with pytest.raises(ValueError, match="2 features"):
         model.partial_fit(X[:1, :1], ["cat"])

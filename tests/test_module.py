@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -361,10 +362,51 @@ def test_a_class_without_images_is_named(tmp_path):
 def test_data_of_another_task_are_refused(tmp_path):
     model = classifier()
     trainer(tmp_path).fit(model, Points(class_names=["a", "b", "c"]))
-    with pytest.raises(ImprintError, match=r"imprinted for the classes \[a, b, c\] \(3\)"):
-        trainer(tmp_path).test(model, Points(class_names=["a", "c", "b"]), verbose=False)
+    with pytest.raises(ImprintError, match=r"imprinted for the classes \[a, b, c\] \(3\)") as error:
+        trainer(tmp_path).test(model, Points(class_names=["a", "B", "c"]), verbose=False)
+    assert "'B' is none of the head's; did you mean 'b'?" in str(error.value)
+    with pytest.raises(ImprintError, match="some names stand for two classes"):
+        trainer(tmp_path).test(model, Points(class_names=["a", "b", "b"]), verbose=False)
     with pytest.raises(ImprintError, match="label 3 is out of range for a head of 3 classes"):
         trainer(tmp_path).test(model, Points(y=LABELS + 3), verbose=False)
+
+
+@pytest.mark.parametrize("names", [["c", "a", "b"], np.array(["c", "a", "b"]), ("c", "a", "b")])
+def test_classes_in_another_order_are_measured_by_name(tmp_path, names):
+    model = classifier()
+    trainer(tmp_path).fit(model, Points(class_names=["a", "b", "c"]))
+    # One of the two samples of "a" lies where those of "b" are.
+    x = POINTS.clone()
+    x[0] = POINTS[2]
+    run = trainer(tmp_path)
+    run.test(model, Points(x, (LABELS + 1) % 3, class_names=names), verbose=False)
+    assert run.callback_metrics["test/accuracy"] == pytest.approx(5 / 6)
+    assert model.class_accuracy.tolist() == [0.5, 1, 1]
+
+
+def test_some_of_the_classes_are_measured_by_name_and_the_others_not_at_all(tmp_path):
+    model = classifier()
+    trainer(tmp_path).fit(model, Points(class_names=["a", "cafe\u0301", "c"]))
+    of_two = LABELS != 0
+    data = Points(POINTS[of_two], 2 - LABELS[of_two], class_names=["c", "caf\u00e9"])
+    run = trainer(tmp_path)
+    run.test(model, data, verbose=False)
+    assert run.callback_metrics["test/accuracy"] == run.callback_metrics["test/macro_f1"] == 1
+    assert model.class_accuracy[1:].tolist() == [1, 1]
+    assert model.class_accuracy[0].isnan()
+    assert "test/accuracy/a" not in run.callback_metrics
+    data = Points(POINTS, LABELS, class_names=["c", "a"])
+    with pytest.raises(ImprintError, match="label 2 is out of range for a head of 2 classes"):
+        trainer(tmp_path).test(model, data, verbose=False)
+
+
+@pytest.mark.parametrize("recipe", ["auto", "qi", "kernel", "lda"])
+def test_a_single_class_is_measured(tmp_path, recipe):
+    model = ImprintedClassifier(nn.Identity(), recipe)
+    run = trainer(tmp_path)
+    run.fit(model, Points(y=LABELS * 0, class_names=["a"]))
+    assert run.callback_metrics["val/accuracy"] == run.callback_metrics["val/macro_f1"] == 1
+    assert model.class_accuracy.tolist() == [1]
 
 
 def test_embeddings_that_are_not_finite_name_the_batch(tmp_path):

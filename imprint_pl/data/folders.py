@@ -5,7 +5,7 @@ The files are found here, decoded by the workers (files.py, decode.py) and never
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ from imprint_pl.data.decode import EXTENSIONS
 from imprint_pl.data.files import ImageFileDataset
 from imprint_pl.data.images import ImageDataModule, Splits
 from imprint_pl.errors import ImprintError
+from imprint_pl.files import local_path
+from imprint_pl.labels import check_composition, composed, place_of, warn_of_alike
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -23,6 +25,9 @@ SPLIT_NAMES = {
     "test": ("test", "testing"),
 }
 TEST_SEED = 0
+# What systems and programs put beside images: macOS's zips, NAS thumbnails and bins, Windows.
+NOT_OURS = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "__pycache__")
+NOT_OURS += ("system volume information",)
 
 
 class ImageFolder(ImageDataModule):
@@ -30,8 +35,10 @@ class ImageFolder(ImageDataModule):
 
     Either `<root>/train/<class>/` with `<root>/val/`, `<root>/test/` or both (one alone serves as
     validation and test), or `<root>/<class>/` alone: then `test_fraction` of each class is held
-    out as validation and test. Folders may be nested; hidden files and files that are no images
-    are ignored. A batch's images are a list of uint8 `(C, H, W)` of the files' own sizes.
+    out as validation and test. Beside other folders of images, and without val and test, "train" is
+    a class like them. Folders may be nested; hidden files and files that are no images are
+    ignored, and folders of systems, such as `__MACOSX`. A batch's images are a list of uint8
+    `(C, H, W)` of the files' own sizes.
 
     Args:
         root: The folder.
@@ -92,13 +99,14 @@ class ImageFolder(ImageDataModule):
                 "class to hold out as test, as in test_fraction=0.2"
             )
         _check_max_side(max_side)
-        self.name = Path(root).resolve().name
+        self.name = Path(self.root).resolve().name
         self.test_fraction = test_fraction
         self.max_side = max_side
 
     def load(self) -> Splits:
         folders = split_folders(Path(self.root))
         train_folder = folders.get("train", Path(self.root))
+        _check_classes(train_folder)
         class_names, train = self._read(train_folder)
         others = {
             split: self._read(folders[split], class_names)[1]
@@ -126,26 +134,30 @@ class ImageFolder(ImageDataModule):
         self, folder: Path, class_names: list[str] | None = None
     ) -> tuple[list[str], ImageFileDataset]:
         found = _subfolders(folder)
+        lost = [path for path in folder.iterdir() if not path.exists()]
+        if lost:
+            rank_zero_warn(f"{lost[0]} is a link that leads nowhere: it is not read")
         if not found:
             raise ImprintError(
                 f"{folder} has no class folders: put the images of each class into a folder of "
                 "the class's name; images without classes are for ImageFiles (predict)"
             )
         if class_names is None:
-            class_names = found
-        for name in found:
-            if name not in class_names:
+            class_names = [composed(name) for name in found]
+        places = [place_of(name, class_names) for name in found]
+        for name, place in zip(found, places, strict=True):
+            if place is None:
                 raise ImprintError(
                     f"the class folder {folder / name} has no counterpart among the training "
                     f"classes ({tasks.near_names(name, class_names)}): rename or remove it, or "
                     "add training images"
                 )
-        absent = [name for name in class_names if name not in found]
+        absent = [name for place, name in enumerate(class_names) if place not in places]
         if absent:
             rank_zero_warn(f"{folder} has no folder for {', '.join(absent)}: not evaluated")
         paths: list[str] = []
         labels: list[int] = []
-        for name in found:
+        for name, place in zip(found, places, strict=True):
             images = list(find_images(folder / name))
             if not images:
                 raise ImprintError(
@@ -153,7 +165,7 @@ class ImageFolder(ImageDataModule):
                     f"({', '.join(EXTENSIONS)}) or remove the folder"
                 )
             paths += images
-            labels += [class_names.index(name)] * len(images)
+            labels += [place] * len(images)
         return class_names, ImageFileDataset(paths, torch.tensor(labels), self.max_side)
 
 
@@ -186,7 +198,7 @@ class ImageFiles(ImageDataModule):
         super().__init__(batch_size=batch_size, num_workers=num_workers, download=False)
         _check_max_side(max_side)
         given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-        found = [path for place in given for path in _files_at(str(place))]
+        found = [path for place in given for path in _files_at(os.fspath(place))]
         if not found:
             raise ImprintError("paths is empty: name image files, folders or patterns")
         self.paths = list(dict.fromkeys(found))
@@ -219,8 +231,10 @@ def find_images(folder: str | Path) -> Iterator[str]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
+        folders[:] = sorted((name for name in folders if not _is_foreign(name)), key=composed)
+        # By their composed names: the draws depend on the order, and are to be the same for a copy
+        # of the folder on another system.
+        for name in sorted(files, key=composed):
             if _is_image(name):
                 yield os.path.join(place, name)
 
@@ -237,28 +251,116 @@ def _subfolders(folder: Path) -> list[str]:
             "holds train/<class>/ or <class>/"
         )
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        names = [e.name for e in entries if e.is_dir() and not _is_foreign(e.name)]
+    return sorted(names, key=composed)
+
+
+def _is_foreign(folder: str) -> bool:
+    """Whether a folder of this name is hidden, or a system's and not the user's."""
+    return folder.startswith(".") or folder.lower() in NOT_OURS
+
+
+def _holds_images(folder: Path) -> bool:
+    return next(find_images(folder), None) is not None
+
+
+def _list(folders: Iterable[str | Path]) -> str:
+    """ "cat/, dog/ and fox/", of at most six."""
+    names = [f"{Path(folder).name}/" for folder in folders]
+    if len(names) > 6:
+        names = [*names[:6], f"{len(names) - 6} more"]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _check_classes(folder: Path) -> None:
+    """Raises an `ImprintError` where all images lie in one folder that has class folders of its
+    own, or one class is there in two compositions of its name; says so where there is a single
+    class, or two names differ in case alone."""
+    names = _subfolders(folder)
+    check_composition(names)
+    warn_of_alike(names, str(folder))
+    if len(names) != 1:
+        return
+    only = folder / names[0]
+    inner = [name for name in _subfolders(only) if _holds_images(only / name)]
+    if len(inner) > 1 and not _has_own_images(only):
+        raise ImprintError(
+            f"{folder} has a single class folder, {only}, with {_list(inner)} in it: set root to "
+            f"{only} if you mean these; if {names[0]!r} is the one class, put its images into it "
+            "without folders"
+        )
+    rank_zero_info(
+        f"{folder} has a single class folder, {only}: every image will be called {names[0]!r}, and "
+        "its accuracy says nothing. Put the images of each class into a folder of its own."
+    )
+
+
+def _has_own_images(folder: Path) -> bool:
+    """Whether there are images in the folder itself, not in its subfolders."""
+    with os.scandir(folder) as entries:
+        return any(e.is_file() and _is_image(e.name) for e in entries)
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """The folders among "train", "val" and "test" that a folder has, however they are spelt."""
-    folders = {}
+    """The folders "train", "val" and "test" that a folder has, however they are spelt; empty where
+    its folders are classes, one of which may be called "train".
+
+    Raises:
+        ImprintError: no train/, or folders that may be either; the message names them.
+    """
+    folders: dict[str, Path] = {}
+    others = []
     for name in _subfolders(root):
-        for split, spellings in SPLIT_NAMES.items():
-            # Without regard to case: "Train" and "Test" taken for two classes would be a bad joke.
-            if name.lower() in spellings:
-                folders.setdefault(split, root / name)
-    if folders and "train" not in folders:
-        names = ", ".join(f"{folder.name}/" for folder in folders.values())
+        # Without regard to case: "Train" and "Test" taken for two classes would be a bad joke.
+        splits = [split for split, names in SPLIT_NAMES.items() if name.lower() in names]
+        if not splits:
+            others.append(root / name)
+        elif splits[0] in folders:
+            raise ImprintError(
+                f"{root} has {folders[splits[0]].name}/ and {name}/, both of which are taken for "
+                f"the {splits[0]} split: rename or remove one of them"
+            )
+        else:
+            folders[splits[0]] = root / name
+    # Not deeper, where runs and caches lie.
+    others = [
+        other
+        for other in others
+        if folders and any(map(_has_own_images, [other, *map(other.joinpath, _subfolders(other))]))
+    ]
+    if not folders or (not others and "train" in folders):
+        return folders
+    names, beside = _list(folders.values()), f" beside {_list(others)}" if others else ""
+    if "train" not in folders:
         raise ImprintError(
-            f"{root} has {names} but no train/: add train/<class>/, or rename the folder if it "
-            "is a class"
+            f"{root} has {names} but no train/{beside}: add train/<class>/, or rename the folder "
+            "if it is a class"
         )
-    return folders
+    train = folders["train"]
+    holds_classes = bool(_subfolders(train)) and not _has_own_images(train)
+    if len(folders) > 1:
+        if not holds_classes:
+            raise ImprintError(
+                f"{root} has {names}{beside}, and {train.name}/ has images but no class folders: "
+                "move the class folders into it, or rename it if it is a class"
+            )
+        rank_zero_warn(f"{root} has {names}: the images of {_list(others)} are not read")
+        return folders
+    if holds_classes and not (len(others) > 1 and all(map(_has_own_images, others))):
+        raise ImprintError(
+            f"{root} has {names}, with {_list(_subfolders(train))} in it, beside {_list(others)}: "
+            f"if {train.name}/ holds the classes, set root to {train}; if it is a class itself, "
+            "rename it"
+        )
+    rank_zero_info(
+        f"{root} has {names}{beside} and neither val/ nor test/: {train.name!r} is taken for a "
+        "class like the others"
+    )
+    return {}
 
 
 def _files_at(place: str) -> Sequence[str]:
-    path = os.path.expanduser(place)
+    path = local_path(place)
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):

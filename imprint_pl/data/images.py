@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from imprint_pl.data import tasks
 from imprint_pl.data.files import ImageFileLoader, pack
 from imprint_pl.errors import ImprintError
+from imprint_pl.files import local_path
 
 MOST_WORKERS = 16
 INDICES_SHOWN = 10
@@ -112,7 +113,7 @@ class ImageDataModule(LightningDataModule):
             raise ImprintError(f"batch_size={batch_size}: a batch holds at least 1 image")
         if num_workers is not None and num_workers < 0:
             raise ImprintError(f"num_workers={num_workers} is negative: 0 decodes without workers")
-        self.root = str(root)
+        self.root = local_path(root)
         self.classes = classes
         self.d = d
         self.num_labels = num_labels

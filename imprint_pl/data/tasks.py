@@ -9,15 +9,17 @@ follow: so a class's draw does not depend on which other classes were chosen, an
 import difflib
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from imprint_pl.errors import ImprintError, near
+from imprint_pl.labels import place_of
 
 NAMES_SHOWN = 20
+IN_QUOTES = "; YAML makes other values of yes, no, on, off, null and 1.0: put such names in quotes"
 
 # The paper's subsets of ten classes, of any data set.
 SUBSETS = {
@@ -60,6 +62,7 @@ def resolve_task(
     >>> resolve_task([["Cat", 2], "Bird"], ["Cat", "Bird", "Dog"])
     [[0, 2], [1]]
     """
+    classes = _as_list(classes)
     if d is None and num_labels is not None:
         raise ImprintError(f"num_labels={num_labels} is for d-in-1 tasks: give d too, as in d=3")
     merges = not isinstance(classes, str) and any(_is_inner(entry) for entry in classes or ())
@@ -80,6 +83,16 @@ def resolve_task(
 
 def _is_inner(entry) -> bool:
     return isinstance(entry, Sequence) and not isinstance(entry, str)
+
+
+def _as_list(classes):
+    """Classes as plain values, where they came as an array, a tensor or a series."""
+    if isinstance(classes, set | frozenset | Mapping):
+        raise ImprintError(
+            f"classes={classes!r} have no order, and labels need one: give a list, as in "
+            "classes=[0, 1, 2]"
+        )
+    return classes.tolist() if hasattr(classes, "tolist") else classes
 
 
 def d_in_1(
@@ -169,13 +182,17 @@ def resolve_classes(
     >>> resolve_classes(["Dog", 0], ["Cat", "Bird", "Dog"])
     [2, 0]
     """
+    classes = _as_list(classes)
     if classes is None:
         return list(range(len(class_names)))
     if isinstance(classes, str):
         if classes in SUBSETS:
             return list(range(len(class_names)))[SUBSETS[classes]]
+        if place_of(classes, class_names) is not None:
+            raise ImprintError(f"classes={classes!r}: give a list, as in classes=[{classes!r}]")
+        known = near(classes, [*SUBSETS, *class_names])
         raise ImprintError(
-            f"classes={classes!r} is unknown{near(classes, SUBSETS)}: give {', '.join(SUBSETS)}, "
+            f"classes={classes!r} is unknown{known}: give {', '.join(SUBSETS)}, "
             "paper-<d>in1-<shuffle> for ImageNet, or a list as in classes=[0, 1, 2]"
         )
     if len(classes) == 0:
@@ -197,13 +214,14 @@ def resolve_classes(
 
 def _class_index(requested: int | str, class_names: Sequence[str]) -> int:
     if isinstance(requested, str):
-        if requested in class_names:
-            return class_names.index(requested)
+        place = place_of(requested, class_names)
+        if place is not None:
+            return place
         raise ImprintError(f"unknown class {requested!r}: {near_names(requested, class_names)}")
     if isinstance(requested, bool) or not isinstance(requested, Integral):
         raise ImprintError(
             f"classes contains {requested!r}, of type {type(requested).__name__}: "
-            "give indices (int) or names (str)"
+            f"give indices (int) or names (str){IN_QUOTES}"
         )
     by_number = _by_number(class_names)
     if requested in by_number:

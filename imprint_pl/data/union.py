@@ -14,6 +14,8 @@ from imprint_pl.data.arrays import MNIST
 from imprint_pl.data.digit_sets import DIGITS, MNISTM, SVHN, USPS
 from imprint_pl.data.images import ImageDataModule, Splits
 from imprint_pl.errors import ImprintError
+from imprint_pl.files import local_path
+from imprint_pl.labels import composed, warn_of_alike
 
 
 class UnionDataset(Dataset):
@@ -137,8 +139,9 @@ class Union(ImageDataModule):
     def load(self) -> Splits:
         loaded = [source.load() for source in self.sources]
         for splits in loaded:
-            splits.class_names = [self.rename(name) for name in splits.class_names]
+            splits.class_names = [composed(self.rename(name)) for name in splits.class_names]
         names = list(dict.fromkeys(name for splits in loaded for name in splits.class_names))
+        warn_of_alike(names, self.name)
         return Splits(
             names,
             _unite([(splits.train, splits.class_names) for splits in loaded], names),
@@ -202,7 +205,7 @@ class CombiDigits(Union):
             num_workers=num_workers,
             seed=seed,
         )
-        self.root = str(root)
+        self.root = local_path(root)
 
     def rename(self, class_name: str) -> str:
         """The digit: MNIST's classes are called `"0 - zero"`."""

@@ -8,6 +8,7 @@ import pandas as pd
 
 from imprint_pl.arguments import ArgumentParser
 from imprint_pl.errors import ImprintError, near
+from imprint_pl.files import local_path
 from imprint_pl.report import figures, tables
 from imprint_pl.report.page import advice, write_page
 from imprint_pl.report.results import find_results, read_results, whole_tasks
@@ -36,7 +37,7 @@ def write_report(
     """
     path = find_results(results)
     rows = read_results(path)
-    output = path.parent if output is None else Path(output)
+    output = path.parent if output is None else Path(local_path(output))
     folder = output / "report"
     try:
         folder.mkdir(parents=True, exist_ok=True)

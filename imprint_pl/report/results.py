@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from imprint_pl.errors import ImprintError, near
+from imprint_pl.files import local_path
 from imprint_pl.parts import SLOTS
 from imprint_pl.recipes import RECIPES, resolve
 
@@ -35,7 +36,7 @@ def find_results(path: str | Path) -> Path:
     Raises:
         ImprintError: there is none.
     """
-    path = Path(path)
+    path = Path(local_path(path))
     if path.is_dir():
         for name in ("results.parquet", "results.csv"):
             if (path / name).is_file():

@@ -15,6 +15,7 @@ from imprint_pl.backbone import load_backbone
 from imprint_pl.data import ArrayDataset, ImageDataModule, Splits
 from imprint_pl.embedding import embed
 from imprint_pl.errors import ImprintError, near
+from imprint_pl.files import local_path
 from imprint_pl.limits import check_size, check_values
 from imprint_pl.sweep.grid import Task
 
@@ -116,7 +117,7 @@ def _from_file(entry: dict[str, Any]) -> Splits:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = entry["embeddings"]
+    path = local_path(entry["embeddings"])
     try:
         file = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -12,6 +12,7 @@ import yaml
 from imprint_pl.cache import digest
 from imprint_pl.data.tasks import SUBSETS
 from imprint_pl.errors import ImprintError, near
+from imprint_pl.files import local_path
 from imprint_pl.parts import SLOTS, parameters_of
 from imprint_pl.recipes import AUTO, RECIPES, Auto, drop_unused, resolve
 from imprint_pl.sweep.grid import Sweep, Task, Variant, names_of
@@ -32,7 +33,7 @@ def read_sweep(path: str | Path) -> Sweep:
             values that no part takes.
     """
     try:
-        given = yaml.safe_load(Path(path).read_text())
+        given = yaml.safe_load(Path(local_path(path)).read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ImprintError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(given, dict):

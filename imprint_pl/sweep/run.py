@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from imprint_pl.cache import digest
 from imprint_pl.errors import ImprintError
-from imprint_pl.files import damaged, write_whole
+from imprint_pl.files import damaged, local_path, write_whole
 from imprint_pl.results import Results
 from imprint_pl.sweep.data import Embeddings, load_embeddings, load_splits
 from imprint_pl.sweep.grid import Configuration, Sweep, names_of
@@ -62,7 +62,7 @@ def sweep(
         ImprintError: data or backbones that cannot be loaded; another process on the same results;
             rows of the same names that were made of other data.
     """
-    folder = Path(results_dir) / plan.name
+    folder = Path(local_path(results_dir)) / plan.name
     with _alone_in(folder), _where(n_jobs, dask):
         results, order, failed = Results(folder), [], []
         for task in plan.tasks:

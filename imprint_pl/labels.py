@@ -1,0 +1,180 @@
+"""Labels and class names, compared by value and not by spelling: pandas' 1 is NumPy's 1 but not the
+text "1", and "é" is one letter, whether it is written as one character or as two.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+import warnings
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+from imprint_pl.errors import ImprintError
+
+
+def composed(name: str) -> str:
+    """The name with each letter and its accent as one character (NFC).
+
+    File systems and archives of macOS write them as two.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def place_of(name: str, names: Sequence[str]) -> int | None:
+    """Index of a name among others, as people read them; `None` where it is not there.
+
+    >>> place_of("cafe\\u0301", ["bar", "caf\\u00e9"])
+    1
+    """
+    if name in names:
+        return names.index(name)
+    if not isinstance(name, str):
+        return None
+    spelt = composed(name)
+    return next((place for place, other in enumerate(names) if composed(other) == spelt), None)
+
+
+def names_of(data: Any) -> list[str]:
+    """The class names that a DataModule knows, as a list; empty where it knows none."""
+    names = getattr(data, "class_names", None)
+    return [] if names is None else [str(n) if isinstance(n, str) else n for n in names]
+
+
+def check_name(name: Any) -> None:
+    """Raises an `ImprintError` for what cannot be a class's name."""
+    if not isinstance(name, str) or not name.strip():
+        raise ImprintError(f"class name {name!r}: give a text, such as 'fox'")
+
+
+def check_composition(names: Sequence[str]) -> None:
+    """Raises an `ImprintError` where two of the names differ in their Unicode composition alone."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(composed(name), name)
+        if other != name:
+            raise ImprintError(
+                f"{other!r} ({other!a}) and {name!r} ({name!a}) are one name, composed "
+                "in two ways: give it in one spelling, as unicodedata.normalize('NFC', name) does"
+            )
+
+
+def warn_of_alike(names: Sequence[str], place: str) -> None:
+    """Warns of classes whose names differ in case or spaces alone; the place begins the message."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(" ".join(composed(name).casefold().split()), name)
+        if other != name:
+            warnings.warn(
+                f"{place}: {other!r} and {name!r} differ in case or spaces alone, and are two "
+                "classes; give them one name if they are one",
+                stacklevel=3,
+            )
+
+
+def plain_labels(y: Any) -> Any:
+    """Labels in NumPy's own types, where they came as objects: of pandas' `Int64` or `boolean`, of
+    a list. All else comes back as it is.
+
+    Raises:
+        ImprintError: a missing label, or texts beside numbers, which would become texts, too.
+    """
+    try:
+        values = np.asarray(y)
+        if isinstance(y, list | tuple) and values.dtype.kind in "SU":
+            values = np.asarray(y, dtype=object)
+    except (TypeError, ValueError):
+        return y  # ragged: whoever checks the shape says so
+    if values.ndim == 0 or not values.size:
+        return y
+    if values.dtype.kind == "M" and np.isnat(values).any():
+        values = values.astype(object)
+    if values.dtype != object:
+        return values if values.dtype.kind in "biuf" else y
+    flat = values.ravel().tolist()
+    for sample, label in enumerate(flat):
+        if _is_missing(label):
+            raise ImprintError(
+                f"the label of sample {sample} is missing ({label!r}): leave such samples out, or "
+                "give them a label of their own"
+            )
+    texts = [isinstance(label, str) for label in flat]
+    if any(texts) and not all(texts):
+        text, other = texts.index(True), texts.index(False)
+        raise ImprintError(
+            f"label {flat[text]!r} of sample {text} is a text, {flat[other]!r} of sample {other} "
+            "is not: give labels of one type"
+        )
+    for kind, dtype in ((bool | np.bool_, bool), (Integral, np.int64), (Real, np.float64)):
+        if all(isinstance(label, kind | bool | np.bool_) for label in flat):
+            try:
+                return values.astype(dtype)
+            except OverflowError:
+                return y
+    return y
+
+
+def find_label(label: Any, known: np.ndarray) -> tuple[Any, int | None]:
+    """A label as one of the type of `known`, and its index there, or `None`.
+
+    Numbers are compared by value, so that 1, 1.0 and True are one label; a text is never a number.
+
+    Args:
+        label: of any type, also NumPy's.
+        known: `(C,)`, all labels so far.
+
+    Raises:
+        ImprintError: no label, or one of another type than those known.
+    """
+    value = label.item() if getattr(label, "ndim", None) == 0 else label
+    if _is_missing(value):
+        raise ImprintError(
+            f"label {value!r} is missing: give one such as {known[:1].tolist()[0]!r}"
+        )
+    given, kind, is_number = value, known.dtype.kind, isinstance(value, Real)
+    if kind in "OU":
+        if isinstance(value, str):
+            return str(value), place_of(str(value), known.tolist())
+    elif kind == "M":
+        try:
+            value = np.datetime64(label).astype(known.dtype)
+        except ValueError:
+            value = None
+    elif kind == "b":
+        value = bool(value) if is_number and value in (0, 1) else None
+    elif kind in "iu":
+        value = int(value) if is_number and value % 1 == 0 else None
+    elif not is_number:
+        value = None
+    if value is None or kind in "OU":
+        raise ImprintError(
+            f"label {given!r} is of another type than those known so far, {some(known)}: give one "
+            "of their type"
+        )
+    places = (known == value).nonzero()[0]
+    return value, int(places[0]) if len(places) else None
+
+
+def with_label(known: np.ndarray, label: Any) -> np.ndarray:
+    """`known (C,)` with one more label of its type, sorted."""
+    try:
+        dtype = known.dtype if known.dtype.kind in "biuf" else None
+        return np.sort(np.append(known, np.array([label], dtype)))
+    except OverflowError:  # 300 beside those of one byte
+        return np.sort(np.array([*known.tolist(), label]))
+
+
+def some(labels: np.ndarray) -> str:
+    """The first ten of them, for messages."""
+    more = f" and {len(labels) - 10} more" if len(labels) > 10 else ""
+    return f"{labels[:10].tolist()}{more}"
+
+
+def _is_missing(label: Any) -> bool:
+    if label is None or type(label).__name__ in ("NAType", "NaTType"):
+        return True
+    if isinstance(label, np.datetime64):
+        return bool(np.isnat(label))
+    return isinstance(label, float) and label != label
