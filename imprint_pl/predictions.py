@@ -139,7 +139,7 @@ class PredictionWriter(Callback):
                 f"output {shown(self.path)} cannot be written ({error.strerror}): give a place "
                 "where you may write"
             ) from error
-        # In JSON a byte that is no text is \\udc… by the format's own rules.
+        # In JSON a byte that is no text is \udc… by the format's own rules.
         errors = "surrogateescape" if self.path.suffix == ".csv" else "backslashreplace"
         self._file = open(temporary, "w", newline="", encoding="utf-8", errors=errors)  # noqa: SIM115
         if self.path.suffix == ".json":

@@ -117,7 +117,7 @@ class ImageFolder(ImageDataModule):
                 "class to hold out as test, as in test_fraction=0.2"
             )
         _check_max_side(max_side)
-        self.name = Path(root).resolve().name
+        self.name = shown(Path(root).resolve().name)
         self.test_fraction = test_fraction
         self.max_side = max_side
         self.on_error = _checked_on_error(on_error)
@@ -273,6 +273,22 @@ class ImageFiles(ImageDataModule):
         self.predict_dataset = ImageFileDataset(
             self.paths, max_side=self.max_side, on_error=self.on_error, advice=SKIP_ADVICE
         )
+
+    def leave_out_unreadable(self) -> str:
+        """Takes what cannot be read out of `paths`; returns lines that name it, or nothing.
+
+        Raises:
+            ImprintError: nothing is left.
+        """
+        workers = self._free_processors() if self.num_workers is None else self.num_workers
+        self.unreadable = unreadable(self.paths, self.max_side, workers)
+        lines = [f"  {reason}\n" for reason in self.unreadable.values()]
+        if not lines:
+            return ""
+        if len(lines) == len(self.paths):
+            raise ImprintError(f"none of the {len(lines)} images can be read:{lines[0].rstrip()}")
+        self.paths = [path for path in self.paths if path not in self.unreadable]
+        return f"skipped {len(lines)} that cannot be read:\n{''.join(lines)}"
 
     def _dataset(self, split: str) -> ImageFileDataset:
         if split != "predict":

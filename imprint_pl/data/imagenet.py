@@ -91,8 +91,7 @@ class ImageNet(ImageFolder):
                 )
         numbers = torch.tensor([synsets.index(name) for name in found])
         train, val = (
-            split.select(torch.arange(len(split)), numbers[split.labels])
-            for split in (train, val)
+            split.select(torch.arange(len(split)), numbers[split.labels]) for split in (train, val)
         )
         return Splits(names, train, val)
 
