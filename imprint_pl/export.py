@@ -142,9 +142,10 @@ def check(
     # One that lies on the border between two classes may fall to either side.
     if same < len(images) or not difference <= TOLERANCE:
         raise ImprintError(
-            f"{Path(path).name} does not agree with the classifier: {result.same_class} of {len(images)} "
-            f"images get the same class, probabilities differ by up to {difference:.1e} "
-            f"(allowed: {TOLERANCE:.0e}); do not use it, and export in another format"
+            f"{Path(path).name} does not agree with the classifier: {result.same_class} of "
+            f"{len(images)} images get the same class, probabilities differ by up to "
+            f"{difference:.1e} (allowed: {TOLERANCE:.0e}); do not use it, and export in another "
+            "format"
         )
     return result
 

@@ -43,6 +43,8 @@ class Parser(LightningArgumentParser):
         if found := re.search(r"unrecognized arguments: --([^\s=]+)", message):
             return f"unknown option --{found[1]}{near(found[1], self._names())}"
         if found := re.search(r"(?:accept option|Option) '(\S+)'", message):
+            if found[1] == "on_error":
+                return "--on_error is for image files: --data ImageFolder or ImageNet, or --images"
             if found[1] in self._names():
                 return f"{found[1]!r} is an option of another command: leave it out"
             return f"unknown option {found[1]!r}{near(found[1], self._names())}"

@@ -168,8 +168,8 @@ class PredictionWriter(Callback):
             classes, scores, probabilities = row[:top], row[top : 2 * top], row[2 * top :]
             if math.isnan(probabilities[0]):
                 raise ImprintError(
-                    f"{shown(str(sample))}: its embedding is not finite; look at that image, or at the "
-                    "backbone's weights and precision"
+                    f"{shown(str(sample))}: its embedding is not finite; look at that image, or at "
+                    "the backbone's weights and precision"
                 )
             record = {
                 "index" if self._names is None else "file": sample,

@@ -142,7 +142,7 @@ def _reason(error: Exception, path: str | os.PathLike) -> str:
     if isinstance(error, UnidentifiedImageError):
         if is_heif(path):
             return f"it is an HEIC or HEIF file, which pillow-heif reads ({HEIF_CURE})"
-        return "it is damaged, or no image of a kind that is read here (cannot identify image file)"
+        return "cannot identify an image in it: it is damaged, or of a kind that is not read here"
     if isinstance(error, OSError) and error.errno is not None:
         # Without the name, which the message has already.
         return f"[Errno {error.errno}] {error.strerror}"
@@ -187,7 +187,7 @@ def _eight_bit_of_32(values: np.ndarray) -> np.ndarray:
     low, high = min(finite.min(), 0.0), finite.max()
     values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
     if low < 0 or high > 255:
-        values = (values - low) * (255 / max(high - low, np.finfo(np.float64).tiny))
+        values = (values - low) * 255 / ((high - low) or 1.0)
     elif is_float and high <= 1:
         values = values * 255
     return np.floor(values + 0.5).clip(0, 255).astype(np.uint8)

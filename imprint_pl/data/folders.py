@@ -388,11 +388,11 @@ def _kinds(counts: Counter) -> str:
 
 
 def _tell_loose(folder: Path) -> None:
-    """Warns of images that lie beside the class folders."""
+    """Says how many images lie beside the class folders."""
     with os.scandir(folder) as entries:
         loose = sum(entry.is_file() and _is_image(entry.path) for entry in entries)
     if loose:
-        rank_zero_warn(
+        rank_zero_info(
             f"{loose} image{'s' * (loose > 1)} in {shown(folder)} itself, beside the class "
             f"folders, {'are' if loose > 1 else 'is'} left out: move them into a class folder"
         )
