@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from imprint_pl.data import ImageFiles, ImageFolder, Union
 from imprint_pl.data.decode import HEIF_EXTENSIONS, extensions, read_image
 from imprint_pl.embedding import embed
 from imprint_pl.predictions import PredictionWriter
+from imprint_pl.preprocess import Preprocess
 
 # As a zip from Windows has them, and as people write them.
 NAMES = [b"caf\xe9.png", b"two\nlines.png", 'a, "b" 😀.png'.encode(), b"x" * 240 + b".png"]
@@ -170,6 +173,16 @@ def test_of_several_frames_the_first_is_read(tmp_path, ending):
     red, blue = (Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 0, 255)))
     path = save(tmp_path / f"film.{ending}", red, save_all=True, append_images=[blue])
     assert (read_image(path)[:3, 4, 4] > 128).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("shape", [(1, 199), (1, 200), (300, 2), (7, 1001)])
+def test_of_a_strip_the_middle_is_resized_to_the_same_pixels(monkeypatch, shape):
+    preprocess = Preprocess(32, [0] * 3, [1] * 3, crop_pct=0.875)
+    generator = torch.Generator().manual_seed(0)
+    strip = torch.randint(0, 256, (1, 3, *shape), generator=generator).to(torch.uint8)
+    middle = preprocess(strip)
+    monkeypatch.setattr("imprint_pl.preprocess.STRIP", 1000)
+    assert torch.allclose(middle, preprocess(strip), atol=1e-4)
 
 
 # Kinds
@@ -366,8 +379,8 @@ def test_shots_are_drawn_among_the_readable_and_a_union_knows_what_was_left_out(
 def test_a_cache_is_filled_with_what_can_be_read(tmp_path):
     root = make_folder(tmp_path / "photos")
     break_it(root / "cat" / "2.png")
+    module = ImageFolder(str(root), num_workers=0, on_error="skip")
     with pytest.warns(UserWarning, match="1 of 12 images"):
-        module = ImageFolder(str(root), num_workers=0, on_error="skip")
         embedded = embed(small_backbone(), module, tmp_path / "cache", name="small")
     x, y = embedded.arrays("train")
     names = embedded.sample_names("train")
@@ -402,6 +415,32 @@ def test_add_class_skips_and_adds_no_black_image(fitted, tmp_path, capfd):
         "fox", ImageFiles(str(photos), num_workers=0, on_error="skip").predict_dataloader()
     )
     assert model.state.counts.tolist()[-1] == 5
+
+
+def test_in_python_a_skipped_file_has_no_logits(tmp_path):
+    root = make_folder(tmp_path / "photos")
+    model = ImprintedClassifier(small_backbone(), "qi")
+    trainer().fit(model, ImageFolder(str(root), num_workers=0))
+    break_it(root / "cat" / "1.png")
+    files = ImageFiles(str(root / "cat"), num_workers=0, on_error="skip")
+    (logits,) = trainer().predict(model, files)
+    assert logits.isnan().all(1).tolist() == [i == 1 for i in range(6)]
+
+
+@pytest.mark.slow
+def test_two_processes_skip_the_same_files_as_one(fitted, tmp_path):
+    photos = fitted.parents[3] / "photos"
+    arguments = [sys.executable, "-m", "imprint_pl", "fit", "--on_error", "skip"]
+    arguments += ["--data", "ImageFolder", "--data.root", str(photos), "--data.num_workers", "0"]
+    arguments += ["--model.recipe", "qi", "--model.image_size", "32", "--data.batch_size", "2"]
+    arguments += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    subprocess.run([*arguments, "--trainer.accelerator", "cpu"], cwd=tmp_path, check=True)
+    heads = [
+        ImprintedClassifier.load_from_checkpoint(path).head
+        for path in (fitted, next(tmp_path.rglob("imprinted.ckpt")))
+    ]
+    assert torch.allclose(heads[0].proxies, heads[1].proxies, atol=1e-3)
+    assert len(rows_of(next(tmp_path.rglob("skipped.csv")))) == 2
 
 
 def test_on_error_without_image_files_is_one_sentence(capfd):

@@ -145,7 +145,7 @@ def unreadable(
     with tqdm(
         total=len(paths), desc="looking for broken images", delay=2, leave=False, disable=None
     ) as progress:
-        for batch in DataLoader(
+        for batch in ImageFileLoader(
             _Reasons(paths, max_side),
             batch_size=size,
             num_workers=num_workers if len(paths) > size else 0,
@@ -191,7 +191,7 @@ def unpack(batch):
 
 
 class ImageFileLoader(DataLoader):
-    """A DataLoader over an `ImageFileDataset` with `collate_fn=pack`.
+    """A DataLoader over image files, mostly an `ImageFileDataset` with `collate_fn=pack`.
 
     It raises what went wrong in a worker as the plain `ImprintError` it was, when the batch's turn
     comes.

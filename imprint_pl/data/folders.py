@@ -161,6 +161,10 @@ class ImageFolder(ImageDataModule):
             )
         # A class's name is printed and written into checkpoints: never bytes that are no text.
         places = {shown(name): folder / name for name in found}
+        if len(places) < len(found):
+            raise ImprintError(
+                f"{shown(folder)} has class folders whose names look alike in text: rename one"
+            )
         found = list(places)
         is_test = class_names is not None
         if class_names is None:
