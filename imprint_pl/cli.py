@@ -54,6 +54,9 @@ examples:
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0, or 2 for a user's mistake."""
     argv = sys.argv[1:] if argv is None else argv
+    if hasattr(sys.stdout, "reconfigure"):
+        # A name that the terminal cannot show is no reason to stop; stderr does so by itself.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0

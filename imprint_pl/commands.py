@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +30,8 @@ from imprint_pl.run import print_summary, summarise, write_summary
 from imprint_pl.state_file import read_state, state_path
 from imprint_pl.wandb_results import WandbResults
 
+# Of the images that were skipped, in the terminal.
+UNREADABLE_SHOWN = 10
 USAGE = "[--config FILE.yaml] [--data NAME] [--data.…] [--model.…] [--trainer.…]"
 DESCRIPTIONS = {
     "fit": "Imprint a head on the training images in one epoch, and measure it.",
@@ -91,6 +95,12 @@ class ImprintCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass, subcommand, **kwargs):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.add_argument(
+            "--on_error",
+            type=str,
+            help="With image files: fail at one that cannot be read (default), or skip it; short "
+            "for --data.on_error.",
+        )
         if subcommand == "predict":
             parser.add_argument(
                 "--images", nargs="+", type=str, help="Image files, folders or globs to label."
@@ -107,11 +117,6 @@ class ImprintCLI(LightningCLI):
                 "--explain",
                 type=str,
                 help="Folder for explanations of the images: explanations.json and a PNG each.",
-            )
-            parser.add_argument(
-                "--on_error",
-                type=str,
-                help="With --images: fail at a file that cannot be read (default), or skip it.",
             )
             parser.set_defaults({"return_predictions": False})
         elif subcommand == "fit":
@@ -134,6 +139,8 @@ class ImprintCLI(LightningCLI):
         args = _files_as_data(args)
         self.config = parser.parse_args(args)
         self.given = parser.parse_args(args, defaults=False)
+        if self.config[self.config.subcommand].get("on_error"):
+            raise ImprintError("on_error in a configuration belongs to the init_args of data")
         for config in (self.config, self.given):
             for key, value in config.items():
                 # Paths of a YAML file, which no shell has read.
@@ -230,6 +237,9 @@ class ImprintCLI(LightningCLI):
     def after_predict(self) -> None:
         if self.trainer.is_global_zero:
             print(self.writer.summary())
+            if self.writer.unread and not self.writer.count:
+                print("warning: none of the images can be read", file=sys.stderr)
+            self._say_unreadable()
             self._explain()
 
     def _explain(self) -> None:
@@ -252,6 +262,8 @@ class ImprintCLI(LightningCLI):
             summary["embed_seconds"] = (summary["embed_seconds"] or 0) + use.seconds
             summary["images_per_second"] = use.embedded / use.seconds if use.embedded else None
             summary["embedded_images"], summary["cached_images"] = use.embedded, use.read
+        if unreadable := getattr(self.datamodule, "unreadable", {}):
+            summary["skipped_images"] = len(unreadable)
         if self.trainer.fast_dev_run:
             print_summary(summary)
             print("run: none (fast_dev_run keeps nothing)")
@@ -267,7 +279,25 @@ class ImprintCLI(LightningCLI):
         print_summary(summary)
         if drawn:
             print(f"gallery: {self.gallery.path}")
+        self._say_unreadable(folder)
         print(f"run: {folder}")
+
+    def _say_unreadable(self, folder: Path | None = None) -> None:
+        """Names what --on_error skip has left out of a data set, all of it in a file of the run."""
+        reasons = list(getattr(self.datamodule, "unreadable", {}).items())
+        if not reasons:
+            return
+        print(f"skipped {len(reasons)} images that cannot be read:")
+        for _, reason in reasons[:UNREADABLE_SHOWN]:
+            print(f"  {reason}")
+        if len(reasons) > UNREADABLE_SHOWN:
+            print(f"  and {len(reasons) - UNREADABLE_SHOWN} more")
+        if folder is not None:
+            path = folder / "skipped.csv"
+            # As in the CSV of predict, a name that is no text keeps its bytes.
+            with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                csv.writer(file).writerows([("file", "reason"), *reasons])
+            print(f"skipped: {path}")
 
     def _save_state(self, checkpoint: str | None) -> None:
         if self.subcommand == "fit" and self.model.state is not None and checkpoint:
@@ -286,30 +316,35 @@ class EmbedCLI(ImprintCLI):
         """In place of the Trainer's: nothing is left to do."""
 
     def after_fit(self) -> None:
+        self._say_unreadable()
         for folder in self.datamodule.use.folders:
             print(f"cache: {folder}")
 
 
 def _files_as_data(args: list[str]) -> list[str]:
-    """`--images a.jpg b/` is short for `--data ImageFiles --data.paths '["a.jpg", "b/"]'`."""
+    """`--images a.jpg b/` is short for `--data ImageFiles --data.paths '["a.jpg", "b/"]'`, and
+    `--on_error skip` for `--data.on_error skip`, wherever it stands."""
     # `--images=a.jpg` is two words here.
     joined = ("--images=", "--on_error=")
     args = [part for a in args for part in (a.split("=", 1) if a.startswith(joined) else [a])]
+    last = []
+    while "--on_error" in args[:-1]:
+        place = args.index("--on_error")
+        last = ["--data.on_error", args[place + 1]]
+        args = [*args[:place], *args[place + 2 :]]
     if "--images" not in args:
-        return args
+        return [*args, *last]
     start = args.index("--images")
     before, paths, rest, option = args[:start], [], [], None
     for argument in args[start:]:
         option = argument if argument.startswith("--") else option
         if option != "--images":
-            rest.append("--data.on_error" if argument == "--on_error" else argument)
+            rest.append(argument)
         elif argument != option:
             paths.append(argument)
-    if "--on_error" in before:
-        place = before.index("--on_error")
-        rest = ["--data.on_error", *before[place + 1 : place + 2], *rest]
-        before = [*before[:place], *before[place + 2 :]]
-    return [*before, "--data", "ImageFiles", "--data.paths", json.dumps(paths), *rest]
+    # As they are: YAML does not know JSON's pairs of \u for an emoji.
+    names = json.dumps(paths, ensure_ascii=False)
+    return [*before, "--data", "ImageFiles", "--data.paths", names, *rest, *last]
 
 
 def _quieten() -> None:

@@ -132,6 +132,7 @@ def embed(
         **{option: getattr(datamodule, option) for option in TASK_OPTIONS},
     )
     embedded.use = filler.use
+    embedded.unreadable = datamodule.unreadable
     embedded.setup()
     filler.use.seconds = time.perf_counter() - start
     return embedded

@@ -1,6 +1,8 @@
 """The one exception that users are meant to read: the commands print it without a traceback."""
 
 import difflib
+import os
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -19,3 +21,19 @@ def near(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name).casefold(), folded, n=3, cutoff=0.5)
     found = [folded[other] for other in close]
     return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
+
+
+def shown(path: str | os.PathLike) -> str:
+    r"""A file's name as a message shows it: what a terminal cannot print as backslashes.
+
+    A name that is not UTF-8 keeps its bytes in Python's text (`surrogateescape`), which no stream
+    prints; a line break or an escape in a name would break the message.
+
+    >>> shown("caf\udce9\n.png")
+    'caf\\xe9\\n.png'
+    """
+    text = os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(
+        sign.encode("unicode_escape").decode() if unicodedata.category(sign) == "Cc" else sign
+        for sign in text
+    )

@@ -139,7 +139,8 @@ def explain_files(
     """Writes `explanations.json` and a PNG for each image file into a folder; returns it.
 
     Files that cannot be read are left out. Training images are drawn where the state names their
-    files and these still exist.
+    files and these can still be read. A file name that is not UTF-8 is written as in the JSON of
+    `predict`.
     """
     folder = Path(local_path(folder))
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,11 +153,26 @@ def explain_files(
             continue
         x = model.embed([image.to(model.device)])
         (found,) = explain(model.head, x, state)
-        there = tuple(n for n in found.neighbours if Path(n.source).is_file())
-        drawn = picture(image, replace(found, neighbours=there), folder / f"{i:05d}.png")
+        near = [
+            (n, pixels) for n in found.neighbours if (pixels := _image_at(n.source)) is not None
+        ]
+        drawn = picture(
+            image,
+            replace(found, neighbours=tuple(neighbour for neighbour, _ in near)),
+            folder / f"{i:05d}.png",
+            [pixels for _, pixels in near],
+        )
         records.append({"file": path, "picture": drawn.name} | asdict(found))
     (folder / "explanations.json").write_text(json.dumps(records, indent=2) + "\n")
     return folder
+
+
+def _image_at(source: str) -> Tensor | None:
+    """The pixels of a training image whose file is still there."""
+    try:
+        return read_image(source) if Path(source).is_file() else None
+    except ImprintError:
+        return None
 
 
 def _contributions(head: ImprintedHead, x: Tensor) -> Tensor:

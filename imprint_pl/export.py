@@ -142,9 +142,10 @@ def check(
     # One that lies on the border between two classes may fall to either side.
     if same < len(images) or not difference <= TOLERANCE:
         raise ImprintError(
-            f"{path} does not agree with the classifier: {result.same_class} of {len(images)} "
-            f"images get the same class, probabilities differ by up to {difference:.1e} "
-            f"(allowed: {TOLERANCE:.0e}); do not use it, and export in another format"
+            f"{Path(path).name} does not agree with the classifier: {result.same_class} of "
+            f"{len(images)} images get the same class, probabilities differ by up to "
+            f"{difference:.1e} (allowed: {TOLERANCE:.0e}); do not use it, and export in another "
+            "format"
         )
     return result
 
@@ -225,6 +226,10 @@ def _write(
         os.replace(temporary, path)
     except ImprintError:
         raise
+    except OSError as error:
+        raise ImprintError(
+            f"cannot write {path} ({error}): give a place on a disk with room, where you may write"
+        ) from error
     except ImportError as error:
         raise ImprintError(
             f"format onnx needs a package that is missing ({error.name}): "
@@ -237,6 +242,8 @@ def _write(
             f"{reason[0] if reason else ''}): try another format, or ship the head alone "
             "(safetensors) with your own backbone"
         ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _program(module: torch.nn.Module) -> torch.export.ExportedProgram:

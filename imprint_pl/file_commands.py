@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import tempfile
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def run_on_file(argv: list[str]) -> None:
     model.load_state(options.checkpoint)
     images, paths = None, ()
     if options.images:
-        data = ImageFiles(options.images)
+        data = ImageFiles(options.images, on_error=options.on_error)
+        if data.on_error == "skip":
+            print(data.leave_out_unreadable(), end="")
         data.setup()
         images, paths = data.predict_dataloader(), data.paths
     # Files are named only where those of the others are.
@@ -77,13 +80,21 @@ def _write_checkpoint(model: ImprintedClassifier, source: str | Path, target: Pa
 def _export(model: ImprintedClassifier, options: argparse.Namespace) -> None:
     beside = Path(options.checkpoint).with_suffix("")
     path = Path(options.output or f"{beside}{FORMATS[options.format] or '-head'}")
-    export(model.backbone, model.head, path, options.format)
-    print(f"{options.format}: {path}")
     if options.format == "safetensors":
+        export(model.backbone, model.head, path, options.format)
+        print(f"{options.format}: {path}")
         return
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        images = _images_to_check(options.images)
-        print(check(path, options.format, model.backbone, model.head, images, folder))
+    if path.is_dir():
+        raise ImprintError(f"--output {path} is a folder: name a file in it")
+    # Before the work, which they may turn out not to be there for.
+    images = _images_to_check(options.images)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A file that does not agree, or could not be compared, never gets its name.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="unfinished-") as folder:
+        written = export(model.backbone, model.head, Path(folder, path.name), options.format)
+        result = check(written, options.format, model.backbone, model.head, images, folder)
+        os.replace(written, os.path.realpath(path))
+    print(f"{options.format}: {path}\n{result}")
 
 
 def _images_to_check(places: list[str] | None) -> list[Tensor]:
@@ -120,6 +131,11 @@ def _parser() -> ArgumentParser:
             + (", all of the class; only sums ask for them." if command == "remove-class" else "."),
         )
         sub.add_argument("--output", help="Write here instead of over the checkpoint.")
+        sub.add_argument(
+            "--on_error",
+            default="fail",
+            help="fail at an image that cannot be read (default), or skip it.",
+        )
     sub = commands.add_parser("export", description="Write a classifier as one file.")
     sub.add_argument("checkpoint", help="What fit wrote.")
     sub.add_argument(

@@ -304,7 +304,7 @@ class ImprintGallery(Callback):
         self.path = draw_gallery(
             self.gallery, images.train_dataset, folder / "gallery.png", names, originals
         )
-        with open(folder / "gallery.csv", "w", newline="") as file:
+        with open(folder / "gallery.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.rows[0])
             writer.writeheader()
             writer.writerows(self.rows)

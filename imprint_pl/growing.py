@@ -94,12 +94,21 @@ class Growing:
         ):
             batches = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
         else:
-            batches = (images_of(batch) for batch in images)
+            batches = (_readable(batch) for batch in images)
         rows = []
         for batch in batches:
             single = isinstance(batch, Tensor)
+            if not len(batch):
+                continue
             batch = batch.to(self.device) if single else [image.to(self.device) for image in batch]
             rows.append(self.embed(batch).cpu())
         if not rows:
             raise ImprintError("no image was given: add some")
         return torch.cat(rows)
+
+
+def _readable(batch: Any) -> Any:
+    """The images of a batch, without the black ones in the place of files that were skipped."""
+    images = images_of(batch)
+    skipped = batch.get("skipped", {}) if isinstance(batch, dict) else {}
+    return [image for i, image in enumerate(images) if i not in skipped] if skipped else images

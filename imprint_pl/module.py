@@ -374,8 +374,15 @@ class ImprintedClassifier(Growing, LightningModule):
             raise ImprintError(f"cannot predict: {EMPTY}")
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Images with or without labels → logits `(B, C)`."""
-        return self(images_of(batch))
+        """Images with or without labels → logits `(B, C)`; NaN for files that were skipped."""
+        logits = self(images_of(batch))
+        skipped = batch.get("skipped") if isinstance(batch, dict) else None
+        if skipped:
+            # A black image stands in for each: its class would pass for that of the file.
+            logits = logits.index_fill(
+                0, torch.tensor(list(skipped), device=logits.device), torch.nan
+            )
+        return logits
 
     # Checkpoints: the head, and what names the backbone.
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
+import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 import imprint_pl.data
@@ -41,6 +44,8 @@ class Parser(LightningArgumentParser):
         if found := re.search(r"unrecognized arguments: --([^\s=]+)", message):
             return f"unknown option --{found[1]}{near(found[1], self._names())}"
         if found := re.search(r"(?:accept option|Option) '(\S+)'", message):
+            if found[1] == "on_error":
+                return "--on_error is for image files: --data ImageFolder or ImageNet, or --images"
             if found[1] in self._names():
                 return f"{found[1]!r} is an option of another command: leave it out"
             return f"unknown option {found[1]!r}{near(found[1], self._names())}"
@@ -73,3 +78,37 @@ def _without_unions(message: str) -> str:
     if key and value and not value[-1].startswith("NestedArg") and value[-1] not in text:
         return f"{key[1]}={value[-1]}: {text}"
     return text
+
+
+# A byte of a file name that is no text, as Python has it (PEP 383) and as YAML writes it; not the
+# second half of a JSON pair. YAML refuses it: meanwhile a sign that nobody uses stands in for it.
+BYTE = re.compile(
+    r"[\udc80-\udcff]|(?<!\\u[dD][89abAB][\da-fA-F]{2})\\u[dD][cC]([89a-fA-F][\da-fA-F])"
+)
+STAND_INS = 0x10FC00
+_load_yaml = get_loader("yaml")
+
+
+def _load(text: str) -> Any:
+    """YAML in which file names need not be UTF-8."""
+    if not BYTE.search(text):
+        return _load_yaml(text)
+    return _with_bytes(
+        _load_yaml(
+            BYTE.sub(lambda m: chr(STAND_INS + (int(m[1], 16) if m[1] else ord(m[0]) % 256)), text)
+        )
+    )
+
+
+def _with_bytes(value: Any) -> Any:
+    if isinstance(value, str):
+        signs = {STAND_INS + byte: 0xDC00 + byte for byte in range(0x80, 0x100)}
+        return value.translate(signs)
+    if isinstance(value, list):
+        return [_with_bytes(part) for part in value]
+    if isinstance(value, dict):
+        return {_with_bytes(name): _with_bytes(part) for name, part in value.items()}
+    return value
+
+
+set_loader("yaml", _load, (yaml.YAMLError,))

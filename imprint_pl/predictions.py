@@ -1,5 +1,8 @@
 """What `predict` writes: the classes of each image with their probabilities, as CSV, JSON or JSON
-lines, while the images go by.
+lines. The rows go into a file beside the output, which takes its place when all are there.
+
+A file name that is not UTF-8 keeps its bytes in a CSV (read it with `errors="surrogateescape"`) and
+stands as `\\udc…` in JSON, so that what is read back opens the file.
 """
 
 from __future__ import annotations
@@ -7,6 +10,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from imprint_pl.batch import dealt_positions, dealt_samples
-from imprint_pl.errors import ImprintError
+from imprint_pl.errors import ImprintError, shown
 from imprint_pl.head import NONE
 from imprint_pl.store import EmbeddingStore
 
@@ -29,6 +35,7 @@ class PredictionWriter(Callback):
 
     The label is −1 and the class "none of these" where the head has a threshold that no score
     reaches. One process writes each batch at once; of several, the first writes all at the end.
+    The output appears when it is whole: after a failure the file that was there is still there.
 
     Args:
         path: ends in .csv, .json (one list) or .jsonl (an object a line); `predictions.csv` in the
@@ -56,10 +63,7 @@ class PredictionWriter(Callback):
         self._names = getattr(trainer.datamodule, "sample_names", lambda split: None)("predict")
         self._seen = 0
         if trainer.is_global_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "w", newline="")  # noqa: SIM115, closed at the end
-            if self.path.suffix == ".json":
-                self._file.write("[")
+            self._open(min(self.top, pl_module.head.num_classes))
 
     def on_predict_batch_end(
         self,
@@ -103,14 +107,52 @@ class PredictionWriter(Callback):
             if self.path.suffix == ".json":
                 self._file.write("\n]\n")
             self._file.close()
+            # Where the output is a link, what it leads to.
+            os.replace(self._file.name, os.path.realpath(self.path))
+            self._file = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:
         if self._file is not None:
-            self._file.close()
+            # What is still to be written may be what failed.
+            with suppress(OSError):
+                self._file.close()
+            Path(self._file.name).unlink(missing_ok=True)
+            self._file = None
+
+    def _open(self, top: int) -> None:
+        """Opens the file beside the output, and begins it."""
+        if self.path.is_dir():
+            raise ImprintError(f"output {shown(self.path)} is a folder: name a file in it")
+        if self.path.exists() and not (self.path.is_file() and os.access(self.path, os.W_OK)):
+            raise ImprintError(f"output {shown(self.path)} cannot be written: give another file")
+        place = Path(os.path.realpath(self.path)).parent
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            number, temporary = tempfile.mkstemp(".unfinished", "predictions-", place)
+            os.close(number)
+            # A temporary file is its owner's alone; the output is as open as any.
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)
+        except OSError as error:
+            raise ImprintError(
+                f"output {shown(self.path)} cannot be written ({error.strerror}): give a place "
+                "where you may write"
+            ) from error
+        # In JSON a byte that is no text is \udc… by the format's own rules.
+        errors = "surrogateescape" if self.path.suffix == ".csv" else "backslashreplace"
+        self._file = open(temporary, "w", newline="", encoding="utf-8", errors=errors)  # noqa: SIM115
+        if self.path.suffix == ".json":
+            self._file.write("[")
+        elif self.path.suffix == ".csv":
+            first = "index" if self._names is None else "file"
+            extra = [f"{n}_{i}" for i in range(2, top + 1) for n in ("class", "probability")]
+            self._columns = [first, "label", "class", "score", "probability", *extra]
+            csv.writer(self._file).writerow(self._columns)
 
     def summary(self) -> str:
         """What was written, and which files were skipped and why."""
-        lines = [f"{self.count:,} predictions: {self.path}"]
+        lines = [f"{self.count:,} predictions: {shown(self.path)}"]
         if self.unread:
             lines = [f"skipped {len(self.unread)} that cannot be read:", *self.unread, *lines]
         return "\n".join(lines)
@@ -121,13 +163,13 @@ class PredictionWriter(Callback):
             index = self.count + len(self.unread)
             sample = index if self._names is None else self._names[index]
             if label == SKIPPED:
-                self.unread.append(f"  {self._reasons.get(index, sample)}")
+                self.unread.append(f"  {self._reasons.get(index) or shown(str(sample))}")
                 continue
             classes, scores, probabilities = row[:top], row[top : 2 * top], row[2 * top :]
             if math.isnan(probabilities[0]):
                 raise ImprintError(
-                    f"{sample}: its embedding is not finite; look at that image, or at the "
-                    "backbone's weights and precision"
+                    f"{shown(str(sample))}: its embedding is not finite; look at that image, or at "
+                    "the backbone's weights and precision"
                 )
             record = {
                 "index" if self._names is None else "file": sample,
@@ -141,16 +183,12 @@ class PredictionWriter(Callback):
                 at = place + 2 if label == NONE else place + 1
                 record[f"class_{at}"] = head.name_of(int(classes[place]))
                 record[f"probability_{at}"] = round(probabilities[place], 6)
-            self._put(record, top)
+            self._put(record)
             self.count += 1
         self._file.flush()
 
-    def _put(self, record: dict[str, Any], top: int) -> None:
+    def _put(self, record: dict[str, Any]) -> None:
         if self.path.suffix == ".csv":
-            if not self.count:
-                extra = [f"{n}_{i}" for i in range(2, top + 1) for n in ("class", "probability")]
-                self._columns = [*list(record)[:5], *extra]
-                csv.writer(self._file).writerow(self._columns)
             values = [record.get(column, "") for column in self._columns]
             csv.writer(self._file).writerow(values)
             return

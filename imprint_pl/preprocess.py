@@ -13,6 +13,8 @@ from imprint_pl.errors import ImprintError
 
 # The keywords of `Preprocess`; the first three are needed.
 PREPROCESS_KEYS = ("size", "mean", "std", "interpolation", "resize", "crop_pct", "crop_mode")
+# An image is a strip where it is so many times longer than what the centre crop can see.
+STRIP = 4
 
 
 class Preprocess(nn.Module):
@@ -91,8 +93,20 @@ class Preprocess(nn.Module):
                 "images stored (B, H, W, C) need .permute(0, 3, 1, 2)"
             )
         images = images[:, : 1 if channels < 3 else 3].to(self.mean.device).float()
-        images = self._crop(self._resize(images)).expand(-1, out_channels, -1, -1)
+        images = self._crop(self._resize(self._middle(images))).expand(-1, out_channels, -1, -1)
         return (images - 255 * self.mean.float()) / (255 * self.std.float())
+
+    def _middle(self, images: Tensor) -> Tensor:
+        """Of a strip, the part that the centre crop sees: resized whole, one of 1 x 5000 pixels
+        would take gigabytes."""
+        short, long = sorted(images.shape[-2:])
+        squares = math.ceil(self.size[0] / self.resize[0]) + 4
+        square = self.size[0] == self.size[1] and self.resize[0] == self.resize[1]
+        if self.crop_mode != "center" or not square or long <= STRIP * squares * short:
+            return images
+        # As odd or even as the whole, so that the centre stays where it is.
+        kept = squares * short + (squares * short + long) % 2
+        return images.narrow(-2 if images.shape[-2] == long else -1, (long - kept) // 2, kept)
 
     def _target(self, height: int, width: int) -> tuple[int, int]:
         if self.crop_mode == "squash":

@@ -72,7 +72,7 @@ def write_summary(folder: Path, summary: dict[str, Any], model: LightningModule)
     }
     write_whole(folder / "summary.json", f"{json.dumps(plain, indent=2)}\n".encode())
     if model.class_accuracy is not None:
-        with open(folder / "per_class.csv", "w", newline="") as file:
+        with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["label", "class", "accuracy"])
             for label, value in enumerate(model.class_accuracy.tolist()):

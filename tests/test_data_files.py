@@ -66,20 +66,6 @@ def test_16_bit_grey_is_scaled_to_8_bit(tmp_path, extension):
     assert image.tolist() == [[[0, 0, 1, 1], [128, 254, 255, 255]]]
 
 
-def test_32_bit_grey_is_taken_as_16_bit_and_refused_beyond(tmp_path):
-    pixels = np.array([[0, 257], [32768, 65535]], dtype=np.int32)
-    assert read_image(save(tmp_path / "i.tif", pixels)).tolist() == [[[0, 1], [128, 255]]]
-    wide = save(tmp_path / "wide.tif", np.array([[0, 65536]], dtype=np.int32))
-    with pytest.raises(ImprintError, match=r"wide\.tif: its values run from 0 to 65536"):
-        read_image(wide)
-
-
-def test_floating_point_images_are_refused(tmp_path):
-    path = save(tmp_path / "float.tif", np.zeros((2, 2), dtype=np.float32))
-    with pytest.raises(ImprintError, match=r"float\.tif: it holds floating-point values"):
-        read_image(path)
-
-
 def test_palettes_become_colours_with_alpha_where_they_are_transparent(tmp_path):
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 0, 255])

@@ -9,15 +9,18 @@ import os
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
-from imprint_pl.errors import ImprintError
+from imprint_pl.errors import ImprintError, shown
 
 EXTENSIONS = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm"),
     *(".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 )
+# What a phone writes; read where pillow-heif is installed.
+HEIF_EXTENSIONS = (".heic", ".heif", ".hif")
+HEIF_CURE = "pip install 'imprint-pl[heif]'"
 
 # Pillow's names. It knows more, but hands some of them to other programs (EPS to Ghostscript).
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
@@ -42,24 +45,29 @@ EIGHT_BIT = {
     "RGBA": "RGBA",
     "RGBa": "RGBA",
 }
+# Tags of TIFF: how many bits a value has, and whether it has a sign (TIFF 6.0).
+BITS_PER_SAMPLE, SAMPLE_FORMAT, UNSIGNED = 258, 339, 1
 
 
 def read_image(path: str | os.PathLike, max_side: int | None = None) -> Tensor:
     """Decode an image file, upright.
 
     Args:
-        path: the file, of one of `FORMATS`, whatever its name; of several frames the first.
+        path: the file, of one of `FORMATS`, or HEIF where pillow-heif is installed, whatever its
+            name; of several frames the first.
         max_side: shrink the image so that neither side exceeds this many pixels; never enlarges.
             JPEG files are then decoded at a fraction of their size, which is also faster.
 
     Returns:
         uint8 `(C, H, W)`: one channel for grey and bilevel files, two for grey with alpha, four for
         RGB with alpha and palettes with transparency, three for everything else. 16-bit grey is
-        scaled to 8 bit (65535 becomes 255).
+        scaled to 8 bit (65535 becomes 255). No file says the range of 32-bit grey: values in 0..255
+        stay as they are, floats in 0..1 are multiplied by 255, all others are stretched so that
+        the image's largest value becomes 255 and 0, or its smallest if negative, becomes 0.
 
     Raises:
-        ImprintError: naming the file, if it is missing, truncated, no image, larger than Pillow's
-            decompression-bomb limit, or of a number range that cannot be known (floats).
+        ImprintError: naming the file, if it is missing, truncated, no image, or larger than
+            Pillow's decompression-bomb limit.
     """
     try:
         with Image.open(path, formats=_formats()) as image:
@@ -75,25 +83,70 @@ def read_image(path: str | os.PathLike, max_side: int | None = None) -> Tensor:
         pixels = np.array(image)
     except Image.DecompressionBombError as error:
         raise ImprintError(
-            f"will not decode the image {os.fspath(path)}: {error} Shrink the file, or raise "
+            f"will not decode the image {shown(path)}: {error} Shrink the file, or raise "
             "PIL.Image.MAX_IMAGE_PIXELS if you trust it."
         ) from error
     # Decoders of foreign bytes raise whatever their parsers stumble over.
     except Exception as error:
-        reason = str(error) or type(error).__name__
         raise ImprintError(
-            f"cannot read the image {os.fspath(path)}: {reason}. Replace or remove the file."
+            f"cannot read the image {shown(path)}: {_reason(error, path)}. "
+            "Replace or remove the file."
         ) from error
     channels_first = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
     # By numpy: torch would wake all its threads for so small a copy, which is slower.
     return torch.from_numpy(np.ascontiguousarray(channels_first))
 
 
+def extensions() -> tuple[str, ...]:
+    """The endings of names, in lower case, whose files are read here."""
+    return EXTENSIONS + (HEIF_EXTENSIONS if "HEIF" in _formats() else ())
+
+
+def holds_image(path: str | os.PathLike) -> bool:
+    """Whether a file begins as an image does, for names that do not say it."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        # TGA has no mark that it could be known by.
+        with Image.open(path, formats=[name for name in _formats() if name != "TGA"]):
+            return True
+    except Image.DecompressionBombError:
+        return True
+    except Exception:
+        return False
+
+
+def is_heif(path: str | os.PathLike) -> bool:
+    """Whether a file begins as HEIC and HEIF files do (ISO/IEC 23008-12)."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    return head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+
+
 @functools.cache
 def _formats() -> list[str]:
-    """Those of `FORMATS` that Pillow was built with here."""
+    """Those of `FORMATS` that Pillow was built with here, and HEIF where pillow-heif is there."""
     Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
+    try:
+        import pillow_heif
+    except ImportError:
+        return [name for name in FORMATS if name in Image.OPEN]
+    pillow_heif.register_heif_opener()
+    return [name for name in (*FORMATS, "HEIF") if name in Image.OPEN]
+
+
+def _reason(error: Exception, path: str | os.PathLike) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        if is_heif(path):
+            return f"it is an HEIC or HEIF file, which pillow-heif reads ({HEIF_CURE})"
+        return "cannot identify an image in it: it is damaged, or of a kind that is not read here"
+    if isinstance(error, OSError) and error.errno is not None:
+        # Without the name, which the message has already.
+        return f"[Errno {error.errno}] {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def _orientation(image: Image.Image) -> int:
@@ -105,19 +158,36 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_eight_bit(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high > 65535:
-            raise ValueError(
-                f"its values run from {low} to {high}, beyond 16 bit, so that their scale is "
-                "unknown; save it as 8-bit or 16-bit grey"
-            )
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError(
-            "it holds floating-point values, whose scale is unknown; save it as 8-bit or 16-bit"
-        )
+    tags = getattr(image, "tag_v2", {})
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF"):
+        white = 4095 if tags.get(BITS_PER_SAMPLE) in (12, (12,)) else 65535
+        values = np.asarray(image).astype(np.int64).clip(0, white)
+        return Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        values = np.asarray(image)
+        if image.mode == "I" and tags.get(SAMPLE_FORMAT, UNSIGNED) in (UNSIGNED, (UNSIGNED,)):
+            # Pillow has no mode for them: the largest come out as negative.
+            values = values.view(np.uint32)
+        return Image.fromarray(_eight_bit_of_32(values))
     if image.mode == "P":
         return image.convert("RGBA" if "transparency" in image.info else "RGB")
+    if image.mode == "LAB":
+        # convert() refuses it.
+        lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
     return image.convert(EIGHT_BIT.get(image.mode, "RGB"))
+
+
+def _eight_bit_of_32(values: np.ndarray) -> np.ndarray:
+    """32-bit values `(H, W)` as uint8, in the range that `read_image` says."""
+    is_float, values = values.dtype.kind == "f", values.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise ValueError("none of its values is a finite number")
+    low, high = min(finite.min(), 0.0), finite.max()
+    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    if low < 0 or high > 255:
+        values = (values - low) * 255 / ((high - low) or 1.0)
+    elif is_float and high <= 1:
+        values = values * 255
+    return np.floor(values + 0.5).clip(0, 255).astype(np.uint8)

@@ -12,9 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from tqdm import tqdm
 
 from imprint_pl.data.decode import read_image
-from imprint_pl.errors import ImprintError
+from imprint_pl.errors import ImprintError, shown
+
+SKIP_ADVICE = 'Or leave out what cannot be read: on_error="skip" (--on_error skip).'
 
 
 class ImageFileDataset(Dataset):
@@ -31,6 +34,8 @@ class ImageFileDataset(Dataset):
         max_side: longest side in pixels; larger images are shrunk.
         on_error: "fail", or "skip" for images to predict: a file that cannot be read leaves a black
             image, and its batch is a dict, `images` and `skipped`: place in the batch → reason.
+            Images with labels are looked at before instead, see `unreadable`.
+        advice: a sentence that ends the error of a file that cannot be read.
     """
 
     # Tells the loaders to decode in workers.
@@ -42,11 +47,13 @@ class ImageFileDataset(Dataset):
         labels: Tensor | None = None,
         max_side: int | None = None,
         on_error: str = "fail",
+        advice: str = "",
     ) -> None:
         self.paths = list(paths)
         self.labels = labels
         self.max_side = max_side
         self.on_error = on_error
+        self.advice = advice
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -61,8 +68,9 @@ class ImageFileDataset(Dataset):
         try:
             images = [read_image(self.paths[index], self.max_side) for index in indices]
         except ImprintError as error:
+            error = ImprintError(f"{error} {self.advice}".rstrip())
             if get_worker_info() is None:
-                raise
+                raise error from None
             return error
         return images if self.labels is None else (images, self.labels[list(indices)])
 
@@ -79,7 +87,7 @@ class ImageFileDataset(Dataset):
     def select(self, positions: Tensor, labels: Tensor) -> "ImageFileDataset":
         """The samples at `positions` `(M,)`, under new labels `(M,)`."""
         paths = [self.paths[position] for position in positions.tolist()]
-        return ImageFileDataset(paths, labels, self.max_side)
+        return ImageFileDataset(paths, labels, self.max_side, advice=self.advice)
 
     def fingerprint(self) -> str:
         """What tells these images from others: names below their folder, sizes, times, `max_side`.
@@ -93,11 +101,61 @@ class ImageFileDataset(Dataset):
                 status = os.stat(path)
             except OSError as error:
                 raise ImprintError(
-                    f"cannot read the image {path}: {error.strerror}. Replace or remove the file."
+                    f"cannot read the image {shown(path)}: {error.strerror}. Replace or remove the "
+                    f"file. {self.advice}".rstrip()
                 ) from error
             name = os.path.relpath(path, root) if root else os.path.basename(path)
-            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            line = f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n"
+            # A name that is not UTF-8 counts with the bytes that it has.
+            digest.update(line.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+
+class _Reasons(Dataset):
+    """In the place of each image the reason why it cannot be read, or None."""
+
+    def __init__(self, paths: Sequence[str], max_side: int | None) -> None:
+        self.paths, self.max_side = paths, max_side
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> str | None:
+        try:
+            read_image(self.paths[index], self.max_side)
+        except ImprintError as error:
+            return str(error)
+        return None
+
+
+def unreadable(
+    paths: Sequence[str], max_side: int | None = None, num_workers: int = 0
+) -> dict[str, str]:
+    """The files that cannot be read, with the reasons. Each is decoded whole: a header says nothing
+    of the pixels behind it.
+
+    Args:
+        paths: image files.
+        max_side: as for `read_image`.
+        num_workers: processes that decode.
+    """
+    # Two batches a worker at least, so that each has work.
+    size = max(1, min(64, len(paths) // (2 * num_workers) if num_workers else 64))
+    reasons: list[str | None] = []
+    with tqdm(
+        total=len(paths), desc="looking for broken images", delay=2, leave=False, disable=None
+    ) as progress:
+        for batch in ImageFileLoader(
+            _Reasons(paths, max_side),
+            batch_size=size,
+            num_workers=num_workers if len(paths) > size else 0,
+            collate_fn=list,
+            # Without one, the loader would draw a number from the global generator.
+            generator=torch.Generator(),
+        ):
+            reasons += batch
+            progress.update(len(batch))
+    return {path: reason for path, reason in zip(paths, reasons, strict=True) if reason}
 
 
 class PackedBatch(NamedTuple):
@@ -133,7 +191,7 @@ def unpack(batch):
 
 
 class ImageFileLoader(DataLoader):
-    """A DataLoader over an `ImageFileDataset` with `collate_fn=pack`.
+    """A DataLoader over image files, mostly an `ImageFileDataset` with `collate_fn=pack`.
 
     It raises what went wrong in a worker as the plain `ImprintError` it was, when the batch's turn
     comes.

@@ -5,19 +5,28 @@ The files are found here, decoded by the workers (files.py, decode.py) and never
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from imprint_pl.data import tasks
-from imprint_pl.data.decode import EXTENSIONS
-from imprint_pl.data.files import ImageFileDataset
+from imprint_pl.data.decode import (
+    HEIF_CURE,
+    HEIF_EXTENSIONS,
+    extensions,
+    holds_image,
+    is_heif,
+)
+from imprint_pl.data.files import SKIP_ADVICE, ImageFileDataset, unreadable
 from imprint_pl.data.images import ImageDataModule, Splits
-from imprint_pl.errors import ImprintError
+from imprint_pl.errors import ImprintError, shown
 from imprint_pl.files import local_path
 from imprint_pl.labels import check_composition, composed, place_of, warn_of_alike
+from imprint_pl.sharing import ranks
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -29,6 +38,16 @@ TEST_SEED = 0
 NOT_OURS = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "__pycache__")
 NOT_OURS += ("system volume information",)
 
+# Files that nobody takes for a picture: left out without a word.
+LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
+COMPANIONS = (
+    *(".aae", ".cfg", ".csv", ".db", ".htm", ".html", ".ini", ".ipynb", ".json", ".jsonl"),
+    *(".lnk", ".log", ".md", ".py", ".rst", ".sh", ".toml", ".tsv", ".txt", ".url"),
+    *(".xml", ".xmp", ".yaml", ".yml"),
+)
+# Of what is left out, named in a message.
+FOLDERS_SHOWN, KINDS_SHOWN, UNREADABLE_SHOWN = 5, 6, 10
+
 
 class ImageFolder(ImageDataModule):
     """Images in a folder a class; the folders' names, sorted, are the classes.
@@ -36,9 +55,10 @@ class ImageFolder(ImageDataModule):
     Either `<root>/train/<class>/` with `<root>/val/`, `<root>/test/` or both (one alone serves as
     validation and test), or `<root>/<class>/` alone: then `test_fraction` of each class is held
     out as validation and test. Beside other folders of images, and without val and test, "train" is
-    a class like them. Folders may be nested; hidden files and files that are no images are
-    ignored, and folders of systems, such as `__MACOSX`. A batch's images are a list of uint8
-    `(C, H, W)` of the files' own sizes.
+    a class like them. Folders may be nested. What is read is known by the endings of the names, and
+    by content where a name has none. Hidden files, texts and folders of systems, such as
+    `__MACOSX`, are ignored; a warning counts all else that is left out. A batch's images are a list
+    of uint8 `(C, H, W)` of the files' own sizes.
 
     Args:
         root: The folder.
@@ -63,6 +83,9 @@ class ImageFolder(ImageDataModule):
         num_workers: Processes that decode image files; where left out, one for each processor core
             that this process has (16 at most).
         seed: Of the shots and of the held-out validation part.
+        on_error: "fail" at the first image that cannot be read, or "skip": before anything else,
+            each image is decoded once, and those that cannot be read are named in a warning and
+            left out, as if they were not there (`unreadable`).
     """
 
     def __init__(
@@ -79,6 +102,7 @@ class ImageFolder(ImageDataModule):
         batch_size: int = 64,
         num_workers: int | None = None,
         seed: int = 0,
+        on_error: str = "fail",
     ) -> None:
         super().__init__(
             root=root,
@@ -99,9 +123,12 @@ class ImageFolder(ImageDataModule):
                 "class to hold out as test, as in test_fraction=0.2"
             )
         _check_max_side(max_side)
-        self.name = Path(self.root).resolve().name
+        self.name = shown(Path(self.root).resolve().name)
         self.test_fraction = test_fraction
         self.max_side = max_side
+        self.on_error = _checked_on_error(on_error)
+        # Files that are known to be readable or not.
+        self._looked_at: set[str] = set()
 
     def load(self) -> Splits:
         folders = split_folders(Path(self.root))
@@ -142,6 +169,14 @@ class ImageFolder(ImageDataModule):
                 f"{folder} has no class folders: put the images of each class into a folder of "
                 "the class's name; images without classes are for ImageFiles (predict)"
             )
+        # A class's name is printed and written into checkpoints: never bytes that are no text.
+        folder_of = {shown(name): folder / name for name in found}
+        if len(folder_of) < len(found):
+            raise ImprintError(
+                f"{shown(folder)} has class folders whose names look alike in text: rename one"
+            )
+        found = list(folder_of)
+        is_test = class_names is not None
         if class_names is None:
             class_names = [composed(name) for name in found]
         places = [place_of(name, class_names) for name in found]
@@ -157,16 +192,55 @@ class ImageFolder(ImageDataModule):
             rank_zero_warn(f"{folder} has no folder for {', '.join(absent)}: not evaluated")
         paths: list[str] = []
         labels: list[int] = []
+        left_out: dict[str, Counter] = {}
         for name, place in zip(found, places, strict=True):
-            images = list(find_images(folder / name))
+            left_out[str(folder_of[name])] = counts = Counter()
+            images = list(find_images(folder_of[name], counts))
             if not images:
                 raise ImprintError(
-                    f"the class folder {folder / name} holds no image: add images "
-                    f"({', '.join(EXTENSIONS)}) or remove the folder"
+                    f"the class folder {folder / name} holds no image{_but(counts)}: add images "
+                    f"({', '.join(extensions())}) or remove the folder"
                 )
             paths += images
             labels += [place] * len(images)
-        return class_names, ImageFileDataset(paths, torch.tensor(labels), self.max_side)
+        _tell_left_out(left_out)
+        _tell_loose(folder)
+        dataset = ImageFileDataset(paths, torch.tensor(labels), self.max_side, advice=SKIP_ADVICE)
+        if self.on_error == "skip":
+            self._look_at(paths, folder)
+            kept = [i for i, path in enumerate(paths) if path not in self.unreadable]
+            kept = torch.tensor(kept, dtype=torch.int64)
+            dataset = dataset.select(kept, dataset.labels[kept])
+            absent = [] if is_test else sorted(set(labels) - set(dataset.labels.tolist()))
+            if absent:
+                raise ImprintError(
+                    f"no image of the class folder {folder / class_names[absent[0]]} can be read: "
+                    "replace the images, or remove the folder"
+                )
+        return class_names, dataset
+
+    def _look_at(self, paths: list[str], folder: Path) -> None:
+        """Adds those of `paths` that cannot be read to `unreadable`."""
+        new = [path for path in paths if path not in self._looked_at]
+        workers = self._free_processors() if self.num_workers is None else self.num_workers
+        # Each rank looks at its share. Without a Trainer there may be no other that waits.
+        shares = ranks() if self.trainer is not None else 1
+        own = new[dist.get_rank() :: shares] if shares > 1 else new
+        found = [unreadable(own, self.max_side, workers)] * shares
+        if shares > 1:
+            dist.all_gather_object(found, found[0])
+        faults = {path: reason for share in found for path, reason in share.items()}
+        self._looked_at.update(new)
+        # In the order of the data set.
+        self.unreadable |= {path: faults[path] for path in new if path in faults}
+        if faults:
+            names = [shown(path) for path in new if path in faults]
+            more = len(names) - UNREADABLE_SHOWN
+            rank_zero_warn(
+                f"{len(names)} of {len(new)} images below {shown(folder)} cannot be read and are "
+                f"left out: {', '.join(names[:UNREADABLE_SHOWN])}"
+                f"{f' and {more} more' if more > 0 else ''}"
+            )
 
 
 class ImageFiles(ImageDataModule):
@@ -183,6 +257,9 @@ class ImageFiles(ImageDataModule):
             that this process has (16 at most).
         max_side: Longest side in pixels; larger images are shrunk in the workers.
         on_error: What to do with a file that cannot be read: "fail", or "skip" and name it.
+
+    A warning counts the files of folders and patterns that are left out, as `ImageFolder` does; a
+    file that is given by its own name is read whatever the name.
     """
 
     name = "files"
@@ -198,19 +275,35 @@ class ImageFiles(ImageDataModule):
         super().__init__(batch_size=batch_size, num_workers=num_workers, download=False)
         _check_max_side(max_side)
         given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-        found = [path for place in given for path in _files_at(os.fspath(place))]
+        left_out: dict[str, Counter] = {}
+        found = [path for place in given for path in _files_at(os.fspath(place), left_out)]
+        _tell_left_out(left_out)
         if not found:
             raise ImprintError("paths is empty: name image files, folders or patterns")
         self.paths = list(dict.fromkeys(found))
         self.max_side = max_side
-        if on_error not in ("fail", "skip"):
-            raise ImprintError(f"on_error={on_error!r}: give 'fail' or 'skip'")
-        self.on_error = on_error
+        self.on_error = _checked_on_error(on_error)
 
     def setup(self, stage: str | None = None) -> None:
         self.predict_dataset = ImageFileDataset(
-            self.paths, max_side=self.max_side, on_error=self.on_error
+            self.paths, max_side=self.max_side, on_error=self.on_error, advice=SKIP_ADVICE
         )
+
+    def leave_out_unreadable(self) -> str:
+        """Takes what cannot be read out of `paths`; returns lines that name it, or nothing.
+
+        Raises:
+            ImprintError: nothing is left.
+        """
+        workers = self._free_processors() if self.num_workers is None else self.num_workers
+        self.unreadable = unreadable(self.paths, self.max_side, workers)
+        lines = [f"  {reason}\n" for reason in self.unreadable.values()]
+        if not lines:
+            return ""
+        if len(lines) == len(self.paths):
+            raise ImprintError(f"none of the {len(lines)} images can be read:{lines[0].rstrip()}")
+        self.paths = [path for path in self.paths if path not in self.unreadable]
+        return f"skipped {len(lines)} that cannot be read:\n{''.join(lines)}"
 
     def _dataset(self, split: str) -> ImageFileDataset:
         if split != "predict":
@@ -221,10 +314,18 @@ class ImageFiles(ImageDataModule):
         return super()._dataset(split)
 
 
-def find_images(folder: str | Path) -> Iterator[str]:
-    """Yield the image files below a folder, sorted, without hidden files and folders."""
+def find_images(folder: str | Path, left_out: Counter | None = None) -> Iterator[str]:
+    """Yield the image files below a folder, sorted, without hidden files and folders.
+
+    Args:
+        folder: to search, with its subfolders.
+        left_out: counts the kinds of files that are left out, see `_kind_left_out`.
+
+    Raises:
+        ImprintError: a folder that may not be listed.
+    """
     seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_not_listed):
         # A link that leads back up would be followed dozens of times.
         real = os.path.realpath(place)
         if real in seen:
@@ -235,13 +336,83 @@ def find_images(folder: str | Path) -> Iterator[str]:
         # By their composed names: the draws depend on the order, and are to be the same for a copy
         # of the folder on another system.
         for name in sorted(files, key=composed):
-            if _is_image(name):
-                yield os.path.join(place, name)
+            path = os.path.join(place, name)
+            if _is_image(path):
+                yield path
+            elif left_out is not None and (kind := _kind_left_out(path)):
+                left_out[kind] += 1
 
 
-def _is_image(name: str) -> bool:
-    base, extension = os.path.splitext(os.path.basename(name))
-    return extension.lower() in EXTENSIONS and not base.startswith(".")
+def _not_listed(error: OSError) -> None:
+    raise ImprintError(
+        f"cannot list the folder {shown(error.filename)} ({error.strerror}): allow it, or move the "
+        "folder away"
+    ) from error
+
+
+def _is_image(path: str) -> bool:
+    base, extension = os.path.splitext(os.path.basename(path))
+    if base.startswith("."):
+        return False
+    if extension in ("", "."):
+        return holds_image(path)
+    return extension.lower() in extensions()
+
+
+def _kind_left_out(path: str) -> str:
+    """The ending of a file's name that is no image here; empty where the file deserves no word."""
+    name = os.path.basename(path)
+    kind = os.path.splitext(name)[1].lower()
+    if name.startswith(".") or name.lower() in LITTER or kind in COMPANIONS:
+        return ""
+    if kind in ("", "."):
+        return HEIF_EXTENSIONS[0] if is_heif(path) else ""
+    return kind
+
+
+def _tell_left_out(left_out: dict[str, Counter]) -> None:
+    """Warns of the files that are left out, counted by folder and kind."""
+    left_out = {place: counts for place, counts in left_out.items() if counts}
+    if not left_out:
+        return
+    kinds = sum(left_out.values(), Counter())
+    total, several = kinds.total(), len(left_out) > 1
+    where = ", ".join(
+        f"{shown(place)}{f' ({counts.total()})' * several}"
+        for place, counts in list(left_out.items())[:FOLDERS_SHOWN]
+    )
+    if len(left_out) > FOLDERS_SHOWN:
+        where += f" and {len(left_out) - FOLDERS_SHOWN} more folders"
+    rank_zero_warn(
+        f"{total} file{'s' * (total > 1)} in {where} {'are' if total > 1 else 'is'} left out: "
+        f"{_kinds(kinds)}"
+    )
+
+
+def _but(left_out: Counter) -> str:
+    """What an error adds where files of other kinds are all that is there."""
+    return f" that is read here ({_kinds(left_out)})" if left_out else ""
+
+
+def _kinds(counts: Counter) -> str:
+    named = [f"{count} {shown(kind)}" for kind, count in counts.most_common(KINDS_SHOWN)]
+    if len(counts) > KINDS_SHOWN:
+        named.append(f"{len(counts) - KINDS_SHOWN} more kinds")
+    # Where pillow-heif is installed these are not left out.
+    cure = f"; HEIC needs pillow-heif: {HEIF_CURE}" if set(counts) & set(HEIF_EXTENSIONS) else ""
+    verb = "is" if counts.total() == 1 else "are"
+    return f"{', '.join(named)} {verb} not read here{cure}"
+
+
+def _tell_loose(folder: Path) -> None:
+    """Says how many images lie beside the class folders."""
+    with os.scandir(folder) as entries:
+        loose = sum(entry.is_file() and _is_image(entry.path) for entry in entries)
+    if loose:
+        rank_zero_info(
+            f"{loose} image{'s' * (loose > 1)} in {shown(folder)} itself, beside the class "
+            f"folders, {'are' if loose > 1 else 'is'} left out: move them into a class folder"
+        )
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -298,7 +469,7 @@ def _check_classes(folder: Path) -> None:
 def _has_own_images(folder: Path) -> bool:
     """Whether there are images in the folder itself, not in its subfolders."""
     with os.scandir(folder) as entries:
-        return any(e.is_file() and _is_image(e.name) for e in entries)
+        return any(e.is_file() and _is_image(e.path) for e in entries)
 
 
 def split_folders(root: Path) -> dict[str, Path]:
@@ -359,26 +530,36 @@ def split_folders(root: Path) -> dict[str, Path]:
     return {}
 
 
-def _files_at(place: str) -> Sequence[str]:
+def _files_at(place: str, left_out: dict[str, Counter]) -> Sequence[str]:
     path = local_path(place)
     if os.path.isfile(path):
         return [path]
+    counts = Counter()
     if os.path.isdir(path):
-        found = list(find_images(path))
+        found = list(find_images(path, counts))
     else:
         found = []
         for match in sorted(glob.glob(path, recursive=True)):
             if os.path.isdir(match):
-                found += find_images(match)
+                found += find_images(match, counts)
             elif _is_image(match):
                 found.append(match)
+            elif kind := _kind_left_out(match):
+                counts[kind] += 1
     if not found:
         exists = "holds no image" if os.path.isdir(path) else "matches no image file"
         raise ImprintError(
-            f"{place!r} {exists} ({', '.join(EXTENSIONS)}): check the path, which is "
-            f"relative to {os.getcwd()}"
+            f"'{shown(place)}' {exists}{_but(counts)} ({', '.join(extensions())}): check the path, "
+            f"which is relative to {shown(os.getcwd())}"
         )
+    left_out[path] = counts
     return found
+
+
+def _checked_on_error(on_error: str) -> str:
+    if on_error not in ("fail", "skip"):
+        raise ImprintError(f"on_error={on_error!r}: give 'fail' or 'skip'")
+    return on_error
 
 
 def _check_max_side(max_side: int | None) -> None:

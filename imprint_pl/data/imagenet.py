@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from imprint_pl.data.files import ImageFileDataset
 from imprint_pl.data.folders import ImageFolder, split_folders
 from imprint_pl.data.images import Splits
 from imprint_pl.errors import ImprintError, near
@@ -40,6 +39,7 @@ class ImageNet(ImageFolder):
         num_workers: Processes that decode image files; where left out, one for each processor core
             that this process has (16 at most).
         seed: Of the shots and of the held-out validation part.
+        on_error: "fail" at the first image that cannot be read, or "skip", as for `ImageFolder`.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class ImageNet(ImageFolder):
         batch_size: int = 64,
         num_workers: int | None = None,
         seed: int = 0,
+        on_error: str = "fail",
     ) -> None:
         super().__init__(
             root=root,
@@ -68,6 +69,7 @@ class ImageNet(ImageFolder):
             batch_size=batch_size,
             num_workers=num_workers,
             seed=seed,
+            on_error=on_error,
         )
         self.name = "imagenet"
 
@@ -89,8 +91,7 @@ class ImageNet(ImageFolder):
                 )
         numbers = torch.tensor([synsets.index(name) for name in found])
         train, val = (
-            ImageFileDataset(split.paths, numbers[split.labels], self.max_side)
-            for split in (train, val)
+            split.select(torch.arange(len(split)), numbers[split.labels]) for split in (train, val)
         )
         return Splits(names, train, val)
 

@@ -61,7 +61,8 @@ class ImageDataModule(LightningDataModule):
     are joined, as in `"0+3"`), `num_classes`, `task` (short name, such as `"mnist"` or
     `"mnist (classes 0,1,2)"`), and `train_dataset`, `val_dataset`, `test_dataset`, each with
     `labels` `(N,)` int64 in 0..C-1 and `original_labels` `(N,)`, each sample's own class before
-    anything was merged, named by `original_class_names`.
+    anything was merged, named by `original_class_names`. `unreadable` holds the files that
+    `on_error="skip"` left out, each with its reason.
 
     A subclass sets `name` and writes `load`; `prepare_data` where files have to be fetched first.
 
@@ -124,6 +125,8 @@ class ImageDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.download = download
         self.seed = seed
+        # File → why it cannot be read: what on_error="skip" has left out.
+        self.unreadable: dict[str, str] = {}
         self._is_set_up = False
 
     def load(self) -> Splits:

@@ -138,6 +138,8 @@ class Union(ImageDataModule):
 
     def load(self) -> Splits:
         loaded = [source.load() for source in self.sources]
+        for source in self.sources:
+            self.unreadable |= source.unreadable
         for splits in loaded:
             splits.class_names = [composed(self.rename(name)) for name in splits.class_names]
         names = list(dict.fromkeys(name for splits in loaded for name in splits.class_names))
