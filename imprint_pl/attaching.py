@@ -7,15 +7,19 @@ and metrics go on as they were. `callback.py` does the same inside a Trainer.
 from __future__ import annotations
 
 import copy
+import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -32,12 +36,16 @@ from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint
 from imprint_pl.store import EmbeddingStore
+from imprint_pl.twins import both
 
 # The recipe of attach, extend and ImprintCallback where none is given.
 RECIPE = "auto"
 
 # Samples that go through the module at a time where the data came as two tensors.
 BATCH = 256
+
+# What a Trainer calls for each batch, in this order.
+BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 Unpack = Callable[[Any], tuple[Any, Tensor]]
 
@@ -55,9 +63,11 @@ def attach(
     """Replaces a layer by an imprinted head, whose embedding is what went into that layer.
 
     With `data` the head is imprinted at once: one pass in eval mode, without gradients, on the
-    module's device. Without, it is empty and waits for `load_state_dict`, for an
-    `ImprintCallback`, or for another `attach` with data. Attaching again imprints again; `detach`
-    gives the first layer back. An optimizer that was built before still holds the old layer.
+    module's device. Batches go through the hooks that a Trainer would call
+    (`on_after_batch_transfer` and its like): the DataModule's, or else the module's. Without data,
+    the head is empty and waits for `load_state_dict`, for an `ImprintCallback`, or for another
+    `attach` with data. Attaching again imprints again; `detach` gives the first layer back. An
+    optimizer or an averaged copy (EMA) that was made before still holds the old layer.
 
     Args:
         module: any `nn.Module` or LightningModule. Where it has no `forward`, the first module on
@@ -86,7 +96,7 @@ def attach(
     >>> detach(net, "1")
     Linear(in_features=2, out_features=5, bias=True)
     """
-    layer_of(module, layer)
+    configure(module, layer)
     head = ImprintedHead()
     if data is not None:
         x, y = gather_embeddings(module, layer, data, unpack)
@@ -147,7 +157,33 @@ def layer_of(module: nn.Module, layer: str) -> nn.Module:
         raise ImprintError(
             f"{type(module).__name__} has no layer {layer!r}{near(layer, names) or last}"
         )
-    return module.get_submodule(layer)
+    try:
+        return module.get_submodule(layer)
+    except AttributeError as error:
+        raise ImprintError(
+            f"layer {layer!r} of {type(module).__name__} is hidden by an attribute of its class "
+            "with the same name, so that the module does not find it either: where configure_model "
+            "makes the layer, set it to None in __init__, not in the class"
+        ) from error
+
+
+def configure(module: nn.Module, layer: str) -> None:
+    """Lets a LightningModule make the layers that it makes in `configure_model`, where the layer
+    is not there yet.
+
+    Raises:
+        ImprintError: no such layer, even then.
+    """
+    names = {name for name, _ in module.named_modules(remove_duplicate=False)}
+    if layer not in names and overrides("configure_model", module):
+        module.configure_model()
+    layer_of(module, layer)
+
+
+def overrides(method: str, owner: Any) -> bool:
+    """Whether a LightningModule or DataModule has a method of its own instead of Lightning's."""
+    parents = both(LightningModule, LightningDataModule)
+    return any(isinstance(owner, p) and is_overridden(method, owner, p) for p in parents)
 
 
 def class_settings(data: Any) -> dict[str, Any]:
@@ -161,17 +197,102 @@ def class_settings(data: Any) -> dict[str, Any]:
 
 
 def gather_embeddings(
-    module: nn.Module, layer: str, data: Any, unpack: Unpack | None = None
+    module: nn.Module, layer: str, data: Any, unpack: Unpack | None = None, hooks: Any = None
 ) -> tuple[Tensor, Tensor]:
-    """What goes into a layer, `(N, d)` on the CPU, and the labels `(N,)`, in data order."""
-    device = _device(module)
-    store = EmbeddingStore()
-    with at_rest(module, layer):
+    """What goes into a layer, `(N, d)` on the CPU, and the labels `(N,)`, in data order.
+
+    Batches go through the batch hooks of `hooks`, a DataModule (`data` by default), or else of the
+    module.
+    """
+    device, store = _device(module), EmbeddingStore()
+    owner = data if hooks is None else hooks
+    with ExitStack() as stack:
+        for one in {id(one): one for one in (owner, data)}.values():
+            stack.enter_context(in_training(module, one))
+        stack.enter_context(at_rest(module, layer))
+        trainer, hooked = getattr(module, "_trainer", None), batch_hooks(module, owner)
+
+        def transfer(batch: Any) -> Any:
+            if trainer is not None:
+                batch = trainer.precision_plugin.convert_input(batch)
+            return hooked(batch, device)
+
+        if trainer is not None:
+            stack.enter_context(trainer.precision_plugin.forward_context())
         loader = in_data_order(loader_of(data))
-        embed_batches(
-            store, module, layer, loader, unpack, lambda b: move_data_to_device(b, device)
-        )
+        embed_batches(store, module, layer, loader, unpack, transfer)
     return store.gather()
+
+
+def batch_hooks(module: nn.Module, data: Any) -> Callable[[Any, torch.device], Any]:
+    """What a Trainer does with a batch before the module sees it: a function of a batch and the
+    device. As there, a hook of the DataModule takes the place of the module's."""
+
+    def hook(name: str) -> Callable | None:
+        owner = next((owner for owner in (data, module) if overrides(name, owner)), None)
+        return None if owner is None else getattr(owner, name)
+
+    before, move, after = map(hook, BATCH_HOOKS)
+
+    def transfer(batch: Any, device: torch.device) -> Any:
+        batch = batch if before is None else before(batch, 0)
+        batch = move_data_to_device(batch, device) if move is None else move(batch, device, 0)
+        return batch if after is None else after(batch, 0)
+
+    return transfer
+
+
+@contextmanager
+def in_training(module: nn.Module, data: Any, trainer: Trainer | None = None) -> Iterator[None]:
+    """Module and DataModule with a Trainer that trains, for hooks that ask `self.trainer.training`
+    or skip their work without a Trainer: their own, `trainer`, or a new one for the time."""
+    is_data = isinstance(data, both(LightningDataModule))
+    hooked = any(overrides(name, module) for name in BATCH_HOOKS)
+    if not is_data and not hooked:
+        yield
+        return
+    owners = [owner for owner in (module, data) if hasattr(owner, "prepare_data")]
+    theirs = [_trainer_of(owner) for owner in owners]
+    trainer = trainer or next(filter(None, theirs), None) or _new_trainer()
+    without = [owner for owner, own in zip(owners, theirs, strict=True) if own is None]
+    idle = {id(one): one for one in (trainer, *filter(None, theirs)) if one.state.stage is None}
+    try:
+        for one in idle.values():
+            one.training = True
+        for owner in without:
+            owner.trainer = trainer
+        yield
+    finally:
+        for one in idle.values():
+            one.state.stage = None
+        for owner in without:
+            owner.trainer = None
+
+
+def _trainer_of(owner: Any) -> Trainer | None:
+    """The Trainer of a LightningModule, which raises where it has none, or of a DataModule."""
+    return owner._trainer if hasattr(owner, "_trainer") else owner.trainer
+
+
+def _new_trainer() -> Trainer:
+    # What it says of this machine's devices and of settings concerns a fit, and there is none.
+    speaker = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = speaker.level
+    speaker.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Trainer(
+                accelerator="cpu",
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                plugins=[LightningEnvironment()],
+            )
+    finally:
+        speaker.setLevel(level)
 
 
 def embed_batches(
@@ -202,7 +323,8 @@ def embed_batches(
 
 @contextmanager
 def inputs_of(module: nn.Module, layer: str) -> Iterator[list[Any]]:
-    """A list to which each run of the layer adds its input."""
+    """A list to which each run of the layer adds its input. Meanwhile nothing runs as
+    `torch.compile` has made it: that would not see a new hook."""
     seen = []
 
     def keep(_, args, kwargs):
@@ -210,7 +332,8 @@ def inputs_of(module: nn.Module, layer: str) -> Iterator[list[Any]]:
 
     handle = layer_of(module, layer).register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        yield seen
+        with torch.compiler.set_stance("force_eager"):
+            yield seen
     finally:
         handle.remove()
 
@@ -257,7 +380,7 @@ def at_rest(module: nn.Module, layer: str) -> Iterator[None]:
 
 def loader_of(data: Any) -> Iterable[Any]:
     """The batches of `attach`'s `data`."""
-    if isinstance(data, LightningDataModule):
+    if isinstance(data, both(LightningDataModule)):
         data.prepare_data()
         data.setup("fit")
         return data.train_dataloader()
@@ -274,7 +397,7 @@ def in_data_order(loader: Any, ranks: int = 1, rank: int = 0) -> Any:
     neither shuffled nor dropped. A sampler or batch sampler of the user's own stays."""
     parts = loader if isinstance(loader, list) else []
     several = any(isinstance(part, DataLoader) for part in parts)
-    if several or isinstance(loader, dict | CombinedLoader):
+    if several or isinstance(loader, (dict, *both(CombinedLoader))):
         raise ImprintError(
             f"the training data is a {type(loader).__name__} of loaders: give the one to imprint "
             "from as data="
@@ -304,7 +427,7 @@ def in_data_order(loader: Any, ranks: int = 1, rank: int = 0) -> Any:
 
 def _entry(module: nn.Module, layer: str) -> nn.Module:
     """The module, or the first on the way to the layer, that has a forward of its own."""
-    missing = (nn.Module.forward, LightningModule.forward)
+    missing = (nn.Module.forward, *(cls.forward for cls in both(LightningModule)))
     parts = layer.split(".")
     for depth in range(len(parts)):
         part = module.get_submodule(".".join(parts[:depth]))

@@ -6,20 +6,20 @@ from the new samples and from what the old rows say of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
 from imprint_pl.attaching import (
     BATCH,
     RECIPE,
     Unpack,
+    configure,
     gather_embeddings,
-    in_data_order,
     layer_of,
-    loader_of,
     put_module,
 )
 from imprint_pl.batch import images_of
@@ -27,6 +27,7 @@ from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint
 from imprint_pl.moments import Moments
+from imprint_pl.twins import both
 
 # Of the new rows without old samples, chosen on digits and Fashion-MNIST embeddings: towards a
 # round covariance, which must also do for the old classes; the spread of a new logit within its
@@ -83,7 +84,8 @@ def extend(
         module: any trained `nn.Module` or LightningModule.
         layer: dotted name of an `nn.Linear` with at least two classes; its input is the embedding.
         new_classes: name → samples of that class: inputs `(N, …)`, or a loader of batches, whose
-            labels, if any, do not matter.
+            labels, if any, do not matter. They go through the same batch hooks as `old_data`: those
+            of a DataModule there, or else the module's, as in a Trainer.
         old_data: samples of the old classes with labels 0..C_old−1: a loader, a
             LightningDataModule, or `(x, y)`.
         recipe, overrides: as of `imprint`; of the head, with `old_data`.
@@ -101,6 +103,7 @@ def extend(
     >>> extend(net, "0", {"zebra": torch.tensor([[3.0, -3.0], [3.1, -2.9]])})
     Linear(in_features=2, out_features=3, bias=True)
     """
+    configure(module, layer)
     old = layer_of(module, layer)
     if not isinstance(old, nn.Linear) or old.out_features < 2:
         raise ImprintError(
@@ -112,10 +115,9 @@ def extend(
     if old_data is None and (overrides or recipe != RECIPE):
         raise ImprintError("recipe and its keywords are used with old_data alone: give that, too")
     parts, size = [], old.out_features
+    hooks = old_data if isinstance(old_data, both(LightningDataModule)) else None
     for name, samples in new_classes.items():
-        # Labels nobody reads: there is one class.
-        batches = _unlabelled(samples)
-        x, _ = gather_embeddings(module, layer, batches, lambda batch: (batch, _zeros(batch)))
+        x, _ = gather_embeddings(module, layer, _batches(samples), _of_one_class, hooks)
         if not len(x):
             raise ImprintError(f"class {name!r} has no sample: add some, or leave it out")
         parts.append(x)
@@ -138,11 +140,17 @@ def extend(
     return new
 
 
-def _unlabelled(samples: Any) -> Iterator[Any]:
-    if isinstance(samples, Tensor):
-        samples = list(samples.split(BATCH))
-    for batch in in_data_order(loader_of(samples)):
-        yield images_of(batch)
+def _batches(samples: Any) -> Any:
+    if not isinstance(samples, Tensor):
+        return samples
+    # Pairs, as batch hooks know them.
+    return [[rows, _zeros(rows)] for rows in samples.split(BATCH)]
+
+
+def _of_one_class(batch: Any) -> tuple[Any, Tensor]:
+    # Labels nobody reads: there is one class.
+    images = images_of(batch)
+    return images, _zeros(images)
 
 
 def _zeros(batch: Any) -> Tensor:
