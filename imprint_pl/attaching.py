@@ -7,19 +7,14 @@ and metrics go on as they were. `callback.py` does the same inside a Trainer.
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -32,20 +27,18 @@ from torch.utils.data import (
 )
 
 from imprint_pl.batch import split_batch
+from imprint_pl.batch_hooks import batch_hooks, in_training
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint
 from imprint_pl.store import EmbeddingStore
-from imprint_pl.twins import both
+from imprint_pl.twins import both, overrides
 
 # The recipe of attach, extend and ImprintCallback where none is given.
 RECIPE = "auto"
 
 # Samples that go through the module at a time where the data came as two tensors.
 BATCH = 256
-
-# What a Trainer calls for each batch, in this order.
-BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 Unpack = Callable[[Any], tuple[Any, Tensor]]
 
@@ -180,12 +173,6 @@ def configure(module: nn.Module, layer: str) -> None:
     layer_of(module, layer)
 
 
-def overrides(method: str, owner: Any) -> bool:
-    """Whether a LightningModule or DataModule has a method of its own instead of Lightning's."""
-    parents = both(LightningModule, LightningDataModule)
-    return any(isinstance(owner, p) and is_overridden(method, owner, p) for p in parents)
-
-
 def class_settings(data: Any) -> dict[str, Any]:
     """`num_classes` and `class_names`, where the data knows them."""
     names = list(getattr(data, "class_names", None) or [])
@@ -222,77 +209,6 @@ def gather_embeddings(
         loader = in_data_order(loader_of(data))
         embed_batches(store, module, layer, loader, unpack, transfer)
     return store.gather()
-
-
-def batch_hooks(module: nn.Module, data: Any) -> Callable[[Any, torch.device], Any]:
-    """What a Trainer does with a batch before the module sees it: a function of a batch and the
-    device. As there, a hook of the DataModule takes the place of the module's."""
-
-    def hook(name: str) -> Callable | None:
-        owner = next((owner for owner in (data, module) if overrides(name, owner)), None)
-        return None if owner is None else getattr(owner, name)
-
-    before, move, after = map(hook, BATCH_HOOKS)
-
-    def transfer(batch: Any, device: torch.device) -> Any:
-        batch = batch if before is None else before(batch, 0)
-        batch = move_data_to_device(batch, device) if move is None else move(batch, device, 0)
-        return batch if after is None else after(batch, 0)
-
-    return transfer
-
-
-@contextmanager
-def in_training(module: nn.Module, data: Any, trainer: Trainer | None = None) -> Iterator[None]:
-    """Module and DataModule with a Trainer that trains, for hooks that ask `self.trainer.training`
-    or skip their work without a Trainer: their own, `trainer`, or a new one for the time."""
-    is_data = isinstance(data, both(LightningDataModule))
-    hooked = any(overrides(name, module) for name in BATCH_HOOKS)
-    if not is_data and not hooked:
-        yield
-        return
-    owners = [owner for owner in (module, data) if hasattr(owner, "prepare_data")]
-    theirs = [_trainer_of(owner) for owner in owners]
-    trainer = trainer or next(filter(None, theirs), None) or _new_trainer()
-    without = [owner for owner, own in zip(owners, theirs, strict=True) if own is None]
-    idle = {id(one): one for one in (trainer, *filter(None, theirs)) if one.state.stage is None}
-    try:
-        for one in idle.values():
-            one.training = True
-        for owner in without:
-            owner.trainer = trainer
-        yield
-    finally:
-        for one in idle.values():
-            one.state.stage = None
-        for owner in without:
-            owner.trainer = None
-
-
-def _trainer_of(owner: Any) -> Trainer | None:
-    """The Trainer of a LightningModule, which raises where it has none, or of a DataModule."""
-    return owner._trainer if hasattr(owner, "_trainer") else owner.trainer
-
-
-def _new_trainer() -> Trainer:
-    # What it says of this machine's devices and of settings concerns a fit, and there is none.
-    speaker = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = speaker.level
-    speaker.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return Trainer(
-                accelerator="cpu",
-                devices=1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                plugins=[LightningEnvironment()],
-            )
-    finally:
-        speaker.setLevel(level)
 
 
 def embed_batches(

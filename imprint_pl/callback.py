@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
@@ -23,27 +23,25 @@ from imprint_pl.attaching import (
     RECIPE,
     Unpack,
     at_rest,
-    batch_hooks,
     class_settings,
     configure,
     detach,
     embed_batches,
     in_data_order,
-    in_training,
     inputs_of,
     layer_of,
     loader_of,
-    overrides,
     put_head,
     the_embedding,
 )
 from imprint_pl.batch import dealt_samples, loader_number, split_batch
+from imprint_pl.batch_hooks import in_training, transfer_of
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint
 from imprint_pl.sharing import help_out, helped
 from imprint_pl.store import EmbeddingStore, on_gpu
-from imprint_pl.twins import averaging_callbacks, both
+from imprint_pl.twins import averaging_callbacks, both, overrides
 
 WHEN = ("fit_start", "validation", "train_end")
 
@@ -341,17 +339,6 @@ def _as_in_the_file(
         put_head(module, layer, ImprintedHead())
     elif is_head and not has_head:
         detach(module, layer)
-
-
-def transfer_of(
-    trainer: Trainer, pl_module: LightningModule, data: Any = None
-) -> Callable[[Any], Any]:
-    """What the loops of a Trainer do with a batch of `data`, or else of the Trainer's DataModule,
-    before the module sees it."""
-    is_data = isinstance(data, both(LightningDataModule))
-    hooked = batch_hooks(pl_module, data if is_data else trainer.datamodule)
-    device = trainer.strategy.root_device
-    return lambda batch: hooked(trainer.precision_plugin.convert_input(batch), device)
 
 
 def _on_rank_zero(

@@ -5,9 +5,11 @@ pytorch_lightning` are one code in two packages, whose classes do not know each 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 TWINS = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
 
@@ -34,3 +36,9 @@ def averaging_callbacks(trainer: Trainer) -> list[Callback]:
     """Those of a Trainer's callbacks that keep a copy of the module, and average its weights."""
     kinds = both(WeightAveraging, StochasticWeightAveraging)
     return [callback for callback in trainer.callbacks if isinstance(callback, kinds)]
+
+
+def overrides(method: str, owner: Any) -> bool:
+    """Whether a LightningModule or DataModule has a method of its own instead of Lightning's."""
+    parents = both(LightningModule, LightningDataModule)
+    return any(isinstance(owner, p) and is_overridden(method, owner, p) for p in parents)
