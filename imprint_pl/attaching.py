@@ -7,6 +7,7 @@ and metrics go on as they were. `callback.py` does the same inside a Trainer.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -60,7 +62,8 @@ def attach(
     (`on_after_batch_transfer` and its like): the DataModule's, or else the module's. Without data,
     the head is empty and waits for `load_state_dict`, for an `ImprintCallback`, or for another
     `attach` with data. Attaching again imprints again; `detach` gives the first layer back. An
-    optimizer or an averaged copy (EMA) that was made before still holds the old layer.
+    optimizer, or an averaged copy (EMA) outside of the module, that was made before still holds the
+    old layer: make it anew.
 
     Args:
         module: any `nn.Module` or LightningModule. Where it has no `forward`, the first module on
@@ -115,6 +118,8 @@ def detach(module: nn.Module, layer: str) -> nn.Module:
             f"layer {layer!r} of {type(module).__name__} is a {type(head).__name__} that nothing "
             "was attached to: attach(module, layer) comes before detach"
         )
+    for averaged, name in averaged_copies(module, layer, list(module.modules())):
+        detach(averaged, name)
     if original.training != head.training:
         original.train(head.training)
     original.to(head.proxies.device)
@@ -122,12 +127,49 @@ def detach(module: nn.Module, layer: str) -> nn.Module:
     return original
 
 
-def put_head(module: nn.Module, layer: str, head: ImprintedHead) -> None:
-    """Puts a head in the place of a layer, which it remembers outside of its parameters."""
+def put_head(
+    module: nn.Module, layer: str, head: ImprintedHead, holders: Iterable[Any] = ()
+) -> None:
+    """Puts a head in the place of a layer, which it remembers outside of its parameters, and a copy
+    of it into the averaged copies (EMA) among the module's parts and `holders`."""
     old = layer_of(module, layer)
+    copies = averaged_copies(module, layer, [*module.modules(), *holders])
     # Not a submodule: neither optimizers nor checkpoints are to see it.
     head.__dict__["replaced"] = getattr(old, "replaced", old)
     put_module(module, layer, head.to(_device(old, module)).train(old.training))
+    for averaged, name in copies:
+        trained = any(p.requires_grad for p in averaged.get_submodule(name).parameters())
+        put_head(averaged, name, copy.deepcopy(head))
+        if not trained:
+            averaged.get_submodule(name).requires_grad_(False)
+
+
+def averaged_copies(
+    module: nn.Module, layer: str, holders: Iterable[Any]
+) -> list[tuple[nn.Module, str]]:
+    """Copies of the module, or of a part of it that has the layer, which torch's or timm's tools
+    for averages among `holders` keep, each with the layer's name in it.
+
+    They are averaged with the module tensor by tensor, in order: a head beside a layer would be
+    averaged with it in silence.
+    """
+    timm = sys.modules.get("timm.utils.model_ema")
+    kinds = (AveragedModel,) + ((timm.ModelEma, timm.ModelEmaV2, timm.ModelEmaV3) if timm else ())
+    tools = {id(holder): holder for holder in holders if isinstance(holder, kinds)}
+    parts, found = layer.split("."), []
+    for tool in tools.values():
+        averaged = tool.ema if hasattr(tool, "ema") else tool.module
+        for depth in range(len(parts)):
+            path, name = ".".join(parts[:depth]), ".".join(parts[depth:])
+            original = module.get_submodule(path)
+            if type(averaged) is type(original) and _shapes(averaged) == _shapes(original):
+                found.append((averaged, name))
+                break
+    return found
+
+
+def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(name, parameter.shape) for name, parameter in module.named_parameters()]
 
 
 def put_module(module: nn.Module, layer: str, new: nn.Module) -> None:

@@ -233,7 +233,8 @@ class ImprintCallback(Callback):
 
     def _replace(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.head = self._imprint(trainer, pl_module)
-        put_head(pl_module, self.layer, self.head)
+        kept = [value for callback in trainer.callbacks for value in vars(callback).values()]
+        put_head(pl_module, self.layer, self.head, [*vars(pl_module).values(), *kept])
         for callback in averaging_callbacks(trainer):
             # Their copy of the module, made before, has the layer.
             callback.setup(trainer, pl_module, "fit")
