@@ -244,7 +244,16 @@ def gather_embeddings(
         def transfer(batch: Any) -> Any:
             if trainer is not None:
                 batch = trainer.precision_plugin.convert_input(batch)
-            return hooked(batch, device)
+            try:
+                return hooked(batch, device)
+            except (TypeError, LookupError, AttributeError, ValueError) as error:
+                if not isinstance(data, tuple):
+                    raise
+                raise ImprintError(
+                    "a batch hook of the DataModule or the module cannot take a batch [inputs, "
+                    f"labels] ({type(error).__name__}: {error}): give a loader whose batches it "
+                    "knows instead of tensors"
+                ) from error
 
         if trainer is not None:
             stack.enter_context(trainer.precision_plugin.forward_context())

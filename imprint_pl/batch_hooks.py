@@ -100,6 +100,11 @@ def transfer_of(
     """What the loops of a Trainer do with a batch of `data`, or else of the Trainer's DataModule,
     before the module sees it."""
     is_data = isinstance(data, both(LightningDataModule))
-    hooked = batch_hooks(pl_module, data if is_data else trainer.datamodule)
+    hooked = batch_hooks(pl_module, data if is_data else datamodule_of(trainer))
     device = trainer.strategy.root_device
     return lambda batch: hooked(trainer.precision_plugin.convert_input(batch), device)
+
+
+def datamodule_of(trainer: Trainer) -> LightningDataModule | None:
+    """The DataModule of this run; `trainer.datamodule` may be that of a run before."""
+    return trainer._data_connector._datahook_selector.datamodule

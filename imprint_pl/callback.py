@@ -35,7 +35,7 @@ from imprint_pl.attaching import (
     the_embedding,
 )
 from imprint_pl.batch import dealt_samples, loader_number, split_batch
-from imprint_pl.batch_hooks import in_training, transfer_of
+from imprint_pl.batch_hooks import datamodule_of, in_training, transfer_of
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint
@@ -242,7 +242,7 @@ class ImprintCallback(Callback):
     def _imprint(self, trainer: Trainer, pl_module: LightningModule) -> ImprintedHead:
         original = layer_of(pl_module, self.layer)
         original = getattr(original, "replaced", original)
-        data = trainer.datamodule if self.data is None else self.data
+        data = datamodule_of(trainer) if self.data is None else self.data
         settings = class_settings(data)
         if settings["num_classes"] is None:
             settings["num_classes"] = getattr(original, "out_features", None)

@@ -14,7 +14,6 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
 from imprint_pl.attaching import (
-    BATCH,
     RECIPE,
     Unpack,
     configure,
@@ -117,7 +116,10 @@ def extend(
     parts, size = [], old.out_features
     hooks = old_data if isinstance(old_data, both(LightningDataModule)) else None
     for name, samples in new_classes.items():
-        x, _ = gather_embeddings(module, layer, _batches(samples), _of_one_class, hooks)
+        # Pairs, as batch hooks know them.
+        given = (samples, _zeros(samples)) if isinstance(samples, Tensor) else samples
+        some = given is samples or len(samples)
+        x = gather_embeddings(module, layer, given, _of_one_class, hooks)[0] if some else ()
         if not len(x):
             raise ImprintError(f"class {name!r} has no sample: add some, or leave it out")
         parts.append(x)
@@ -138,13 +140,6 @@ def extend(
         new = ExtendedLayer(old, head.to(old.weight.device))
     put_module(module, layer, new.train(old.training))
     return new
-
-
-def _batches(samples: Any) -> Any:
-    if not isinstance(samples, Tensor):
-        return samples
-    # Pairs, as batch hooks know them.
-    return [[rows, _zeros(rows)] for rows in samples.split(BATCH)]
 
 
 def _of_one_class(batch: Any) -> tuple[Any, Tensor]:

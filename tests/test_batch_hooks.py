@@ -166,6 +166,37 @@ def test_extend_calls_the_hooks_for_old_and_new_classes(hook):
     )
 
 
+def test_a_data_module_of_a_run_before_has_no_say():
+    callback = ImprintCallback("fc", "qi")
+    run = trainer(callback)
+    run.fit(Lit(), type("Hooked", (After, Data), {"class_names": list("abcd")})())
+    assert callback.head.class_names == list("abcd")
+    run.fit_loop.epoch_progress.reset()
+    run.fit(Lit(), batches(READY), batches(READY))
+    assert callback.head.class_names == []
+    torch.testing.assert_close(callback.head.proxies, expected(), rtol=0, atol=1e-3)
+
+
+def test_tensors_that_a_hook_cannot_take_are_refused_in_a_sentence():
+    class OfDicts:
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return {"image": (batch["image"] - 500) / 40, "label": batch["label"]}
+
+    def fresh():
+        module = Lit()
+        module.fc = nn.Linear(32, CLASSES)
+        return module
+
+    dicts = [{"image": RAW, "label": Y}]
+    own = type("Dicts", (OfDicts, Data), {"train_dataloader": lambda self: dicts})()
+    with pytest.raises(ImprintError, match="cannot take a batch .*: give a loader whose batches"):
+        extend(fresh(), "fc", {"new": RAW}, old_data=own)
+    extend(fresh(), "fc", {"new": dicts}, old_data=own)
+    module = type("HookedLit", (OfDicts, Lit), {})()
+    with pytest.raises(ImprintError, match="cannot take a batch .*: give a loader whose batches"):
+        attach(module, "fc", data=(RAW, Y))
+
+
 @pytest.mark.parametrize("when", ["fit_start", "validation", "train_end"])
 def test_a_callback_with_data_of_its_own_calls_the_hooks_of_that_data(when, tmp_path):
     callback = ImprintCallback("fc", "qi", when, type("Own", (WhereATrainerIs, Data), {})())
