@@ -7,17 +7,18 @@ and metrics go on as they were. `callback.py` does the same inside a Trainer.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -28,11 +29,13 @@ from torch.utils.data import (
 )
 
 from imprint_pl.batch import split_batch
+from imprint_pl.batch_hooks import batch_hooks, in_training
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint
 from imprint_pl.labels import names_of
 from imprint_pl.store import EmbeddingStore
+from imprint_pl.twins import both, overrides
 
 # The recipe of attach, extend and ImprintCallback where none is given.
 RECIPE = "auto"
@@ -56,9 +59,12 @@ def attach(
     """Replaces a layer by an imprinted head, whose embedding is what went into that layer.
 
     With `data` the head is imprinted at once: one pass in eval mode, without gradients, on the
-    module's device. Without, it is empty and waits for `load_state_dict`, for an
-    `ImprintCallback`, or for another `attach` with data. Attaching again imprints again; `detach`
-    gives the first layer back. An optimizer that was built before still holds the old layer.
+    module's device. Batches go through the hooks that a Trainer would call
+    (`on_after_batch_transfer` and its like): the DataModule's, or else the module's. Without data,
+    the head is empty and waits for `load_state_dict`, for an `ImprintCallback`, or for another
+    `attach` with data. Attaching again imprints again; `detach` gives the first layer back. An
+    optimizer, or an averaged copy (EMA) outside of the module, that was made before still holds the
+    old layer: make it anew.
 
     Args:
         module: any `nn.Module` or LightningModule. Where it has no `forward`, the first module on
@@ -87,7 +93,7 @@ def attach(
     >>> detach(net, "1")
     Linear(in_features=2, out_features=5, bias=True)
     """
-    layer_of(module, layer)
+    configure(module, layer)
     head = ImprintedHead()
     if data is not None:
         x, y = gather_embeddings(module, layer, data, unpack)
@@ -113,6 +119,8 @@ def detach(module: nn.Module, layer: str) -> nn.Module:
             f"layer {layer!r} of {type(module).__name__} is a {type(head).__name__} that nothing "
             "was attached to: attach(module, layer) comes before detach"
         )
+    for averaged, name in averaged_copies(module, layer, list(module.modules())):
+        detach(averaged, name)
     if original.training != head.training:
         original.train(head.training)
     original.to(head.proxies.device)
@@ -120,12 +128,49 @@ def detach(module: nn.Module, layer: str) -> nn.Module:
     return original
 
 
-def put_head(module: nn.Module, layer: str, head: ImprintedHead) -> None:
-    """Puts a head in the place of a layer, which it remembers outside of its parameters."""
+def put_head(
+    module: nn.Module, layer: str, head: ImprintedHead, holders: Iterable[Any] = ()
+) -> None:
+    """Puts a head in the place of a layer, which it remembers outside of its parameters, and a copy
+    of it into the averaged copies (EMA) among the module's parts and `holders`."""
     old = layer_of(module, layer)
+    copies = averaged_copies(module, layer, [*module.modules(), *holders])
     # Not a submodule: neither optimizers nor checkpoints are to see it.
     head.__dict__["replaced"] = getattr(old, "replaced", old)
     put_module(module, layer, head.to(_device(old, module)).train(old.training))
+    for averaged, name in copies:
+        trained = any(p.requires_grad for p in averaged.get_submodule(name).parameters())
+        put_head(averaged, name, copy.deepcopy(head))
+        if not trained:
+            averaged.get_submodule(name).requires_grad_(False)
+
+
+def averaged_copies(
+    module: nn.Module, layer: str, holders: Iterable[Any]
+) -> list[tuple[nn.Module, str]]:
+    """Copies of the module, or of a part of it that has the layer, which torch's or timm's tools
+    for averages among `holders` keep, each with the layer's name in it.
+
+    They are averaged with the module tensor by tensor, in order: a head beside a layer would be
+    averaged with it in silence.
+    """
+    timm = sys.modules.get("timm.utils.model_ema")
+    kinds = (AveragedModel,) + ((timm.ModelEma, timm.ModelEmaV2, timm.ModelEmaV3) if timm else ())
+    tools = {id(holder): holder for holder in holders if isinstance(holder, kinds)}
+    parts, found = layer.split("."), []
+    for tool in tools.values():
+        averaged = tool.ema if hasattr(tool, "ema") else tool.module
+        for depth in range(len(parts)):
+            path, name = ".".join(parts[:depth]), ".".join(parts[depth:])
+            original = module.get_submodule(path)
+            if type(averaged) is type(original) and _shapes(averaged) == _shapes(original):
+                found.append((averaged, name))
+                break
+    return found
+
+
+def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(name, parameter.shape) for name, parameter in module.named_parameters()]
 
 
 def put_module(module: nn.Module, layer: str, new: nn.Module) -> None:
@@ -148,7 +193,27 @@ def layer_of(module: nn.Module, layer: str) -> nn.Module:
         raise ImprintError(
             f"{type(module).__name__} has no layer {layer!r}{near(layer, names) or last}"
         )
-    return module.get_submodule(layer)
+    try:
+        return module.get_submodule(layer)
+    except AttributeError as error:
+        raise ImprintError(
+            f"layer {layer!r} of {type(module).__name__} is hidden by an attribute of its class "
+            "with the same name, so that the module does not find it either: where configure_model "
+            "makes the layer, set it to None in __init__, not in the class"
+        ) from error
+
+
+def configure(module: nn.Module, layer: str) -> None:
+    """Lets a LightningModule make the layers that it makes in `configure_model`, where the layer
+    is not there yet.
+
+    Raises:
+        ImprintError: no such layer, even then.
+    """
+    names = {name for name, _ in module.named_modules(remove_duplicate=False)}
+    if layer not in names and overrides("configure_model", module):
+        module.configure_model()
+    layer_of(module, layer)
 
 
 def class_settings(data: Any) -> dict[str, Any]:
@@ -162,16 +227,39 @@ def class_settings(data: Any) -> dict[str, Any]:
 
 
 def gather_embeddings(
-    module: nn.Module, layer: str, data: Any, unpack: Unpack | None = None
+    module: nn.Module, layer: str, data: Any, unpack: Unpack | None = None, hooks: Any = None
 ) -> tuple[Tensor, Tensor]:
-    """What goes into a layer, `(N, d)` on the CPU, and the labels `(N,)`, in data order."""
-    device = _device(module)
-    store = EmbeddingStore()
-    with at_rest(module, layer):
+    """What goes into a layer, `(N, d)` on the CPU, and the labels `(N,)`, in data order.
+
+    Batches go through the batch hooks of `hooks`, a DataModule (`data` by default), or else of the
+    module.
+    """
+    device, store = _device(module), EmbeddingStore()
+    owner = data if hooks is None else hooks
+    with ExitStack() as stack:
+        for one in {id(one): one for one in (owner, data)}.values():
+            stack.enter_context(in_training(module, one))
+        stack.enter_context(at_rest(module, layer))
+        trainer, hooked = getattr(module, "_trainer", None), batch_hooks(module, owner)
+
+        def transfer(batch: Any) -> Any:
+            if trainer is not None:
+                batch = trainer.precision_plugin.convert_input(batch)
+            try:
+                return hooked(batch, device)
+            except (TypeError, LookupError, AttributeError, ValueError) as error:
+                if not isinstance(data, tuple):
+                    raise
+                raise ImprintError(
+                    "a batch hook of the DataModule or the module cannot take a batch [inputs, "
+                    f"labels] ({type(error).__name__}: {error}): give a loader whose batches it "
+                    "knows instead of tensors"
+                ) from error
+
+        if trainer is not None:
+            stack.enter_context(trainer.precision_plugin.forward_context())
         loader = in_data_order(loader_of(data))
-        embed_batches(
-            store, module, layer, loader, unpack, lambda b: move_data_to_device(b, device)
-        )
+        embed_batches(store, module, layer, loader, unpack, transfer)
     return store.gather()
 
 
@@ -203,7 +291,8 @@ def embed_batches(
 
 @contextmanager
 def inputs_of(module: nn.Module, layer: str) -> Iterator[list[Any]]:
-    """A list to which each run of the layer adds its input."""
+    """A list to which each run of the layer adds its input. Meanwhile nothing runs as
+    `torch.compile` has made it: that would not see a new hook."""
     seen = []
 
     def keep(_, args, kwargs):
@@ -211,7 +300,8 @@ def inputs_of(module: nn.Module, layer: str) -> Iterator[list[Any]]:
 
     handle = layer_of(module, layer).register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        yield seen
+        with torch.compiler.set_stance("force_eager"):
+            yield seen
     finally:
         handle.remove()
 
@@ -258,7 +348,7 @@ def at_rest(module: nn.Module, layer: str) -> Iterator[None]:
 
 def loader_of(data: Any) -> Iterable[Any]:
     """The batches of `attach`'s `data`."""
-    if isinstance(data, LightningDataModule):
+    if isinstance(data, both(LightningDataModule)):
         data.prepare_data()
         data.setup("fit")
         return data.train_dataloader()
@@ -275,7 +365,7 @@ def in_data_order(loader: Any, ranks: int = 1, rank: int = 0) -> Any:
     neither shuffled nor dropped. A sampler or batch sampler of the user's own stays."""
     parts = loader if isinstance(loader, list) else []
     several = any(isinstance(part, DataLoader) for part in parts)
-    if several or isinstance(loader, dict | CombinedLoader):
+    if several or isinstance(loader, (dict, *both(CombinedLoader))):
         raise ImprintError(
             f"the training data is a {type(loader).__name__} of loaders: give the one to imprint "
             "from as data="
@@ -305,7 +395,7 @@ def in_data_order(loader: Any, ranks: int = 1, rank: int = 0) -> Any:
 
 def _entry(module: nn.Module, layer: str) -> nn.Module:
     """The module, or the first on the way to the layer, that has a forward of its own."""
-    missing = (nn.Module.forward, LightningModule.forward)
+    missing = (nn.Module.forward, *(cls.forward for cls in both(LightningModule)))
     parts = layer.split(".")
     for depth in range(len(parts)):
         part = module.get_submodule(".".join(parts[:depth]))

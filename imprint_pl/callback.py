@@ -7,13 +7,13 @@ fine-tuned, compared or saved. `attaching.py` has the parts that need no Trainer
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from imprint_pl.attaching import (
     Unpack,
     at_rest,
     class_settings,
+    configure,
     detach,
     embed_batches,
     in_data_order,
@@ -34,11 +35,13 @@ from imprint_pl.attaching import (
     the_embedding,
 )
 from imprint_pl.batch import dealt_samples, loader_number, split_batch
+from imprint_pl.batch_hooks import datamodule_of, in_training, transfer_of
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint
 from imprint_pl.sharing import help_out, helped
 from imprint_pl.store import EmbeddingStore, on_gpu
+from imprint_pl.twins import averaging_callbacks, both, overrides
 
 WHEN = ("fit_start", "validation", "train_end")
 
@@ -104,13 +107,13 @@ class ImprintCallback(Callback):
         self.overrides = overrides
         self.head: ImprintedHead | None = None
         self.checkpoint_path: str | None = None
-        self._hooks: list[Any] = []
+        self._undo = ExitStack()
         self._validated: dict[int, EmbeddingStore] = {}
 
     # Set-up and undo.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        sharded = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+        sharded = both(FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
         if isinstance(trainer.strategy, sharded):
             raise ImprintError(
                 f"{type(trainer.strategy).__name__} shards the module, which ImprintCallback does "
@@ -118,23 +121,21 @@ class ImprintCallback(Callback):
             )
         # Whatever a checkpoint has there, head or layer, is what the module has when it is loaded.
         as_in_the_file = partial(_as_in_the_file, self.layer)
-        self._hooks.append(pl_module.register_load_state_dict_pre_hook(as_in_the_file))
+        self._undo.callback(pl_module.register_load_state_dict_pre_hook(as_in_the_file).remove)
         if stage == "fit":
             _once_set_up(pl_module, partial(self._prepare_fit, trainer, pl_module))
 
     def _prepare_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        layer_of(pl_module, self.layer)
+        if overrides("configure_model", pl_module):
+            self._configure_model(trainer, pl_module)
+        configure(pl_module, self.layer)
         if self.data is None and trainer.limit_train_batches == 0:
             raise ImprintError(
                 "limit_train_batches=0 leaves no training data to imprint from: give data=, or "
                 "leave some batches"
             )
-        averaging = [
-            callback
-            for callback in trainer.callbacks
-            if isinstance(callback, StochasticWeightAveraging | WeightAveraging)
-        ]
         order = trainer.callbacks
+        averaging = averaging_callbacks(trainer)
         if self.when == "train_end" and any(order.index(self) < order.index(c) for c in averaging):
             raise ImprintError(
                 "a callback that averages weights ends after ImprintCallback and would write over "
@@ -143,17 +144,31 @@ class ImprintCallback(Callback):
         if self.when == "fit_start":
             # Lightning does both, but after this: the pass cannot wait for it, since the optimizer
             # is to find the head's parameters.
-            if isinstance(trainer.precision_plugin, HalfPrecision | DoublePrecision):
+            converting = both(HalfPrecision, DoublePrecision)
+            if isinstance(trainer.precision_plugin, converting):
                 trainer.precision_plugin.convert_module(pl_module)
             pl_module.to(trainer.strategy.root_device)
             self._replace(trainer, pl_module)
-            for callback in averaging:
-                # Their copy of the module, made before, has the layer.
-                callback.setup(trainer, pl_module, "fit")
+
+    def _configure_model(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As the Trainer does it, but before the head takes the place of a layer that is made
+        there; what calls `configure_model` later in the run finds that it is done."""
+        with (
+            trainer.strategy.tensor_init_context(),
+            trainer.strategy.model_sharded_context(),
+            trainer.precision_plugin.module_init_context(),
+        ):
+            pl_module.configure_model()
+        pl_module.configure_model = _configured
+        self._undo.callback(pl_module.__dict__.pop, "configure_model", None)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._undo.close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
+        self._undo.close()
 
     # At the end of training.
 
@@ -170,17 +185,20 @@ class ImprintCallback(Callback):
     # Beside the user's validation.
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validated = {}
-        if self._is_on(trainer):
-            self.head = self._imprint(trainer, pl_module)
-            self.head.to(pl_module.device)
+        self._validated, self._is_due = {}, True
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any
     ) -> None:
-        if self._is_on(trainer):
-            self._watch = inputs_of(pl_module, self.layer)
-            self._seen = self._watch.__enter__()
+        if not self._is_on(trainer):
+            return
+        if self._is_due:
+            # Not before: callbacks put averaged weights in place when the epoch starts, and the
+            # head is to be of the weights that are validated.
+            self.head, self._is_due = self._imprint(trainer, pl_module), False
+            self.head.to(pl_module.device)
+        self._watch = self._undo.enter_context(ExitStack())
+        self._seen = self._watch.enter_context(inputs_of(pl_module, self.layer))
 
     def on_validation_batch_end(
         self,
@@ -192,7 +210,7 @@ class ImprintCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if self._is_on(trainer):
-            self._watch.__exit__(None, None, None)
+            self._watch.close()
             labels = (self.unpack or split_batch)(batch)[1]
             store = self._validated.setdefault(dataloader_idx, EmbeddingStore())
             store.add(the_embedding(self._seen, self.layer, labels), labels)
@@ -215,18 +233,26 @@ class ImprintCallback(Callback):
 
     def _replace(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.head = self._imprint(trainer, pl_module)
-        put_head(pl_module, self.layer, self.head)
+        kept = [value for callback in trainer.callbacks for value in vars(callback).values()]
+        put_head(pl_module, self.layer, self.head, [*vars(pl_module).values(), *kept])
+        for callback in averaging_callbacks(trainer):
+            # Their copy of the module, made before, has the layer.
+            callback.setup(trainer, pl_module, "fit")
 
     def _imprint(self, trainer: Trainer, pl_module: LightningModule) -> ImprintedHead:
         original = layer_of(pl_module, self.layer)
         original = getattr(original, "replaced", original)
-        data = trainer.datamodule if self.data is None else self.data
+        data = datamodule_of(trainer) if self.data is None else self.data
         settings = class_settings(data)
         if settings["num_classes"] is None:
             settings["num_classes"] = getattr(original, "out_features", None)
         settings |= self.overrides
         store = EmbeddingStore()
-        with at_rest(pl_module, self.layer), trainer.precision_plugin.forward_context():
+        with (
+            in_training(pl_module, data, trainer),
+            at_rest(pl_module, self.layer),
+            trainer.precision_plugin.forward_context(),
+        ):
             loader = in_data_order(self._loader(trainer), trainer.world_size, trainer.global_rank)
             embed_batches(
                 store,
@@ -234,7 +260,7 @@ class ImprintCallback(Callback):
                 self.layer,
                 loader,
                 self.unpack,
-                partial(_to_device, trainer, pl_module),
+                transfer_of(trainer, pl_module, data),
                 self._limit(trainer, loader, settings["num_classes"]),
             )
         samples = dealt_samples(loader)
@@ -299,6 +325,10 @@ def _once_set_up(pl_module: LightningModule, action: Callable[[], None]) -> None
     pl_module.setup = setup
 
 
+def _configured() -> None:
+    """In the place of a `configure_model` that has been called."""
+
+
 def _as_in_the_file(
     layer: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
 ) -> None:
@@ -310,13 +340,6 @@ def _as_in_the_file(
         put_head(module, layer, ImprintedHead())
     elif is_head and not has_head:
         detach(module, layer)
-
-
-def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
-    """As the training loop does it, with the hooks of the user's module or DataModule."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def _on_rank_zero(

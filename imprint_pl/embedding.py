@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from imprint_pl.backbone import Backbone, load_backbone
 from imprint_pl.batch import split_batch
+from imprint_pl.batch_hooks import BATCH_HOOKS
 from imprint_pl.cache import RowCache, digest
 from imprint_pl.data.arrays import ArrayDataset
 from imprint_pl.data.embeddings import TASK_OPTIONS, EmbeddingDataModule
@@ -27,6 +28,7 @@ from imprint_pl.data.images import ImageDataModule, Splits
 from imprint_pl.data.union import UnionDataset
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import local_path
+from imprint_pl.twins import overrides
 
 # A part is written when it has this many rows, or after this many seconds: what a kill can cost.
 PART_ROWS = 8192
@@ -83,7 +85,7 @@ def embed(
 
     Raises:
         ImprintError: a module of your own without a name; a data set that cannot be read by
-            position; a folder that cannot be written to.
+            position; a data module with batch hooks; a folder that cannot be written to.
     """
     start = time.perf_counter()
     if not isinstance(datamodule, ImageDataModule) or type(datamodule).load is ImageDataModule.load:
@@ -91,6 +93,12 @@ def embed(
             f"the embedding cache needs a data set whose images it can tell apart, not "
             f"{type(datamodule).__name__}: give one of imprint_pl.data, or a subclass of "
             "ImageDataModule that reads yours in load()"
+        )
+    hooked = [name for name in BATCH_HOOKS if overrides(name, datamodule)]
+    if hooked:
+        raise ImprintError(
+            f"{type(datamodule).__name__}.{hooked[0]} may change batches, which the embedding "
+            "cache does not see: do that where load() reads the images, or go without the cache"
         )
     backbone = load_backbone(backbone)
     source = backbone.source()

@@ -6,20 +6,19 @@ from the new samples and from what the old rows say of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
 from imprint_pl.attaching import (
-    BATCH,
     RECIPE,
     Unpack,
+    configure,
     gather_embeddings,
-    in_data_order,
     layer_of,
-    loader_of,
     put_module,
 )
 from imprint_pl.batch import images_of
@@ -28,6 +27,7 @@ from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint
 from imprint_pl.labels import check_composition, names_of, place_of
 from imprint_pl.moments import Moments
+from imprint_pl.twins import both
 
 # Of the new rows without old samples, chosen on digits and Fashion-MNIST embeddings: towards a
 # round covariance, which must also do for the old classes; the spread of a new logit within its
@@ -84,7 +84,8 @@ def extend(
         module: any trained `nn.Module` or LightningModule.
         layer: dotted name of an `nn.Linear` with at least two classes; its input is the embedding.
         new_classes: name → samples of that class: inputs `(N, …)`, or a loader of batches, whose
-            labels, if any, do not matter.
+            labels, if any, do not matter. They go through the same batch hooks as `old_data`: those
+            of a DataModule there, or else the module's, as in a Trainer.
         old_data: samples of the old classes with labels 0..C_old−1: a loader, a
             LightningDataModule, or `(x, y)`.
         recipe, overrides: as of `imprint`; of the head, with `old_data`.
@@ -102,6 +103,7 @@ def extend(
     >>> extend(net, "0", {"zebra": torch.tensor([[3.0, -3.0], [3.1, -2.9]])})
     Linear(in_features=2, out_features=3, bias=True)
     """
+    configure(module, layer)
     old = layer_of(module, layer)
     if not isinstance(old, nn.Linear) or old.out_features < 2:
         raise ImprintError(
@@ -117,10 +119,12 @@ def extend(
         if place_of(name, names_of(old_data)) is not None:
             raise ImprintError(f"class {name!r} is one of old_data's: give a new one another name")
     parts, size = [], old.out_features
+    hooks = old_data if isinstance(old_data, both(LightningDataModule)) else None
     for name, samples in new_classes.items():
-        # Labels nobody reads: there is one class.
-        batches = _unlabelled(samples)
-        x, _ = gather_embeddings(module, layer, batches, lambda batch: (batch, _zeros(batch)))
+        # Pairs, as batch hooks know them.
+        given = (samples, _zeros(samples)) if isinstance(samples, Tensor) else samples
+        some = given is samples or len(samples)
+        x = gather_embeddings(module, layer, given, _of_one_class, hooks)[0] if some else ()
         if not len(x):
             raise ImprintError(f"class {name!r} has no sample: add some, or leave it out")
         parts.append(x)
@@ -143,11 +147,10 @@ def extend(
     return new
 
 
-def _unlabelled(samples: Any) -> Iterator[Any]:
-    if isinstance(samples, Tensor):
-        samples = list(samples.split(BATCH))
-    for batch in in_data_order(loader_of(samples)):
-        yield images_of(batch)
+def _of_one_class(batch: Any) -> tuple[Any, Tensor]:
+    # Labels nobody reads: there is one class.
+    images = images_of(batch)
+    return images, _zeros(images)
 
 
 def _zeros(batch: Any) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from imprint_pl.agg import NearestProxies
 from imprint_pl.batch import split_batch
+from imprint_pl.batch_hooks import transfer_of
 from imprint_pl.data.images import ImageDataModule
 from imprint_pl.distances import Mahalanobis, distances
 from imprint_pl.errors import ImprintError
@@ -316,10 +317,11 @@ def _embedded(trainer: Trainer, module: Any, data: ImageDataModule) -> tuple[Ten
     training = module.training
     module.eval()
     xs, ys = [], []
+    transfer = transfer_of(trainer, module, data)
     with trainer.precision_plugin.forward_context():
         # Not the Trainer's loader: under DDP that deals each rank a part.
         for batch in data.loader(data.train_dataset):
-            images, labels = split_batch(trainer.strategy.batch_to_device(batch))
+            images, labels = split_batch(transfer(batch))
             xs.append(module.embed(images))
             ys.append(labels)
     module.train(training)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from imprint_pl.agg import Max
+from imprint_pl.constants import Constants
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import check_tensor
 from imprint_pl.gen.base import Proxies
@@ -27,7 +28,7 @@ TRAINABLE = 2**26
 NONE, NONE_NAME = -1, "none of these"
 
 
-class ImprintedHead(nn.Module, Pretrained):
+class ImprintedHead(Constants, Pretrained):
     """Embeddings `(B, d)` → class scores `(B, C)`; the largest score decides.
 
     Empty when made, filled by `fill` (see `imprint_pl.imprint`) or by `load_state_dict`, which
@@ -42,14 +43,16 @@ class ImprintedHead(nn.Module, Pretrained):
         proxies: `(P, d)` parameter, so that a head can be fine-tuned.
         log_scale: parameter, a number: log(1 / T), T the temperature that makes a softmax of the
             scores say how sure the head is.
-        bias: `(P,)`.
-        proxy_classes: `(P,)` int64, the class of each proxy.
+        bias: `(P,)`, a constant.
+        proxy_classes: `(P,)` int64, the class of each proxy, a constant.
         class_names: C names, or an empty list where there are none.
         settings: names and numbers of the recipe that filled it.
         tried: what `auto` compared, a row a candidate; empty for other recipes.
         threshold: score that the best class has to reach; `None` accepts everything. See
             `imprint_pl.unknowns`.
     """
+
+    constants = ("bias", "proxy_classes")
 
     def __init__(self, norm_inf: nn.Module | None = None, agg: nn.Module | None = None) -> None:
         super().__init__()
@@ -70,8 +73,8 @@ class ImprintedHead(nn.Module, Pretrained):
         old = getattr(self, "proxies", None)
         device = None if old is None else old.device
         self.proxies = nn.Parameter(torch.zeros(0, 0, device=device))
-        self.register_buffer("bias", torch.zeros(0, device=device))
-        self.register_buffer("proxy_classes", torch.zeros(0, dtype=torch.int64, device=device))
+        self.bias = torch.zeros(0, device=device)
+        self.proxy_classes = torch.zeros(0, dtype=torch.int64, device=device)
         self.log_scale = nn.Parameter(torch.zeros((), device=device))
         self.class_names: list[str] = []
         self.num_classes = 0
@@ -214,15 +217,11 @@ class ImprintedHead(nn.Module, Pretrained):
             self.norm_inf = build("norm_inf", values["norm_inf"]).to(device)
             self.agg = build("agg", values["agg"]).to(device)
         # The sizes are the file's: make room of the saved shape first.
-        for name in ("proxies", "bias", "proxy_classes"):
-            saved = state_dict.get(prefix + name)
-            if saved is not None:
-                check_tensor(prefix + name, saved)
-                own = getattr(self, name)
-                room = torch.empty(saved.shape, dtype=saved.dtype, device=own.device)
-                if name == "proxies":
-                    room = nn.Parameter(room, requires_grad=room.numel() <= TRAINABLE)
-                setattr(self, name, room)
+        saved = state_dict.get(prefix + "proxies")
+        if saved is not None:
+            check_tensor(prefix + "proxies", saved)
+            room = torch.empty(saved.shape, dtype=saved.dtype, device=self.proxies.device)
+            self.proxies = nn.Parameter(room, requires_grad=room.numel() <= TRAINABLE)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

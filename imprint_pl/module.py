@@ -27,6 +27,7 @@ from imprint_pl.metrics import TaskMetrics
 from imprint_pl.recipes import resolve
 from imprint_pl.select import checked_bounds
 from imprint_pl.state import KEEP
+from imprint_pl.twins import averaging_callbacks
 
 # Above this, a value a class would drown a logger; `class_accuracy` and the run folder have them.
 LOGGED_CLASSES = 20
@@ -241,6 +242,12 @@ class ImprintedClassifier(Growing, LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            averaging = averaging_callbacks(self.trainer)
+            if averaging:
+                raise ImprintError(
+                    f"{type(averaging[0]).__name__} averages the weights of training steps, and "
+                    "imprinting has none: leave it out of the Trainer's callbacks"
+                )
             # Empty and trainable: DDP refuses a module without a parameter to train.
             self.head.clear()
             # A Trainer that has done its epoch before would do none, and leave the head empty.

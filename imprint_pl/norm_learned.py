@@ -1,5 +1,5 @@
 """NORM that learns from the training embeddings: a shift or a map, fitted once, in the imprint
-epoch, and kept in the head as buffers. `norm.py` has the ones that need no data.
+epoch, and kept in the head as constants. `norm.py` has the ones that need no data.
 """
 
 from __future__ import annotations
@@ -7,9 +7,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from imprint_pl.constants import Constants
 from imprint_pl.errors import ImprintError
 from imprint_pl.factor import OAS, checked_shrinkage, double, inverse_factor, shrunk_within
-from imprint_pl.files import check_tensor
 from imprint_pl.limits import is_count, is_number
 from imprint_pl.moments import Moments
 from imprint_pl.norm import Norm, sums_of
@@ -25,27 +25,26 @@ EXACT_ROWS = 512
 BLOCK = 512
 
 
-class Learned(Norm):
-    """A NORM with fitted state: buffers, empty until `fit` or until a state dict fills them.
+class Learned(Norm, Constants):
+    """A NORM with fitted state: constants, empty until `fit` or until a state dict fills them.
 
-    Subclasses name their buffers in `state`, the first with the input dimension as its first size.
+    Subclasses name them, the first with the input dimension as its first size.
     """
 
     learns = True
-    state: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
-        for name in self.state:
-            self.register_buffer(name, torch.zeros(0))
+        for name in self.constants:
+            setattr(self, name, torch.zeros(0))
 
     def clear(self) -> None:
-        for name in self.state:
+        for name in self.constants:
             setattr(self, name, getattr(self, name).new_zeros(0))
 
     @property
     def input_dim(self) -> int | None:
-        first = getattr(self, self.state[0])
+        first = getattr(self, self.constants[0])
         return first.shape[0] if first.numel() else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,22 +68,12 @@ class Learned(Norm):
             for name, value in values.items():
                 setattr(self, name, value.detach().to(like.device, torch.float32).clone())
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        # The sizes are the file's: make room of the saved shape first.
-        for name in self.state:
-            saved = state_dict.get(prefix + name)
-            if saved is not None:
-                check_tensor(prefix + name, saved)
-                own = getattr(self, name)
-                setattr(self, name, torch.empty(saved.shape, dtype=saved.dtype, device=own.device))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
 
 class Centre(Learned):
     """centre: subtracts the mean of all training embeddings, z ↦ z − μ_G."""
 
     name = "centre"
-    state = ("mean",)
+    constants = ("mean",)
 
     def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Centre:
         self._set(x, mean=Moments.of(x, y, num_classes, gram="none").global_mean)
@@ -115,7 +104,7 @@ class Whiten(Learned):
 
     name = "whiten"
     uses_labels = True
-    state = ("mean", "matrix")
+    constants = ("mean", "matrix")
 
     def __init__(self, shrinkage: float | str = OAS) -> None:
         super().__init__()
@@ -150,7 +139,7 @@ class RandomProjection(Learned):
 
     name = "random_projection"
     maps = True
-    state = ("projection",)
+    constants = ("projection",)
 
     def __init__(self, projection_dim: int = 5000) -> None:
         check_projection_dim(projection_dim)
@@ -196,7 +185,7 @@ class Nystrom(Learned):
     maps = True
     # The landmarks are kept relative to `shift`, their mean: embeddings far from the origin would
     # lose digits in ‖x‖² + ‖z‖² − 2xz. `gamma` is 1 / (2σ²).
-    state = ("shift", "landmarks", "gamma", "matrix", "mean")
+    constants = ("shift", "landmarks", "gamma", "matrix", "mean")
 
     def __init__(self, projection_dim: int = 2000, width: float = 1.0) -> None:
         check_projection_dim(projection_dim)
@@ -242,7 +231,7 @@ class Nystrom(Learned):
     def apply_fitted(self, x: Tensor) -> Tensor:
         exact = torch.compiler.is_exporting() or x.shape[:-1].numel() <= EXACT_ROWS
         dtype = torch.float64 if exact and x.device.type != "mps" else x.dtype
-        shift, landmarks, gamma, matrix, mean = (getattr(self, n).to(dtype) for n in self.state)
+        shift, landmarks, gamma, matrix, mean = (getattr(self, n).to(dtype) for n in self.constants)
         z = torch.exp(-gamma * _squared_distances(x.to(dtype) - shift, landmarks))
         # The matrix is upper triangular: a block of columns needs only the first rows.
         blocks = [

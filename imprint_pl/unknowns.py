@@ -4,6 +4,7 @@ training samples passes, and how well the score tells outsiders from insiders (A
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
 from imprint_pl.batch import images_of
+from imprint_pl.batch_hooks import in_training, transfer_of
 from imprint_pl.calibration import folds
 from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
@@ -104,11 +106,12 @@ class Outsiders(Callback):
     own images that pass) and `val/rejected` (share of outsiders that do not); `test/…` likewise.
 
     Args:
-        data: images that belong to no class; its test split is used.
+        data: images that belong to no class; its test split is used, with its own batch hooks.
     """
 
     def __init__(self, data: LightningDataModule) -> None:
         self.data = data
+        self._undo = ExitStack()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen(pl_module)
@@ -122,28 +125,34 @@ class Outsiders(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log("test", trainer, pl_module)
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._undo.close()
+
     def _listen(self, module: LightningModule) -> None:
         # What the head gives for the stage's own images: they need not go through it twice.
         self._scores: list[Tensor] = []
-        self._hook = module.head.register_forward_hook(self._heard)
+        self._undo.callback(module.head.register_forward_hook(self._heard).remove)
 
     def _heard(self, head: ImprintedHead, inputs: Any, logits: Tensor) -> None:
         self._scores.append(logits.detach().amax(1, keepdim=True).cpu())
 
     def _log(self, stage: str, trainer: Trainer, module: LightningModule) -> None:
         inside, self._scores = self._scores, []
-        if trainer.sanity_checking or not inside:
-            self._hook.remove()
-            return
-        self.data.prepare_data()
-        self.data.setup("test")
-        try:
-            with torch.no_grad():
+        with self._undo:
+            if trainer.sanity_checking or not inside:
+                return
+            self.data.prepare_data()
+            self.data.setup("test")
+            transfer = transfer_of(trainer, module, self.data)
+            with (
+                in_training(module, self.data, trainer),
+                trainer.precision_plugin.forward_context(),
+                torch.no_grad(),
+            ):
                 for batch in self.data.test_dataloader():
-                    images = trainer.strategy.batch_to_device(images_of(batch))
-                    module(images)
-        finally:
-            self._hook.remove()
+                    module(images_of(transfer(batch)))
         outside, inside = torch.cat(self._scores), torch.cat(inside)
         self._scores = []
         values = {"outsiders_auroc": auroc(inside, outside)}

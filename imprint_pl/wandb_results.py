@@ -17,6 +17,7 @@ from imprint_pl.dashboard import FIGURES
 from imprint_pl.errors import ImprintError
 from imprint_pl.gallery import ImprintGallery
 from imprint_pl.store import EmbeddingStore
+from imprint_pl.twins import both
 
 # wandb draws a matrix from a row a cell; above that nobody could read it.
 MOST_CLASSES = 100
@@ -38,7 +39,7 @@ class WandbResults(Callback):
         self._hook = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._loggers = [x for x in trainer.loggers if isinstance(x, WandbLogger)]
+        self._loggers = [x for x in trainer.loggers if isinstance(x, both(WandbLogger))]
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._store, self._scores, self.confusion = EmbeddingStore(), None, None

@@ -475,3 +475,17 @@ def test_two_processes_give_the_head_and_the_accuracy_of_one(tmp_path):
         torch.testing.assert_close(two[name][0], proxies, **options)
         assert two[name][1] == pytest.approx(metrics, abs=0.05 if noisy else 1e-6)
         assert ("imprinted/accuracy" in metrics) == name.endswith("validation")
+
+
+def test_a_validation_that_fails_leaves_no_hook_behind(tmp_path):
+    class Failing(Plain):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            raise ValueError("in the middle of a step")
+
+    module = project(Failing)
+    run = trainer(tmp_path, ImprintCallback(Plain.layer, "qi", "validation"))
+    with pytest.raises(ValueError, match="in the middle"):
+        run.fit(module, **Plain.data())
+    assert not layer_of(module, Plain.layer)._forward_pre_hooks
+    assert not module._load_state_dict_pre_hooks

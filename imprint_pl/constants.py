@@ -1,0 +1,78 @@
+"""Tensors that belong to a module and never change once it is made: they travel with it like
+buffers, but are none, since tools that average models average buffers, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imprint_pl.errors import ImprintError
+from imprint_pl.files import check_tensor
+
+
+class Constants(nn.Module):
+    """A module with constants, the tensors that `constants` names.
+
+    An average of integers is truncated: class 7 becomes class 6. An average of a constant with
+    itself gathers rounding, up to a percent at a decay of 0.99999. Neither parameters nor buffers
+    are averaged here (EMA and SWA of Lightning, torch, timm), yet constants move with the module
+    (`.to`), are copied and pickled with it, and stand in its state dict under their names. Their
+    sizes are those of the state dict that is loaded.
+    """
+
+    constants: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Constants:
+        super()._apply(fn, recurse)
+        for name in self.constants:
+            setattr(self, name, fn(getattr(self, name)))
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.constants:
+            # A copy: timm's ModelEmaV2 writes averages into the tensors of a state dict.
+            destination[prefix + name] = getattr(self, name).clone()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name in self.constants:
+            key, own = prefix + name, getattr(self, name)
+            if key not in state_dict:
+                if strict:
+                    missing_keys.append(key)
+                continue
+            saved = state_dict[key]
+            check_tensor(key, saved)
+            if saved.is_floating_point() != own.is_floating_point():
+                raise ImprintError(
+                    f"{key} is {saved.dtype} instead of {own.dtype}: where state dicts are "
+                    "averaged or converted, take what is not floating point from one of them as "
+                    "it is"
+                )
+            with torch.inference_mode(False):
+                setattr(self, name, saved.detach().to(own.device, copy=True))
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        # They are neither parameters nor buffers, which is all that torch expects.
+        own = {prefix + name for name in self.constants}
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in own]

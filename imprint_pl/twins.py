@@ -1,0 +1,44 @@
+"""Lightning's classes as projects have them: `import lightning.pytorch` and `import
+pytorch_lightning` are one code in two packages, whose classes do not know each other.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+TWINS = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
+
+
+def both(*classes: type) -> tuple[type, ...]:
+    """The classes of `lightning`, and after each its twin where that package is loaded: without,
+    nothing can be an instance of it.
+
+    >>> class Mine(both(Callback)[0]): ...
+    >>> isinstance(Mine(), both(Callback))
+    True
+    """
+    found = []
+    for cls in classes:
+        found.append(cls)
+        for ours, theirs in TWINS.items():
+            if cls.__module__.startswith(ours + "."):
+                module = sys.modules.get(theirs + cls.__module__.removeprefix(ours))
+                found += [getattr(module, cls.__name__)] if hasattr(module, cls.__name__) else []
+    return tuple(found)
+
+
+def averaging_callbacks(trainer: Trainer) -> list[Callback]:
+    """Those of a Trainer's callbacks that keep a copy of the module, and average its weights."""
+    kinds = both(WeightAveraging, StochasticWeightAveraging)
+    return [callback for callback in trainer.callbacks if isinstance(callback, kinds)]
+
+
+def overrides(method: str, owner: Any) -> bool:
+    """Whether a LightningModule or DataModule has a method of its own instead of Lightning's."""
+    parents = both(LightningModule, LightningDataModule)
+    return any(isinstance(owner, p) and is_overridden(method, owner, p) for p in parents)
