@@ -1,7 +1,7 @@
 """ImprintedClassifier: a frozen backbone and an imprinted head as a LightningModule.
 
-A thin shell: it embeds the training set during one epoch, has the head imprinted on the last batch,
-and measures. The maths is in `imprinting.py` and below.
+A thin shell: it embeds the training set during one epoch, has the head imprinted after the last
+batch, and measures. The maths is in `imprinting.py` and below.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from imprint_pl.backbone import load_backbone
 from imprint_pl.batch import dealt_samples, images_of, loader_number, split_batch
 from imprint_pl.checks import EMPTY, check_checkpoint, check_task
-from imprint_pl.epoch import ImprintEpoch
+from imprint_pl.epoch import ImprintEpoch, no_head, outside_the_trainers_precision
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.files import damaged, hyperparameters, read_checkpoint
 from imprint_pl.growing import Growing
@@ -37,6 +37,7 @@ INTENDED = (
     ".*`training_step` returned `None`.*",
     ".*Found keys that are in the model state dict but not in the checkpoint: .'backbone.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
+    ".*Using ModelCheckpoint with manual optimization and every_n_train_steps.*",
     # They are rank 0's, on every rank.
     ".*It is recommended to use `self.log..train/.*sync_dist=True.*",
 )
@@ -206,6 +207,7 @@ class ImprintedClassifier(Growing, LightningModule):
         self.metrics: TaskMetrics | None = None
         self.class_accuracy: Tensor | None = None
         self._epoch: ImprintEpoch | None = None
+        self._validated = False
 
     @property
     def class_names(self) -> list[str]:
@@ -236,6 +238,9 @@ class ImprintedClassifier(Growing, LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            if 0 in (self.trainer.limit_train_batches, self.trainer.max_epochs):
+                # Before the head that is there is lost.
+                raise ImprintError(no_head(self.trainer))
             # Empty and trainable: DDP refuses a module without a parameter to train.
             self.head.clear()
             # A Trainer that has done its epoch before would do none, and leave the head empty.
@@ -258,27 +263,30 @@ class ImprintedClassifier(Growing, LightningModule):
             accept=self.accept,
             max_per_class=self.max_per_class,
         )
-        self._warned = False
+        self._warned = self._validated = False
 
     @torch.no_grad()
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        images, labels = split_batch(batch)
-        self._epoch.add(self.embed(images), labels)
-        if self.trainer.is_last_batch:
-            # Lightning's mock optimizer: without a step ModelCheckpoint believes that nothing was
-            # trained and saves nothing.
-            self.optimizers().step()
+        images, labels = self._epoch.split(batch)
+        embeddings = self.embed(images)
+        with outside_the_trainers_precision(self.device):
+            self._epoch.add(embeddings, labels)
+            # Before any callback's on_train_batch_end, where ModelCheckpoint writes, and before
+            # validation.
+            if self.trainer.is_last_batch:
+                self._imprint()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # Here, not in on_train_epoch_end: validation comes before that.
-        if self.trainer.is_last_batch:
+        # A callback has stopped the epoch: validation, too, comes before its end.
+        if self._epoch is not None and self.trainer.fit_loop.epoch_loop.done:
+            self._epoch.cut_short()
             self._imprint()
 
     def _imprint(self) -> None:
-        result = self._epoch.finish(self.backbone.classifier, self.device)
+        epoch, self._epoch = self._epoch, None
+        result = epoch.finish(self.backbone.classifier, self.device)
         if self.keep is not None:
-            self.state = self._epoch.state
-        self._epoch = None
+            self.state = epoch.state
         result = self.trainer.strategy.broadcast(result)
         if isinstance(result, Exception):
             raise result
@@ -286,14 +294,31 @@ class ImprintedClassifier(Growing, LightningModule):
         self.head.load_state_dict(state)
         for name, value in logged.items():
             self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=1)
+        # Without a step of Lightning's mock optimizer, ModelCheckpoint believes that nothing was
+        # trained and saves nothing. Steps count while the loop of manual optimization runs.
+        self.trainer.fit_loop.epoch_loop.manual_optimization.on_run_start()
+        self.optimizers().step()
 
     def on_train_epoch_end(self) -> None:
+        if self._epoch is not None:
+            # The last batch, for which the head has waited, did not come.
+            self._epoch.cut_short()
+            self._imprint()
+        if self.trainer.enable_validation and not self._validated:
+            # Lightning did so before there was a head, or leaves it to a later epoch.
+            self.trainer.validating = True
+            self.trainer.fit_loop.epoch_loop.val_loop.run()
+            self.trainer.training = True
         if self.trainer.max_epochs != 1:
             rank_zero_info(
                 f"Imprinting takes one epoch, max_epochs={self.trainer.max_epochs} would imprint "
                 "the same again: stopping here. Give max_epochs=1."
             )
             self.trainer.should_stop = True
+
+    def on_fit_end(self) -> None:
+        if self.head.is_empty:
+            raise ImprintError(no_head(self.trainer))
 
     # Validation and test.
 
@@ -334,6 +359,7 @@ class ImprintedClassifier(Growing, LightningModule):
         self.metrics.add(self(images), labels, dealt_samples(loader))
 
     def on_validation_epoch_end(self) -> None:
+        self._validated = self.metrics is not None
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
