@@ -4,14 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
 
-EMPTY = "the head has no proxies yet; fit first, or give ckpt_path"
 TASK = "give the data and classes of the checkpoint's task"
+
+
+def empty(checkpoint: Any = None) -> str:
+    """What to do about a head without proxies, that of a checkpoint where one was given."""
+    if checkpoint:
+        return (
+            f"{checkpoint} was written before its fit had imprinted the head: give the checkpoint "
+            "of a fit that has ended, or go on with trainer.fit(…, ckpt_path=…), which imprints it "
+            "from the whole training set"
+        )
+    return "the head has no proxies yet; fit first, or give ckpt_path"
+
+
+def check_saved(trainer: Trainer) -> None:
+    """Warns, at the end of a fit, of a ModelCheckpoint whose moment never came."""
+    for callback in trainer.checkpoint_callbacks:
+        meant = isinstance(callback, ModelCheckpoint) and callback.save_top_k != 0
+        if meant and not (callback.best_model_path or callback.last_model_path):
+            rank_zero_warn(
+                "a ModelCheckpoint has saved nothing: imprinting is one epoch and one step, at its "
+                "end; leave out every_n_train_steps, train_time_interval and every_n_epochs"
+            )
 
 
 def check_task(head: ImprintedHead, names: list[str]) -> None:

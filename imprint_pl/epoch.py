@@ -127,9 +127,7 @@ class ImprintEpoch:
         if self.trainer.should_stop:
             # Somebody's wish, as a limit is: the rest may hold whole classes.
             self.shortened, reason = True, STOPPED
-        rank_zero_warn(
-            f"the head is imprinted from {self.batches}{of} training batches: {reason}"
-        )
+        rank_zero_warn(f"the head is imprinted from {self.batches}{of} training batches: {reason}")
 
     def _check_memory(self, embeddings: Tensor) -> None:
         """Before the first batch; where nobody knows how many will come, before each."""
