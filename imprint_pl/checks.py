@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from imprint_pl.backbone import Backbone
 from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
 
@@ -56,11 +57,9 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
         )
 
 
-def check_checkpoint(
-    checkpoint: dict[str, Any], head: ImprintedHead, source: dict[str, Any]
-) -> None:
-    """Raises an `ImprintError` where a checkpoint has no head, or one imprinted on a backbone other
-    than `source` (see `Backbone.source`); warns where only its preprocessing is another."""
+def check_checkpoint(checkpoint: dict[str, Any], head: ImprintedHead, backbone: Backbone) -> None:
+    """Raises an `ImprintError` where a checkpoint has no head, or one imprinted on another backbone
+    than this; warns where only its preprocessing is another."""
     state = checkpoint["state_dict"]
     own = {f"head.{name}": None for name in head.state_dict()}
     missing = [name for name in own if name not in state]
@@ -75,8 +74,15 @@ def check_checkpoint(
             f"the checkpoint has no {missing[0]!r}: it was not written by ImprintedClassifier"
         )
     if any(key.startswith("backbone.") for key in state):
+        for name, own in backbone.state_dict(prefix="backbone.").items():
+            there = getattr(state.get(name), "shape", None)
+            if there != getattr(own, "shape", None):
+                raise ImprintError(
+                    f"the checkpoint's backbone has {_shape(there)} as {name!r}, this one has "
+                    f"{_shape(own.shape)}: give a backbone of the same architecture"
+                )
         return
-    saved = checkpoint.get("backbone")
+    source, saved = backbone.source(), checkpoint.get("backbone")
     saved = saved if isinstance(saved, dict) else {}
     for key in ("name", "sha256"):
         if saved.get(key) != source[key]:
@@ -91,6 +97,10 @@ def check_checkpoint(
                 f"the checkpoint was imprinted with {key}={saved.get(key)!r}, this model has "
                 f"{key}={source[key]!r}: embeddings may differ"
             )
+
+
+def _shape(shape: Any) -> str:
+    return "nothing" if shape is None else f"a tensor of {tuple(shape)}"
 
 
 def _shown(names: list[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -132,6 +132,14 @@ class ImprintCLI(LightningCLI):
 
     def parse_arguments(self, parser, args) -> None:
         args = _files_as_data(args)
+        for command, of_command in self._subcommand_parsers.items():
+            own = {action.dest for action in of_command._actions}
+            of_command.of_others = {
+                action.dest: action.default
+                for other, of_other in self._subcommand_parsers.items()
+                for action in of_other._actions
+                if other != command and action.dest not in own
+            }
         self.config = parser.parse_args(args)
         self.given = parser.parse_args(args, defaults=False)
 
@@ -177,13 +185,13 @@ class ImprintCLI(LightningCLI):
         if any(isinstance(entry, WandbLogger) for entry in kwargs.get("logger") or []):
             self.results = WandbResults()
             callbacks.append(self.results)
-        if self.subcommand != "fit":
-            kwargs["enable_checkpointing"] = False
-        elif config.get("enable_checkpointing") is not False and not any(
-            isinstance(callback, ModelCheckpoint) for callback in callbacks
-        ):
-            # Lightning's own name, epoch=0-step=1, says nothing here.
-            callbacks.append(ModelCheckpoint(filename="imprinted"))
+        # A fit's configuration may bring one to `test`, where it rests.
+        if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+            if self.subcommand != "fit":
+                kwargs["enable_checkpointing"] = False
+            elif config.get("enable_checkpointing") is not False:
+                # Lightning's own name, epoch=0-step=1, says nothing here.
+                callbacks.append(ModelCheckpoint(filename="imprinted"))
         kwargs["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 

@@ -459,7 +459,7 @@ class ImprintedClassifier(Growing, LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Not `self.head`, which may have the parts of another fit.
         trial = self.parts.empty_head()
-        check_checkpoint(checkpoint, trial, self.backbone.source())
+        check_checkpoint(checkpoint, trial, self.backbone)
         head = {
             name.removeprefix("head."): value
             for name, value in checkpoint["state_dict"].items()

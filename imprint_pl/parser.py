@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_warn
 
 import imprint_pl.data
 from imprint_pl.errors import ImprintError, near
@@ -31,7 +33,29 @@ DATA = {
 
 
 class Parser(LightningArgumentParser):
-    """Ends a wrong command line in one line with near names, instead of pages of usage."""
+    """Ends a wrong command line in one line with near names, instead of pages of usage.
+
+    A configuration may come from another command: what that command alone has is passed over, with
+    a word where it was set.
+
+    Attributes:
+        of_others: of a command's parser, the options that only other commands have, with their
+            defaults.
+    """
+
+    of_others: dict[str, Any]
+
+    def parse_path(self, *args: Any, **kwargs: Any) -> Any:
+        return self._without_others(super().parse_path(*args, **kwargs))
+
+    def parse_string(self, *args: Any, **kwargs: Any) -> Any:
+        return self._without_others(super().parse_string(*args, **kwargs))
+
+    def _without_others(self, config: Any) -> Any:
+        for name, default in getattr(self, "of_others", {}).items():
+            if name in config and config.pop(name) != default:
+                rank_zero_warn(f"{name}, an option of another command, is not used by this one")
+        return config
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         raise ImprintError(self._clear(_without_unions(str(message))))
