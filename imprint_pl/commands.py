@@ -131,7 +131,7 @@ class ImprintCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser, args) -> None:
-        args = _files_as_data(args)
+        args = _configurations_first(_files_as_data(args))
         for command, of_command in self._subcommand_parsers.items():
             own = {action.dest for action in of_command._actions}
             of_command.of_others = {
@@ -291,6 +291,18 @@ class EmbedCLI(ImprintCLI):
     def after_fit(self) -> None:
         for folder in self.datamodule.use.folders:
             print(f"cache: {folder}")
+
+
+def _configurations_first(args: list[str]) -> list[str]:
+    """Options beat configurations wherever they stand; jsonargparse lets the last one win."""
+    first, rest, left = args[:1], [], list(args[1:])
+    while left:
+        argument = left.pop(0)
+        if argument in ("--config", "-c") and left:
+            first += [argument, left.pop(0)]
+        else:
+            (first if argument.startswith("--config=") else rest).append(argument)
+    return [*first, *rest]
 
 
 def _files_as_data(args: list[str]) -> list[str]:

@@ -62,6 +62,8 @@ class Parser(LightningArgumentParser):
 
     def _clear(self, message: str) -> str:
         if found := re.search(r"unrecognized arguments: --([^\s=]+)", message):
+            if found[1] in self._names():
+                return f"--{found[1]} is an option of another command: leave it out"
             return f"unknown option --{found[1]}{near(found[1], self._names())}"
         if found := re.search(r"(?:accept option|Option) '(\S+)'", message):
             if found[1] in self._names():
