@@ -291,7 +291,11 @@ class ImprintedClassifier(Growing, LightningModule):
             # Resumed from a checkpoint of a last batch, Lightning starts the next epoch unsaid.
             self.on_train_epoch_start()
         images, labels = self._epoch.split(batch)
-        embeddings = self.embed(images)
+        self._take(self.embed(images), labels)
+
+    # Of a module that is compiled whole, the backbone is what gains.
+    @torch.compiler.disable
+    def _take(self, embeddings: Tensor, labels: Tensor) -> None:
         with outside_the_trainers_precision(self.device):
             self._epoch.add(embeddings, labels)
             # Before any callback's on_train_batch_end, where ModelCheckpoint writes, and before
