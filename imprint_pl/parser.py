@@ -43,7 +43,9 @@ class Parser(LightningArgumentParser):
             defaults.
     """
 
-    of_others: dict[str, Any]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.of_others: dict[str, Any] = {}
 
     def parse_path(self, *args: Any, **kwargs: Any) -> Any:
         return self._without_others(super().parse_path(*args, **kwargs))
@@ -52,7 +54,7 @@ class Parser(LightningArgumentParser):
         return self._without_others(super().parse_string(*args, **kwargs))
 
     def _without_others(self, config: Any) -> Any:
-        for name, default in getattr(self, "of_others", {}).items():
+        for name, default in self.of_others.items():
             if name in config and config.pop(name) != default:
                 rank_zero_warn(f"{name}, an option of another command, is not used by this one")
         return config
@@ -62,7 +64,7 @@ class Parser(LightningArgumentParser):
 
     def _clear(self, message: str) -> str:
         if found := re.search(r"unrecognized arguments: --([^\s=]+)", message):
-            if found[1] in self._names():
+            if found[1] in self.of_others:
                 return f"--{found[1]} is an option of another command: leave it out"
             return f"unknown option --{found[1]}{near(found[1], self._names())}"
         if found := re.search(r"(?:accept option|Option) '(\S+)'", message):
