@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import pickle
 import re
 import warnings
 import zipfile
@@ -113,7 +114,7 @@ def read_checkpoint(source: str | Path | IO[bytes], map_location: Any = "cpu") -
         raise ImprintError(f"{source}: there is no such file")
     with damaged(name, "a checkpoint that `fit` wrote"):
         _check_archive(source)
-        checkpoint = torch.load(source, weights_only=True, map_location=map_location)
+        checkpoint = _without_code(source, name, map_location)
         state, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]
         if not all(isinstance(part, Mapping) for part in (state, settings)):
             raise ValueError("no state dict")
@@ -121,6 +122,18 @@ def read_checkpoint(source: str | Path | IO[bytes], map_location: Any = "cpu") -
         if not str(key).endswith("_extra_state") or isinstance(tensor, Tensor):
             check_tensor(f"{name}: {key}", tensor)
     return checkpoint
+
+
+def _without_code(source: str | Path | IO[bytes], name: Any, map_location: Any) -> dict[str, Any]:
+    try:
+        return torch.load(source, weights_only=True, map_location=map_location)
+    except pickle.UnpicklingError as error:
+        if not (found := re.search(r"GLOBAL (\S+) was not an allowed global", str(error))):
+            raise
+        raise ImprintError(
+            f"{name}: damaged, or not a checkpoint that `fit` wrote: it holds a {found[1]}, which "
+            "takes code to make; keep plain values in the state of DataModules and callbacks"
+        ) from error
 
 
 def keep_loadable(checkpoint: dict[str, Any]) -> None:

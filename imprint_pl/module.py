@@ -47,10 +47,13 @@ class ImprintedClassifier(Growing, LightningModule):
     """Images to class scores, by a head imprinted in one epoch without a gradient.
 
     Use it with a plain `Trainer(max_epochs=1)`. Training images are embedded in the order of the
-    loader; on the last batch the head is filled, before that epoch's validation. Fitting again
-    imprints again; resuming from a finished checkpoint has nothing left to do. "qi", "hosoda",
-    "janson", "ls", "lda", "ridge" and "ranpac" keep only sums of the embeddings during the epoch
-    (see `EmbeddingSums`): their memory does not grow with the number of images.
+    loader; with the last batch the head is filled, before that epoch's validation. Fitting again
+    imprints again; resuming from a finished checkpoint has nothing left to do. An epoch that ends
+    early (`max_time`, `should_stop`, a loader that gives less than its `len()`) imprints what it
+    has seen, with a warning; resuming from its checkpoint, or from one within an epoch, starts the
+    epoch again. A fit without any training batch is an `ImprintError`. "qi", "hosoda", "janson",
+    "ls", "lda", "ridge" and "ranpac" keep only sums of the embeddings during the epoch (see
+    `EmbeddingSums`): their memory does not grow with the number of images.
 
     Args:
         backbone: "efficientnet_lite0" (embedded, needs no download), "torchvision/<name>",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import BatchSizeFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
@@ -154,6 +154,18 @@ def test_a_datas_hyperparameter_that_is_an_object_leaves_the_checkpoint_readable
     loaded = ImprintedClassifier.load_from_checkpoint(tmp_path / "it.ckpt", backbone=nn.Identity())
     expect_head(loaded)
     assert Mine.load_from_checkpoint(tmp_path / "it.ckpt").hparams.seed == 7
+
+
+def test_a_callback_whose_state_takes_code_to_read_is_what_the_message_names(tmp_path):
+    class Keeper(Callback):
+        def state_dict(self):
+            return {"where": Path("here")}
+
+    run = trainer(tmp_path, callbacks=[Keeper()])
+    run.fit(classifier(), CLEAN)
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    with pytest.raises(ImprintError, match=r"holds a pathlib.PosixPath, which takes code to make"):
+        ImprintedClassifier.load_from_checkpoint(tmp_path / "it.ckpt", backbone=nn.Identity())
 
 
 # Subclasses.
