@@ -85,8 +85,11 @@ def dealt_samples(loader: Any) -> int | None:
     """How many samples a `DistributedSampler` deals to the ranks, or `None` without one.
 
     It gives rank r the positions r, r + ranks, r + 2 · ranks, … and starts again at the first
-    samples to make the ranks even: a position from this number on is a repetition.
+    samples to make the ranks even: a position from this number on is a repetition. A collection of
+    one loader is that loader.
     """
+    if isinstance(loader, list | tuple | Mapping) and len(loader) == 1:
+        loader = loader_number(0, loader)
     sampler = getattr(loader, "sampler", None)
     return len(sampler.dataset) if isinstance(sampler, DistributedSampler) else None
 

@@ -5,15 +5,40 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from imprint_pl.backbone import Backbone
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.head import ImprintedHead
 from imprint_pl.labels import composed, place_of
+from imprint_pl.twins import both
 
-EMPTY = "the head has no proxies yet; fit first, or give ckpt_path"
 TASK = "give the data and classes of the checkpoint's task"
+
+
+def empty(checkpoint: Any = None) -> str:
+    """What to do about a head without proxies, that of a checkpoint where one was given."""
+    if checkpoint:
+        return (
+            f"{checkpoint} was written before its fit had imprinted the head: give the checkpoint "
+            "of a fit that has ended, or go on with trainer.fit(…, ckpt_path=…), which imprints it "
+            "from the whole training set"
+        )
+    return "the head has no proxies yet; fit first, or give ckpt_path"
+
+
+def check_saved(trainer: Trainer) -> None:
+    """Warns, at the end of a fit, of a ModelCheckpoint whose moment never came."""
+    for callback in trainer.checkpoint_callbacks:
+        meant = isinstance(callback, both(ModelCheckpoint)) and callback.save_top_k != 0
+        if meant and not (callback.best_model_path or callback.last_model_path):
+            rank_zero_warn(
+                "a ModelCheckpoint has saved nothing: imprinting is one epoch and one step, at its "
+                "end; leave out every_n_train_steps, train_time_interval and every_n_epochs"
+            )
 
 
 def places_of(names: list[str], head: ImprintedHead) -> Tensor | None:
@@ -51,11 +76,9 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
         )
 
 
-def check_checkpoint(
-    checkpoint: dict[str, Any], head: ImprintedHead, source: dict[str, Any]
-) -> None:
-    """Raises an `ImprintError` where a checkpoint has no head, or one imprinted on a backbone other
-    than `source` (see `Backbone.source`); warns where only its preprocessing is another."""
+def check_checkpoint(checkpoint: dict[str, Any], head: ImprintedHead, backbone: Backbone) -> None:
+    """Raises an `ImprintError` where a checkpoint has no head, or one imprinted on another backbone
+    than this; warns where only its preprocessing is another."""
     state = checkpoint["state_dict"]
     own = {f"head.{name}": None for name in head.state_dict()}
     missing = [name for name in own if name not in state]
@@ -70,8 +93,15 @@ def check_checkpoint(
             f"the checkpoint has no {missing[0]!r}: it was not written by ImprintedClassifier"
         )
     if any(key.startswith("backbone.") for key in state):
+        for name, own in backbone.state_dict(prefix="backbone.").items():
+            there = getattr(state.get(name), "shape", None)
+            if there != getattr(own, "shape", None):
+                raise ImprintError(
+                    f"the checkpoint's backbone has {_shape(there)} as {name!r}, this one has "
+                    f"{_shape(own.shape)}: give a backbone of the same architecture"
+                )
         return
-    saved = checkpoint.get("backbone")
+    source, saved = backbone.source(), checkpoint.get("backbone")
     saved = saved if isinstance(saved, dict) else {}
     for key in ("name", "sha256"):
         if saved.get(key) != source[key]:
@@ -86,6 +116,10 @@ def check_checkpoint(
                 f"the checkpoint was imprinted with {key}={saved.get(key)!r}, this model has "
                 f"{key}={source[key]!r}: embeddings may differ"
             )
+
+
+def _shape(shape: Any) -> str:
+    return "nothing" if shape is None else f"a tensor of {tuple(shape)}"
 
 
 def _shown(names: list[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -136,7 +136,15 @@ class ImprintCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser, args) -> None:
-        args = _files_as_data(args)
+        args = _configurations_first(_files_as_data(args))
+        for command, of_command in self._subcommand_parsers.items():
+            own = {action.dest for action in of_command._actions}
+            of_command.of_others = {
+                action.dest: action.default
+                for other, of_other in self._subcommand_parsers.items()
+                for action in of_other._actions
+                if other != command and action.dest not in own
+            }
         self.config = parser.parse_args(args)
         self.given = parser.parse_args(args, defaults=False)
         if self.config[self.config.subcommand].get("on_error"):
@@ -189,13 +197,13 @@ class ImprintCLI(LightningCLI):
         if any(isinstance(entry, WandbLogger) for entry in kwargs.get("logger") or []):
             self.results = WandbResults()
             callbacks.append(self.results)
-        if self.subcommand != "fit":
-            kwargs["enable_checkpointing"] = False
-        elif config.get("enable_checkpointing") is not False and not any(
-            isinstance(callback, ModelCheckpoint) for callback in callbacks
-        ):
-            # Lightning's own name, epoch=0-step=1, says nothing here.
-            callbacks.append(ModelCheckpoint(filename="imprinted"))
+        # A fit's configuration may bring one to `test`, where it rests.
+        if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+            if self.subcommand != "fit":
+                kwargs["enable_checkpointing"] = False
+            elif config.get("enable_checkpointing") is not False:
+                # Lightning's own name, epoch=0-step=1, says nothing here.
+                callbacks.append(ModelCheckpoint(filename="imprinted"))
         kwargs["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 
@@ -319,6 +327,18 @@ class EmbedCLI(ImprintCLI):
         self._say_unreadable()
         for folder in self.datamodule.use.folders:
             print(f"cache: {folder}")
+
+
+def _configurations_first(args: list[str]) -> list[str]:
+    """Options beat configurations wherever they stand; jsonargparse lets the last one win."""
+    first, rest, left = args[:1], [], list(args[1:])
+    while left:
+        argument = left.pop(0)
+        if argument in ("--config", "-c") and left:
+            first += [argument, left.pop(0)]
+        else:
+            (first if argument.startswith("--config=") else rest).append(argument)
+    return [*first, *rest]
 
 
 def _files_as_data(args: list[str]) -> list[str]:

@@ -1,17 +1,20 @@
 """The imprint epoch: what it keeps of the embeddings as they go by, and how rank 0 makes a head of
-them on the last batch. `module.py` calls both.
+them after the last batch. `module.py` calls both.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from imprint_pl.batch import dealt_samples, samples_to_come
+from imprint_pl.batch import dealt_samples, samples_to_come, split_batch
 from imprint_pl.collapse import nc1
 from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
@@ -62,7 +65,8 @@ class ImprintEpoch:
         self.state: State | None = None
         self.data = trainer.datamodule
         self.parts, self.seed, self.weibull = parts, seed, weibull
-        data, loader = trainer.datamodule, trainer.train_dataloader
+        data = trainer.datamodule
+        loader, self._keys = the_loader(trainer.train_dataloader)
         self.class_names = names_of(data) or None
         self.num_classes = len(self.class_names or []) or getattr(data, "num_classes", None)
         self.dealt = dealt_samples(loader)
@@ -72,7 +76,7 @@ class ImprintEpoch:
         self.shortened = bool(trainer.fast_dev_run) or limit != 1.0 or isinstance(limit, int)
         self.progress = trainer.progress_bar_callback is not None
         samples = samples_to_come(loader, trainer.num_training_batches, trainer.world_size)
-        self.samples, self.seen = samples, 0
+        self.samples, self.seen, self.batches = samples, 0, 0
         self.start = time.perf_counter()
         self.kept = EmbeddingStore()
         only_head = weibull is None and keep is None and accept is None
@@ -94,6 +98,12 @@ class ImprintEpoch:
                 seed=seed,
             )
 
+    def split(self, batch: Any) -> tuple[Any, Tensor]:
+        """`(images, labels)` of a batch as the Trainer gives it, see `split_batch`."""
+        for key in self._keys:
+            batch = batch[key]
+        return split_batch(batch)
+
     def add(self, embeddings: Tensor, labels: Tensor) -> None:
         """A batch `(B, d)` with labels `(B,)`.
 
@@ -102,6 +112,23 @@ class ImprintEpoch:
         """
         self._check_memory(embeddings)
         self.kept.add(embeddings, labels)
+        self.batches += 1
+
+    def cut_short(self) -> None:
+        """Called before `finish` where the last batch has not come: says what is imprinted instead.
+
+        Raises:
+            ImprintError: not even a first batch came.
+        """
+        if self.batches == 0:
+            raise ImprintError(no_head(self.trainer))
+        known = self.trainer.num_training_batches
+        of = f" of {known}" if known != float("inf") else ""
+        reason = "no other came, whatever the training loader's len() says"
+        if self.trainer.should_stop:
+            # Somebody's wish, as a limit is: the rest may hold whole classes.
+            self.shortened, reason = True, STOPPED
+        rank_zero_warn(f"the head is imprinted from {self.batches}{of} training batches: {reason}")
 
     def _check_memory(self, embeddings: Tensor) -> None:
         """Before the first batch; where nobody knows how many will come, before each."""
@@ -206,3 +233,54 @@ class ImprintEpoch:
             return []
         named = getattr(self.data, "sample_names", lambda split: None)("train")
         return list(named or [f"train {i}" for i in range(samples)])[:samples]
+
+
+STOPPED = "the Trainer was told to stop (max_time, or a callback's should_stop)"
+
+
+def the_loader(loaders: Any) -> tuple[Any, list[Any]]:
+    """The training loader that a Trainer has, and the keys that lead to it, as they lead to its
+    batch: none, or those of a list or dict with one loader.
+
+    Raises:
+        ImprintError: several loaders.
+    """
+    keys = []
+    while isinstance(loaders, list | tuple | Mapping):
+        if len(loaders) != 1:
+            raise ImprintError(
+                f"the training data is a {type(loaders).__name__} of {len(loaders)} loaders: give "
+                "the one to imprint from (torch's ConcatDataset makes one data set of several)"
+            )
+        keys.append(next(iter(loaders)) if isinstance(loaders, Mapping) else 0)
+        loaders = loaders[keys[-1]]
+    return loaders, keys
+
+
+def no_head(trainer: Trainer) -> str:
+    """Why a fit that had no training batch has no head, as a sentence."""
+    reason = "the training loader gave none"
+    if trainer.limit_train_batches == 0:
+        reason = "limit_train_batches=0 leaves none"
+    elif trainer.max_epochs == 0:
+        reason = "max_epochs=0 leaves none, give max_epochs=1"
+    elif 0 <= trainer.max_steps <= trainer.global_step:
+        reason = f"this Trainer has taken its max_steps={trainer.max_steps} already, give a new one"
+        if trainer.max_steps == 0:
+            reason = "max_steps=0 leaves none, give max_epochs=1"
+    elif trainer.should_stop:
+        reason = f"before the first {STOPPED}"
+    return f"the fit had no training batch to imprint a head from: {reason}"
+
+
+@contextmanager
+def outside_the_trainers_precision(device: torch.device) -> Iterator[None]:
+    """For sums and GEN inside a step of the Trainer: its autocast and default type are meant for
+    the backbone alone."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(default)

@@ -5,8 +5,11 @@ them, and written so that they appear whole or not at all. Nothing in a file nam
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -133,7 +136,7 @@ def read_checkpoint(source: str | Path | IO[bytes], map_location: Any = "cpu") -
         raise ImprintError(f"{source}: there is no such file")
     with damaged(name, "a checkpoint that `fit` wrote"):
         _check_archive(source)
-        checkpoint = torch.load(source, weights_only=True, map_location=map_location)
+        checkpoint = _without_code(source, name, map_location)
         state, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]
         if not all(isinstance(part, Mapping) for part in (state, settings)):
             raise ValueError("no state dict")
@@ -141,6 +144,50 @@ def read_checkpoint(source: str | Path | IO[bytes], map_location: Any = "cpu") -
         if not str(key).endswith("_extra_state") or isinstance(tensor, Tensor):
             check_tensor(f"{name}: {key}", tensor)
     return checkpoint
+
+
+def _without_code(source: str | Path | IO[bytes], name: Any, map_location: Any) -> dict[str, Any]:
+    try:
+        return torch.load(source, weights_only=True, map_location=map_location)
+    except pickle.UnpicklingError as error:
+        if not (found := re.search(r"GLOBAL (\S+) was not an allowed global", str(error))):
+            raise
+        raise ImprintError(
+            f"{name}: damaged, or not a checkpoint that `fit` wrote: it holds a {found[1]}, which "
+            "takes code to make; keep plain values in the state of DataModules and callbacks"
+        ) from error
+
+
+def keep_loadable(checkpoint: dict[str, Any]) -> None:
+    """Drops from a checkpoint that is to be written the hyperparameters that `read_checkpoint`, or
+    `hyperparameters`, would refuse: a subclass or a DataModule of the user's may save any object.
+    Warns of each."""
+    for key, loads in (
+        ("hyper_parameters", _is_plain),
+        ("datamodule_hyper_parameters", _loads_without_code),
+    ):
+        kept = checkpoint.get(key)
+        if not isinstance(kept, dict):
+            continue
+        for name, value in list(kept.items()):
+            if not str(name).startswith("_") and not loads(value):
+                del kept[name]
+                warnings.warn(
+                    f"the hyperparameter {name!r} is no plain value ({type(value).__name__}) and "
+                    "is left out of the checkpoint: give it as a keyword of load_from_checkpoint",
+                    stacklevel=2,
+                )
+
+
+def _loads_without_code(value: Any) -> bool:
+    content = io.BytesIO()
+    try:
+        torch.save(value, content)
+        content.seek(0)
+        torch.load(content, weights_only=True)
+    except Exception:  # Whatever pickling stumbles over.
+        return False
+    return True
 
 
 def hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """ImprintedClassifier: a frozen backbone and an imprinted head as a LightningModule.
 
-A thin shell: it embeds the training set during one epoch, has the head imprinted on the last batch,
-and measures. The maths is in `imprinting.py` and below.
+A thin shell: it embeds the training set during one epoch, has the head imprinted after the last
+batch, and measures. The maths is in `imprinting.py` and below.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from typing import Any
 
@@ -17,10 +18,10 @@ from torch import Tensor
 
 from imprint_pl.backbone import load_backbone
 from imprint_pl.batch import dealt_samples, images_of, loader_number, split_batch
-from imprint_pl.checks import EMPTY, check_checkpoint, check_labels, places_of
-from imprint_pl.epoch import ImprintEpoch
+from imprint_pl.checks import check_checkpoint, check_labels, check_saved, empty, places_of
+from imprint_pl.epoch import ImprintEpoch, no_head, outside_the_trainers_precision
 from imprint_pl.errors import ImprintError, near
-from imprint_pl.files import damaged, hyperparameters, read_checkpoint
+from imprint_pl.files import damaged, hyperparameters, keep_loadable, read_checkpoint
 from imprint_pl.growing import Growing
 from imprint_pl.labels import names_of
 from imprint_pl.metrics import TaskMetrics
@@ -37,8 +38,8 @@ INTENDED = (
     ".*`LightningModule.configure_optimizers` returned `None`.*",
     ".*module\\(s\\) in eval mode at the start of training.*",
     ".*`training_step` returned `None`.*",
-    ".*Found keys that are in the model state dict but not in the checkpoint: .'backbone.*",
     ".*The number of training batches .* is smaller than the logging interval.*",
+    ".*Using ModelCheckpoint with manual optimization and every_n_train_steps.*",
     # They are rank 0's, on every rank.
     ".*It is recommended to use `self.log..train/.*sync_dist=True.*",
 )
@@ -48,10 +49,13 @@ class ImprintedClassifier(Growing, LightningModule):
     """Images to class scores, by a head imprinted in one epoch without a gradient.
 
     Use it with a plain `Trainer(max_epochs=1)`. Training images are embedded in the order of the
-    loader; on the last batch the head is filled, before that epoch's validation. Fitting again
-    imprints again; resuming from a finished checkpoint has nothing left to do. "qi", "hosoda",
-    "janson", "ls", "lda", "ridge" and "ranpac" keep only sums of the embeddings during the epoch
-    (see `EmbeddingSums`): their memory does not grow with the number of images.
+    loader; with the last batch the head is filled, before that epoch's validation. Fitting again
+    imprints again; resuming from a finished checkpoint has nothing left to do. An epoch that ends
+    early (`max_time`, `should_stop`, a loader that gives less than its `len()`) imprints what it
+    has seen, with a warning; resuming from its checkpoint, or from one within an epoch, starts the
+    epoch again. A fit without any training batch is an `ImprintError`. "qi", "hosoda", "janson",
+    "ls", "lda", "ridge" and "ranpac" keep only sums of the embeddings during the epoch (see
+    `EmbeddingSums`): their memory does not grow with the number of images.
 
     Args:
         backbone: "efficientnet_lite0" (embedded, needs no download), "torchvision/<name>",
@@ -109,7 +113,11 @@ class ImprintedClassifier(Growing, LightningModule):
 
     Logged: `train/nc1`, `train/temperature`, `train/embed_seconds`, `train/gen_seconds`,
     `train/images_per_second`; `val/…` and `test/…`: `accuracy` (micro), `macro_f1`,
-    `calibration_error` (expected, 15 bins), and `accuracy/<class>` up to 20 classes.
+    `calibration_error` (expected, 15 bins), and `accuracy/<class>` up to 20 classes. Of several
+    loaders each has its own, `val/accuracy/dataloader_idx_0`, ….
+
+    Attributes:
+        class_accuracy: `(C,)`, of the last validation or test; `(L, C)` where it had L loaders.
     """
 
     def __init__(
@@ -207,11 +215,27 @@ class ImprintedClassifier(Growing, LightningModule):
             precision=str(precision),
         )
         self.head = self.parts.empty_head()
-        self.metrics: TaskMetrics | None = None
+        # Those of each loader, by its number; None where there is no head to measure.
+        self.metrics: dict[int, TaskMetrics] | None = None
         self.class_accuracy: Tensor | None = None
         # For each class of the data that are measured the head's label, where they differ.
         self._places: Tensor | None = None
         self._epoch: ImprintEpoch | None = None
+        self._imprinted = self._cut_short = self._validated = self._warned = False
+
+    @property
+    def hparams_initial(self) -> Any:
+        """As Lightning has it, for the loggers. They get one dict of module and DataModule: a name
+        of both with two values, such as `seed`, is `model/seed` there."""
+        own, data = super().hparams_initial, getattr(self._trainer, "datamodule", None)
+        if data is not None and data._log_hyperparams:
+            for name, theirs in data.hparams_initial.items():
+                # Compared as Lightning does, which ends the fit otherwise.
+                if name in own and not name.startswith("_"):
+                    value = own[name]
+                    if type(value) is not type(theirs) or value != theirs:
+                        own[f"model/{name}"] = own.pop(name)
+        return own
 
     @property
     def class_names(self) -> list[str]:
@@ -242,6 +266,10 @@ class ImprintedClassifier(Growing, LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            if 0 in (self.trainer.limit_train_batches, self.trainer.max_epochs):
+                # Before the head that is there is lost.
+                raise ImprintError(no_head(self.trainer))
+            self._epoch, self._imprinted = None, False
             averaging = averaging_callbacks(self.trainer)
             if averaging:
                 raise ImprintError(
@@ -270,42 +298,77 @@ class ImprintedClassifier(Growing, LightningModule):
             accept=self.accept,
             max_per_class=self.max_per_class,
         )
-        self._warned = False
+        self._warned = self._validated = False
 
     @torch.no_grad()
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        images, labels = split_batch(batch)
-        self._epoch.add(self.embed(images), labels)
-        if self.trainer.is_last_batch:
-            # Lightning's mock optimizer: without a step ModelCheckpoint believes that nothing was
-            # trained and saves nothing.
-            self.optimizers().step()
+        if self._epoch is None:
+            # Resumed from a checkpoint of a last batch, Lightning starts the next epoch unsaid.
+            self.on_train_epoch_start()
+        images, labels = self._epoch.split(batch)
+        self._take(self.embed(images), labels)
+
+    # Of a module that is compiled whole, the backbone is what gains.
+    @torch.compiler.disable
+    def _take(self, embeddings: Tensor, labels: Tensor) -> None:
+        with outside_the_trainers_precision(self.device):
+            self._epoch.add(embeddings, labels)
+            # Before any callback's on_train_batch_end, where ModelCheckpoint writes, and before
+            # validation.
+            if self.trainer.is_last_batch:
+                self._imprint()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # Here, not in on_train_epoch_end: validation comes before that.
-        if self.trainer.is_last_batch:
-            self._imprint()
+        # A callback has stopped the epoch: validation, too, comes before its end.
+        if self._epoch is not None and self.trainer.fit_loop.epoch_loop.done:
+            self._imprint(cut_short=True)
 
-    def _imprint(self) -> None:
-        result = self._epoch.finish(self.backbone.classifier, self.device)
+    def _imprint(self, cut_short: bool = False) -> None:
+        epoch, self._epoch = self._epoch, None
+        if cut_short:
+            epoch.cut_short()
+        result = epoch.finish(self.backbone.classifier, self.device)
         if self.keep is not None:
-            self.state = self._epoch.state
-        self._epoch = None
+            self.state = epoch.state
         result = self.trainer.strategy.broadcast(result)
         if isinstance(result, Exception):
             raise result
         state, logged = result
         self.head.load_state_dict(state)
+        self._imprinted, self._cut_short = True, cut_short
         for name, value in logged.items():
             self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=1)
+        # Without a step of Lightning's mock optimizer, ModelCheckpoint believes that nothing was
+        # trained and saves nothing. Steps count while the loop of manual optimization runs.
+        self.trainer.fit_loop.epoch_loop.manual_optimization.on_run_start()
+        self.optimizers().step()
 
     def on_train_epoch_end(self) -> None:
+        if self._epoch is not None:
+            # The last batch, for which the head has waited, did not come.
+            self._imprint(cut_short=True)
+        if self.trainer.enable_validation and not self._validated:
+            # Lightning did so before there was a head, or leaves it to a later epoch.
+            self.trainer.validating = True
+            self.trainer.fit_loop.epoch_loop.val_loop.run()
+            self.trainer.training = True
         if self.trainer.max_epochs != 1:
             rank_zero_info(
                 f"Imprinting takes one epoch, max_epochs={self.trainer.max_epochs} would imprint "
                 "the same again: stopping here. Give max_epochs=1."
             )
             self.trainer.should_stop = True
+
+    def on_fit_end(self) -> None:
+        if self.head.is_empty:
+            raise ImprintError(no_head(self.trainer))
+        if not self._imprinted:
+            rank_zero_info(
+                f"the fit of {self.trainer.ckpt_path} was finished: nothing was left to imprint or "
+                "to validate; its head is loaded"
+            )
+        elif not self.trainer.fast_dev_run:
+            check_saved(self.trainer)
 
     # Validation and test.
 
@@ -315,13 +378,13 @@ class ImprintedClassifier(Growing, LightningModule):
     def on_test_epoch_start(self) -> None:
         self._start_metrics("test")
 
-    def _start_metrics(self, stage: str) -> None:
-        self.metrics = None
+    def _start_metrics(self, command: str) -> None:
+        self.metrics, self._class_accuracies = None, {}
         if not self.head.is_empty:
             self._places = places_of(names_of(self.trainer.datamodule), self.head)
-            self.metrics = TaskMetrics(self.head.num_classes).to(self.device)
+            self.metrics = {}
         elif self.trainer.state.fn != "fit":
-            raise ImprintError(f"cannot {stage}: {EMPTY}")
+            raise ImprintError(f"cannot {command}: {empty(self.trainer.ckpt_path)}")
         elif not self.trainer.sanity_checking and not self._warned:
             self._warned = True
             rank_zero_warn(
@@ -330,20 +393,24 @@ class ImprintedClassifier(Growing, LightningModule):
             )
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        loaders = self.trainer.val_dataloaders
-        self._measure(batch, batch_idx, loader_number(dataloader_idx, loaders))
+        self._measure("val", batch, batch_idx, dataloader_idx)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        loaders = self.trainer.test_dataloaders
-        self._measure(batch, batch_idx, loader_number(dataloader_idx, loaders))
+        self._measure("test", batch, batch_idx, dataloader_idx)
 
-    def _measure(self, batch: Any, batch_idx: int, loader: Any) -> None:
+    def _measure(self, stage: str, batch: Any, batch_idx: int, number: int) -> None:
         if self.metrics is None:
             return
-        if batch_idx == 0:
-            self.metrics.seen = 0  # of this loader
+        if number not in self.metrics:
+            self.metrics[number] = TaskMetrics(self.head.num_classes).to(self.device)
+        loader = loader_number(number, getattr(self.trainer, f"{stage}_dataloaders"))
         images, labels = split_batch(batch)
-        self.metrics.add(self(images), self.labels_of_head(labels), dealt_samples(loader))
+        labels = self.labels_of_head(labels)
+        self.metrics[number].add(self(images), labels, dealt_samples(loader))
+        batches = getattr(self.trainer, f"num_{stage}_batches")
+        if len(batches) > 1 and batch_idx + 1 == batches[number]:
+            # Lightning returns, for each loader, what was logged in a step of it.
+            self._log_metrics(stage, number, "")
 
     def labels_of_head(self, labels: Tensor) -> Tensor:
         """The head's labels `(B,)` for those of the data that are measured, by the classes' names.
@@ -357,28 +424,42 @@ class ImprintedClassifier(Growing, LightningModule):
         return self._places.to(labels.device)[labels]
 
     def on_validation_epoch_end(self) -> None:
-        self._log_metrics("val")
+        self._validated = self.metrics is not None
+        self._finish_metrics("val")
 
     def on_test_epoch_end(self) -> None:
-        self._log_metrics("test")
+        self._finish_metrics("test")
 
-    def _log_metrics(self, stage: str) -> None:
+    def _finish_metrics(self, stage: str) -> None:
         if self.metrics is None:
             return
-        values = self.metrics.compute()
-        self.class_accuracy = values.pop("class_accuracy").cpu()
+        loaders = len(getattr(self.trainer, f"num_{stage}_batches"))
+        for number in self.metrics.keys() - self._class_accuracies.keys():
+            # The only loader, or one whose last batch nobody could tell beforehand.
+            self._log_metrics(stage, number, f"/dataloader_idx_{number}" if loaders > 1 else "")
+        rows = self._class_accuracies
+        missing = torch.full((self.head.num_classes,), torch.nan)
+        together = torch.stack([rows.get(number, missing) for number in range(loaders)])
+        self.class_accuracy = together if loaders > 1 else together[0]
+
+    def _log_metrics(self, stage: str, number: int, suffix: str) -> None:
+        """Logs what a loader gave. In a step of it Lightning adds the suffix itself."""
+        values = self.metrics[number].compute()
+        accuracies = values.pop("class_accuracy")
+        self._class_accuracies[number] = accuracies.cpu()
+        options = dict(on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        options["add_dataloader_idx"] = not suffix
         for name, value in values.items():
             shown = name in ("accuracy", "macro_f1")
-            self.log(f"{stage}/{name}", value, prog_bar=shown, sync_dist=True)
+            self.log(f"{stage}/{name}{suffix}", value, prog_bar=shown, **options)
         if self.head.num_classes <= LOGGED_CLASSES:
-            for name, value in zip(self.class_names, self.class_accuracy, strict=True):
-                if value.isnan():
-                    continue  # no sample of that class
-                self.log(f"{stage}/accuracy/{name}", value.to(self.device), sync_dist=True)
+            for name, value in zip(self.class_names, accuracies, strict=True):
+                if not value.isnan():  # a class without samples
+                    self.log(f"{stage}/accuracy/{name}{suffix}", value, **options)
 
     def on_predict_start(self) -> None:
         if self.head.is_empty:
-            raise ImprintError(f"cannot predict: {EMPTY}")
+            raise ImprintError(f"cannot predict: {empty(self.trainer.ckpt_path)}")
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Images with or without labels → logits `(B, C)`; NaN for files that were skipped."""
@@ -401,13 +482,23 @@ class ImprintedClassifier(Growing, LightningModule):
                 del state[key]
         return state
 
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # A state dict without the backbone is whole: the one that is there stays, and a strict
+        # load misses nothing.
+        own = f"{prefix}backbone."
+        if not any(key.startswith(own) for key in state_dict):
+            state_dict.update(self.backbone.state_dict(prefix=own))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["backbone"] = self.backbone.source()
+        checkpoint["cut_short"] = self._cut_short
+        keep_loadable(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Not `self.head`, which may have the parts of another fit.
         trial = self.parts.empty_head()
-        check_checkpoint(checkpoint, trial, self.backbone.source())
+        check_checkpoint(checkpoint, trial, self.backbone)
         head = {
             name.removeprefix("head."): value
             for name, value in checkpoint["state_dict"].items()
@@ -415,8 +506,10 @@ class ImprintedClassifier(Growing, LightningModule):
         }
         trial.load_state_dict(head)
         trial.check()
-        if trial.is_empty:
-            # Saved within the epoch, whose embeddings are gone: it is done again from its start.
+        self._cut_short = bool(checkpoint.get("cut_short"))
+        if trial.is_empty or self._cut_short:
+            # Saved within the epoch, or where it was stopped, and the embeddings are gone: a fit
+            # that resumes does it again from its start.
             checkpoint.pop("loops", None)
 
     @classmethod
@@ -435,23 +528,66 @@ class ImprintedClassifier(Growing, LightningModule):
         Args:
             checkpoint_path: a file, or an open one.
             map_location: where its tensors go; where they were, or to the CPU.
+            strict: whether tensors that only the file or only the model has are an error. Those of
+                the backbone are not, where the file has none of them.
             kwargs: keywords of the constructor that beat the file's, such as `backbone`.
 
         The other arguments are Lightning's; `hparams_file` is refused, `weights_only` always holds.
 
         Raises:
-            ImprintError: no such file, damaged, forged, no checkpoint, or of another backbone.
+            ImprintError: no such file, damaged, forged, no checkpoint, or of another backbone; a
+                keyword that the constructor does not have.
         """
         if hparams_file is not None:
             raise ImprintError(f"hparams_file={hparams_file!r}: give hyperparameters as keywords")
         where = map_location or (None if torch.cuda.is_available() else "cpu")
         checkpoint = read_checkpoint(checkpoint_path, where)
-        known = inspect.signature(cls.__init__).parameters
+        known = _keywords(cls)
+        for name in kwargs:
+            if name not in known:
+                raise ImprintError(f"{cls.__name__} has no argument {name!r}{near(name, known)}")
         given = {n: v for n, v in hyperparameters(checkpoint).items() if n in known} | kwargs
         # Not an OSError: of weights that cannot be fetched.
         errors = (RuntimeError, TypeError, KeyError, IndexError, ValueError)
         with damaged(checkpoint_path, "a checkpoint that `fit` wrote", errors):
-            model = cls(**given)
+            model = _made(cls, given, kwargs)
             model.on_load_checkpoint(checkpoint)
-            model.load_state_dict(checkpoint["state_dict"], strict=bool(strict))
+            keys = model.load_state_dict(checkpoint["state_dict"], strict=False)
+        foreign = [*keys.missing_keys, *keys.unexpected_keys]
+        if strict and foreign:
+            raise ImprintError(
+                f"{checkpoint_path}: the checkpoint and {cls.__name__} differ in {foreign[0]!r}: "
+                "strict=False passes over it"
+            )
+        if model.head.is_empty:
+            rank_zero_warn(empty(checkpoint_path))
         return model.to(next(iter(checkpoint["state_dict"].values())).device)
+
+
+def _keywords(cls: type) -> dict[str, None]:
+    """What a constructor takes, that of a subclass with `**kwargs` included, in order."""
+    known: dict[str, None] = {}
+    for part in cls.__mro__:
+        if "__init__" in vars(part):
+            parameters = list(inspect.signature(part.__init__).parameters.values())[1:]
+            variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+            known |= dict.fromkeys(p.name for p in parameters if p.kind not in variable)
+            if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+                break
+    return known
+
+
+def _made(cls: type, given: dict[str, Any], typed: dict[str, Any]) -> ImprintedClassifier:
+    """`cls(**given)`, without what a subclass gives to ImprintedClassifier itself."""
+    try:
+        return cls(**given)
+    except TypeError as error:
+        if cls is ImprintedClassifier:
+            raise
+        twice = re.search(r"multiple values for (?:keyword )?argument '(\w+)'", str(error))
+        if twice and twice[1] in given and twice[1] not in typed:
+            return _made(cls, {n: v for n, v in given.items() if n != twice[1]}, typed)
+        raise ImprintError(
+            f"{cls.__name__} cannot be made from the checkpoint's hyperparameters ({error}): give "
+            "what it needs as keywords of load_from_checkpoint"
+        ) from error

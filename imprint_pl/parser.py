@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_warn
 
 import imprint_pl.data
 from imprint_pl.data.tasks import IN_QUOTES
@@ -35,13 +36,39 @@ DATA = {
 
 
 class Parser(LightningArgumentParser):
-    """Ends a wrong command line in one line with near names, instead of pages of usage."""
+    """Ends a wrong command line in one line with near names, instead of pages of usage.
+
+    A configuration may come from another command: what that command alone has is passed over, with
+    a word where it was set.
+
+    Attributes:
+        of_others: of a command's parser, the options that only other commands have, with their
+            defaults.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.of_others: dict[str, Any] = {}
+
+    def parse_path(self, *args: Any, **kwargs: Any) -> Any:
+        return self._without_others(super().parse_path(*args, **kwargs))
+
+    def parse_string(self, *args: Any, **kwargs: Any) -> Any:
+        return self._without_others(super().parse_string(*args, **kwargs))
+
+    def _without_others(self, config: Any) -> Any:
+        for name, default in self.of_others.items():
+            if name in config and config.pop(name) != default:
+                rank_zero_warn(f"{name}, an option of another command, is not used by this one")
+        return config
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         raise ImprintError(self._clear(_without_unions(str(message))))
 
     def _clear(self, message: str) -> str:
         if found := re.search(r"unrecognized arguments: --([^\s=]+)", message):
+            if found[1] in self.of_others:
+                return f"--{found[1]} is an option of another command: leave it out"
             return f"unknown option --{found[1]}{near(found[1], self._names())}"
         if found := re.search(r"(?:accept option|Option) '(\S+)'", message):
             if found[1] == "on_error":

@@ -21,6 +21,9 @@ DATA_PARAMETERS = (
     *("shots", "val_fraction", "batch_size"),
 )
 
+MEASURED = ("accuracy", "macro_f1", "calibration_error")
+# Lightning's mark of a figure that belongs to one of several loaders.
+OF_LOADER = "/dataloader_idx_"
 # What the callback `unknowns.Outsiders` logs.
 OUTSIDERS = ("outsiders_auroc", "accepted", "rejected")
 
@@ -28,7 +31,8 @@ OUTSIDERS = ("outsiders_auroc", "accepted", "rejected")
 def summarise(trainer: Trainer, model: LightningModule, stage: str) -> dict[str, Any]:
     """The figures and parameters of a finished `fit` ("val") or `validate`, `test` ("test").
 
-    Fractions and seconds; `None` where the command did not produce the figure.
+    Fractions and seconds; `None` where the command did not produce the figure. Of several loaders
+    each has its own, as `accuracy/dataloader_idx_0`, ….
     """
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     data, backbone = trainer.datamodule, model.backbone.source()
@@ -40,9 +44,8 @@ def summarise(trainer: Trainer, model: LightningModule, stage: str) -> dict[str,
     return {
         "task": getattr(data, "task", type(data).__name__),
         "recipe": recipe,
-        "accuracy": metrics.get(f"{stage}/accuracy"),
-        "macro_f1": metrics.get(f"{stage}/macro_f1"),
-        "calibration_error": metrics.get(f"{stage}/calibration_error"),
+        **{name: metrics.get(f"{stage}/{name}") for name in MEASURED},
+        **_of_loaders(metrics, stage),
         **{name: metrics[f"{stage}/{name}"] for name in OUTSIDERS if f"{stage}/{name}" in metrics},
         "nc1": metrics.get("train/nc1"),
         "embed_seconds": metrics.get("train/embed_seconds"),
@@ -63,8 +66,19 @@ def summarise(trainer: Trainer, model: LightningModule, stage: str) -> dict[str,
     }
 
 
+def _of_loaders(metrics: dict[str, float], stage: str) -> dict[str, float]:
+    """The figures of each of several loaders, but for those of single classes."""
+    own = {name.removeprefix(f"{stage}/"): value for name, value in metrics.items()}
+    kinds = (*MEASURED, *OUTSIDERS)
+    return {
+        name: value
+        for name, value in own.items()
+        if OF_LOADER in name and name.split(OF_LOADER)[0] in kinds
+    }
+
+
 def write_summary(folder: Path, summary: dict[str, Any], model: LightningModule) -> None:
-    """`summary.json`, and `per_class.csv` with each class's accuracy."""
+    """`summary.json`, and `per_class.csv` with each class's accuracy, a column a loader."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = {
         name: _json_number(value) if isinstance(value, float) else value
@@ -72,39 +86,64 @@ def write_summary(folder: Path, summary: dict[str, Any], model: LightningModule)
     }
     write_whole(folder / "summary.json", f"{json.dumps(plain, indent=2)}\n".encode())
     if model.class_accuracy is not None:
+        columns, rows = per_class(model)
         with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["label", "class", "accuracy"])
-            for label, value in enumerate(model.class_accuracy.tolist()):
-                # A class without samples has no accuracy.
-                accuracy = "" if math.isnan(value) else round(value, 6)
-                writer.writerow([label, model.head.name_of(label), accuracy])
+            writer.writerow(columns)
+            for label, name, *values in rows:
+                shown = ["" if value is None else round(value, 6) for value in values]
+                writer.writerow([label, name, *shown])
+
+
+def per_class(model: LightningModule) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows: label, class, and its accuracy on the loader, or on each of several; `None`
+    where it had no sample of the class."""
+    accuracies = model.class_accuracy
+    names = ["accuracy"]
+    if accuracies.ndim == 2:
+        names = [f"accuracy{OF_LOADER}{number}" for number in range(len(accuracies))]
+    rows = []
+    for label, values in enumerate(accuracies.view(len(names), -1).T.tolist()):
+        measured = [None if math.isnan(value) else value for value in values]
+        rows.append([label, model.head.name_of(label), *measured])
+    return ["label", "class", *names], rows
 
 
 def print_summary(summary: dict[str, Any]) -> None:
     """One row with the figures, under a line that says what was run; first, what `auto` tried."""
     if summary["tried"]:
         _print_tried(summary["tried"])
+    loaders = [
+        name.removeprefix("accuracy") for name in summary if name.startswith(f"accuracy{OF_LOADER}")
+    ]
     table = Table(box=box.ROUNDED)
-    row = {
-        "task": summary["task"],
-        "recipe": summary.get("chosen_recipe") or summary["recipe"],
-        "accuracy": _number(summary["accuracy"], 100, 2, " %"),
-        "macro F1": _number(summary["macro_f1"], 100, 2, " %"),
-        "ECE": _number(summary["calibration_error"], 100, 2, " %"),
-        "NC1": _number(summary["nc1"], 1, 3),
-        "embed": _number(summary["embed_seconds"], 1, 1, " s"),
-        "GEN": _number(summary["gen_seconds"], 1, 2, " s"),
-    }
-    row = {name: value for name, value in row.items() if value is not None}
-    for name in row:
-        table.add_column(name, justify="left" if name in ("task", "recipe") else "right")
-    table.add_row(*row.values())
+    rows = [_row(summary, suffix) for suffix in loaders or [""]]
+    shown = {name for row in rows for name, value in row.items() if value is not None}
+    for name in rows[0]:
+        if name in shown:
+            table.add_column(name, justify="left" if name in ("task", "recipe") else "right")
+    for row in rows:
+        table.add_row(*(row[name] for name in row if name in shown))
     console = Console()
     console.print(f"\n{_what(summary)}", highlight=False, soft_wrap=True)
     console.print(table)
     if "outsiders_auroc" in summary:
         console.print(_outsiders(summary), highlight=False, soft_wrap=True)
+
+
+def _row(summary: dict[str, Any], suffix: str) -> dict[str, str | None]:
+    """The table's row of the only loader, or of that of a suffix."""
+    return {
+        "task": summary["task"],
+        "loader": suffix.removeprefix(OF_LOADER) or None,
+        "recipe": summary.get("chosen_recipe") or summary["recipe"],
+        "accuracy": _number(summary.get(f"accuracy{suffix}"), 100, 2, " %"),
+        "macro F1": _number(summary.get(f"macro_f1{suffix}"), 100, 2, " %"),
+        "ECE": _number(summary.get(f"calibration_error{suffix}"), 100, 2, " %"),
+        "NC1": _number(summary["nc1"], 1, 3),
+        "embed": _number(summary["embed_seconds"], 1, 1, " s"),
+        "GEN": _number(summary["gen_seconds"], 1, 2, " s"),
+    }
 
 
 def _outsiders(summary: dict[str, Any]) -> str:

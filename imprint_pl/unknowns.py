@@ -104,6 +104,7 @@ class Outsiders(Callback):
 
     `val/outsiders_auroc` and, where the head has a threshold, `val/accepted` (share of the stage's
     own images that pass) and `val/rejected` (share of outsiders that do not); `test/…` likewise.
+    Of several loaders each has its own, `val/accepted/dataloader_idx_0`, ….
 
     Args:
         data: images that belong to no class; its test split is used, with its own batch hooks.
@@ -119,6 +120,14 @@ class Outsiders(Callback):
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen(pl_module)
 
+    def on_validation_batch_start(
+        self, trainer, pl_module, batch, batch_idx, dataloader_idx=0
+    ) -> None:
+        self._loader = dataloader_idx
+
+    def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
+        self._loader = dataloader_idx
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log("val", trainer, pl_module)
 
@@ -132,17 +141,19 @@ class Outsiders(Callback):
 
     def _listen(self, module: LightningModule) -> None:
         # What the head gives for the stage's own images: they need not go through it twice.
-        self._scores: list[Tensor] = []
+        self._scores: dict[Any, list[Tensor]] = {}
         self._undo.callback(module.head.register_forward_hook(self._heard).remove)
 
     def _heard(self, head: ImprintedHead, inputs: Any, logits: Tensor) -> None:
-        self._scores.append(logits.detach().amax(1, keepdim=True).cpu())
+        best = logits.detach().amax(1, keepdim=True).cpu()
+        self._scores.setdefault(self._loader, []).append(best)
 
     def _log(self, stage: str, trainer: Trainer, module: LightningModule) -> None:
-        inside, self._scores = self._scores, []
+        insiders, self._scores = self._scores, {}
         with self._undo:
-            if trainer.sanity_checking or not inside:
+            if trainer.sanity_checking or not insiders:
                 return
+            self._loader = "outside"
             self.data.prepare_data()
             self.data.setup("test")
             transfer = transfer_of(trainer, module, self.data)
@@ -153,12 +164,16 @@ class Outsiders(Callback):
             ):
                 for batch in self.data.test_dataloader():
                     module(images_of(transfer(batch)))
-        outside, inside = torch.cat(self._scores), torch.cat(inside)
-        self._scores = []
-        values = {"outsiders_auroc": auroc(inside, outside)}
-        if module.head.threshold is not None:
-            least = module.head.threshold / module.head.temperature
-            values["accepted"] = (inside >= least).double().mean().item()
-            values["rejected"] = (outside < least).double().mean().item()
-        for name, value in values.items():
-            module.log(f"{stage}/{name}", value, sync_dist=True, batch_size=1)
+        outside = torch.cat(self._scores.pop("outside"))
+        for number, scores in insiders.items():
+            inside = torch.cat(scores)
+            values = {"outsiders_auroc": auroc(inside, outside)}
+            if module.head.threshold is not None:
+                least = module.head.threshold / module.head.temperature
+                values["accepted"] = (inside >= least).double().mean().item()
+                values["rejected"] = (outside < least).double().mean().item()
+            # Lightning's own suffix, which it would add in a step alone.
+            suffix = f"/dataloader_idx_{number}" if len(insiders) > 1 else ""
+            options = dict(sync_dist=True, batch_size=1, add_dataloader_idx=not suffix)
+            for name, value in values.items():
+                module.log(f"{stage}/{name}{suffix}", value, **options)

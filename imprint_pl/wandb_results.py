@@ -4,7 +4,6 @@ the proxy gallery. The commands add it where there is a WandbLogger.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,10 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from imprint_pl.batch import dealt_samples, split_batch
+from imprint_pl.batch import dealt_samples, loader_number, split_batch
 from imprint_pl.dashboard import FIGURES
 from imprint_pl.errors import ImprintError
 from imprint_pl.gallery import ImprintGallery
+from imprint_pl.run import OF_LOADER, per_class
 from imprint_pl.store import EmbeddingStore
 from imprint_pl.twins import both
 
@@ -30,11 +30,12 @@ class WandbResults(Callback):
 
     Attributes:
         confusion: `(C, C)` int64 after an evaluation, on rank 0: row = true class, column =
-            predicted.
+            predicted. Of several loaders that of the first; a matrix of each is logged.
     """
 
     def __init__(self) -> None:
         self.confusion: Tensor | None = None
+        self._confusions: dict[str, Tensor] = {}
         self._loggers: list[WandbLogger] = []
         self._hook = None
 
@@ -42,7 +43,8 @@ class WandbResults(Callback):
         self._loggers = [x for x in trainer.loggers if isinstance(x, both(WandbLogger))]
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._store, self._scores, self.confusion = EmbeddingStore(), None, None
+        self._stores: dict[int, EmbeddingStore] = {}
+        self._scores, self.confusion, self._confusions = None, None, {}
 
         def keep(module, inputs, scores):
             self._scores = scores
@@ -50,21 +52,26 @@ class WandbResults(Callback):
         # The module's steps return nothing: the scores are taken where the head gives them.
         self._hook = pl_module.head.register_forward_hook(keep)
 
-    def _add(self, pl_module: LightningModule, batch: Any) -> None:
+    def _add(self, pl_module: LightningModule, batch: Any, number: int) -> None:
         # None where the head was empty.
         if self._scores is not None:
             labels = pl_module.labels_of_head(split_batch(batch)[1])
-            self._store.add(self._scores.argmax(1)[:, None].float(), labels)
+            store = self._stores.setdefault(number, EmbeddingStore())
+            store.add(self._scores.argmax(1)[:, None].float(), labels)
             self._scores = None
 
-    def _end(self, trainer: Trainer, pl_module: LightningModule, loader: Any) -> None:
+    def _end(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> None:
         self._hook.remove()
-        gathered = self._store.gather(dealt_samples(loader))
-        if gathered is None or not len(gathered[1]):
-            return
-        predicted, labels = gathered[0][:, 0].long(), gathered[1]
         C = pl_module.head.num_classes
-        self.confusion = torch.bincount(labels * C + predicted, minlength=C * C).view(C, C)
+        for number, store in self._stores.items():
+            gathered = store.gather(dealt_samples(loader_number(number, loaders)))
+            if gathered is None or not len(gathered[1]):
+                continue
+            predicted, labels = gathered[0][:, 0].long(), gathered[1]
+            confusion = torch.bincount(labels * C + predicted, minlength=C * C).view(C, C)
+            several = len(self._stores) > 1
+            self._confusions[f"{OF_LOADER}{number}" if several else ""] = confusion
+        self.confusion = next(iter(self._confusions.values()), None)
 
     def on_validation_epoch_start(self, trainer, pl_module) -> None:
         self._start(trainer, pl_module)
@@ -72,11 +79,15 @@ class WandbResults(Callback):
     def on_test_epoch_start(self, trainer, pl_module) -> None:
         self._start(trainer, pl_module)
 
-    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *args) -> None:
-        self._add(pl_module, batch)
+    def on_validation_batch_end(
+        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
+        self._add(pl_module, batch, dataloader_idx)
 
-    def on_test_batch_end(self, trainer, pl_module, outputs, batch, *args) -> None:
-        self._add(pl_module, batch)
+    def on_test_batch_end(
+        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
+    ) -> None:
+        self._add(pl_module, batch, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer, pl_module) -> None:
         self._end(trainer, pl_module, trainer.val_dataloaders)
@@ -102,30 +113,30 @@ class WandbResults(Callback):
         """
         import wandb
 
-        figures = {name: summary[name] for name in FIGURES if summary.get(name) is not None}
+        figures = {
+            name: value
+            for name, value in summary.items()
+            if name.split(OF_LOADER)[0] in FIGURES and value is not None
+        }
         rest = {
             name: value
             for name, value in summary.items()
-            if name not in FIGURES and name not in KEPT_HERE and value is not None
+            if name not in figures and name not in KEPT_HERE and value is not None
         }
         head = model.head
         names = [head.name_of(label) for label in range(head.num_classes)]
         tables: dict[str, Any] = {}
         if model.class_accuracy is not None:
-            # A class without samples has no accuracy.
-            values = [None if math.isnan(v) else v for v in model.class_accuracy.tolist()]
-            tables["per_class"] = wandb.Table(
-                columns=["label", "class", "accuracy"],
-                data=[[i, name, values[i]] for i, name in enumerate(names)],
-            )
-        if self.confusion is not None and len(names) <= MOST_CLASSES:
-            true, predicted = self.confusion.nonzero().T
-            times = self.confusion[true, predicted]
-            tables["confusion_matrix"] = wandb.plot.confusion_matrix(
+            columns, rows = per_class(model)
+            tables["per_class"] = wandb.Table(columns=columns, data=rows)
+        for suffix, confusion in self._confusions.items() if len(names) <= MOST_CLASSES else ():
+            true, predicted = confusion.nonzero().T
+            times = confusion[true, predicted]
+            tables[f"confusion_matrix{suffix}"] = wandb.plot.confusion_matrix(
                 y_true=true.repeat_interleave(times).tolist(),
                 preds=predicted.repeat_interleave(times).tolist(),
                 class_names=names,
-                title="Confusion matrix",
+                title=f"Confusion matrix{suffix}",
             )
         if gallery is not None and gallery.rows:
             rows = [[row[name] for name in gallery.rows[0]] for row in gallery.rows]

@@ -439,10 +439,68 @@ def test_a_typo_in_a_config_file_is_named_with_near_names(tmp_path, capfd):
     assert "'model.recipee'; did you mean 'model.recipe'" in capfd.readouterr().err
 
 
-def test_an_option_of_fit_in_the_config_of_a_test_is_called_that(tmp_path, capfd):
-    (tmp_path / "it.yaml").write_text("data: Digits\ncache_dir: null\n")
-    assert main(["test", "--config", "it.yaml"]) == 2
-    assert "'cache_dir' is an option of another command: leave it out" in capfd.readouterr().err
+def test_the_config_that_a_fit_leaves_serves_the_other_commands(fitted, tmp_path, capfd):
+    config = fitted.parent.parent / "config.yaml"
+    given = config.read_text()
+    assert "\ncache_dir: null\n" in given
+    given = given.replace("cache_dir: null", "cache_dir: embeddings")
+    given = given.replace(
+        "  callbacks: null",
+        "  callbacks: [{class_path: ModelCheckpoint, init_args: {monitor: val/accuracy}}]",
+    )
+    (tmp_path / "set.yaml").write_text(given)
+    # Options beat configurations wherever they stand: the config has `ckpt_path: null`.
+    assert main(["test", "--ckpt_path", str(fitted), f"--config={config}"]) == 0
+    expected = summary_of(capfd.readouterr().out)
+    assert expected["num_classes"] == 3
+    with pytest.warns(UserWarning, match="cache_dir, an option of another command, is not used"):
+        assert main(["test", "--config", "set.yaml", "--ckpt_path", str(fitted)]) == 0
+    assert summary_of(capfd.readouterr().out)["accuracy"] == expected["accuracy"]
+    assert not (tmp_path / "embeddings").exists()
+    assert main(["validate", "--config", str(config), "--ckpt_path", str(fitted)]) == 0
+    assert summary_of(capfd.readouterr().out)["accuracy"] == expected["accuracy"]
+    assert main(["predict", "--config", str(config), "--ckpt_path", str(fitted)]) == 0
+    assert "106 predictions" in capfd.readouterr().out
+    assert main(["test", "--config", str(config), "--cache_dir", "there"]) == 2
+    assert "--cache_dir is an option of another command: leave" in capfd.readouterr().err
+
+
+def test_a_fit_without_a_training_batch_fails_and_says_why(capfd):
+    for option, reason in (
+        (["--trainer.limit_train_batches", "0"], "limit_train_batches=0 leaves none"),
+        (["--trainer.max_time", "00:00:00:00"], "the Trainer was told to stop (max_time"),
+    ):
+        assert main(["fit", *QUICK, *option]) == 2
+        error = capfd.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: the fit had no training batch to imprint a head from: ")
+        assert reason in error
+
+
+def test_of_several_loaders_each_has_its_row_and_its_figures(tmp_path, monkeypatch, capfd):
+    (tmp_path / "two_loaders.py").write_text(
+        "import torch\n"
+        "from lightning.pytorch import LightningDataModule\n"
+        "from torch.utils.data import DataLoader, TensorDataset\n"
+        "x, y = torch.eye(3).repeat(4, 1), torch.arange(3).repeat(4)\n"
+        "class TwoLoaders(LightningDataModule):\n"
+        "    def train_dataloader(self):\n"
+        "        return DataLoader(TensorDataset(x, y), batch_size=5)\n"
+        "    def val_dataloader(self):\n"
+        "        shifted = TensorDataset(x, (y + (y > 0)) % 3)\n"
+        "        return [self.train_dataloader(), DataLoader(shifted, batch_size=5)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--model.backbone", "null", "--model.recipe", "qi", "--trainer.accelerator", "cpu"]
+    assert main(["fit", "--data", "two_loaders.TwoLoaders", *options]) == 0
+    output = capfd.readouterr().out
+    summary, folder = summary_of(output), run_folder(output)
+    assert "loader" in output
+    assert summary["accuracy"] is None
+    assert summary["accuracy/dataloader_idx_0"] == 1
+    assert summary["accuracy/dataloader_idx_1"] == pytest.approx(1 / 3, abs=1e-5)
+    rows = rows_of(folder / "per_class.csv")
+    assert [row["accuracy/dataloader_idx_0"] for row in rows] == ["1.0", "1.0", "1.0"]
+    assert [row["accuracy/dataloader_idx_1"] for row in rows] == ["0.5", "0.0", "0.0"]
 
 
 def test_a_checkpoint_of_another_task_is_refused(fitted, capfd):

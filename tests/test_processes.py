@@ -88,7 +88,7 @@ for recipe, k in (("qi", None), ("robust", 4), ("whitened", None), ("ridge", Non
     data = Listed if recipe == "qi" else Digits
     trainer.fit(model, data(classes=[0, 1, 2], batch_size=64))
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    state = model.metrics["class_accuracy"]
+    state = model.metrics[0]["class_accuracy"]
     counted = (state.tp + state.fn).sum().float()
     metrics["counted"] = float(trainer.strategy.reduce(counted, reduce_op="sum"))
     # NC1 and VCI as metrics, each rank with a part of its own size.
