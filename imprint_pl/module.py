@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from imprint_pl.attaching import averaged_copies
 from imprint_pl.backbone import load_backbone
 from imprint_pl.batch import dealt_samples, images_of, loader_number, split_batch
 from imprint_pl.checks import check_checkpoint, check_labels, check_saved, empty, places_of
@@ -28,7 +30,7 @@ from imprint_pl.metrics import TaskMetrics
 from imprint_pl.recipes import resolve
 from imprint_pl.select import checked_bounds
 from imprint_pl.state import KEEP
-from imprint_pl.twins import averaging_callbacks
+from imprint_pl.twins import both
 
 # Above this, a value a class would drown a logger; `class_accuracy` and the run folder have them.
 LOGGED_CLASSES = 20
@@ -270,12 +272,12 @@ class ImprintedClassifier(Growing, LightningModule):
                 # Before the head that is there is lost.
                 raise ImprintError(no_head(self.trainer))
             self._epoch, self._imprinted = None, False
-            averaging = averaging_callbacks(self.trainer)
-            if averaging:
-                raise ImprintError(
-                    f"{type(averaging[0]).__name__} averages the weights of training steps, and "
-                    "imprinting has none: leave it out of the Trainer's callbacks"
-                )
+            for callback in self.trainer.callbacks:
+                if isinstance(callback, both(StochasticWeightAveraging)):
+                    raise ImprintError(
+                        "StochasticWeightAveraging needs an optimizer, and imprinting has none: "
+                        "leave it out of the Trainer's callbacks"
+                    )
             # Empty and trainable: DDP refuses a module without a parameter to train.
             self.head.clear()
             # A Trainer that has done its epoch before would do none, and leave the head empty.
@@ -334,7 +336,11 @@ class ImprintedClassifier(Growing, LightningModule):
         if isinstance(result, Exception):
             raise result
         state, logged = result
-        self.head.load_state_dict(state)
+        # What averages weights has a copy of the module, made before, with an empty head.
+        kept = [value for callback in self.trainer.callbacks for value in vars(callback).values()]
+        copies = averaged_copies(self, "head", kept)
+        for head in (self.head, *(copied.get_submodule(name) for copied, name in copies)):
+            head.load_state_dict(state)
         self._imprinted, self._cut_short = True, cut_short
         for name, value in logged.items():
             self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=1)

@@ -277,8 +277,39 @@ def test_a_users_own_averaging_callback_gets_the_head_too(when, tool, tmp_path):
     assert accuracy(averaged(theirs.tool)) == 1
 
 
-@pytest.mark.parametrize("name", AVERAGING)
-def test_averaging_beside_an_imprinted_classifier_is_refused_in_a_sentence(name, tmp_path):
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("make", [lambda: EMAWeightAveraging(decay=0.9), WeightAveraging])
+def test_averaging_beside_an_imprinted_classifier_gives_its_head(make, recipe, tmp_path):
+    x, y = blobs()
+    model = ImprintedClassifier(nn.Identity(), recipe)
+    run = trainer(tmp_path, make())
+    run.fit(model, loader(), loader())
+    assert run.callback_metrics["val/accuracy"] == 1
+    assert run.validate(model, loader(), verbose=False)[0]["val/accuracy"] == 1
+    assert (model(x).argmax(1) == y).all()
+    loaded = ImprintedClassifier.load_from_checkpoint(
+        tmp_path / "last.ckpt", backbone=nn.Identity()
+    )
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-4)
+    assert loaded.head.proxy_classes.equal(model.head.proxy_classes)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_users_own_average_of_an_imprinted_classifier_has_its_head(tool, tmp_path):
+    class Average(Callback):
+        def setup(self, trainer, pl_module, stage):
+            self.tool = TOOLS[tool](pl_module, 0.9)
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            update(self.tool, pl_module)
+
+    theirs = Average()
+    model = ImprintedClassifier(nn.Identity(), "lda")
+    trainer(tmp_path, theirs).fit(model, loader(), loader())
+    assert accuracy(averaged(theirs.tool)) == 1
+
+
+def test_weight_averaging_that_needs_an_optimizer_is_refused_in_a_sentence(tmp_path):
     model = ImprintedClassifier(nn.Identity(), "qi")
-    with pytest.raises(ImprintError, match="averages the weights .*: leave it out"):
-        trainer(tmp_path, AVERAGING[name]()).fit(model, loader(), loader())
+    with pytest.raises(ImprintError, match="needs an optimizer.*: leave it out"):
+        trainer(tmp_path, StochasticWeightAveraging(1e-3)).fit(model, loader(), loader())
