@@ -418,7 +418,7 @@ class ImprintedClassifier(Growing, LightningModule):
         if self.metrics is None:
             return
         loaders = len(getattr(self.trainer, f"num_{stage}_batches"))
-        for number in self.metrics.keys() - self._class_accuracies.keys():
+        for number in sorted(self.metrics.keys() - self._class_accuracies.keys()):
             # The only loader, or one whose last batch nobody could tell beforehand.
             self._log_metrics(stage, number, f"/dataloader_idx_{number}" if loaders > 1 else "")
         rows = self._class_accuracies
