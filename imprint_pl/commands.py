@@ -15,7 +15,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from imprint_pl.embedding import embed
 from imprint_pl.errors import ImprintError
@@ -77,6 +77,9 @@ def run(argv: list[str]) -> None:
         )
     except MisconfigurationException as error:
         raise ImprintError(str(error)) from error
+    except SIGTERMException as error:
+        # Its exit status would be 0.
+        raise ImprintError(f"SIGTERM has ended `{command}` before its end: run it again") from error
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # Lightning does so for nccl alone; threads of gloo that outlive Python may abort it.
         torch.distributed.destroy_process_group()

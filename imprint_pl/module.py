@@ -321,8 +321,16 @@ class ImprintedClassifier(Growing, LightningModule):
                 self._imprint()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # A callback has stopped the epoch: validation, too, comes before its end.
-        if self._epoch is not None and self.trainer.fit_loop.epoch_loop.done:
+        if self._epoch is None:
+            return
+        if self.trainer.received_sigterm:
+            # Lightning exits with status 0, and would say nothing.
+            rank_zero_warn(
+                f"SIGTERM ends the fit after {self._epoch.batches} training batches: no head is "
+                "imprinted"
+            )
+        elif self.trainer.fit_loop.epoch_loop.done:
+            # A callback has stopped the epoch: validation, too, comes before its end.
             self._imprint(cut_short=True)
 
     def _imprint(self, cut_short: bool = False) -> None:
@@ -440,7 +448,7 @@ class ImprintedClassifier(Growing, LightningModule):
         if self.metrics is None:
             return
         loaders = len(getattr(self.trainer, f"num_{stage}_batches"))
-        for number in self.metrics.keys() - self._class_accuracies.keys():
+        for number in sorted(self.metrics.keys() - self._class_accuracies.keys()):
             # The only loader, or one whose last batch nobody could tell beforehand.
             self._log_metrics(stage, number, f"/dataloader_idx_{number}" if loaders > 1 else "")
         rows = self._class_accuracies

@@ -476,6 +476,21 @@ def test_a_fit_without_a_training_batch_fails_and_says_why(capfd):
         assert reason in error
 
 
+def test_a_fit_that_is_terminated_does_not_end_as_if_all_were_well(tmp_path, monkeypatch, capfd):
+    (tmp_path / "terminating.py").write_text(
+        "import os, signal\n"
+        "from lightning.pytorch import Callback\n"
+        "class Terminating(Callback):\n"
+        "    def on_train_batch_end(self, *arguments):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--data.batch_size", "50", "--trainer.callbacks", "terminating.Terminating"]
+    with pytest.warns(UserWarning, match="SIGTERM ends the fit after 1 training batches: no head"):
+        assert main(["fit", *QUICK, *options]) == 2
+    assert "error: SIGTERM has ended `fit` before its end" in capfd.readouterr().err
+
+
 def test_of_several_loaders_each_has_its_row_and_its_figures(tmp_path, monkeypatch, capfd):
     (tmp_path / "two_loaders.py").write_text(
         "import torch\n"
