@@ -14,8 +14,9 @@ from torch import Tensor
 
 from imprint_pl.auto import imprint_auto
 from imprint_pl.head import ImprintedHead
+from imprint_pl.labels import checked_names
 from imprint_pl.limits import checked_seed
-from imprint_pl.pipeline import checked, checked_classifier, checked_names, make_head
+from imprint_pl.pipeline import checked, checked_classifier, make_head
 from imprint_pl.recipes import AUTO, Auto, Parts, resolve
 from imprint_pl.select import checked_bounds, draw_shots, weibull_typical
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -37,10 +37,23 @@ def place_of(name: str, names: Sequence[str]) -> int | None:
     return next((place for place, other in enumerate(names) if composed(other) == spelt), None)
 
 
+def checked_names(names: Any) -> list[str]:
+    """The class names as a list; an `ImprintError` for what is none."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ImprintError(f"class_names={names!r}: give a list of names")
+    names = list(names)
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise ImprintError(f"class_names has {wrong[0]!r}: names are texts")
+    return names
+
+
 def names_of(data: Any) -> list[str]:
     """The class names that a DataModule knows, as a list; empty where it knows none."""
     names = getattr(data, "class_names", None)
-    return [] if names is None else [str(n) if isinstance(n, str) else n for n in names]
+    if isinstance(names, Mapping):
+        names = [names[label] for label in sorted(names)]
+    return [] if names is None else checked_names(names)
 
 
 def check_name(name: Any) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -208,17 +207,6 @@ def _tensor(values: Any, what: str) -> Tensor:
             f"{what} of type {type(values).__name__} ({' '.join(str(error).split())}): expected a "
             "tensor or an array of numbers; ImprintEstimator takes labels of any kind"
         ) from error
-
-
-def checked_names(names: Any) -> list[str]:
-    """The class names as a list; an `ImprintError` for what is none."""
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise ImprintError(f"class_names={names!r}: give a list of names")
-    names = list(names)
-    wrong = [name for name in names if not isinstance(name, str)]
-    if wrong:
-        raise ImprintError(f"class_names has {wrong[0]!r}: names are texts")
-    return names
 
 
 def checked_classifier(weights: Any) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import damaged, local_path, read_tensors, save_tensors
+from imprint_pl.labels import checked_names
 from imprint_pl.limits import as_plain, check_classes, checked_seed, is_count
 from imprint_pl.moments import Moments
-from imprint_pl.pipeline import checked_names
 from imprint_pl.select import checked_bounds
 from imprint_pl.state import State
 

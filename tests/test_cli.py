@@ -417,6 +417,7 @@ def test_every_overlay_parses_over_the_quickstart(overlay, capsys):
         (["fit", "--data", "Digits", "--model.backbone", "resnet18"], "torchvision/resnet18"),
         (["fit", "--data", "Digits", "--model.backbone", "timm/resnet81"], "timm/resnet18"),
         (["fit", "--data", "Digits", "--data.classes", "[0,11]"], "unknown class 11"),
+        (["fit", "--data", "Digits", "--data.classes", "[yes]"], "put such names in quotes"),
         (["fit", "--data", "MNIST", "--data.download", "false"], "train-images-idx3-ubyte"),
         (["fit", "--data", "CIFAR10", "--data.download", "false"], "data_batch_1"),
         (["fit", "--data", "ImageFolder", "--data.root", "none"], "the folder none does not exist"),

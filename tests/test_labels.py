@@ -17,7 +17,7 @@ from imprint_pl import ImprintedClassifier, ImprintError, ImprintEstimator, exte
 from imprint_pl.batch import split_batch
 from imprint_pl.data.tasks import resolve_classes, resolve_task
 from imprint_pl.errors import near
-from imprint_pl.labels import plain_labels, with_label
+from imprint_pl.labels import names_of, plain_labels, with_label
 from imprint_pl.state import State
 from imprint_pl.wandb_results import WandbResults
 
@@ -274,3 +274,10 @@ def test_scikit_learns_tools_take_nullable_labels():
     grid = GridSearchCV(ImprintEstimator("qi"), {"recipe": ["qi", "lda"]}).fit(X, labels)
     assert grid.best_params_ == {"recipe": "lda"}
     assert grid.predict(X).dtype.kind == "i"
+
+
+@pytest.mark.parametrize("names", [{1: "b", 0: "a"}, np.array(["a", "b"]), pd.Index(["a", "b"])])
+def test_class_names_of_a_datamodule_may_be_an_array_or_a_table(names):
+    assert names_of(Points(torch.eye(2), torch.arange(2), names)) == ["a", "b"]
+    with pytest.raises(ImprintError, match="class_names has 3: names are texts"):
+        names_of(Points(torch.eye(2), torch.arange(2), [3, 4]))
