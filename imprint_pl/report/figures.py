@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import contextmanager
 
 import numpy as np
 import pandas as pd
@@ -23,28 +22,6 @@ MARKERS = "osD^vPX<"
 # Lines in one figure that a reader can follow.
 MOST = len(COLOURS)
 LONGEST = 46
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "imprint_pl",
-    # A dollar in a name from a stranger is a dollar.
-    "text.parse_math": False,
-}
-
-
-@contextmanager
-def style():
-    """matplotlib's settings while figures are drawn and saved; the user's come back."""
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        yield
 
 
 def critical_difference(compared: pd.DataFrame, tests: Significance) -> Figure:

@@ -128,14 +128,14 @@ def _from_file(entry: dict[str, Any]) -> Splits:
             f"data {entry['name']!r}: {path} has no {missing[0]!r}: it needs {', '.join(ARRAYS)}"
         )
     parts, size = [], 0
-    for split in ("train", "test"):
+    for split, place in (("train", "training"), ("test", "test")):
         x, y = file[f"{split}_embeddings"], file[f"{split}_labels"]
         x = x if x.is_floating_point() else x.float()
         y = y.long() if y.is_floating_point() and bool((y == y.round()).all()) else y
         try:
             x, y, classes = checked(x, y, None, None, allow_empty=True)
         except ImprintError as error:
-            raise ImprintError(f"data {entry['name']!r}: {path}: {split}: {error}") from error
+            raise ImprintError(f"data {entry['name']!r}, {place}: {error}") from error
         parts.append(ArrayDataset(x, y))
         size = max(size, classes)
     widths = [part.images.shape[1] for part in parts]
@@ -145,6 +145,8 @@ def _from_file(entry: dict[str, Any]) -> Splits:
             f"test_embeddings {widths[1]}: give embeddings of one backbone"
         )
     names = entry.get("class_names") or [str(c) for c in range(size)]
+    if not isinstance(names, list | tuple):
+        raise ImprintError(f"data {entry['name']!r}: class_names={names!r}: give a list of names")
     if len(names) < size:
         raise ImprintError(f"data {entry['name']!r}: {len(names)} class_names for {size} classes")
     return Splits([str(name) for name in names], *parts)

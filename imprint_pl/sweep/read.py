@@ -69,6 +69,8 @@ def checked_sweep(given: dict[str, Any], place: str = "the sweep") -> Sweep:
         if names.setdefault(task.name, task.classes) != task.classes:
             raise ImprintError(f"{place}: two tasks are called {task.name!r}: give each a name")
     seeds = _list(given.get("seeds", [0]))
+    if not seeds:
+        raise ImprintError(f"{place}: seeds has no value: give one, or leave seeds out")
     for seed in seeds:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ImprintError(f"{place}: seeds holds {seed!r}: give whole numbers from 0")
@@ -82,6 +84,8 @@ def checked_sweep(given: dict[str, Any], place: str = "the sweep") -> Sweep:
         full += len(found)
     full *= len(tasks) * len(seeds)
     prune = given.get("prune", True)
+    if not isinstance(prune, bool):
+        raise ImprintError(f"{place}: prune={prune!r}: give true or false")
     return Sweep(str(given["name"]), sources, tasks, _different(variants), seeds, prune, full)
 
 
@@ -92,6 +96,8 @@ def _tasks(entry: Any, place: str) -> Iterator[Task]:
     if not isinstance(entry, dict):
         raise ImprintError(f"{place}: the task {entry!r} is not a name, such as even, or keywords")
     _known(entry, TASK_KEYS, f"{place}, tasks")
+    if entry.get("classes") == []:
+        raise ImprintError(f"{place}: tasks: classes has no class: name some, or leave it out")
     classes = _hashable(entry.get("classes") or "all")
     if isinstance(classes, str) and not classes.startswith("paper-") and classes not in SUBSETS:
         near_name = near(classes, SUBSETS)
