@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 
 # Fonts that draw what DejaVu does not have, such as Chinese; those are asked that are there.
@@ -60,15 +61,10 @@ def wrapped(
         most: how many lines; "…" ends the last where there would be more.
         weight: of the font.
     """
-    from matplotlib.backends.backend_agg import RendererAgg
-    from matplotlib.font_manager import FontProperties
-
-    renderer, font = RendererAgg(1, 1, 72), FontProperties(size=size, weight=weight)
+    measure = _measure(size, weight)
 
     def fits(line: str) -> bool:
-        # Less 3 %: at another resolution letters are rounded to other pixels.
-        drawn = renderer.get_text_width_height_descent(line.rstrip(), font, ismath=False)[0]
-        return drawn <= 0.97 * 72 * width
+        return measure(line.rstrip()) <= width
 
     lines = [""]
     for piece in re.findall(r"[^\s_/-]*[_/-]+|[^\s_/-]+\s?|\s", " ".join(str(text).split())):
@@ -88,6 +84,23 @@ def wrapped(
             last = last[:-1]
         lines = [*lines[: most - 1], last.rstrip() + "…"]
     return "\n".join(lines)
+
+
+def _measure(size: float, weight: str = "normal") -> Callable[[str], float]:
+    """A function from a line of text to the inches that it takes."""
+    from matplotlib.backends.backend_agg import RendererAgg
+    from matplotlib.font_manager import FontProperties
+
+    renderer, font = RendererAgg(1, 1, 72), FontProperties(size=size, weight=weight)
+    # And 3 %: at another resolution letters are rounded to other pixels.
+    return lambda line: (
+        1.03 / 72 * renderer.get_text_width_height_descent(line, font, ismath=False)[0]
+    )
+
+
+def width(text: str, size: float) -> float:
+    """Inches that the longest line of a text takes; inside `style`."""
+    return max(map(_measure(size), text.split("\n")))
 
 
 def height(text: str, size: float) -> float:
