@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from imprint_pl.agg import LogSumExp, NearestProxies
 from imprint_pl.data.decode import read_image
+from imprint_pl.drawing import height, style, wrapped
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import local_path
 from imprint_pl.head import ImprintedHead
@@ -22,6 +23,9 @@ from imprint_pl.state import State
 
 if TYPE_CHECKING:
     from imprint_pl.module import ImprintedClassifier
+
+# Of a picture, in inches: the side of an image, the space around it, and the least width.
+CELL, GAP, NARROWEST = 1.7, 0.12, 3.6
 
 
 @dataclass(frozen=True)
@@ -107,30 +111,55 @@ def picture(
         path: the file to write.
         images: the neighbours' images; read from their sources, as files, where left out.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = [(image, explanation.class_name)]
+    shown = [(image, "the image")]
     for i, neighbour in enumerate(explanation.neighbours):
         other = images[i] if images else neighbour.source
-        shown.append((other, f"{neighbour.class_name}\ncos {neighbour.cosine:.2f}"))
-    figure = Figure(figsize=(1.8 * len(shown), 2.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (pixels, title) in zip(
-        figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True
-    ):
-        pixels = pixels if isinstance(pixels, Tensor) else read_image(pixels)
-        pixels = pixels[: 1 if len(pixels) < 3 else 3].expand(3, -1, -1)
-        axes.imshow(pixels.permute(1, 2, 0).cpu().numpy())
-        axes.set_title(title, fontsize=9)
-        axes.set_axis_off()
-    figure.suptitle(
-        f"{explanation.class_name}: proxy {explanation.proxy_of} of {explanation.nearest_class}, "
-        f"{100 * explanation.share:.0f} % of the score",
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=120)
+        shown.append((other, neighbour))
+    with style():
+        pixels = [_pixels(other) for other, _ in shown]
+        # Everything below is in inches, from the bottom left.
+        width = max(len(shown) * (CELL + GAP) + GAP, NARROWEST)
+        lines = (explanation.class_name, _which_proxy(explanation))
+        headline = "\n".join(wrapped(line, width - 2 * GAP, 10, most=4) for line in lines)
+        captions = [
+            wrapped(what.class_name, CELL, 9, most=3) + f"\ncos {what.cosine:.2f}"
+            if isinstance(what, Neighbour)
+            else what
+            for _, what in shown
+        ]
+        tall = max(min(CELL, CELL * image.shape[0] / image.shape[1]) for image in pixels)
+        above = tall + 1.5 * GAP
+        top = above + max(height(caption, 9) for caption in captions) + GAP
+        whole = top + height(headline, 10) + GAP
+        figure = Figure(figsize=(width, whole))
+        figure.text(0.5, 1 - GAP / whole, headline, fontsize=10, ha="center", va="top")
+        left = (width - len(shown) * (CELL + GAP) + GAP) / 2
+        for values, caption in zip(pixels, captions, strict=True):
+            axes = figure.add_axes((left / width, GAP / whole, CELL / width, tall / whole))
+            axes.imshow(values)
+            axes.set_anchor("N")
+            axes.set_axis_off()
+            middle = (left + CELL / 2) / width
+            figure.text(middle, above / whole, caption, fontsize=9, ha="center", va="bottom")
+            left += CELL + GAP
+        figure.savefig(path, dpi=120)
     return Path(path)
+
+
+def _which_proxy(explanation: Explanation) -> str:
+    """Says which proxy decided, and of which class where that was not the prediction."""
+    share = f"proxy {explanation.proxy_of}, {100 * explanation.share:.0f} % of the score"
+    if explanation.class_name == explanation.nearest_class:
+        return share
+    return f"nearest: {explanation.nearest_class}, {share}"
+
+
+def _pixels(image: Tensor | str):
+    """`(H, W, 3)` for matplotlib."""
+    image = image if isinstance(image, Tensor) else read_image(image)
+    return image[: 1 if len(image) < 3 else 3].expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
 
 
 def explain_files(

@@ -7,7 +7,6 @@ come apart, and purity says how far.
 from __future__ import annotations
 
 import csv
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from imprint_pl.batch import split_batch
 from imprint_pl.batch_hooks import transfer_of
 from imprint_pl.data.images import ImageDataModule
 from imprint_pl.distances import Mahalanobis, distances
+from imprint_pl.drawing import height as height_of
+from imprint_pl.drawing import style, wrapped
 from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
 
@@ -177,20 +178,20 @@ def draw_gallery(
     """
     from matplotlib.figure import Figure
 
-    from imprint_pl.report.figures import style
-
     labels = list(dict.fromkeys(proxy.label for proxy in gallery.proxies))
     blocks = [[p for p in gallery.proxies if p.label == label] for label in labels[:classes]]
     rows = [(proxy, i) for block in blocks for i, proxy in enumerate(block[:proxies])]
     columns = max((len(proxy.nearest) for proxy, _ in rows), default=1) or 1
-    side, text, top = 0.62, 2.5, 0.45
-    width, height = text + side * columns + 0.1, top + side * len(rows) + 0.12 * len(blocks) + 0.1
+    side, text = 0.62, 2.5
+    width = text + side * columns + 0.1
     with style():
+        lines = _headline(gallery, classes)
+        headline = "\n".join(wrapped(line, width - 0.2, 9) for line in lines)
+        top = 0.2 + height_of(headline, 9)
+        height = top + side * len(rows) + 0.12 * len(blocks) + 0.1
         # A picture has at most 65,535 pixels a side.
         figure = Figure(figsize=(width, height), dpi=min(120, 60000 / height))
-        figure.text(
-            0.1 / width, 1 - 0.12 / height, _headline(gallery, classes), va="top", fontsize=9
-        )
+        figure.text(0.1 / width, 1 - 0.12 / height, headline, va="top", fontsize=9)
         lower = height - top
         for proxy, place in rows:
             lower -= side + (0.12 if place == 0 else 0)
@@ -198,15 +199,16 @@ def draw_gallery(
             if place == 0:
                 block = blocks[labels.index(proxy.label)]
                 hidden = len(block) - proxies
-                name = textwrap.shorten(class_names[proxy.label], 17, placeholder="…")
+                lines = 2 if hidden > 0 else 3
+                name = wrapped(class_names[proxy.label], 1.2, 9, most=lines, weight="bold")
                 more = f"\n{hidden} more" if hidden > 0 else ""
                 figure.text(
                     0.1 / width, middle, name + more, va="center", fontsize=9, weight="bold"
                 )
-            what = f"{proxy.samples:,} samples"
+            what = f"{proxy.samples:,} sample{'s' * (proxy.samples != 1)}"
             if proxy.share is not None:
                 name = original_names[proxy.original] if original_names else str(proxy.original)
-                what += f"\n{100 * proxy.share:.0f} % {textwrap.shorten(name, 13, placeholder='…')}"
+                what += "\n" + wrapped(f"{100 * proxy.share:.0f} % {name}", 1.05, 8, most=2)
             figure.text((text - 0.1) / width, middle, what, va="center", ha="right", fontsize=8)
             images = dataset.__getitems__(proxy.nearest)[0] if proxy.nearest else []
             for column, image in enumerate(images):
@@ -221,7 +223,7 @@ def draw_gallery(
     return path
 
 
-def _headline(gallery: Gallery, classes: int) -> str:
+def _headline(gallery: Gallery, classes: int) -> list[str]:
     labels = len({proxy.label for proxy in gallery.proxies})
     lines = ["The training images nearest to each proxy"]
     if labels > classes:
@@ -230,12 +232,12 @@ def _headline(gallery: Gallery, classes: int) -> str:
         lines.append(
             f"purity {100 * gallery.purity:.1f} %; one proxy a class: {100 * gallery.chance:.1f} %"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _pixels(image: Tensor):
     image = image.to(torch.uint8)
-    return image[0].numpy() if image.shape[0] == 1 else image[:3].permute(1, 2, 0).numpy()
+    return image[0].numpy() if image.shape[0] < 3 else image[:3].permute(1, 2, 0).numpy()
 
 
 def rows_of(

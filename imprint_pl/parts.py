@@ -45,6 +45,11 @@ def parameters_of(part: type) -> list[str]:
     return [name for name in names if name != "self"]
 
 
+def every_parameter() -> set[str]:
+    """The keywords of all parts in `SLOTS`."""
+    return {n for table in SLOTS.values() for part in table.values() for n in parameters_of(part)}
+
+
 def near_names(name: str, known: Iterable[str]) -> str:
     return f"{near(name, known)} (known: {', '.join(known)})"
 

@@ -16,6 +16,9 @@ from imprint_pl.parts import SLOTS, near_names, parameters_of, step_names, steps
 # The recipe that chooses one of the others; see `auto.py`.
 AUTO = "auto"
 
+# Keywords that are on or off: any text would count as on.
+SWITCHES = {"intercept", "as_published"}
+
 RECIPES: dict[str, dict[str, Any]] = {
     # Qi et al. 2018: the mean.
     "qi": dict(norm_pre="l2", gen="mean", norm_post="l2", norm_inf="l2", agg="max"),
@@ -208,6 +211,9 @@ def _part(slot: str, part: Any, chosen: dict, used: set[str], learned: dict[str,
         if part in learned:
             return learned[part]
         keywords = {name: chosen[name] for name in parameters_of(table[part]) if name in chosen}
+        for name in SWITCHES & set(keywords):
+            if keywords[name] not in (True, False):
+                raise ImprintError(f"{name}={keywords[name]!r}: give True or False")
         used |= set(keywords)
         part = table[part](**keywords)
     if not callable(part) or not isinstance(getattr(part, "name", None), str):

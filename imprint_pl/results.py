@@ -18,7 +18,8 @@ from imprint_pl.files import local_path
 
 TEXT, WHOLE, NUMBER, TRUTH = "string", "Int64", "Float64", "boolean"
 
-# Empty where a parameter is not used. `lam` is text, since it may be a rule ("gcv").
+# Empty where a parameter is not used. `lam` is text, since it may be a rule ("gcv"). A keyword that
+# is not among them, such as that of a new part, has a column of text where a row has a value.
 COLUMNS = {
     **{"backbone": TEXT, "data": TEXT, "task": TEXT},
     **{"d": WHOLE, "num_labels": WHOLE, "task_seed": WHOLE, "shots": WHOLE, "recipe": TEXT},
@@ -76,11 +77,14 @@ class Results:
         self._rows |= {row["id"]: row for row in rows}
 
     def table(self, order: list[str] | None = None) -> pd.DataFrame:
-        """All rows under `COLUMNS`; those of `order`, ids, come first and in this order."""
+        """All rows under `COLUMNS`, and further keywords that some rows have; the rows of `order`,
+        ids, come first and in this order."""
         known = [i for i in order or [] if i in self._rows]
         ids = [*known, *sorted(self.ids - set(known))]
-        frame = pd.DataFrame([self._rows[i] for i in ids], columns=list(COLUMNS))
-        return frame.astype(COLUMNS)
+        more = {n for row in self._rows.values() for n, v in row.items() if v is not None}
+        columns = COLUMNS | dict.fromkeys(sorted(more - set(COLUMNS)), TEXT)
+        frame = pd.DataFrame([self._rows[i] for i in ids], columns=list(columns))
+        return frame.astype(columns)
 
     def save(self, order: list[str] | None = None) -> None:
         """Writes `results.parquet` and `results.csv`, and empties the journal."""
@@ -105,7 +109,8 @@ class Results:
         try:
             table = pd.read_parquet(path)
             rows = table.astype(object).where(table.notna(), None).to_dict("records")
-            return [{name: row[name] for name in COLUMNS} for row in rows]
+            # A column that is absent is a KeyError; those of further keywords stay.
+            return [row | {name: row[name] for name in COLUMNS} for row in rows]
         except (ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise ImprintError(
@@ -123,7 +128,7 @@ class Results:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                rows.append({name: row.get(name) for name in COLUMNS} | {"id": str(row["id"])})
+                rows.append(dict.fromkeys(COLUMNS) | row | {"id": str(row["id"])})
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ImprintError(
                     f"{self.journal}: line {number} is damaged ({type(error).__name__}): remove "

@@ -124,7 +124,7 @@ def print_summary(summary: dict[str, Any]) -> None:
             table.add_column(name, justify="left" if name in ("task", "recipe") else "right")
     for row in rows:
         table.add_row(*(row[name] for name in row if name in shown))
-    console = Console()
+    console = Console(markup=False)  # a name may look like markup
     console.print(f"\n{_what(summary)}", highlight=False, soft_wrap=True)
     console.print(table)
     if "outsiders_auroc" in summary:
@@ -180,7 +180,7 @@ def _print_tried(tried: list[dict[str, Any]]) -> None:
             difference,
             "chosen" if row["chosen"] else "",
         )
-    console = Console()
+    console = Console(markup=False)
     console.print()
     console.print(table)
 

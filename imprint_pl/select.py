@@ -82,11 +82,7 @@ def weibull_typical(x: Tensor, y: Tensor, lower: float, upper: float) -> Tensor:
     >>> weibull_typical(x[:, None], torch.zeros(12, dtype=torch.long), 0.0, 0.9)
     tensor([ 1,  2,  3,  4,  5,  6,  7,  8,  9, 10])
     """
-    if not (is_number(lower) and is_number(upper)) or not 0 <= lower < upper <= 1:
-        raise ImprintError(
-            f"weibull bounds lower={lower!r}, upper={upper!r}: give two probabilities with "
-            "0 ≤ lower < upper ≤ 1, such as 0.1 and 0.9"
-        )
+    _check_bounds(lower, upper)
     present, y = torch.unique(y, return_inverse=True)
     means = Moments.of(x, y, len(present), gram="none").means
     distances = torch.cat(
@@ -100,10 +96,19 @@ def weibull_typical(x: Tensor, y: Tensor, lower: float, upper: float) -> Tensor:
 
 
 def checked_bounds(bounds: Any) -> tuple[float, float]:
-    """The two bounds of `weibull_typical`; an `ImprintError` where they are not two."""
+    """The two bounds of `weibull_typical`; an `ImprintError` for anything else."""
     if not isinstance(bounds, list | tuple) or len(bounds) != 2:
         raise ImprintError(f"weibull={bounds!r}: give two probabilities, such as (0.1, 0.9)")
+    _check_bounds(*bounds)
     return tuple(bounds)
+
+
+def _check_bounds(lower: Any, upper: Any) -> None:
+    if not (is_number(lower) and is_number(upper)) or not 0 <= lower < upper <= 1:
+        raise ImprintError(
+            f"weibull bounds lower={lower!r}, upper={upper!r}: give two probabilities with "
+            "0 ≤ lower < upper ≤ 1, such as 0.1 and 0.9"
+        )
 
 
 def _members(y: Tensor) -> list[Tensor]:

@@ -555,3 +555,17 @@ def test_the_module_runs_as_a_program(tmp_path):
     finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert finished.returncode == 2
     assert finished.stderr.splitlines()[-1].startswith("error: cannot test")
+
+
+def test_a_summary_prints_names_that_look_like_markup(capsys):
+    from imprint_pl.run import print_summary
+
+    summary = dict.fromkeys(
+        ("accuracy", "macro_f1", "calibration_error", "nc1", "gen_seconds"), 0.5
+    )
+    summary |= {"task": "[/x]", "recipe": "qi", "embed_seconds": 1.0, "backbone": "[/b]"}
+    summary |= dict.fromkeys(("norm_pre", "gen", "norm_post", "norm_inf", "agg"), "none")
+    print_summary(summary | {"num_proxies": 1, "num_classes": 1, "tried": []})
+    output = capsys.readouterr().out
+    assert "[/x]" in output
+    assert "[/b]: none" in output

@@ -1,10 +1,13 @@
 """`explain.py`: the proxy that decided, its share, the nearest training images."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from pictures import NAMES, drawn
 
 from imprint_pl import ImprintError, imprint
-from imprint_pl.explain import explain, picture
+from imprint_pl.explain import Explanation, Neighbour, explain, picture
 from imprint_pl.state import State
 
 # Two clusters of class 0, one of class 1.
@@ -61,3 +64,38 @@ def test_of_uniform_votes_the_nearest_proxy_of_the_class_is_named():
         own = (head.proxy_classes == int(found.nearest_class)).nonzero().flatten()
         assert found.proxy == own[row[own].argmin()]
         assert (1 / found.share) == pytest.approx(round(1 / found.share), abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_text_is_cut_or_overlaps_whatever_the_names_and_neighbours(
+    tmp_path, monkeypatch, name, count
+):
+    figures, name = drawn(monkeypatch), NAMES[name]
+    images = [torch.full((3, 60, 80), 90, dtype=torch.uint8)] * 5
+    near = (Neighbour("", name, 0.5),) * count
+    for nearest in (name, "other " + name):
+        found = Explanation(name, nearest, 0, "12 of 20", 0.5, near)
+        picture(images[0], found, tmp_path / "why.png", images)
+    assert [wrong for _, wrong in figures] == [[], []]
+    figure = figures[0][0]
+    words = " ".join(text.get_text() for text in figure.texts)
+    # All of the name stands there, its dollars, too: where a line breaks a space may be new.
+    assert "".join(name.split()) in "".join(words.split())
+    assert not any(text.get_parse_math() for text in figure.texts)
+
+
+@pytest.mark.parametrize("size", [(1, 200), (200, 1), (30, 400), (400, 30), (1, 1)])
+def test_images_of_every_shape_are_drawn_whole_below_their_captions(tmp_path, monkeypatch, size):
+    figures = drawn(monkeypatch)
+    image = torch.full((1, *size), 90, dtype=torch.uint8)
+    near = (Neighbour("", "cardboard", 0.5), Neighbour("", "paper", 0.4))
+    found = Explanation("none of these", "glass", 0, "1 of 1", 1.0, near)
+    square = torch.zeros(3, 9, 9, dtype=torch.uint8)
+    picture(image, found, tmp_path / "why.png", [square, square])
+    picture(image, replace(found, neighbours=()), tmp_path / "alone.png")
+    assert [wrong for _, wrong in figures] == [[], []]
+    text = figures[1][0].texts[0].get_text()
+    assert " ".join(text.split()) == (
+        "none of these nearest: glass, proxy 1 of 1, 100 % of the score"
+    )

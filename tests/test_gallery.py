@@ -2,12 +2,14 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from pictures import NAMES, drawn
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -16,7 +18,7 @@ from imprint_pl import ImprintedClassifier, imprint
 from imprint_pl.cli import main
 from imprint_pl.data import Digits
 from imprint_pl.errors import ImprintError
-from imprint_pl.gallery import ImprintGallery, draw_gallery, proxy_gallery
+from imprint_pl.gallery import Gallery, ImprintGallery, Proxy, draw_gallery, proxy_gallery
 from imprint_pl.head import ImprintedHead
 
 # Label 0 has two heaps, of 3 (class 0) and 2 (class 1); label 1 one of 2 (class 2).
@@ -94,6 +96,36 @@ def test_images_of_any_size_and_mode_are_drawn(tmp_path):
     # The darkest image and paper are both there; nothing touches the edges.
     assert pixels.min() == 0
     assert all((edge == 255).all() for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
+
+
+@pytest.mark.parametrize(
+    ("classes", "proxies", "images", "merged"),
+    [(1, 1, 0, False), (1, 1, 1, True), (2, 7, 8, True), (40, 1, 2, False)],
+)
+def test_no_text_is_cut_or_overlaps_whatever_the_names_and_numbers(
+    tmp_path, monkeypatch, classes, proxies, images, merged
+):
+    class Grey:
+        def __getitems__(self, places):
+            return [torch.zeros(1, 9, 9, dtype=torch.uint8) for _ in places], None
+
+    figures = drawn(monkeypatch)
+    names = [list(NAMES.values())[c % len(NAMES)] for c in range(classes)]
+    found = [
+        Proxy(i, i // proxies, 10 ** (i % 8), list(range(images))) for i in range(classes * proxies)
+    ]
+    gallery = Gallery(found)
+    if merged:
+        found = [replace(proxy, original=proxy.label, share=1.0) for proxy in found]
+        gallery = Gallery(found, purity=1.0, chance=0.5)
+    draw_gallery(gallery, Grey(), tmp_path / "g.png", names, names if merged else None)
+    ((figure, wrong),) = figures
+    assert not wrong
+    texts = [text.get_text() for text in figure.texts]
+    assert texts[2].split("\n")[0] == "1 sample"
+    # Of a name without spaces the beginning is left.
+    assert classes == 1 or any(text.startswith("a class name") for text in texts)
+    assert classes < 3 or any(text.startswith("WWW") for text in texts)
 
 
 def test_merged_digits_come_apart_at_the_end_of_a_fit(tmp_path, capfd):

@@ -2,6 +2,7 @@
 
 import csv
 import html
+import itertools
 import re
 import shutil
 import subprocess
@@ -10,14 +11,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from pictures import NAMES, drawn
 from scipy.stats import friedmanchisquare, wilcoxon
 
 from imprint_pl.cli import main
+from imprint_pl.drawing import style
 from imprint_pl.errors import ImprintError
 from imprint_pl.parts import SLOTS, parameters_of
 from imprint_pl.recipes import resolve
 from imprint_pl.report import write_report
-from imprint_pl.report.figures import accuracy_against_shots
+from imprint_pl.report.figures import accuracy_against_shots, gain_against_nc1, gen_seconds
 from imprint_pl.report.page import advice
 from imprint_pl.report.results import method_of, read_results
 from imprint_pl.report.statistics import accuracy_by_group, compare, significance
@@ -370,3 +373,70 @@ def test_the_page_sorts_and_filters_in_a_browser(page, tmp_path):
     assert names.split("|") == sorted(names.split("|"))
     assert sorted(kept.split("|")) == ["robust gen=fps k=1", "robust gen=fps k=5"]
     assert fits == "true"
+
+
+def frame_of(methods, backbones=("b",), tasks=("all",), **more):
+    """Results with a row a method, backbone and task; the later methods are better."""
+    rows = [
+        dict(backbone=b, data="x", task=t, accuracy=0.5 + 0.01 * i + 0.001 * j, nc1=1.0 + j)
+        | dict(recipe="robust", gen_seconds=0.002 + 0.0001 * (i + j))
+        | dict(resolve("robust").parameters)
+        | method
+        | more
+        for j, (b, t) in enumerate(itertools.product(backbones, tasks))
+        for i, method in enumerate(methods)
+    ]
+    return pd.DataFrame(rows)
+
+
+LONG_METHODS = [
+    dict(norm_pre="power+l2", norm_post="l2+quantile", norm_inf="power+l2", agg="mnn", m=m, k=k)
+    | dict(distance="mahalanobis", votes="weighted_by_distance")
+    for m in (1, 3, 5)
+    for k in (2, 5, 7)
+]
+REPORTS = {
+    "one": frame_of([{}]),
+    "two": frame_of([{}, {"k": 5}, {"k": 1}], tasks=["all", "even"]),
+    "forty": frame_of(
+        [{"k": k, "shots": s} for k in (1, 5) for s in (5, 10)], [f"fm {i}" for i in range(40)]
+    ),
+    "names": frame_of([{"k": 1}, {"k": 5}], NAMES.values(), [*NAMES.values()][:2]),
+    "methods": frame_of([{}, *LONG_METHODS], tasks="abcdefg"),
+    "many k": frame_of([{"k": k} for k in (*range(1, 16), 100)]),
+    "many d": pd.concat([frame_of([{}], NAMES.values(), d=d, num_labels=2) for d in (1, 2, 3)]),
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_no_text_of_a_figure_is_cut_or_overlaps(tmp_path, monkeypatch, name):
+    figures = drawn(monkeypatch)
+    REPORTS[name].to_csv(tmp_path / "results.csv", index=False)
+    write_report(tmp_path)
+    assert figures
+    assert not [wrong for _, wrong in figures if wrong]
+    for figure, _ in figures:
+        for legend in figure.legends:
+            shown = [text.get_text() for text in legend.get_texts()]
+            assert len(set(shown)) == len(shown)
+            # The axes keep most of the figure that they have without a legend.
+            assert figure.axes[0].bbox.height > 0.5 * 4.2 * figure.dpi
+
+
+def test_more_sources_than_colours_have_markers_of_their_own(tmp_path):
+    REPORTS["forty"].to_csv(tmp_path / "results.csv", index=False)
+    with style():
+        figure = gain_against_nc1(read_results(tmp_path))
+    looks = {
+        (tuple(dots.get_facecolor()[0]), dots.get_paths()[0].vertices.tobytes())
+        for dots in figure.axes[0].collections
+    }
+    assert len(looks) == 40
+
+
+def test_of_long_methods_a_figure_shows_what_tells_them_apart(tmp_path):
+    REPORTS["methods"].to_csv(tmp_path / "results.csv", index=False)
+    with style():
+        figure = gen_seconds(read_results(tmp_path))
+    shown = {text.get_text() for text in figure.axes[0].get_yticklabels()}
+    assert {"robust", "robust … k=2 m=3 …", "robust … k=7 m=1 …"} <= shown

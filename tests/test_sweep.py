@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 from safetensors.torch import save_file
@@ -172,6 +173,145 @@ def test_every_recipe_and_auto_are_allowed_and_give_what_they_give_alone(digits,
     assert not pd.isna(auto.gen)
 
 
+def on_a_backbone(digits, grid, folder, **more):
+    """A sweep's rows on the embedded backbone, and what `imprint` gives with its classifier."""
+    from imprint_pl.backbone import load_backbone
+
+    backbone, cache = load_backbone("efficientnet_lite0", image_size=32), digits[0].parent
+    given = {"name": "s", "backbones": [{"name": "efficientnet_lite0", "image_size": 32}]}
+    given |= {"data": ["Digits"], "tasks": ["short"], "grid": grid, "seeds": [3]} | more
+    table = sweep(checked_sweep(given), folder, cache, progress=False)
+    task = EmbeddingDataModule(embed(backbone, Digits(), cache).splits, classes="short")
+    (x, y), (x_test, y_test) = task.arrays("train"), task.arrays("test")
+    expected = []
+    for row in table.to_dict("records"):
+        given = keywords_of(row)
+        if given.get("shrinkage", "oas") != "oas":
+            given["shrinkage"] = float(given["shrinkage"])
+        if not pd.isna(row["shots"]):
+            given["shots"] = int(row["shots"])
+        if not pd.isna(row.get("weibull")):
+            given["weibull"] = yaml.safe_load(row["weibull"])
+        seed = 0 if pd.isna(row["seed"]) else int(row["seed"])
+        head = imprint(x, y, seed=seed, calibrate=False, classifier=backbone.classifier, **given)
+        expected.append((head.scores(x_test).argmax(1) == y_test).double().mean().item())
+    return table, expected
+
+
+def test_every_recipe_runs_on_a_backbone_that_has_a_classifier(digits, tmp_path):
+    wide = ("ranpac", "kernel")
+    grid = [dict(recipe=["auto", *(r for r in RECIPES if r not in wide)], shots=20)]
+    grid += [dict(recipe=list(wide), projection_dim=30, shots=20)]
+    table, expected = on_a_backbone(digits, grid, tmp_path)
+    assert {"auto", *RECIPES} == set(table.recipe)
+    assert table.accuracy.tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_every_part_and_keyword_runs_on_a_backbone_that_has_a_classifier(digits, tmp_path):
+    per_class = ["mean", "kmeans", "kmedoids", "random", "fps", "cov_max", "all"]
+    grid = [
+        dict(norm_pre=[["power", "l2"], "none"], gen=per_class, k=2, norm_inf=["same", "l2"])
+        | dict(norm_post=["quantile", "l2+quantile"], agg="max"),
+        dict(recipe="hosoda", as_published=[False, True]),
+        dict(recipe="hosoda", gen="kmeans", k=2, agg=["mnn", "logsumexp"], m=[1, 3])
+        | dict(distance=["cosine", "mahalanobis"], votes=["uniform", "softmax"], temperature=0.5),
+        dict(recipe="robust", gen=["kls", "kmeans"], k=2, engine=["torch", "exact"]),
+        dict(recipe="ridge", gen=["ridge", "kridge"], k=2, lam=["holdout", "1e-1"]),
+        dict(recipe="ridge", intercept=False),
+        dict(recipe="lda", prior="uniform", shrinkage=0.1),
+        dict(recipe="kernel", projection_dim=20, width=2, norm_post=["none", "quantile"]),
+        dict(recipe=["auto", "robust"], weibull=[[0.1, 0.9]]),
+    ]
+    grid = [block | {"shots": 20} for block in grid]
+    table, expected = on_a_backbone(digits, grid, tmp_path, prune=False)
+    assert len(table) > 70
+    off = [
+        row
+        for row, own in zip(table.to_dict("records"), expected, strict=True)
+        if abs(row["accuracy"] - own) > 1e-9
+    ]
+    assert not off, [keywords_of(row) for row in off]
+
+
+def test_only_the_typical_samples_are_used_where_weibull_is_given(digits, tmp_path):
+    path = digits[0]
+    grid = [
+        dict(recipe=["qi", "auto"], weibull=[None, [0, 0.5]]),
+        dict(recipe="ls", weibull=[0, 1]),
+    ]
+    table = sweep(plan(path, grid, ["short"]), tmp_path, progress=False)
+    assert table.weibull.fillna("").tolist() == ["", "[0, 0.5]", "", "[0, 0.5]", "[0, 1]"]
+    every, few = table.num_train[:2]
+    assert 0.3 * every < few < 0.7 * every
+    assert table.num_train.tolist() == [every, few, every, few, every]
+    methods = ["qi", "qi weibull=[0, 0.5]", "auto", "auto weibull=[0, 0.5]", "ls weibull=[0, 1]"]
+    assert read_results(tmp_path / "s").method.tolist() == methods
+
+
+def test_a_new_part_with_its_own_keyword_runs_and_is_told_apart(digits, tmp_path, monkeypatch):
+    from imprint_pl.gen import GENERATORS, PerClass
+
+    class Trimmed(PerClass):
+        name = "trimmed"
+
+        def __init__(self, trim=0.2):
+            self.trim = trim
+
+        def of_class(self, x, seed):
+            far = (x - x.mean(0)).norm(dim=1)
+            return x[far.argsort()[: max(1, round((1 - self.trim) * len(x)))]].mean(0, keepdim=True)
+
+    monkeypatch.setitem(GENERATORS, "trimmed", Trimmed)
+    path, splits = digits
+    # The results of before, which have no such column, are resumed.
+    first = sweep(plan(path, [dict(recipe="qi", shots=3)], ["odd"]), tmp_path, progress=False)
+    assert "trim" not in first
+    grid = [dict(recipe="qi", gen=["mean", "trimmed"], trim=[0.0, 0.9], shots=3)]
+    table = sweep(plan(path, grid, ["odd"]), tmp_path, progress=False)
+    assert_same(table[table.gen == "mean"].drop(columns="trim"), first)
+    task = EmbeddingDataModule(splits, classes="odd", shots=None)
+    (x, y), (x_test, y_test) = task.arrays("train"), task.arrays("test")
+    for trim, accuracy in zip(table.trim[1:], table.accuracy[1:], strict=True):
+        head = imprint(x, y, "qi", gen="trimmed", trim=float(trim), shots=3, calibrate=False)
+        assert (head.scores(x_test).argmax(1) == y_test).double().mean().item() == accuracy
+    methods = ["qi", "qi gen=trimmed trim=0", "qi gen=trimmed trim=0.9"]
+    assert read_results(tmp_path / "s").method.tolist() == methods
+    assert read_results(tmp_path / "s" / "results.csv").method.tolist() == methods
+
+
+def test_a_part_that_inherits_the_name_of_ours_does_its_own_work(digits, tmp_path):
+    from imprint_pl.gen import KMeans
+
+    class First(KMeans):
+        def of_classes(self, xs, seed, progress):
+            return [x[:1] for x in xs]
+
+    path, splits = digits
+    table = sweep(plan(path, [dict(recipe="qi", gen=First(2))], ["odd"]), tmp_path, progress=False)
+    task = EmbeddingDataModule(splits, classes="odd")
+    (x, y), (x_test, y_test) = task.arrays("train"), task.arrays("test")
+    head = imprint(x, y, "qi", gen=First(2), calibrate=False)
+    assert table.accuracy[0] == (head.scores(x_test).argmax(1) == y_test).double().mean().item()
+
+
+def test_the_best_on_average_are_not_averaged_over_a_keyword(capsys):
+    from imprint_pl.sweep.command import _print_best
+
+    rows = [
+        dict(recipe="ridge", task=task, lam=lam, accuracy=accuracy, macro_f1=accuracy)
+        for task, lam, accuracy in (("a", "1", 0.9), ("b", "1", 0.8), ("a", "2", 0.5))
+    ]
+    # What auto chose differs, and is one row of the table still.
+    rows += [
+        dict(recipe="auto", task=task, gen=gen, accuracy=accuracy, macro_f1=accuracy)
+        for task, gen, accuracy in (("a", "ridge", 0.7), ("b", "lda", 0.6))
+    ]
+    _print_best(pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS))
+    output = capsys.readouterr().out
+    for shown in ("lam", "85.00 %", "50.00 %", "65.00 %"):
+        assert shown in output
+
+
 def test_shots_and_d_in_1_tasks_give_what_they_give_alone(digits, tmp_path):
     path, splits = digits
     grid = [dict(recipe=["qi", "robust", "ls", "lda"], shots=[3, 10], k=[2, 5])]
@@ -270,6 +410,22 @@ def test_ids_are_stable():
         ({"sedes": [1]}, "did you mean 'seeds'"),
         ({"data": ["Digits"]}, "asks for backbones"),
         ({"data": []}, "data is missing"),
+        ({"grid": [{"recipe": "qi", "m": 5}]}, "m=5 is not used by norm_pre='l2', gen='mean'"),
+        ({"grid": [{"recipe": "auto", "k": 5}]}, "k=5 is not used by recipe='auto', which chooses"),
+        ({"grid": [{"recipe": "robust", "k": []}]}, "grid block 1: k has no value"),
+        ({"grid": [{"recipe": None, "gen": "mean"}]}, "without a recipe every part needs a value"),
+        ({"grid": [{"recipe": "qi", "shots": True}]}, "shots=True: give a whole number"),
+        (
+            {"grid": [{"recipe": "ridge", "intercept": "off"}]},
+            "intercept='off': give True or False",
+        ),
+        ({"grid": [{"recipe": "qi", "weibull": [0.9, 0.1]}]}, "block 1: weibull bounds lower=0.9"),
+        ({"grid": [{"recipe": "qi", "weibull": 0.1}]}, "weibull=0.1: give two probabilities"),
+        ({"tasks": [{"shots": 0}]}, "shots=0: give a whole number of at least 1"),
+        ({"tasks": [{"d": 2, "task_seed": -1}]}, "task_seed=-1: give a whole number of at least 0"),
+        ({"tasks": [{"classes": []}]}, "classes has no class"),
+        ({"seeds": []}, "seeds has no value"),
+        ({"prune": "no"}, "prune='no': give true or false"),
     ],
 )
 def test_a_mistake_in_the_yaml_is_an_error_with_a_cure(tmp_path, capsys, change, message):
@@ -378,6 +534,37 @@ def test_embeddings_whose_squares_float32_cannot_hold_are_an_error(digits, tmp_p
         save_file(scaled, tmp_path / "scaled.safetensors")
         with pytest.raises(ImprintError, match=message):
             sweep(plan(tmp_path / "scaled.safetensors", [dict(recipe="qi")]), tmp_path)
+
+
+def test_a_file_that_imprint_would_refuse_is_refused_before_anything_runs(tmp_path, capsys):
+    x, y = torch.randn(12, 4), torch.arange(12) % 3
+    nothing, whole = torch.empty(0, 4), dict(train=(x, y), test=(x.clone(), y.clone()))
+    for change, message in (
+        ({"test": (nothing, y[:0])}, "'x', test: embeddings of shape (0, 4)"),
+        ({"test": (x[:, :3], y)}, "train_embeddings have 4 numbers a sample, test_embeddings 3"),
+        ({"test": (x * torch.nan, y)}, "test: 12 of 12 embeddings are not finite"),
+        ({"train": (x, y + 0.5)}, "training: labels of shape (12,) and type torch.float32"),
+        ({"train": (x, y - 1)}, "training: label -1 of sample 0 is out of range"),
+        ({"train": (x[:, :, None], y)}, "training: embeddings of shape (12, 4, 1)"),
+    ):
+        arrays = {
+            f"{split}_{kind}": array.contiguous().clone()
+            for split, pair in (whole | change).items()
+            for kind, array in zip(("embeddings", "labels"), pair, strict=True)
+        }
+        save_file(arrays, tmp_path / "x.safetensors")
+        data = [{"name": "x", "embeddings": str(tmp_path / "x.safetensors")}]
+        given = {"name": "s", "data": data, "grid": [{"recipe": "qi"}]}
+        (tmp_path / "s.yaml").write_text(yaml.safe_dump(given))
+        assert main(["sweep", "--config", str(tmp_path / "s.yaml")]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_grid_that_the_rules_leave_nothing_of_is_an_error(digits, tmp_path):
+    grid = [dict(recipe="qi", norm_inf="none")]
+    with pytest.raises(ImprintError, match=r"leave out every combination.*prune: false"):
+        sweep(plan(digits[0], grid), tmp_path, progress=False)
+    assert len(sweep(plan(digits[0], grid, prune=False), tmp_path, progress=False)) == 1
 
 
 def test_files_have_one_schema_and_say_the_same(digits, tmp_path):

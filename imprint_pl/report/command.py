@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from imprint_pl.arguments import ArgumentParser
+from imprint_pl.drawing import style
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.files import local_path
 from imprint_pl.report import figures, tables
@@ -63,11 +64,11 @@ def write_report(
             if name == "critical_difference":
                 tests, compared = found, compare(table)
             if found is not None:
-                with figures.style():
+                with style():
                     drawn[name] = (title, figures.critical_difference(compare(table), found))
     if tests is not None:
         made["pairs"] = ("Recipes in pairs, Wilcoxon–Holm", tables.pairs(tests))
-    with figures.style():
+    with style():
         for name, (title, draw) in figures.FIGURES.items():
             if (figure := draw(rows)) is not None:
                 drawn[name] = (title, figure)

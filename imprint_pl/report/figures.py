@@ -5,15 +5,16 @@ reader to tell colours apart.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from imprint_pl.drawing import width
 from imprint_pl.report import tables
 from imprint_pl.report.results import whole_tasks
 from imprint_pl.report.statistics import Significance
@@ -23,28 +24,6 @@ MARKERS = "osD^vPX<"
 # Lines in one figure that a reader can follow.
 MOST = len(COLOURS)
 LONGEST = 46
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "imprint_pl",
-    # A dollar in a name from a stranger is a dollar.
-    "text.parse_math": False,
-}
-
-
-@contextmanager
-def style():
-    """matplotlib's settings while figures are drawn and saved; the user's come back."""
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        yield
 
 
 def critical_difference(compared: pd.DataFrame, tests: Significance) -> Figure:
@@ -56,10 +35,10 @@ def critical_difference(compared: pd.DataFrame, tests: Significance) -> Figure:
     """
     import scikit_posthocs
 
-    figure, axes = _figure(8.0, 1.4 + 0.17 * len(compared))
-    names = {name: _short(name) for name in compared.index}
-    if len(set(names.values())) < len(names):
-        names = {name: f"{i + 1}. {names[name]}" for i, name in enumerate(compared.index)}
+    names = _short_names(compared.index)
+    # Names stand on both sides of the axis, each with its rank.
+    sides = 2 * max(width(f"{name}  10.00 ", 10) for name in names.values())
+    figure, axes = _figure(max(8.0, 4.0 + sides), 1.4 + 0.17 * len(compared))
     ranks = compared["rank"].rename(index=names)
     p = tests.pairs.rename(index=names, columns=names)
     if not tests.some_differ:
@@ -124,16 +103,17 @@ def gain_against_nc1(rows: pd.DataFrame) -> Figure | None:
     sources = rows.drop_duplicates("group").set_index("group")
     labels = [f"{sources.backbone[g]}, {sources.data[g]}" for g in table["group"]]
     figure, axes = _figure(7.0, 4.2)
-    for i, label in enumerate(dict.fromkeys(labels)):
+    for i, (label, name) in enumerate(_short_names(labels).items()):
         own = table[[label == other for other in labels]]
-        color, marker = COLOURS[i % MOST], MARKERS[i % MOST]
+        # Of more than eight none is like another, either.
+        color, marker = COLOURS[i % MOST], MARKERS[(i + i // MOST) % MOST]
         axes.scatter(
             own["NC1"],
             own["gain"],
             s=36,
             color=color,
             marker=marker,
-            label=_short(label),
+            label=name,
             alpha=0.85,
         )
     axes.axhline(0, color="#777777", linewidth=1)
@@ -141,9 +121,11 @@ def gain_against_nc1(rows: pd.DataFrame) -> Figure | None:
     axes.set_ylabel("accuracy at k = 5 minus k = 1, in points")
     correlation = spearmanr(table["NC1"], table["gain"]).statistic
     axes.set_title(
-        f"{len(table)} groups, Spearman {correlation:.2f}".replace("-", "−"), fontsize=10
+        # Adding 0 takes the sign from a zero.
+        f"{len(table)} groups, Spearman {round(correlation, 2) + 0:.2f}".replace("-", "−"),
+        fontsize=10,
     )
-    _legend(axes)
+    _legend(figure, axes)
     return figure
 
 
@@ -153,13 +135,20 @@ def gen_seconds(rows: pd.DataFrame) -> Figure | None:
         return None
     seconds = rows.groupby("method")["gen_seconds"].quantile([0.0, 0.5, 1.0]).unstack()
     seconds = seconds.sort_values(0.5).iloc[-20:]
-    figure, axes = _figure(7.0, 1.2 + 0.32 * len(seconds))
+    names = _short_names(seconds.index).values()
+    beside = max(width(name, 10) for name in names)
+    figure, axes = _figure(max(7.0, 5.0 + beside), 1.0 + 0.32 * len(seconds))
     places = np.arange(len(seconds))
     axes.hlines(places, seconds[0.0], seconds[1.0], color="#999999", linewidth=2)
     axes.plot(seconds[0.5], places, "o", color=COLOURS[0])
-    axes.set_yticks(places, [_short(name) for name in seconds.index])
+    axes.set_yticks(places, names)
+    axes.set_ylim(-0.6, len(seconds) - 0.4)
     axes.set_xscale("log")
-    _plain_ticks(axes.xaxis)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if seconds[1.0].max() < 100 * seconds[0.0].min():
+        # Less than two decades may have no power of ten, and no label.
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.set_xlabel("GEN in seconds (dot: median, line: least to most)")
     return figure
 
@@ -183,45 +172,74 @@ def _average(table: pd.DataFrame) -> tuple[pd.Series, str]:
 def _lines(lines: dict, x: str, y: str, title: str, log: bool = True) -> Figure:
     figure, axes = _figure(7.0, 4.2)
     # The best at the right end first, so that the legend reads as the lines stand.
-    best = sorted(lines, key=lambda name: -lines[name].iloc[-1])[:MOST]
-    for i, name in enumerate(best):
+    best = _short_names(sorted(lines, key=lambda name: -lines[name].iloc[-1])[:MOST])
+    for i, (name, shown) in enumerate(best.items()):
         line = lines[name].sort_index()
         style = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 5}
-        axes.plot(line.index, line.to_numpy(), label=_short(name), **style)
+        axes.plot(line.index, line.to_numpy(), label=shown, **style)
     ticks = sorted({x for name in best for x in lines[name].index})
     if log:
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    # A label that would touch the one before it is left out.
+    place, least, labels, last = (np.log if log else np.asarray)(ticks), 0.05, [], -np.inf
+    for tick, at in zip(ticks, place, strict=True):
+        apart = at - last > least * (place[-1] - place[0])
+        labels.append(f"{tick:g}" if apart else "")
+        last = at if apart else last
+    axes.set_xticks(ticks, labels)
     axes.minorticks_off()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     left_out = len(lines) - len(best)
     axes.set_title(title + (f"; {left_out} lower lines left out" if left_out else ""), fontsize=10)
-    _legend(axes)
+    _legend(figure, axes)
     return figure
 
 
-def _figure(width: float, height: float):
+def _figure(across: float, high: float):
     # Without pyplot: no window, no global state.
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(across, high), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _legend(axes) -> None:
-    longest = max((len(text) for text in axes.get_legend_handles_labels()[1]), default=0)
-    # Below the axes: beside them a long name would leave no room for the lines.
-    columns = 1 if longest > 34 else 2 if longest > 16 else 4
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, fontsize=9)
+def _legend(figure: Figure, axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    longest = max(width(label, 9) for label in labels)
+    # Below the axes, where beside them a long name would leave no room for the lines; the figure
+    # grows by what the legend needs.
+    columns = next((n for n in (4, 3, 2) if n * (longest + 0.6) < figure.get_figwidth()), 1)
+    rows = math.ceil(len(labels) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.19 * (rows - 1))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
 
 
-def _plain_ticks(axis) -> None:
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+def _short_names(names: Iterable[str]) -> dict[str, str]:
+    """What stands in a figure for each name: words that all long names share become "…"; numbered
+    where two would look the same still."""
+    names = list(dict.fromkeys(names))
+    short = [_plain(name) for name in names]
+    long = [set(name.split()[1:]) for name in short if len(name) > LONGEST]
+    shared = set.intersection(*long) if len(long) > 1 else set()
+    short = [_short(name, shared) for name in short]
+    if len(set(short)) < len(short):
+        short = [f"{i}. {name}" for i, name in enumerate(short, 1)]
+    return dict(zip(names, short, strict=True))
 
 
-def _short(name: str) -> str:
+def _plain(name: str) -> str:
     # In a figure `robust mnn m=1 euclidean` says it; the tables have what one types.
     name = re.sub(r"\b(gen|agg|distance|votes)=", "", " ".join(str(name).split()))
-    name = name.replace("weighted_by_distance", "weighted")
-    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+    return name.replace("weighted_by_distance", "weighted")
+
+
+def _short(name: str, shared: set[str]) -> str:
+    if len(name) <= LONGEST:
+        return name
+    first, *words = name.split()
+    words = ["…" if word in shared else word for word in words]
+    kept = [word for i, word in enumerate(words) if word != "…" or words[i - 1 : i] != ["…"]]
+    name = " ".join([first, *kept])
+    # Names may differ at either end: both stay.
+    half = LONGEST // 2
+    return name if len(name) <= LONGEST else f"{name[:half].rstrip()}…{name[1 - half :].lstrip()}"

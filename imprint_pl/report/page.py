@@ -16,6 +16,8 @@ from imprint_pl.report.results import most_samples, whole_tasks
 from imprint_pl.report.statistics import ALPHA, Significance
 from imprint_pl.report.tables import shown
 
+# A longer word is broken into lines, or its column would push the others off the page.
+LONG_WORD = 40
 # Rows of a table on the page; the CSV has all of them.
 MOST_ROWS = 1500
 
@@ -56,9 +58,10 @@ def advice(
     best, second = compared.index[0], compared.index[1]
     row = compared.loc[best]
     most = compared["accuracy"].idxmax()
+    over = f"over {groups} group{'s' * (groups != 1)}"
     sentences = [
         f"Use {best}: it has the best average rank, {row['rank']:.2f} of {len(compared)} "
-        f"recipes, over {groups} groups, and {100 * row['accuracy']:.2f} % accuracy on average"
+        f"recipes, {over}, and {100 * row['accuracy']:.2f} % accuracy on average"
         + (
             f"; {most} has more, {100 * compared.loc[most, 'accuracy']:.2f} %, but a worse rank."
             if compared.loc[most, "accuracy"] > row["accuracy"] + 1e-9
@@ -123,6 +126,7 @@ def write_page(path: Path, *, galleries: list[Path], figures: dict, made: dict, 
     page = environment.get_template("page.html.jinja").render(
         **values,
         samples=samples,
+        long_word=LONG_WORD,
         version=__version__,
         counts={
             "runs": len(rows),

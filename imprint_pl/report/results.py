@@ -12,14 +12,14 @@ import pandas as pd
 
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.files import local_path
-from imprint_pl.parts import SLOTS
+from imprint_pl.parts import SLOTS, every_parameter
 from imprint_pl.recipes import RECIPES, resolve
 
 NEEDED = ("backbone", "data", "task", "recipe", "accuracy")
 PARAMETERS = (
     *SLOTS,
     *("k", "m", "distance", "votes", "lam", "shrinkage", "projection_dim", "temperature", "engine"),
-    *("width", "prior", "intercept", "as_published"),
+    *("width", "prior", "intercept", "as_published", "weibull"),
 )
 GROUP = ("backbone", "data", "task", "d", "num_labels", "task_seed")
 # Of ten labels, see `data.tasks.paper_d_in_1`.
@@ -76,7 +76,7 @@ def read_results(path: str | Path) -> pd.DataFrame:
                 f"{path} has no column {column!r}{near(column, rows.columns)}: a report needs "
                 f"{', '.join(NEEDED)}"
             )
-    for column in (*GROUP, *PARAMETERS, *NUMBERS):
+    for column in (*GROUP, *parameters(), *NUMBERS):
         if column not in rows:
             rows[column] = None
     for column in NUMBERS:
@@ -92,7 +92,7 @@ def read_results(path: str | Path) -> pd.DataFrame:
     if papers.any():
         named = rows.loc[papers, "task"].str.extract(PAPER_TASK).astype("float64")
         rows.loc[papers, ["d", "num_labels", "task_seed"]] = named.assign(num_labels=10.0)
-    for column in PARAMETERS:
+    for column in parameters():
         # Empty is None, whatever pandas has for it in this column's type.
         if column not in NUMBERS:
             rows[column] = rows[column].astype(object).where(rows[column].notna(), None)
@@ -107,11 +107,16 @@ def read_results(path: str | Path) -> pd.DataFrame:
         )
     for column in ("backbone", "data", "task", "recipe"):
         rows[column] = rows[column].astype(object).where(rows[column].notna(), "").map(str)
-    rows["method"] = [method_of(row) for row in rows[["recipe", *PARAMETERS]].to_dict("records")]
+    rows["method"] = [method_of(row) for row in rows[["recipe", *parameters()]].to_dict("records")]
     rows["group"] = rows[list(GROUP)].apply(
         lambda row: " · ".join(_plain(value) for value in row if _given(value)), axis=1
     )
     return rows
+
+
+def parameters() -> list[str]:
+    """The keywords of a method, those of parts that are new, too."""
+    return [*PARAMETERS, *sorted(every_parameter() - set(PARAMETERS))]
 
 
 def method_of(row: dict) -> str:
@@ -132,10 +137,10 @@ def method_of(row: dict) -> str:
     # The engine of k-means changes seconds, not the method.
     differing = [
         f"{name}={_plain(row[name])}"
-        for name in PARAMETERS
+        # `auto` has filled in what it chose: its rows differ in the choice of samples alone.
+        for name in (parameters() if recipe != "auto" else ["weibull"])
         if name != "engine"
         and _given(row.get(name))
-        and recipe != "auto"
         and _plain(row[name]) != _plain(own.get(name, False if name == "as_published" else None))
     ]
     return " ".join([recipe, *differing])

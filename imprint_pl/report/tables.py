@@ -15,6 +15,7 @@ from imprint_pl.report.statistics import Significance, accuracy_by_group, compar
 
 PAPER, OURS_MINUS = "paper %", "ours − paper"
 FAMILY = ["norm_pre", "norm_post", "norm_inf", "agg", "m", "distance", "votes"]
+FAMILY += ["temperature", "as_published", "weibull"]
 
 
 @cache

@@ -1,4 +1,5 @@
-"""What shares nothing in a sweep: NORM_pre that learns, λ by held-out samples, auto."""
+"""What shares nothing in a sweep: NORM_pre that learns, λ by held-out samples, auto, a choice of
+typical samples, parts of one's own."""
 
 from __future__ import annotations
 
@@ -10,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imprint_pl.auto import imprint_auto
 from imprint_pl.gen import Proxies
-from imprint_pl.imprinting import imprint_parts
 from imprint_pl.norm import NORMS
 from imprint_pl.pipeline import make_head
 from imprint_pl.recipes import Auto
+from imprint_pl.select import weibull_typical
 from imprint_pl.sweep.grid import Configuration
 from imprint_pl.sweep.plan import grouped
 from imprint_pl.sweep.samples import Group, Samples
 
-# Columns that `auto` fills with what it has chosen.
-CHOSEN = ("norm_pre", "gen", "k", "norm_post", "norm_inf", "agg", "lam", "shrinkage", "engine")
-CHOSEN = (*CHOSEN, "projection_dim", "width", "prior", "intercept")
+# What a head's settings have besides the parameters that `auto` has chosen.
+NOT_CHOSEN = ("recipe", "seed", "chosen_by", "chosen_lam")
 
 
 def alone(
@@ -34,8 +35,8 @@ def alone(
     """Configurations of one task and one GEN, as `imprint` does them.
 
     Returns:
-        For each the labels of the test rows, seconds of inference and of GEN, and the parameters
-        that `auto` has chosen.
+        For each the labels of the test rows, seconds of inference and of GEN, and further columns:
+        the parameters that `auto` has chosen, the number of samples.
     """
     places = [samples.rows(g, same[0].shots, same[0].seed) for g in groups]
     places = [torch.arange(p.start, p.stop) if isinstance(p, slice) else p for p in places]
@@ -43,25 +44,30 @@ def alone(
     places = torch.cat(places)
     order = samples.order[places].argsort()
     x, y = samples.x[places[order]], y[order]
+    if same[0].variant.weibull is not None:
+        typical = weibull_typical(x, y, *same[0].variant.weibull)
+        x, y = x[typical], y[typical]
+    size = {"num_train": len(y)}
     seed, results = same[0].seed or 0, []
     classifier = samples.classifier
     for of_inf in grouped(same, lambda c: c.variant.parameters.get("norm_inf")).values():
         parts = of_inf[0].variant.parts
         start = time.perf_counter()
         if isinstance(parts, Auto):
-            head = imprint_parts(
-                x, y, parts, len(groups), seed=seed, classifier=classifier, calibrate=False
+            # Not by `imprint`, which takes a classifier and not its quantiles.
+            head = imprint_auto(
+                x, y, len(groups), seed=seed, classifier=classifier, calibrate=False
             )
             gen = time.perf_counter() - start
             start = time.perf_counter()
             labels = [
                 head.scores(z).argmax(1) for z in _blocks(samples.test_x, rows, head, chunk_bytes)
             ]
-            chosen = {n: v for n, v in head.settings.items() if n in CHOSEN}
+            chosen = {n: v for n, v in head.settings.items() if n not in NOT_CHOSEN}
             if "lam" in chosen:
                 chosen["lam"] = str(chosen["lam"])
             seconds = time.perf_counter() - start
-            results.append((of_inf[0], torch.cat(labels), seconds, gen, chosen))
+            results.append((of_inf[0], torch.cat(labels), seconds, gen, chosen | size))
             continue
         raw = replace(parts, norm_post=NORMS["none"]())
         head = make_head(x, y, raw, len(groups), seed=seed, classifier=classifier)
@@ -81,7 +87,7 @@ def alone(
                 ).argmax(1)
                 for z in _blocks(samples.test_x, rows, head, chunk_bytes)
             ]
-            results.append((c, torch.cat(labels), time.perf_counter() - start, gen, {}))
+            results.append((c, torch.cat(labels), time.perf_counter() - start, gen, size))
     return results
 
 

@@ -12,6 +12,8 @@ from rich.table import Table
 
 from imprint_pl.arguments import ArgumentParser
 from imprint_pl.errors import ImprintError
+from imprint_pl.parts import SLOTS, every_parameter
+from imprint_pl.recipes import AUTO
 from imprint_pl.sweep import CHUNK_BYTES, describe, read_sweep, sweep
 
 BEST = 5
@@ -76,8 +78,15 @@ def run(argv: list[str]) -> None:
 
 def _print_best(table) -> None:
     """The best, by accuracy averaged over what they were run on."""
-    names = ["recipe", "norm_pre", "gen", "k", "norm_post", "norm_inf", "agg", "m", "distance"]
-    mean = table.groupby(names, dropna=False)[["accuracy", "macro_f1"]].mean().reset_index()
+    # All keywords tell rows apart; of the rarer ones those are shown in which rows differ.
+    keywords = [n for n in (*SLOTS, *sorted(every_parameter())) if n in table]
+    # What `auto` has chosen differs from task to task.
+    table = table.assign(**{n: table[n].mask(table["recipe"] == AUTO) for n in keywords})
+    keywords = ["recipe", *keywords, *(n for n in ["weibull"] if n in table)]
+    usual = ["recipe", "norm_pre", "gen", "k", "norm_post", "norm_inf", "agg", "m", "distance"]
+    names = [n for n in usual if n in keywords]
+    names += [n for n in keywords if n not in usual and table[n].dropna().nunique() > 1]
+    mean = table.groupby(keywords, dropna=False)[["accuracy", "macro_f1"]].mean().reset_index()
     shown = Table(box=box.ROUNDED, title="best on average")
     for name in (*names, "accuracy", "macro F1"):
         shown.add_column(name, justify="right" if name in ("k", "m", "accuracy") else "left")

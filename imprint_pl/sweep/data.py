@@ -17,6 +17,7 @@ from imprint_pl.embedding import embed
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.files import local_path
 from imprint_pl.limits import check_size, check_values
+from imprint_pl.pipeline import checked
 from imprint_pl.sweep.grid import Task
 
 ARRAYS = ("train_embeddings", "train_labels", "test_embeddings", "test_labels")
@@ -128,16 +129,25 @@ def _from_file(entry: dict[str, Any]) -> Splits:
             f"data {entry['name']!r}: {path} has no {missing[0]!r}: it needs {', '.join(ARRAYS)}"
         )
     parts, size = [], 0
-    for split in ("train", "test"):
-        x, y = file[f"{split}_embeddings"].float(), file[f"{split}_labels"].long()
-        if x.ndim != 2 or y.shape != x.shape[:1] or not x.isfinite().all() or y.min() < 0:
-            raise ImprintError(
-                f"data {entry['name']!r}: {path}: {split} embeddings {tuple(x.shape)} with labels "
-                f"{tuple(y.shape)}: expected finite (N, d) and labels (N,) from 0"
-            )
+    for split, place in (("train", "training"), ("test", "test")):
+        x, y = file[f"{split}_embeddings"], file[f"{split}_labels"]
+        x = x if x.is_floating_point() else x.float()
+        y = y.long() if y.is_floating_point() and bool((y == y.round()).all()) else y
+        try:
+            x, y, classes = checked(x, y, None, None, allow_empty=True)
+        except ImprintError as error:
+            raise ImprintError(f"data {entry['name']!r}, {place}: {error}") from error
         parts.append(ArrayDataset(x, y))
-        size = max(size, int(y.max()) + 1)
+        size = max(size, classes)
+    widths = [part.images.shape[1] for part in parts]
+    if widths[0] != widths[1]:
+        raise ImprintError(
+            f"data {entry['name']!r}: {path}: train_embeddings have {widths[0]} numbers a sample, "
+            f"test_embeddings {widths[1]}: give embeddings of one backbone"
+        )
     names = entry.get("class_names") or [str(c) for c in range(size)]
+    if not isinstance(names, list | tuple):
+        raise ImprintError(f"data {entry['name']!r}: class_names={names!r}: give a list of names")
     if len(names) < size:
         raise ImprintError(f"data {entry['name']!r}: {len(names)} class_names for {size} classes")
     return Splits([str(name) for name in names], *parts)

@@ -42,6 +42,7 @@ class Variant:
     parts: Parts | Auto
     parameters: dict[str, Any]
     shots: int | None
+    weibull: tuple[float, float] | None = None
 
     @property
     def k(self) -> int | None:
@@ -53,11 +54,10 @@ class Variant:
         if isinstance(self.parts, Auto):
             return True
         draws = {"random_projection", "nystrom"} & {s.name for s in steps_of(self.parts.norm_pre)}
-        fixed = {"mean", "all", "cov_max", "ls", "ridge", "lda"}
         # One cluster is the mean, one medoid the best of all samples.
         single = self.parts.gen.name in ("kmeans", "kmedoids", "kls") and self.k == 1
-        random = not single and self.parts.gen.name not in fixed
-        random = random or self.parameters.get("lam") == "holdout"
+        fixed = self.parts.gen.from_moments or self.parts.gen.name in ("all", "cov_max")
+        random = not (single or fixed) or self.parameters.get("lam") == "holdout"
         return random or bool(draws)
 
 
@@ -77,8 +77,9 @@ class Configuration:
         """The row's parameters."""
         names = ("d", "num_labels", "task_seed")
         parameters = dict(self.variant.parameters)
-        if parameters.get("lam") is not None:
-            parameters["lam"] = str(parameters["lam"])
+        for name in ("lam", "weibull"):
+            if parameters.get(name) is not None:
+                parameters[name] = str(parameters[name])
         return {
             **{"backbone": self.backbone, "data": self.data, "task": self.task.name},
             **{name: getattr(self.task, name) for name in names},

@@ -10,31 +10,41 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from imprint_pl.cache import digest
-from imprint_pl.parts import steps_of
+from imprint_pl.gen import GENERATORS
+from imprint_pl.parts import describe, steps_of
 from imprint_pl.recipes import Auto
 from imprint_pl.sweep.grid import Configuration
 
+# What is known of the package's own GENs, by name; any other GEN runs alone, see `is_shared`.
 # Their first k proxies are those of any larger k.
 PREFIX = ("random", "fps", "cov_max")
 CLUSTERS = ("kmeans", "kls", "kridge")
 PER_CLASS = ("mean", "kmeans", "kmedoids", "random", "fps", "cov_max", "all")
-# Of a recipe's parameters, those that AGG and NORM_post take.
-LATE = ("recipe", "norm_post", "norm_inf", "agg", "m", "distance", "votes", "temperature")
-LATE = (*LATE, "as_published")
+REGRESSIONS = ("ls", "kls", "ridge", "kridge", "lda")
+KNOWN = {GENERATORS[name] for name in (*PER_CLASS, *REGRESSIONS)}
 
 
 def is_shared(c: Configuration) -> bool:
-    """Whether parts of its work serve other tasks: NORM_pre has to look at one row at a time."""
+    """Whether parts of its work serve other tasks: NORM_pre has to look at one row at a time, and
+    GEN has to be one whose shortcuts are known here. The class is asked, since a subclass may have
+    the name that it inherits."""
     parts = c.variant.parts
-    if isinstance(parts, Auto) or any(s.learns for s in steps_of(parts.norm_pre)):
+    if isinstance(parts, Auto) or c.variant.weibull is not None:
         return False
-    return c.variant.parameters.get("lam") != "holdout"
+    if any(getattr(s, "learns", False) for s in steps_of(parts.norm_pre)):
+        return False
+    return type(parts.gen) in KNOWN and c.variant.parameters.get("lam") != "holdout"
 
 
 def generator_key(c: Configuration) -> str:
     """What decides on the proxies before NORM_post, besides the task."""
-    plain = {n: v for n, v in c.variant.parameters.items() if n not in LATE}
-    return digest({**plain, "shots": c.shots, "seed": c.seed})
+    parts, plain = c.variant.parts, {"recipe": "auto"}
+    if not isinstance(parts, Auto):
+        steps = [*describe(parts.norm_pre), *describe(parts.gen)]
+        plain = {
+            f"{i} {name}": value for i, step in enumerate(steps) for name, value in step.items()
+        }
+    return digest({**plain, "weibull": c.variant.weibull, "shots": c.shots, "seed": c.seed})
 
 
 def unit_key(c: Configuration) -> tuple[Any, ...]:
@@ -80,10 +90,10 @@ def cost(unit: list[Configuration], train: int, test: int, dim: int) -> float:
         total += 4.0 * train * k * dim
     elif p["gen"] == "kmedoids":
         total += train * dim * train / 10
-    if any(c.variant.parameters["gen"] in ("ls", "lda", "ridge", "kls", "kridge") for c in unit):
+    if any(c.variant.parameters["gen"] in REGRESSIONS for c in unit):
         total += 4.0 * train * dim**2
     for same in grouped(unit, lambda c: (generator_key(c), c.task)).values():
-        if same[0].variant.parameters["gen"] in ("ls", "lda", "ridge", "kls", "kridge"):
+        if same[0].variant.parameters["gen"] in REGRESSIONS:
             total += 4.0 * dim**3
         proxies = train if p["gen"] == "all" else 10 * k
         far = {c.variant.parameters.get("distance") for c in same}

@@ -13,14 +13,14 @@ from imprint_pl.cache import digest
 from imprint_pl.data.tasks import SUBSETS
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.files import local_path
-from imprint_pl.parts import SLOTS, parameters_of
+from imprint_pl.limits import is_count
+from imprint_pl.parts import SLOTS, every_parameter
 from imprint_pl.recipes import AUTO, RECIPES, Auto, drop_unused, resolve
+from imprint_pl.select import checked_bounds
 from imprint_pl.sweep.grid import Sweep, Task, Variant, names_of
 
 KEYS = ("name", "backbones", "data", "tasks", "grid", "seeds", "prune")
 TASK_KEYS = ("name", "classes", "d", "num_labels", "task_seed", "shots")
-PARAMETERS = sorted({n for t in SLOTS.values() for part in t.values() for n in parameters_of(part)})
-KEYWORDS = ("recipe", "shots", *SLOTS, *PARAMETERS)
 # What the task's name is made of, at most.
 CLASSES_SHOWN = 10
 
@@ -70,8 +70,10 @@ def checked_sweep(given: dict[str, Any], place: str = "the sweep") -> Sweep:
         if names.setdefault(task.name, task.classes) != task.classes:
             raise ImprintError(f"{place}: two tasks are called {task.name!r}: give each a name")
     seeds = _list(given.get("seeds", [0]))
+    if not seeds:
+        raise ImprintError(f"{place}: seeds has no value: give one, or leave seeds out")
     for seed in seeds:
-        if not isinstance(seed, int) or seed < 0:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ImprintError(f"{place}: seeds holds {seed!r}: give whole numbers from 0")
     variants, full = [], 0
     for number, block in enumerate(_list(given["grid"]), 1):
@@ -83,6 +85,8 @@ def checked_sweep(given: dict[str, Any], place: str = "the sweep") -> Sweep:
         full += len(found)
     full *= len(tasks) * len(seeds)
     prune = given.get("prune", True)
+    if not isinstance(prune, bool):
+        raise ImprintError(f"{place}: prune={prune!r}: give true or false")
     return Sweep(str(given["name"]), sources, tasks, _different(variants), seeds, prune, full)
 
 
@@ -93,6 +97,8 @@ def _tasks(entry: Any, place: str) -> Iterator[Task]:
     if not isinstance(entry, dict):
         raise ImprintError(f"{place}: the task {entry!r} is not a name, such as even, or keywords")
     _known(entry, TASK_KEYS, f"{place}, tasks")
+    if entry.get("classes") == []:
+        raise ImprintError(f"{place}: tasks: classes has no class: name some, or leave it out")
     classes = _hashable(entry.get("classes") or "all")
     if isinstance(classes, str) and not classes.startswith("paper-") and classes not in SUBSETS:
         near_name = near(classes, SUBSETS)
@@ -103,8 +109,12 @@ def _tasks(entry: Any, place: str) -> Iterator[Task]:
     for values in itertools.product(*(_list(entry[key]) for key in keys)):
         options = dict(zip(keys, values, strict=True))
         for key, value in options.items():
-            if not isinstance(value, int | None):
-                raise ImprintError(f"{place}: tasks, {key}={value!r}: give a whole number")
+            least = 0 if key == "task_seed" else 1
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and value >= least):
+                raise ImprintError(
+                    f"{place}: tasks, {key}={value!r}: give a whole number of at least {least}"
+                )
         if options.get("d") is not None:
             options.setdefault("task_seed", 0)
         if options.get("task_seed") is not None and options.get("d") is None:
@@ -129,27 +139,48 @@ def _classes_name(classes: Any, place: str) -> str:
 
 def _variants(block: dict[str, Any], place: str) -> Iterator[Variant | None]:
     """The product of a block's values; `None` where it holds nothing that another does not."""
-    _known(block, KEYWORDS, place)
+    _known(block, ("recipe", "shots", "weibull", *SLOTS, *sorted(every_parameter())), place)
     if "recipe" not in block and not all(slot in block for slot in SLOTS):
         missing = [slot for slot in SLOTS if slot not in block]
         raise ImprintError(f"{place}: give recipe, or every part (missing: {', '.join(missing)})")
-    used, combinations = set(), itertools.product(*(_list(block[key]) for key in block))
-    for values in combinations:
+    values_of = {key: _list(value) for key, value in block.items()}
+    # Two numbers are the bounds of one choice of samples.
+    if len(values_of.get("weibull", [])) == 2 and not any(
+        isinstance(bound, list | tuple | None) for bound in values_of["weibull"]
+    ):
+        values_of["weibull"] = [values_of["weibull"]]
+    empty = [key for key, values in values_of.items() if not values and block[key] is not None]
+    if empty:
+        raise ImprintError(f"{place}: {empty[0]} has no value: give one, or leave {empty[0]} out")
+    used, refused = set(), ""
+    for values in itertools.product(*(values or [None] for values in values_of.values())):
         given = {
-            key: _value(value)
+            key: value if key == "weibull" else _value(value)
             for key, value in zip(block, values, strict=True)
             if value is not None
         }
         recipe, shots = given.pop("recipe", None), given.pop("shots", None)
-        if shots is not None and (not isinstance(shots, int) or shots < 1):
+        if shots is not None and not is_count(shots):
             raise ImprintError(f"{place}: shots={shots!r}: give a whole number of at least 1")
+        weibull = given.pop("weibull", None)
+        if isinstance(weibull, list | tuple):
+            weibull = [_value(bound) for bound in weibull]
+        try:
+            weibull = None if weibull is None else checked_bounds(weibull)
+        except ImprintError as error:
+            raise ImprintError(f"{place}: {error}") from error
+        chosen = {} if weibull is None else {"weibull": list(weibull)}
         if recipe == AUTO:
-            yield Variant(resolve(AUTO), {"recipe": AUTO}, shots)
+            refused = refused or _refusal(recipe, given)
+            yield Variant(resolve(AUTO), {"recipe": AUTO} | chosen, shots, weibull)
             continue
+        if recipe is None and not all(slot in given for slot in SLOTS):
+            raise ImprintError(f"{place}: without a recipe every part needs a value")
         # A recipe of which no part is left serves as the frame for five parts.
         kept = drop_unused(recipe or "qi", given, kept=set(SLOTS))
         kept = _without_temperature(recipe, kept)
         used |= set(kept)
+        refused = refused or (_refusal(recipe or "qi", given) if len(kept) < len(given) else "")
         try:
             parts = resolve(recipe or "qi", **kept)
         except ImprintError as error:
@@ -157,10 +188,21 @@ def _variants(block: dict[str, Any], place: str) -> Iterator[Variant | None]:
         parameters = {n: v for n, v in parts.parameters.items() if v is not None}
         parameters["recipe"] = recipe or _recipe_of(parameters)
         # The same as without the keywords that were left out: one of them stands for all.
-        yield Variant(parts, parameters, shots)
-    unused = [key for key in block if key not in {*used, "recipe", "shots"}]
+        yield Variant(parts, parameters | chosen, shots, weibull)
+    unused = [key for key in block if key not in {*used, "recipe", "shots", "weibull"}]
     if unused:
-        raise ImprintError(f"{place}: {unused[0]} is not used by any of its combinations")
+        # A keyword without a value is no mistake that `resolve` knows of.
+        reason = f"; of the first, {refused}" if refused else ": leave it out"
+        raise ImprintError(f"{place}: {unused[0]} is not used by any of its combinations{reason}")
+
+
+def _refusal(recipe: Any, given: dict[str, Any]) -> str:
+    """What `imprint` says of a combination whose unused keywords are left out here."""
+    try:
+        resolve(recipe, **given)
+    except ImprintError as error:
+        return str(error)
+    return ""
 
 
 def _without_temperature(recipe: str | None, given: dict[str, Any]) -> dict[str, Any]:

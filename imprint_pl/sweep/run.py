@@ -82,6 +82,7 @@ def sweep(
                 failed += _run(
                     embeddings, configurations, todo, results, n_jobs, dask, chunk_bytes, progress
                 )
+        _check_some(plan, len(order))
         results.save(order)
         if failed:
             raise ImprintError(
@@ -181,7 +182,17 @@ def describe(plan: Sweep, n_jobs: int = 1) -> tuple[int, int, float]:
         kept += len(configurations)
         work = sum(cost(unit, train, test, dim) for unit in units(configurations))
         seconds += work / SPEED / max(n_jobs, torch.get_num_threads())
+    _check_some(plan, kept)
     return plan.full * len(plan.sources), kept, seconds
+
+
+def _check_some(plan: Sweep, kept: int) -> None:
+    if not kept:
+        raise ImprintError(
+            f"{plan.name}: the rules of the paper (k at most the shots, m at most the proxies, "
+            "NORM_pre l2 with NORM_inf l2) leave out every combination: change the grid, or give "
+            "prune: false"
+        )
 
 
 def _sizes(source) -> tuple[list[str], int, str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from imprint_pl.agg import BLOCK, NearestProxies
 from imprint_pl.gen import Proxies
+from imprint_pl.limits import SMALLEST_LENGTH
 from imprint_pl.norm import NoNorm
 from imprint_pl.sweep.grid import Configuration
 from imprint_pl.sweep.plan import PER_CLASS, generator_key, grouped
@@ -68,7 +69,7 @@ def _best_products(
     """For each of `wanted` the largest products with the proxies of each group."""
     weights = of_groups[0] if len(of_groups) == 1 else torch.cat(of_groups)
     sizes = [len(w) for w in of_groups]
-    scales = (1 / weights.norm(dim=1).clamp_min(1e-12)).split(sizes)
+    scales = (1 / weights.norm(dim=1).clamp_min(SMALLEST_LENGTH)).split(sizes)
     found: dict[tuple, list[list[Tensor]]] = {key: [[] for _ in sizes] for key in wanted}
     for z in test_x.split(_block_rows(weights, None, chunk_bytes)):
         for i, products in enumerate((z @ weights.T).split(sizes, 1)):

@@ -105,8 +105,8 @@ class Work:
                 results.append((c, labels, seconds, gen, {}))
         return [
             c.columns()
-            | found
             | size
+            | found
             | _measured(labels, y, len(groups))
             | {"gen_seconds": gen, "inference_seconds": seconds}
             for c, labels, seconds, gen, found in results
