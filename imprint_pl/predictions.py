@@ -81,13 +81,16 @@ class PredictionWriter(Callback):
         if head.threshold is not None:
             # Logits are scores over the temperature.
             labels[best.values[:, 0] < head.threshold / head.temperature] = NONE
-        for place, reason in (batch.get("skipped", {}) if isinstance(batch, dict) else {}).items():
+        skipped = batch.get("skipped", {}) if isinstance(batch, dict) else {}
+        for place, reason in skipped.items():
             labels[place] = SKIPPED
             self._reasons[int(dealt_positions(self._seen + int(place), 1))] = reason
         probabilities = outputs.softmax(1).gather(1, best.indices)
         # Classes are whole numbers below 2^24, exact in float32. A class without proxies has −∞.
         values = best.values.clamp(min=torch.finfo(torch.float32).min)
         row = torch.cat([best.indices.float(), values, probabilities], 1)
+        # Of a skipped file nothing is written, and the store takes no NaN.
+        row[list(skipped)] = 0
         self._seen += len(labels)
         if trainer.world_size == 1:
             self._write(row.cpu(), labels.cpu(), head)

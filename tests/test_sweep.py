@@ -279,6 +279,39 @@ def test_a_new_part_with_its_own_keyword_runs_and_is_told_apart(digits, tmp_path
     assert read_results(tmp_path / "s" / "results.csv").method.tolist() == methods
 
 
+def test_a_new_norm_is_told_apart_by_its_own_keyword(digits, tmp_path, monkeypatch):
+    from imprint_pl.norm import NORMS, PROXY_NORMS, Norm
+    from imprint_pl.parts import SLOTS as TABLES
+
+    class Root(Norm):
+        name = "root"
+
+        def __init__(self, exponent=0.5):
+            super().__init__()
+            self.exponent = exponent
+
+        def forward(self, x):
+            return x.sign() * x.abs() ** self.exponent
+
+    for table in (NORMS, PROXY_NORMS, *(TABLES[slot] for slot in SLOTS if "norm" in slot)):
+        monkeypatch.setitem(table, "root", Root)
+    path, splits = digits
+    task = EmbeddingDataModule(splits, classes="odd", shots=None)
+    (x, y), (x_test, y_test) = task.arrays("train"), task.arrays("test")
+    accuracies = set()
+    for slot in ("norm_pre", "norm_post", "norm_inf"):
+        parts = dict(recipe="hosoda", norm_post="none", shots=4) | {slot: "root"}
+        grid = [parts | dict(exponent=[0.1, 0.5, 1.0])]
+        table = sweep(plan(path, grid, ["odd"], prune=False), tmp_path / slot, progress=False)
+        assert len(table) == 3
+        for row in table.to_dict("records"):
+            head = imprint(x, y, calibrate=False, exponent=float(row["exponent"]), **parts)
+            expected = (head.scores(x_test).argmax(1) == y_test).double().mean().item()
+            assert row["accuracy"] == pytest.approx(expected, abs=1e-9), (slot, row["exponent"])
+            accuracies.add(row["accuracy"])
+    assert len(accuracies) > 3
+
+
 def test_a_part_that_inherits_the_name_of_ours_does_its_own_work(digits, tmp_path):
     from imprint_pl.gen import KMeans
 

@@ -436,7 +436,7 @@ def _holds_images(folder: Path) -> bool:
 
 
 def _list(folders: Iterable[str | Path]) -> str:
-    """ "cat/, dog/ and fox/", of at most six."""
+    """Folders for a message, as in `cat/, dog/ and fox/`; at most six."""
     names = [f"{Path(folder).name}/" for folder in folders]
     if len(names) > 6:
         names = [*names[:6], f"{len(names) - 6} more"]

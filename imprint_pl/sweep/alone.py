@@ -14,8 +14,9 @@ from torch import Tensor
 from imprint_pl.auto import imprint_auto
 from imprint_pl.gen import Proxies
 from imprint_pl.norm import NORMS
+from imprint_pl.parts import describe
 from imprint_pl.pipeline import make_head
-from imprint_pl.recipes import Auto
+from imprint_pl.recipes import AUTO, Auto
 from imprint_pl.select import weibull_typical
 from imprint_pl.sweep.grid import Configuration
 from imprint_pl.sweep.plan import grouped
@@ -50,7 +51,7 @@ def alone(
     size = {"num_train": len(y)}
     seed, results = same[0].seed or 0, []
     classifier = samples.classifier
-    for of_inf in grouped(same, lambda c: c.variant.parameters.get("norm_inf")).values():
+    for of_inf in grouped(same, _norm_inf).values():
         parts = of_inf[0].variant.parts
         start = time.perf_counter()
         if isinstance(parts, Auto):
@@ -89,6 +90,13 @@ def alone(
             ]
             results.append((c, torch.cat(labels), time.perf_counter() - start, gen, size))
     return results
+
+
+def _norm_inf(c: Configuration) -> str:
+    """What tells NORM_inf of one configuration from that of another."""
+    if isinstance(c.variant.parts, Auto):
+        return AUTO
+    return f"{c.variant.parameters['norm_inf']} {describe(c.variant.parts.norm_inf)}"
 
 
 def _blocks(test_x: Tensor, rows: Tensor, head, chunk_bytes: int) -> Iterator[Tensor]:

@@ -9,31 +9,36 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from imprint_pl.agg import AGGS
 from imprint_pl.cache import digest
 from imprint_pl.gen import GENERATORS
+from imprint_pl.norm import PROXY_NORMS
 from imprint_pl.parts import describe, steps_of
 from imprint_pl.recipes import Auto
 from imprint_pl.sweep.grid import Configuration
 
-# What is known of the package's own GENs, by name; any other GEN runs alone, see `is_shared`.
+# What is known of the package's own GENs, by name; any other part runs alone, see `is_shared`.
 # Their first k proxies are those of any larger k.
 PREFIX = ("random", "fps", "cov_max")
 CLUSTERS = ("kmeans", "kls", "kridge")
 PER_CLASS = ("mean", "kmeans", "kmedoids", "random", "fps", "cov_max", "all")
 REGRESSIONS = ("ls", "kls", "ridge", "kridge", "lda")
 KNOWN = {GENERATORS[name] for name in (*PER_CLASS, *REGRESSIONS)}
+KNOWN |= {*PROXY_NORMS.values(), *AGGS.values()}
 
 
 def is_shared(c: Configuration) -> bool:
-    """Whether parts of its work serve other tasks: NORM_pre has to look at one row at a time, and
-    GEN has to be one whose shortcuts are known here. The class is asked, since a subclass may have
-    the name that it inherits."""
+    """Whether parts of its work serve other tasks: every part has to be one whose shortcuts are
+    known here, and NORM_pre looks at one row at a time. The class is asked, since a subclass may
+    have the name that it inherits."""
     parts = c.variant.parts
     if isinstance(parts, Auto) or c.variant.weibull is not None:
         return False
-    if any(getattr(s, "learns", False) for s in steps_of(parts.norm_pre)):
+    norms = (parts.norm_pre, parts.norm_post, parts.norm_inf)
+    steps = [parts.gen, parts.agg, *(step for norm in norms for step in steps_of(norm))]
+    if any(type(step) not in KNOWN for step in steps):
         return False
-    return type(parts.gen) in KNOWN and c.variant.parameters.get("lam") != "holdout"
+    return c.variant.parameters.get("lam") != "holdout"
 
 
 def generator_key(c: Configuration) -> str:
