@@ -107,7 +107,8 @@ class ImprintCallback(Callback):
         self.overrides = overrides
         self.head: ImprintedHead | None = None
         self.checkpoint_path: str | None = None
-        self._undo = ExitStack()
+        # What a run has put into the module, and what a validation batch has.
+        self._undo, self._watch = ExitStack(), ExitStack()
         self._validated: dict[int, EmbeddingStore] = {}
 
     # Set-up and undo.
@@ -165,6 +166,7 @@ class ImprintCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        self._watch.close()
         self._undo.close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -197,7 +199,6 @@ class ImprintCallback(Callback):
             # head is to be of the weights that are validated.
             self.head, self._is_due = self._imprint(trainer, pl_module), False
             self.head.to(pl_module.device)
-        self._watch = self._undo.enter_context(ExitStack())
         self._seen = self._watch.enter_context(inputs_of(pl_module, self.layer))
 
     def on_validation_batch_end(
