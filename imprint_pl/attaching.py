@@ -179,6 +179,7 @@ def put_module(module: nn.Module, layer: str, new: nn.Module) -> None:
     names = [name for name, part in module.named_modules(remove_duplicate=False) if part is old]
     for name in names:
         module.set_submodule(name, new)
+        _show(module, name)
 
 
 def layer_of(module: nn.Module, layer: str) -> nn.Module:
@@ -193,14 +194,18 @@ def layer_of(module: nn.Module, layer: str) -> nn.Module:
         raise ImprintError(
             f"{type(module).__name__} has no layer {layer!r}{near(layer, names) or last}"
         )
-    try:
-        return module.get_submodule(layer)
-    except AttributeError as error:
-        raise ImprintError(
-            f"layer {layer!r} of {type(module).__name__} is hidden by an attribute of its class "
-            "with the same name, so that the module does not find it either: where configure_model "
-            "makes the layer, set it to None in __init__, not in the class"
-        ) from error
+    _show(module, layer)
+    return module.get_submodule(layer)
+
+
+def _show(module: nn.Module, layer: str) -> None:
+    """Lets `module.<layer>` find a layer that a class attribute hides: `fc = None` in the class, of
+    a layer that is made in `configure_model`, is what Python finds first."""
+    for part in layer.split("."):
+        hidden = module._modules[part]
+        if getattr(module, part) is not hidden:
+            module.__dict__[part] = hidden
+        module = hidden
 
 
 def configure(module: nn.Module, layer: str) -> None:

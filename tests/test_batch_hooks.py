@@ -2,6 +2,7 @@
 `configure_model`, modules that `torch.compile` has run, precision, both Lightning packages.
 """
 
+import copy
 import sys
 
 import pytest
@@ -336,15 +337,27 @@ def test_attach_and_extend_find_a_layer_of_configure_model():
         attach(Late(), "fd")
 
 
-def test_a_layer_that_an_attribute_of_the_class_hides_is_named():
-    class Hidden(Late):
-        fc = None
+class Hidden(Late):
+    fc = None
 
-        def __init__(self):
-            LightningModule.__init__(self)
+    def __init__(self):
+        LightningModule.__init__(self)
+        self.body = None
 
-    with pytest.raises(ImprintError, match="'fc' of Hidden is hidden by an attribute of its class"):
-        trainer(ImprintCallback("fc")).fit(Hidden(), batches(READY))
+
+@pytest.mark.parametrize("when", ["fit_start", "validation", "train_end"])
+def test_a_layer_that_an_attribute_of_the_class_hides_is_found_and_replaced(when):
+    module, callback = Hidden(), ImprintCallback("fc", "qi", when)
+    run = trainer(callback)
+    run.fit(module, batches(READY), batches(READY))
+    torch.testing.assert_close(callback.head.proxies, expected(), rtol=0, atol=1e-3)
+    assert (module.fc is callback.head) == (when != "validation")
+    if when == "train_end":
+        with torch.no_grad():
+            assert torch.equal(copy.deepcopy(module)(READY).argmax(1), Y)
+            layer = detach(module, "fc")
+            assert module.fc is layer
+            assert torch.equal(module(READY), layer(module.body(READY)))
 
 
 # `import pytorch_lightning` beside `import lightning`.
