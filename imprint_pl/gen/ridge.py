@@ -46,6 +46,8 @@ class Ridge:
     name = "ridge"
     from_moments = True
     needs_gram = True
+    # Proxies lie in the space that the samples span, and turn with it.
+    spans = True
 
     def __init__(self, lam: float | str = "gcv", intercept: bool = True) -> None:
         self.lam = checked_lam(lam)
