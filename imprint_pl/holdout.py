@@ -13,20 +13,22 @@ from imprint_pl.reservoir import turns
 HELD = 2000
 
 
-def held_out_rows(x: Tensor, y: Tensor, samples: int, seed: int) -> list[Tensor]:
+def held_out_rows(x: Tensor, y: Tensor, samples: int, seed: int, most: int = HELD) -> list[Tensor]:
     """Places of the rows to hold out, fold by fold; the first folds are the first to take.
 
     Of at most `HELD` samples, the folds of `calibration.folds`; of more, a tenth of all samples
-    each, at most `HELD`, drawn by what the rows hold.
+    each, at most `most`, drawn by what the rows hold.
 
     Args:
         x, y: embeddings and labels in the order of `in_order`: all samples, or a sample of them
             that has the `HELD` with the first turns.
         samples: number of all samples.
         seed: fixes the draw.
+        most: up to `HELD`. Where another fold is cheap, smaller ones leave heads that are nearer to
+            the head of all.
     """
     if samples <= HELD:
         return [mask.nonzero().flatten() for mask in folds(y, seed, spare=True)]
     first = turns(keys(x), seed).argsort()[:HELD].to(x.device)
-    size = min(HELD, samples // 10)
+    size = min(most, samples // 10)
     return [first[i : i + size] for i in range(0, HELD - size + 1, size)]

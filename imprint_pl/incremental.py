@@ -78,8 +78,9 @@ class Sums:
         self.norm_pre, empty = parts.fresh()
         self.norm_inf = empty.norm_inf
         if getattr(self.norm_pre, "learns", False):
-            present, codes = torch.unique(labels.to(x.device), return_inverse=True)
-            self.norm_pre.to(x.device).fit(x, codes, len(present), seed)
+            rows = in_order(x, labels)
+            present, codes = torch.unique(labels.to(x.device)[rows], return_inverse=True)
+            self.norm_pre.to(x.device).fit(x[rows], codes, len(present), seed)
         self.moments: Moments | None = None
         # Of all rows, those with the first turns stay in the sample.
         self.x = torch.empty(0, x.shape[1])

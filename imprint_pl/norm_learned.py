@@ -162,7 +162,9 @@ class RandomProjection(Learned):
         self.capped = False
 
     def features(self, dim: int, samples: int) -> int:
-        return max(1, min(self.projection_dim, samples // 2)) if self.capped else self.projection_dim
+        return (
+            max(1, min(self.projection_dim, samples // 2)) if self.capped else self.projection_dim
+        )
 
     def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> RandomProjection:
         return self.draw(x, len(x), seed)

@@ -10,25 +10,29 @@ from torch import Tensor
 
 # Rows looked at in float64 at a time.
 CHUNK = 4096
+# What an exponent counts for: an odd number without a pattern.
+EXPONENT = 0x1E3779B97F4A7C15
 
 
 def keys(x: Tensor) -> Tensor:
     """A number for each row of `x (N, d)`: `(N,)` int64, on the CPU; equal rows have the same.
 
-    A row's features, as fractions of its largest, times fixed random whole numbers, summed modulo
-    2^64. Whole numbers add up to the same in any order and on any device; rows that differ by
-    rounding alone get neighbouring keys.
+    A row's features, as fractions of its largest, and that one's mantissa and exponent, times fixed
+    random whole numbers, summed modulo 2^64. Whole numbers add up to the same in any order and on
+    any device; rows that differ by rounding alone mostly get neighbouring keys.
     """
     generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**15), 2**15, x.shape[1:], generator=generator)
+    factors = torch.randint(-(2**15), 2**15, (x.shape[1] + 1,), generator=generator)
     x = x.detach()
     x, found = (x.cpu() if x.device.type == "mps" else x), []
     factors = factors.to(x.device)
     for rows in x.split(CHUNK):
         rows = rows.double()
         largest = rows.abs().amax(1, keepdim=True)
-        fractions = rows / largest.where(largest > 0, 1.0)
-        found.append(((fractions * 2.0**45).round().long() * factors).sum(1).cpu())
+        mantissa, exponent = torch.frexp(largest)
+        fractions = torch.cat([rows / largest.where(largest > 0, 1.0), mantissa], 1)
+        whole = ((fractions * 2.0**45).round().long() * factors).sum(1)
+        found.append((whole + EXPONENT * exponent.flatten().long()).cpu())
     return torch.cat(found)
 
 

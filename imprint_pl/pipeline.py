@@ -23,14 +23,18 @@ from imprint_pl.factor import double
 from imprint_pl.gen import Proxies
 from imprint_pl.gen.ridge import CHOICES
 from imprint_pl.head import ImprintedHead
-from imprint_pl.holdout import held_out_rows
+from imprint_pl.holdout import HELD, held_out_rows
 from imprint_pl.limits import check_classes, check_size, check_values
 from imprint_pl.moments import Moments
 from imprint_pl.norm import Norm, sums_of, transform
+from imprint_pl.norm_learned import RandomProjection
+from imprint_pl.parts import steps_of
 from imprint_pl.recipes import Parts
 
 # Settings of a head that are results, not keywords of its recipe.
 RESULTS = ("seed", "chosen_lam", "chosen_by", "calibrated")
+# Samples to hold out of sums at a time, and in all.
+OF_SUMS = ENOUGH, 2 * ENOUGH
 # What λ is multiplied by where the others of held-out samples do not suffice for it.
 LARGER = (10.0, 100.0, 1e3, 1e4)
 
@@ -70,9 +74,10 @@ def make_head(
     head = head.to(x.device).fill(proxies, num_classes, class_names)
     head.settings = _settings(parts, parts.gen, seed)
     if calibrate:
-        held = held_out_rows(x, y, len(y), seed)
+        most, enough = (HELD, ENOUGH) if summed is None else OF_SUMS
+        held = held_out_rows(x, y, len(y), seed, most)
         parts = replace(parts, gen=with_chosen_lam(parts.gen))
-        rest = (num_classes, held, seed, classifier, summed, ENOUGH)
+        rest = (num_classes, held, seed, classifier, summed, enough)
         set_temperature(head, held_out_scores(x, y, parts, *rest))
     return head
 
@@ -189,7 +194,11 @@ def held_out_scores(
         z = transform(norm_pre, x[rows])
         own = z if summed.coordinates is None else summed.coordinates[rows]
         kept, proxies = others_of(
-            moments, own, labels[rows].to(own.device), gen, lambda gen, sums: summed.proxies(gen, sums)
+            moments,
+            own,
+            labels[rows].to(own.device),
+            gen,
+            lambda gen, sums: summed.proxies(gen, sums),
         )
         proxies = _finished(proxies, parts, present[kept.to(present.device)], classifier)
         shown = scored(rows, num_classes)
@@ -297,8 +306,10 @@ def calibrate_from_sums(
         without = ImprintedHead(head.norm_inf, copy.deepcopy(parts.agg)).to(proxies.weights.device)
         return without.fill(proxies, moments.num_classes).scores(own), labels
 
+    most, enough = OF_SUMS
     with torch.no_grad():
-        set_temperature(head, score_folds(held_out_rows(x, y, samples, seed), score, ENOUGH))
+        held_out = score_folds(held_out_rows(x, y, samples, seed, most), score, enough)
+        set_temperature(head, held_out)
 
 
 def with_chosen_lam(gen: Any) -> Any:
@@ -309,6 +320,16 @@ def with_chosen_lam(gen: Any) -> Any:
     gen = copy.copy(gen)
     gen.lam = gen.chosen_lam
     return gen
+
+
+def keywords_of(head: ImprintedHead) -> dict[str, Any]:
+    """The keywords of the recipe of a head, for `resolve`. Of a head of an earlier version, which
+    had a random projection of fewer features than were asked for, with as many as it has."""
+    keywords = {name: v for name, v in head.settings.items() if name not in RESULTS}
+    for step in steps_of(head.norm_inf):
+        if isinstance(step, RandomProjection) and step.input_dim and "projection_dim" in keywords:
+            keywords["projection_dim"] = step.projection.shape[1]
+    return keywords
 
 
 def _settings(parts: Parts, gen: Any, seed: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from imprint_pl.norm import sums_of
 from imprint_pl.norm_learned import RandomProjection
 from imprint_pl.order import in_order
 from imprint_pl.parts import steps_of
-from imprint_pl.pipeline import RESULTS, head_of_sums
+from imprint_pl.pipeline import head_of_sums, keywords_of
 from imprint_pl.recipes import Parts, resolve
 from imprint_pl.select import weibull_typical
 
@@ -96,7 +96,7 @@ class State:
         """
         if keep not in KEEP:
             raise ImprintError(f"keep={keep!r}{near(keep, KEEP)}: give one of {', '.join(KEEP)}")
-        settings = {n: v for n, v in head.settings.items() if n not in RESULTS}
+        settings = keywords_of(head)
         quantile = settings.get("norm_post") == "quantile"
         state = cls(
             settings=json.loads(json.dumps(settings, default=as_plain)),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 
 from imprint_pl.batch import dealt_positions
 from imprint_pl.collapse import nc1_of
-from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
 from imprint_pl.holdout import HELD
 from imprint_pl.moments import Moments
-from imprint_pl.parts import steps_of
 from imprint_pl.order import in_order, keys
+from imprint_pl.parts import steps_of
 from imprint_pl.pipeline import calibrate_from_sums, checked, head_of_sums
 from imprint_pl.recipes import Auto, Parts
 from imprint_pl.reservoir import Reservoir

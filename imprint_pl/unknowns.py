@@ -16,7 +16,12 @@ from imprint_pl.calibration import folds
 from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
 from imprint_pl.order import in_order
-from imprint_pl.pipeline import RESULTS, checked, held_out_scores, holds_out_of_sums
+from imprint_pl.pipeline import (
+    checked,
+    held_out_scores,
+    holds_out_of_sums,
+    keywords_of,
+)
 from imprint_pl.recipes import resolve
 
 # Heads that hold out a part each: many where that is cheap. Scores of `lda` shrink with the number
@@ -64,10 +69,8 @@ def _held_out(
             "1, such as 0.95"
         )
     x, y, _ = checked(x, y, head.num_classes, None, allow_empty=True)
-    settings = dict(head.settings)
-    seed = settings.get("seed", 0)
-    chosen = settings.get("chosen_lam")
-    settings = {name: value for name, value in settings.items() if name not in RESULTS}
+    seed, chosen = head.settings.get("seed", 0), head.settings.get("chosen_lam")
+    settings = keywords_of(head)
     if chosen is not None and settings.get("lam") in ("gcv", "holdout"):
         settings["lam"] = chosen
     parts = resolve(**settings)

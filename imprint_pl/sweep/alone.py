@@ -41,7 +41,7 @@ def alone(
     places = [torch.arange(p.start, p.stop) if isinstance(p, slice) else p for p in places]
     y = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(p) for p in places]))
     places = torch.cat(places)
-    order = samples.order[places].argsort()
+    order = samples.rank[places].argsort()
     x, y = samples.x[places[order]], y[order]
     seed, results = same[0].seed or 0, []
     classifier = samples.classifier
