@@ -81,22 +81,25 @@ def scored(rows: Tensor, num_classes: int) -> Tensor:
 
 def score_folds(
     held: Iterable[Any],
-    score: Callable[[Any], tuple[Tensor, Tensor]],
+    score: Callable[[Any], tuple[Tensor, Tensor, Tensor]],
     enough: float = math.inf,
 ) -> HeldOut:
     """Scores the folds one after the other until `enough` samples have a score.
 
-    A fold without which there is no head (`score` raises an `ImprintError`) is left out.
+    Args:
+        held: folds.
+        score: fold → scores `(n, C)`, labels `(n,)`, and the classes of the head's proxies. A fold
+            without which there is no head (it raises an `ImprintError`) is left out.
     """
     scores, labels, number, error = [], [], 0, None
     for fold in held:
         try:
-            of_fold, y = score(fold)
+            of_fold, y, classes = score(fold)
         except ImprintError as failed:
             error = failed
             continue
         # Of a class that was held out whole there is no proxy, nor anything to learn.
-        known = of_fold.gather(1, y[:, None]).flatten() > -math.inf
+        known = torch.isin(y, classes)
         scores.append(of_fold[known])
         labels.append(y[known])
         number += len(labels[-1])

@@ -30,5 +30,5 @@ def held_out_rows(x: Tensor, y: Tensor, samples: int, seed: int, most: int = HEL
     if samples <= HELD:
         return [mask.nonzero().flatten() for mask in folds(y, seed, spare=True)]
     first = turns(keys(x), seed).argsort()[:HELD].to(x.device)
-    size = min(most, samples // 10)
+    size = min(most, HELD, samples // 10)
     return [first[i : i + size] for i in range(0, HELD - size + 1, size)]

@@ -66,9 +66,9 @@ class Sums:
     """Moments of NORM_pre(x) over all batches, and a bounded sample of rows; on the CPU.
 
     NORM_pre is fitted on the first batch. The sample is drawn by what the rows hold, the same
-    however they are ordered and batched. The sums less those of a part of the sample make a head that has not seen that
-    part, but for what NORM_pre learned from it; its scores there give the temperature. Arguments
-    as of `Rows`.
+    however they are ordered and batched. The sums less those of a part of the sample make a head
+    that has not seen that part, but for what NORM_pre learned from it; its scores there give the
+    temperature. Arguments as of `Rows`.
     """
 
     def __init__(

@@ -169,7 +169,7 @@ def held_out_scores(
     worth_it = summed is not None or len(held) * len(y) - out > len(y) + out
     if not (holds_out_of_sums(parts) and worth_it):
 
-        def head_without(rows: Tensor) -> tuple[Tensor, Tensor]:
+        def head_without(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             others = torch.ones(len(y), dtype=torch.bool, device=y.device)
             others[rows] = False
 
@@ -177,8 +177,8 @@ def held_out_scores(
                 changed = replace(parts, gen=gen)
                 return make_head(x[others], y[others], changed, num_classes, None, seed, classifier)
 
-            rows = scored(rows, num_classes)
-            return with_larger_lam(make, parts.gen).scores(x[rows]), y[rows]
+            rows, head = scored(rows, num_classes), with_larger_lam(make, parts.gen)
+            return head.scores(x[rows]), y[rows], head.proxy_classes
 
         return score_folds(held, head_without, enough)
     if summed is None:
@@ -189,7 +189,7 @@ def held_out_scores(
         parts.gen(summed.moments)
     gen = with_chosen_lam(parts.gen)
 
-    def sums_without(rows: Tensor) -> tuple[Tensor, Tensor]:
+    def sums_without(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         norm_pre, norm_inf, moments = summed.norm_pre, summed.norm_inf, summed.moments
         z = transform(norm_pre, x[rows])
         own = z if summed.coordinates is None else summed.coordinates[rows]
@@ -207,7 +207,7 @@ def held_out_scores(
         elif len(shown) < len(rows):
             z = transform(norm_pre, x[shown])
         scores = parts.agg(z, proxies.weights, proxies.bias, proxies.classes, num_classes)
-        return scores, y[shown]
+        return scores, y[shown], proxies.classes
 
     return score_folds(held, sums_without, enough)
 
@@ -297,14 +297,15 @@ def calibrate_from_sums(
     x, y = sample
     gen = with_chosen_lam(parts.gen)
 
-    def score(rows: Tensor) -> tuple[Tensor, Tensor]:
+    def score(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         own, labels = (t[rows].to(moments.sums.device) for t in (x, y))
         kept, proxies = others_of(
             moments, transform(norm_pre, own), labels, gen, lambda gen, sums: gen(sums)
         )
         proxies = _finished(proxies, parts, kept, classifier)
         without = ImprintedHead(head.norm_inf, copy.deepcopy(parts.agg)).to(proxies.weights.device)
-        return without.fill(proxies, moments.num_classes).scores(own), labels
+        scores = without.fill(proxies, moments.num_classes).scores(own)
+        return scores, labels, proxies.classes
 
     most, enough = OF_SUMS
     with torch.no_grad():

@@ -28,7 +28,8 @@ class PredictionWriter(Callback):
     """Writes a row an image: file or index, label, class, score (the logit), probability.
 
     The label is −1, the class "none of these" and the probability empty (null in JSON) where the
-    head has a threshold that no score reaches; the score is the best all the same. One process writes each batch at once; of several, the first writes all at the end.
+    head has a threshold that no score reaches; the score is the best all the same. One process
+    writes each batch at once; of several, the first writes all at the end.
 
     Args:
         path: ends in .csv, .json (one list) or .jsonl (an object a line); `predictions.csv` in the
