@@ -74,7 +74,7 @@ def make_head(
     head = head.to(x.device).fill(proxies, num_classes, class_names)
     head.settings = _settings(parts, parts.gen, seed)
     if calibrate:
-        most, enough = (HELD, ENOUGH) if summed is None else OF_SUMS
+        most, enough = OF_SUMS if holds_out_of_sums(parts) else (HELD, ENOUGH)
         held = held_out_rows(x, y, len(y), seed, most)
         parts = replace(parts, gen=with_chosen_lam(parts.gen))
         rest = (num_classes, held, seed, classifier, summed, enough)
@@ -93,6 +93,7 @@ class Summed:
         norm_pre, norm_inf: fitted.
         moments: the sums, of the classes that have samples.
         coordinates, basis: `(N, N)` and `(N, p)`, whose product is NORM_pre(x); or `None`.
+        device: of the embeddings, for proxies that a basis gives.
     """
 
     norm_pre: nn.Module
@@ -100,6 +101,7 @@ class Summed:
     moments: Moments
     coordinates: Tensor | None = None
     basis: Tensor | None = None
+    device: torch.device | None = None
 
     @classmethod
     def of(
@@ -122,16 +124,15 @@ class Summed:
             norm_pre.fit(x, y, num_classes, seed)
         basis, coordinates = torch.linalg.qr(double(transform(norm_pre, x)).T)
         moments = Moments.of(coordinates.T, y.to(coordinates.device), num_classes, gram=gram)
-        return cls(norm_pre, norm_inf, moments, coordinates.T, basis.T)
+        return cls(norm_pre, norm_inf, moments, coordinates.T, basis.T, x.device)
 
     def proxies(self, gen: Any, moments: Moments | None = None) -> Proxies:
         """The proxies of these sums, or of others in the same space."""
         proxies = gen(moments or self.moments)
         if self.basis is None:
             return proxies
-        device = next(iter(self.norm_pre.buffers()), proxies.weights).device
-        weights = double(proxies.weights) @ self.basis
-        return Proxies(*(t.to(device) for t in (weights.float(), *proxies[1:])))
+        weights = (double(proxies.weights) @ self.basis).float()
+        return Proxies(*(t.to(self.device) for t in (weights, *proxies[1:])))
 
 
 def _spans(gen: Any) -> bool:
