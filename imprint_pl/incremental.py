@@ -17,7 +17,7 @@ from imprint_pl.imprinting import imprint_parts
 from imprint_pl.moments import CHUNK, Moments
 from imprint_pl.norm import transform
 from imprint_pl.order import in_order, keys
-from imprint_pl.pipeline import calibrate_from_sums, head_of_sums
+from imprint_pl.pipeline import calibrate_from_sums, few_for, head_of_sums, make_head
 from imprint_pl.recipes import Parts
 from imprint_pl.reservoir import turns
 
@@ -102,15 +102,22 @@ class Sums:
 
     def head(self, class_names: list[str], device: torch.device) -> ImprintedHead:
         """As `Rows.head`."""
-        moments = _moved(self.moments, device)
         rows = in_order(self.x, self.labels)
         x, labels = self.x[rows].to(device), self.labels[rows].to(device)
+        samples = int(self.moments.counts.sum())
+        if samples == len(x) and few_for(self.parts.gen, self.norm_pre, x):
+            # All rows are there, and are solved faster than a Gram matrix of so many features.
+            norms = self.norm_pre, self.norm_inf
+            rest = (len(class_names), class_names, self.seed, None, False, True, norms)
+            head = make_head(x, labels, self.parts, *rest)
+            head.tried = self.tried
+            return head
+        moments = _moved(self.moments, device)
         # NORM_inf never changes again, so that heads may share it.
         head = ImprintedHead(self.norm_inf, copy.deepcopy(self.parts.agg))
         head = head_of_sums(moments, self.parts, head, class_names, self.seed)
         head.tried = self.tried
-        sample, samples = (x, labels), int(moments.counts.sum())
-        rest = (self.norm_pre.to(device), sample, samples, self.seed)
+        rest = (self.norm_pre.to(device), (x, labels), samples, self.seed)
         calibrate_from_sums(head, moments, self.parts, *rest)
         return head
 

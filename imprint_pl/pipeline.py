@@ -49,8 +49,11 @@ def make_head(
     classifier: Tensor | None = None,
     progress: bool = False,
     calibrate: bool = False,
+    norms: tuple[nn.Module, nn.Module] | None = None,
 ) -> ImprintedHead:
     """Embeddings `x (N, d)`, labels `y (N,)` that `checked` has seen → a head.
+
+    `norms` are NORM_pre and NORM_inf, where they have been fitted before and stay.
 
     Random choices go by the places of the rows: `in_order` makes them depend on the set of rows
     alone. A class without samples gets no proxy. The temperature is 1, or with `calibrate` the one
@@ -60,12 +63,15 @@ def make_head(
     # GEN notes the λ that it chose: a copy, since another thread may use these parts.
     parts = replace(parts, gen=copy.copy(parts.gen))
     norm_pre, head = parts.fresh()
+    if norms is not None:
+        norm_pre, head = norms[0], ImprintedHead(norms[1], copy.deepcopy(parts.agg))
     summed = None
     if parts.gen.from_moments:
-        summed = Summed.of(norm_pre, head.norm_inf, x, labels, len(present), parts.gen, seed)
+        rest = (x, labels, len(present), parts.gen, seed, norms is None)
+        summed = Summed.of(norm_pre, head.norm_inf, *rest)
         proxies = summed.proxies(parts.gen)
     else:
-        if getattr(norm_pre, "learns", False):
+        if getattr(norm_pre, "learns", False) and norms is None:
             norm_pre.to(x.device).fit(x, labels, len(present), seed)
         z = transform(norm_pre, x)
         proxies = parts.gen(z, labels, len(present), seed, progress)
@@ -113,14 +119,17 @@ class Summed:
         num_classes: int,
         gen: Any,
         seed: int,
+        fit: bool = True,
     ) -> Summed:
-        """Fits NORM_pre (and what NORM_inf shares with it) on `x (N, d)`, `y (N,)` in 0..C−1."""
+        """Fits NORM_pre (and what NORM_inf shares with it) on `x (N, d)`, `y (N,)` in 0..C−1, or
+        takes it as it is."""
         norm_pre, gram = norm_pre.to(x.device), "pooled" if gen.needs_gram else "none"
-        if not isinstance(norm_pre, Norm):
+        fit = fit and isinstance(norm_pre, Norm)
+        if not few_for(gen, norm_pre, x):
+            if fit:
+                return cls(norm_pre, norm_inf, norm_pre.fit_sums(x, y, num_classes, seed, gram))
             return cls(norm_pre, norm_inf, sums_of(norm_pre, x, y, num_classes, gram))
-        if not (_spans(gen) and len(x) < norm_pre.features(x.shape[1], len(x))):
-            return cls(norm_pre, norm_inf, norm_pre.fit_sums(x, y, num_classes, seed, gram))
-        if norm_pre.learns:
+        if fit and norm_pre.learns:
             norm_pre.fit(x, y, num_classes, seed)
         basis, coordinates = torch.linalg.qr(double(transform(norm_pre, x)).T)
         moments = Moments.of(coordinates.T, y.to(coordinates.device), num_classes, gram=gram)
@@ -135,9 +144,11 @@ class Summed:
         return Proxies(*(t.to(self.device) for t in (weights, *proxies[1:])))
 
 
-def _spans(gen: Any) -> bool:
-    """Whether the proxies of a GEN lie in the space that the samples span, and turn with it."""
-    return getattr(gen, "spans", False) and getattr(gen, "lam", None) != 0
+def few_for(gen: Any, norm_pre: nn.Module, x: Tensor) -> bool:
+    """Whether GEN makes of `x (N, d)`, fewer than features, the same in the space that they span:
+    its proxies lie there, and turn with it."""
+    spans = getattr(gen, "spans", False) and gen.lam != 0 and isinstance(norm_pre, Norm)
+    return spans and len(x) < norm_pre.features(x.shape[1], len(x))
 
 
 def held_out_scores(
