@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from imprint_pl.calibration import ENOUGH, folds, scored
-from imprint_pl.errors import ImprintError
+from imprint_pl.calibration import ENOUGH, folds
 from imprint_pl.head import ImprintedHead
 from imprint_pl.pipeline import held_out_scores, make_head
 from imprint_pl.recipes import resolve
@@ -99,10 +98,10 @@ def imprint_auto(
 
 
 def _comparison(y: Tensor, seed: int) -> tuple[Tensor, list[Tensor]]:
-    """The samples `(n,)` to compare on, and masks `(n,)` over them of those to be held out."""
+    """The samples `(n,)` to compare on, and the places among them of those to be held out."""
     everything = torch.arange(len(y), device=y.device)
     if len(y) < 1.5 * TRAINED:
-        return everything, folds(y, seed, enough=len(y))
+        return everything, _places(folds(y, seed, enough=len(y)))
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
     # Two samples of each class come first: every candidate then knows every class.
     by_class = order[y[order].argsort(stable=True)]
@@ -114,11 +113,13 @@ def _comparison(y: Tensor, seed: int) -> tuple[Tensor, list[Tensor]]:
     trained = max(TRAINED, int(first.sum()))
     if len(y) - trained < ENOUGH:
         # So many classes that their first samples leave none to label.
-        return everything, folds(y, seed, enough=LABELLED)
+        return everything, _places(folds(y, seed, enough=LABELLED))
     sample = order[: trained + LABELLED]
-    held = torch.zeros(len(sample), dtype=torch.bool, device=y.device)
-    held[trained:] = True
-    return sample, [held]
+    return sample, [torch.arange(trained, len(sample), device=y.device)]
+
+
+def _places(masks: list[Tensor]) -> list[Tensor]:
+    return [mask.nonzero().flatten() for mask in masks]
 
 
 def _labelled(
@@ -134,13 +135,11 @@ def _labelled(
     keywords = dict(candidate)
     if keywords["recipe"] == "kernel":
         keywords["projection_dim"] = LANDMARKS
-    try:
-        scores = held_out_scores(x, y, resolve(**keywords), num_classes, held, seed, classifier)
-    except ImprintError:
-        # Such as a within-class covariance of one sample a class.
-        return None
-    labels = [y[scored(mask, num_classes)] for mask in held]
-    return torch.cat([s.argmax(1) == own for s, own in zip(scores, labels, strict=True)])
+    parts = resolve(**keywords)
+    held_out = held_out_scores(x, y, parts, num_classes, held, seed, classifier)
+    # A fold that fails, such as a within-class covariance of one sample a class: the others would
+    # be compared on other samples than its own.
+    return None if held_out.error else held_out.scores.argmax(1) == held_out.y
 
 
 def _compared(correct: Tensor | None, before: list[Tensor | None]) -> dict[str, float | None]:

@@ -7,10 +7,14 @@ Knows scores and labels, and how to hold samples out; not recipes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from imprint_pl.errors import ImprintError, warn
 
 # Held-out samples that a temperature, or a choice between recipes, should rest on.
 ENOUGH = 500
@@ -18,13 +22,16 @@ ENOUGH = 500
 SCORES = 2**24
 
 
-def folds(y: Tensor, seed: int, enough: int = ENOUGH, most: int = 5) -> list[Tensor]:
+def folds(
+    y: Tensor, seed: int, enough: int = ENOUGH, most: int = 5, spare: bool = False
+) -> list[Tensor]:
     """Stratified folds of the labels `y (N,)`, as masks `(N,)` of the held-out samples.
 
     A tenth of each class, drawn by the seed, where that makes `enough` samples; otherwise up to
     `most` folds, until they hold enough: a fifth of each class each, say, or one sample of a class
     of fewer than five. A class's only sample is never held out: no proxy could answer for it.
-    Without a class of two samples there is no fold.
+    Without a class of two samples there is no fold. With `spare` the folds that are not needed come
+    after them, in case one of them fails.
     """
     counts = torch.bincount(y.cpu())
     repeated = counts[counts > 1]
@@ -47,16 +54,86 @@ def folds(y: Tensor, seed: int, enough: int = ENOUGH, most: int = 5) -> list[Ten
         if mask.any():
             masks.append(mask.to(y.device))
             held += int(mask.sum())
-        if held >= enough:
+        if held >= enough and not spare:
             break
     return masks
 
 
-def scored(mask: Tensor, num_classes: int) -> Tensor:
-    """Which of the held-out samples, mask `(N,)`, are scored: their positions; all of them, or with
-    many classes, whose scores would fill the memory, every second, third, …"""
-    rows = mask.nonzero().flatten()
+class HeldOut(NamedTuple):
+    """What heads made without some samples say of them.
+
+    Attributes:
+        scores: `(n, C)`, of the samples whose class the head knows.
+        y: `(n,)`, their labels.
+        error: why the last fold that failed has no head; `None` where none failed.
+    """
+
+    scores: Tensor
+    y: Tensor
+    error: ImprintError | None
+
+
+def scored(rows: Tensor, num_classes: int) -> Tensor:
+    """Which of the held-out samples, places `(n,)`, are scored: all of them, or with many classes,
+    whose scores would fill the memory, every second, third, …"""
     return rows[:: max(1, math.ceil(len(rows) * num_classes / SCORES))]
+
+
+def score_folds(
+    held: Iterable[Any],
+    score: Callable[[Any], tuple[Tensor, Tensor, Tensor]],
+    enough: float = math.inf,
+) -> HeldOut:
+    """Scores the folds one after the other until `enough` samples have a score.
+
+    Args:
+        held: folds.
+        score: fold → scores `(n, C)`, labels `(n,)`, and the classes of the head's proxies. A fold
+            without which there is no head (it raises an `ImprintError`) is left out.
+    """
+    scores, labels, number, error = [], [], 0, None
+    for fold in held:
+        try:
+            of_fold, y, classes = score(fold)
+        except ImprintError as failed:
+            error = failed
+            continue
+        # Of a class that was held out whole there is no proxy, nor anything to learn.
+        known = torch.isin(y, classes)
+        scores.append(of_fold[known])
+        labels.append(y[known])
+        number += len(labels[-1])
+        if number >= enough:
+            break
+    if not scores:
+        return HeldOut(torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64), error)
+    return HeldOut(torch.cat(scores), torch.cat(labels), error)
+
+
+def set_temperature(head: Any, held_out: HeldOut) -> None:
+    """Fits the temperature of a head, or warns that its probabilities are not calibrated.
+
+    Without a held-out sample that has a score the temperature stays as it is, and
+    `head.settings["calibrated"]` is false.
+    """
+    if len(held_out.y):
+        head.temperature = fit_temperature(held_out.scores, held_out.y)
+    elif len(head.proxy_classes.unique()) > 1:
+        say_uncalibrated(
+            head,
+            "no class has two samples, so that none can be held out"
+            if held_out.error is None
+            else f"without the held-out samples there is no head ({held_out.error})",
+        )
+
+
+def say_uncalibrated(head: Any, reason: str) -> None:
+    """Warns that the probabilities of a head are not calibrated, and notes it in its settings."""
+    head.settings["calibrated"] = False
+    warn(
+        f"the probabilities are not calibrated: no temperature was fitted, since {reason}; labels "
+        "are not concerned"
+    )
 
 
 def fit_temperature(scores: Tensor, y: Tensor) -> float:
@@ -103,7 +180,7 @@ def fit_temperature(scores: Tensor, y: Tensor) -> float:
         weights = np.where(live, np.exp(gaps * inverse), 0.0)
         return ((weights * gaps).sum(1) / weights.sum(1)).sum() - expected
 
-    low, high = math.log(1e-6 / spread), math.log(1e6 / spread)
+    low, high = math.log(1e-4 / spread), math.log(1e6 / spread)
     if slope(math.exp(low)) >= 0:
         # Held-out samples are no better than chance: probabilities are nearly even.
         return math.exp(-low)

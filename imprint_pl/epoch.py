@@ -220,10 +220,6 @@ class ImprintEpoch:
                 weibull=self.weibull,
                 classifier=classifier,
             )
-            if self.keep == "embeddings":
-                # Of the kept rows: a class that is added and removed leaves the very same head.
-                tried, head = head.tried, self.state.head()
-                head.tried = tried
         # As the paper has it: on unit vectors, whatever the recipe.
         value = nc1(nn.functional.normalize(x), y) if len(y.unique()) > 1 else float("nan")
         return head, value, len(y)

@@ -2,7 +2,9 @@
 
 import difflib
 import os
+import sys
 import unicodedata
+import warnings
 from collections.abc import Iterable
 
 
@@ -37,3 +39,11 @@ def shown(path: str | os.PathLike) -> str:
         sign.encode("unicode_escape").decode() if unicodedata.category(sign) == "Cc" else sign
         for sign in text
     )
+
+
+def warn(text: str) -> None:
+    """Warns, and names as its place the line that called this package, however deep it arose."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == "imprint_pl":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)

@@ -52,7 +52,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             `imprint_pl.recipes.RECIPES`.
         norm_pre, gen, k, norm_post, norm_inf, agg, m, distance, votes, temperature, lam, intercept,
         shrinkage, prior, projection_dim, width, engine, as_published: as for `imprint`.
-        keep: what `fit` keeps, so that classes can come and go later: "embeddings" (float16;
+        keep: what `fit` keeps, so that classes can come and go later: "embeddings" (float32;
             suffices for every step) or "moments" (sums: see `imprint_pl.state`).
         seed: an integer that fixes every random choice; what `random_state` is elsewhere, but never
             the global generator.
@@ -136,8 +136,6 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         self._kept, self.classes_, self._state = None, classes, None
         if self.keep is not None:
             self._state = State.of(x, torch.from_numpy(codes), self._head, self.keep)
-            if self.keep == "embeddings":
-                self._head = self._state.head()
         return self
 
     def add_class(self, label, X) -> ImprintEstimator:

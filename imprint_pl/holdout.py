@@ -1,35 +1,34 @@
-"""A held-out sample of bounded size, drawn while the samples go by, for the temperature of a head
-that was made from sums (`sums.py`).
+"""Which training samples are held out to fit a temperature: the same whether all are there
+(`pipeline.py`) or a bounded sample, drawn while they went by (`sums.py`, `incremental.py`).
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from imprint_pl.calibration import ENOUGH, folds
+from imprint_pl.calibration import folds
+from imprint_pl.order import keys
 from imprint_pl.reservoir import turns
 
 HELD = 2000
 
 
-def held_out_folds(
-    sample: tuple[Tensor, Tensor, Tensor], samples: int, seed: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Embeddings and labels to hold out, fold by fold.
+def held_out_rows(x: Tensor, y: Tensor, samples: int, seed: int, most: int = HELD) -> list[Tensor]:
+    """Places of the rows to hold out, fold by fold; the first folds are the first to take.
 
-    Where all samples are kept, the folds of `calibration.folds`; else a tenth of all samples, at
-    most `HELD`, and more folds where that is fewer than `ENOUGH`.
+    Of at most `HELD` samples, the folds of `calibration.folds`; of more, a tenth of all samples
+    each, at most `most`, drawn by what the rows hold.
 
     Args:
-        sample: what `Reservoir(HELD, seed).gather` gives.
+        x, y: embeddings and labels in the order of `in_order`: all samples, or a sample of them
+            that has the `HELD` with the first turns.
         samples: number of all samples.
-        seed: the reservoir's.
+        seed: fixes the draw.
+        most: up to `HELD`. Where another fold is cheap, smaller ones leave heads that are nearer to
+            the head of all.
     """
-    x, y, positions = sample
     if samples <= HELD:
-        return [(x[mask], y[mask]) for mask in folds(y, seed)]
-    order = turns(positions, seed).argsort()
-    x, y = x[order], y[order]
-    size = min(HELD, samples // 10)
-    starts = range(0, min(ENOUGH, HELD - size + 1), size)
-    return [(x[i : i + size], y[i : i + size]) for i in starts]
+        return [mask.nonzero().flatten() for mask in folds(y, seed, spare=True)]
+    first = turns(keys(x), seed).argsort()[:HELD].to(x.device)
+    size = min(most, HELD, samples // 10)
+    return [first[i : i + size] for i in range(0, HELD - size + 1, size)]

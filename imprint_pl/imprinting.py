@@ -16,6 +16,7 @@ from imprint_pl.auto import imprint_auto
 from imprint_pl.head import ImprintedHead
 from imprint_pl.labels import checked_names
 from imprint_pl.limits import checked_seed
+from imprint_pl.order import in_order
 from imprint_pl.pipeline import checked, checked_classifier, make_head
 from imprint_pl.recipes import AUTO, Auto, Parts, resolve
 from imprint_pl.select import checked_bounds, draw_shots, weibull_typical
@@ -111,6 +112,9 @@ def imprint_parts(
     epoch that was cut short on purpose.
     """
     x, y, num_classes = checked(x, y, num_classes, class_names, allow_empty)
+    # Draws and folds then depend on the set of samples alone, not on the order in which they came.
+    rows = in_order(x, y)
+    x, y = x[rows], y[rows]
     classifier = None if classifier is None else checked_classifier(classifier)
     rest = (num_classes, class_names, seed, classifier, progress, calibrate)
     if isinstance(parts, Auto):

@@ -8,20 +8,18 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from imprint_pl.calibration import fit_temperature, folds
-from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
+from imprint_pl.holdout import HELD
 from imprint_pl.imprinting import imprint_parts
 from imprint_pl.moments import CHUNK, Moments
-from imprint_pl.pipeline import head_of_sums, with_chosen_lam
+from imprint_pl.norm import transform
+from imprint_pl.order import in_order, keys
+from imprint_pl.pipeline import calibrate_from_sums, few_for, head_of_sums, make_head
 from imprint_pl.recipes import Parts
-
-# Rows kept beside the sums, to fit the temperature on.
-SAMPLE = 2000
+from imprint_pl.reservoir import turns
 
 
 class Rows:
@@ -67,10 +65,10 @@ class Rows:
 class Sums:
     """Moments of NORM_pre(x) over all batches, and a bounded sample of rows; on the CPU.
 
-    NORM_pre is fitted on the first batch. The sample is drawn uniformly, the same however the rows
-    are batched. The sums less those of a part of the sample make a head that has not seen that
-    part, but for what NORM_pre learned from it; its scores there give the temperature. Arguments
-    as of `Rows`.
+    NORM_pre is fitted on the first batch. The sample is drawn by what the rows hold, the same
+    however they are ordered and batched. The sums less those of a part of the sample make a head
+    that has not seen that part, but for what NORM_pre learned from it; its scores there give the
+    temperature. Arguments as of `Rows`.
     """
 
     def __init__(
@@ -80,12 +78,11 @@ class Sums:
         self.norm_pre, empty = parts.fresh()
         self.norm_inf = empty.norm_inf
         if getattr(self.norm_pre, "learns", False):
-            present, codes = torch.unique(labels.to(x.device), return_inverse=True)
-            self.norm_pre.to(x.device).fit(x, codes, len(present), seed)
+            rows = in_order(x, labels)
+            present, codes = torch.unique(labels.to(x.device)[rows], return_inverse=True)
+            self.norm_pre.to(x.device).fit(x[rows], codes, len(present), seed)
         self.moments: Moments | None = None
-        # Of all rows, those of the smallest random numbers stay in the sample.
-        self.generator = np.random.default_rng(seed)
-        self.numbers = np.empty(0)
+        # Of all rows, those with the first turns stay in the sample.
         self.x = torch.empty(0, x.shape[1])
         self.labels = torch.empty(0, dtype=torch.int64)
 
@@ -105,21 +102,23 @@ class Sums:
 
     def head(self, class_names: list[str], device: torch.device) -> ImprintedHead:
         """As `Rows.head`."""
+        rows = in_order(self.x, self.labels)
+        x, labels = self.x[rows].to(device), self.labels[rows].to(device)
+        samples = int(self.moments.counts.sum())
+        if samples == len(x) and few_for(self.parts.gen, self.norm_pre, x):
+            # All rows are there, and are solved faster than a Gram matrix of so many features.
+            norms = self.norm_pre, self.norm_inf
+            rest = (len(class_names), class_names, self.seed, None, False, True, norms)
+            head = make_head(x, labels, self.parts, *rest)
+            head.tried = self.tried
+            return head
         moments = _moved(self.moments, device)
-        x, labels = self.x.to(device), self.labels
-        head = self._head(moments, class_names, self.parts.gen)
-        gen = with_chosen_lam(self.parts.gen)
-        scores, of = [torch.empty(0, len(class_names), device=device)], [labels[:0]]
-        with torch.no_grad():
-            for held in self._held_out():
-                rest = moments - self._added(None, x[held], labels[held], len(class_names))
-                try:
-                    scores.append(self._head(rest, class_names, gen).scores(x[held]))
-                    of.append(labels[held])
-                except ImprintError:
-                    # Too few rows without these; the head of all exists.
-                    continue
-        head.temperature = fit_temperature(torch.cat(scores), torch.cat(of))
+        # NORM_inf never changes again, so that heads may share it.
+        head = ImprintedHead(self.norm_inf, copy.deepcopy(self.parts.agg))
+        head = head_of_sums(moments, self.parts, head, class_names, self.seed)
+        head.tried = self.tried
+        rest = (self.norm_pre.to(device), (x, labels), samples, self.seed)
+        calibrate_from_sums(head, moments, self.parts, *rest)
         return head
 
     def cpu(self) -> Sums:
@@ -127,21 +126,13 @@ class Sums:
         self.norm_pre.cpu()
         return self
 
-    def _head(self, moments: Moments, class_names: list[str], gen: Any) -> ImprintedHead:
-        """A head from sums, temperature 1; a class without samples gets no proxy."""
-        # NORM_inf never changes again, so that heads may share it.
-        head = ImprintedHead(self.norm_inf, copy.deepcopy(self.parts.agg))
-        head = head_of_sums(moments, self.parts, head, class_names, self.seed, gen=gen)
-        head.tried = self.tried
-        return head
-
     def _added(
         self, moments: Moments | None, x: Tensor, labels: Tensor, num_classes: int
     ) -> Moments:
         """The sums, or new ones, with a batch added."""
         norm_pre, gram = self.norm_pre.to(x.device), self.parts.gen.needs_gram
         for rows, of in zip(x.split(CHUNK), labels.to(x.device).split(CHUNK), strict=True):
-            z = norm_pre(rows)
+            z = transform(norm_pre, rows)
             if moments is None:
                 moments = Moments.zeros(
                     num_classes, z.shape[1], gram="pooled" if gram else "none", device=x.device
@@ -150,19 +141,11 @@ class Sums:
         return moments
 
     def _sample(self, x: Tensor, labels: Tensor) -> None:
-        numbers = np.concatenate([self.numbers, self.generator.random(len(x))])
-        kept = np.sort(np.argsort(numbers)[:SAMPLE])
-        self.numbers, kept = numbers[kept], torch.from_numpy(kept)
-        before = len(self.x)
-        old, new = kept[kept < before], kept[kept >= before] - before
-        self.x = torch.cat([self.x[old], x[new.to(x.device)].cpu()])
-        self.labels = torch.cat([self.labels[old], labels[new]])
-
-    def _held_out(self) -> list[Tensor]:
-        """Masks over the sample: all of it where it is a tenth of the rows, else folds."""
-        if 10 * len(self.x) <= self.moments.counts.sum():
-            return [torch.ones(len(self.x), dtype=torch.bool)]
-        return folds(self.labels, self.seed)
+        self.x = torch.cat([self.x, x.cpu()])
+        self.labels = torch.cat([self.labels, labels])
+        if len(self.x) > HELD:
+            first = turns(keys(self.x), self.seed).argsort(stable=True)[:HELD]
+            self.x, self.labels = self.x[first], self.labels[first]
 
 
 def _moved(moments: Moments, device: torch.device | str) -> Moments:

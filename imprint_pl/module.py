@@ -92,7 +92,7 @@ class ImprintedClassifier(Growing, LightningModule):
         weibull: imprint only the samples whose distance to their class mean lies between these two
             quantiles of a Weibull distribution, such as [0.1, 0.9].
         keep: what to keep of the training set, so that classes can come and go later (`state`):
-            "embeddings" (float16; suffices for every step) or "moments" (sums).
+            "embeddings" (float32; suffices for every step) or "moments" (sums).
         keep_sources: with embeddings, also keep what names the images: their files, or "train 17".
         max_per_class: keep the embeddings of at most so many samples of each class, drawn at random
             as they go by; GEN and NC1 see these. It bounds the memory of recipes that need the

@@ -46,6 +46,14 @@ class Norm(nn.Module):
             self.fit(x, y, num_classes, seed)
         return sums_of(self, x, y, num_classes, gram)
 
+    def features(self, dim: int, samples: int) -> int:
+        """How many numbers it makes of embeddings of `dim`, once fitted on `samples` of them."""
+        return dim
+
+    def of_many(self, x: Tensor) -> Tensor:
+        """As `forward`, of training embeddings: rounded alike, however many rows come at a time."""
+        return self(x)
+
     def clear(self) -> None:
         """Forgets what it has learned."""
 
@@ -200,6 +208,11 @@ class Chain(Norm):
         first.fit(x, y, num_classes, seed)
         return last.fit_sums(transform(first, x), y, num_classes, seed, gram)
 
+    def features(self, dim: int, samples: int) -> int:
+        for step in self.steps:
+            dim = step.features(dim, samples)
+        return dim
+
     def clear(self) -> None:
         for step in self.steps:
             step.clear()
@@ -207,6 +220,11 @@ class Chain(Norm):
     def forward(self, x: Tensor) -> Tensor:
         for step in self.steps:
             x = step(x)
+        return x
+
+    def of_many(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step.of_many(x)
         return x
 
     def of_proxies(
@@ -219,6 +237,7 @@ class Chain(Norm):
 
 def transform(norm: nn.Module, x: Tensor) -> Tensor:
     """`norm(x)` of many rows `(N, d)`, a chunk at a time: nothing else of the result's size."""
+    norm = getattr(norm, "of_many", norm)
     if len(x) <= CHUNK:
         return norm(x)
     result = None
@@ -232,7 +251,7 @@ def transform(norm: nn.Module, x: Tensor) -> Tensor:
 
 def sums_of(norm: nn.Module, x: Tensor, y: Tensor, num_classes: int, gram: str) -> Moments:
     """The sums of `norm(x)`, a chunk at a time. `gram` as in `Moments.zeros`."""
-    moments = None
+    norm, moments = getattr(norm, "of_many", norm), None
     for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
         z = norm(rows)
         if moments is None:

@@ -129,9 +129,12 @@ class RandomProjection(Learned):
     A fixed random layer, after which linear methods see products of features.
 
     Args:
-        projection_dim: p. As k is capped by the samples of a class, p is capped by half the
-            training samples (one at the least): with more, a linear fit on p features only
-            memorises. The head shows the p in use as `head.feature_dim`.
+        projection_dim: p, whatever the number of training samples: with one image a class, too, as
+            many features are best.
+
+    Attributes:
+        capped: p is at most half the training samples (one at the least), as it was in earlier
+            versions: for states that those have written.
 
     Source: McDonnell et al. 2023, "RanPAC: Random Projections and Pre-trained Models for Continual
     Learning".
@@ -145,13 +148,20 @@ class RandomProjection(Learned):
         check_projection_dim(projection_dim)
         super().__init__()
         self.projection_dim = projection_dim
+        self.capped = False
+
+    def features(self, dim: int, samples: int) -> int:
+        return (
+            max(1, min(self.projection_dim, samples // 2)) if self.capped else self.projection_dim
+        )
 
     def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> RandomProjection:
         return self.draw(x, len(x), seed)
 
     def draw(self, like: Tensor, samples: int, seed: int = 0) -> RandomProjection:
         """As `fit`, which needs of the data only `d` (here of `like (…, d)`) and N, `samples`."""
-        d, p = like.shape[-1], max(1, min(self.projection_dim, samples // 2))
+        d = like.shape[-1]
+        p = self.features(d, samples)
         generator = torch.Generator().manual_seed(seed)
         self._set(like, projection=torch.randn(d, p, generator=generator) / d**0.5)
         return self
@@ -199,6 +209,9 @@ class Nystrom(Learned):
         self.fit_sums(x, y, num_classes, seed, gram="none")
         return self
 
+    def features(self, dim: int, samples: int) -> int:
+        return min(self.projection_dim, samples)
+
     def fit_sums(
         self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, gram: str = "pooled"
     ) -> Moments:
@@ -230,7 +243,14 @@ class Nystrom(Learned):
 
     def apply_fitted(self, x: Tensor) -> Tensor:
         exact = torch.compiler.is_exporting() or x.shape[:-1].numel() <= EXACT_ROWS
-        dtype = torch.float64 if exact and x.device.type != "mps" else x.dtype
+        return self._mapped(x, torch.float64 if exact and x.device.type != "mps" else x.dtype)
+
+    def of_many(self, x: Tensor) -> Tensor:
+        # In one type whatever their number: rows that are taken out of sums again would leave the
+        # difference of roundings behind, which a small λ does not bear.
+        return self._mapped(x, x.dtype)
+
+    def _mapped(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         shift, landmarks, gamma, matrix, mean = (getattr(self, n).to(dtype) for n in self.constants)
         z = torch.exp(-gamma * _squared_distances(x.to(dtype) - shift, landmarks))
         # The matrix is upper triangular: a block of columns needs only the first rows.

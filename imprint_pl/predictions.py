@@ -33,9 +33,10 @@ SKIPPED = -2
 class PredictionWriter(Callback):
     """Writes a row an image: file or index, label, class, score (the logit), probability.
 
-    The label is −1 and the class "none of these" where the head has a threshold that no score
-    reaches. One process writes each batch at once; of several, the first writes all at the end.
-    The output appears when it is whole: after a failure the file that was there is still there.
+    The label is −1, the class "none of these" and the probability empty (null in JSON) where the
+    head has a threshold that no score reaches; the score is the best all the same. One process
+    writes each batch at once; of several, the first writes all at the end. The output appears when
+    it is whole: after a failure the file that was there is still there.
 
     Args:
         path: ends in .csv, .json (one list) or .jsonl (an object a line); `predictions.csv` in the
@@ -179,7 +180,8 @@ class PredictionWriter(Callback):
                 "label": label,
                 "class": head.name_of(label),
                 "score": float(f"{scores[0]:.6g}"),
-                "probability": round(probabilities[0], 6),
+                # Of none of the classes no probability is known, least of all that of the nearest.
+                "probability": None if label == NONE else round(probabilities[0], 6),
             }
             for place in range(0 if label == NONE else 1, top) if self.top > 1 else []:
                 # Where none is accepted, the nearest class comes second.

@@ -40,6 +40,8 @@ def summarise(trainer: Trainer, model: LightningModule, stage: str) -> dict[str,
     if recipe == AUTO:
         settings = dict(model.head.settings)
         settings["chosen_recipe"] = settings["recipe"]
+    elif "chosen_lam" in model.head.settings:
+        settings["chosen_lam"] = model.head.settings["chosen_lam"]
     checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "") or trainer.ckpt_path
     return {
         "task": getattr(data, "task", type(data).__name__),
@@ -54,6 +56,7 @@ def summarise(trainer: Trainer, model: LightningModule, stage: str) -> dict[str,
         "checkpoint": str(checkpoint) if checkpoint else None,
         **{name: value for name, value in settings.items() if name not in ("recipe", "chosen_by")},
         "temperature_of_probabilities": model.head.temperature,
+        "calibrated": model.head.settings.get("calibrated", True),
         "tried": model.head.tried if trainer.state.fn == "fit" else [],
         "seed": model.seed,
         "weibull": model.weibull,
@@ -127,6 +130,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     console = Console(markup=False)  # a name may look like markup
     console.print(f"\n{_what(summary)}", highlight=False, soft_wrap=True)
     console.print(table)
+    if not summary["calibrated"]:
+        console.print("the probabilities are not calibrated: no temperature was fitted")
     if "outsiders_auroc" in summary:
         console.print(_outsiders(summary), highlight=False, soft_wrap=True)
 
@@ -196,8 +201,10 @@ def _what(summary: dict[str, Any]) -> str:
 
 
 def _json_number(value: float) -> float | None:
-    # NaN is not JSON.
-    return round(value, 6) if math.isfinite(value) else None
+    # NaN is not JSON. A small λ keeps its digits.
+    if not math.isfinite(value):
+        return None
+    return round(value, 6) if abs(value) >= 1 else float(f"{value:.6g}")
 
 
 def _number(value: float | None, factor: float, digits: int, unit: str = "") -> str | None:

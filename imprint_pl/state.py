@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from imprint_pl.errors import ImprintError, near
+from imprint_pl.errors import ImprintError, near, warn
 from imprint_pl.head import ImprintedHead
 from imprint_pl.imprinting import imprint_parts
 from imprint_pl.labels import check_name, place_of
@@ -24,14 +23,13 @@ from imprint_pl.limits import as_plain, check_values
 from imprint_pl.moments import Moments
 from imprint_pl.norm import sums_of
 from imprint_pl.norm_learned import RandomProjection
+from imprint_pl.order import in_order
 from imprint_pl.parts import steps_of
-from imprint_pl.pipeline import head_of_sums
+from imprint_pl.pipeline import head_of_sums, keywords_of
 from imprint_pl.recipes import Parts, resolve
 from imprint_pl.select import weibull_typical
 
 KEEP = ("moments", "embeddings")
-# Settings of a head that are results, not keywords of its recipe.
-RESULTS = ("seed", "chosen_lam", "chosen_by")
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,14 @@ class State:
         seed: fixes every random choice.
         class_names: C names.
         embedding_dim: d.
-        x: `(N, d)` float16 (float32 where float16 has not the range), in an order that depends on
-            the rows alone, and `y` `(N,)`; or `None`.
+        x: `(N, d)` float32 (float16 in files of earlier versions), in an order that depends on the
+            rows alone, and `y` `(N,)`; or `None`.
         sources: N words that name the samples, such as their files; empty where not asked for.
         moments: the sums of NORM_pre(x), or `None`.
         temperature, threshold: of the head; sums keep them, embeddings fit them anew.
+        calibrated: whether the temperature suits the head of these samples.
+        capped: whether `random_projection` has at most half as many features as there are samples:
+            the rule of earlier versions, by which a state that those have written goes on.
         accept: share of training samples that the threshold is to let pass; see `unknowns.py`.
         weibull: as for `imprint`.
         classifier: the backbone's original classifier, where NORM_post is "quantile".
@@ -62,6 +63,8 @@ class State:
     sources: tuple[str, ...] = ()
     moments: Moments | None = None
     temperature: float = 1.0
+    calibrated: bool = True
+    capped: bool = False
     threshold: float | None = None
     accept: float | None = None
     weibull: tuple[float, float] | None = None
@@ -94,7 +97,7 @@ class State:
         """
         if keep not in KEEP:
             raise ImprintError(f"keep={keep!r}{near(keep, KEEP)}: give one of {', '.join(KEEP)}")
-        settings = {n: v for n, v in head.settings.items() if n not in RESULTS}
+        settings = keywords_of(head)
         quantile = settings.get("norm_post") == "quantile"
         state = cls(
             settings=json.loads(json.dumps(settings, default=as_plain)),
@@ -102,6 +105,7 @@ class State:
             class_names=[head.name_of(label) for label in range(head.num_classes)],
             embedding_dim=x.shape[1],
             temperature=head.temperature,
+            calibrated=head.settings.get("calibrated", True),
             threshold=head.threshold,
             accept=accept,
             weibull=None if weibull is None else (float(weibull[0]), float(weibull[1])),
@@ -109,7 +113,7 @@ class State:
         )
         x, y = x.detach().cpu(), y.detach().cpu().long()
         if keep == "embeddings":
-            return state._with_rows(_compact(x), y, tuple(sources))
+            return state._with_rows(x.float(), y, tuple(sources))
         parts = state.parts
         _refuse_moments(parts, weibull)
         norm_pre = state._norm_pre(parts, len(y))[0]
@@ -122,7 +126,12 @@ class State:
 
     @property
     def parts(self) -> Parts:
-        return resolve(**self.settings)
+        parts = resolve(**self.settings)
+        for step in steps_of(parts.norm_pre):
+            if isinstance(step, RandomProjection):
+                # NORM_inf "same" is the same object.
+                step.capped = self.capped
+        return parts
 
     @property
     def counts(self) -> Tensor:
@@ -138,6 +147,8 @@ class State:
             _, head = self._norm_pre(parts, int(self.counts.sum()))
             head = head_of_sums(self.moments, parts, head, names, self.seed, self.classifier)
             head.temperature, head.threshold = self.temperature, self.threshold
+            if not self.calibrated:
+                head.settings["calibrated"] = False
             return head
         x, y = self.x.float(), self.y
         if self.weibull is not None:
@@ -180,10 +191,9 @@ class State:
             sources = tuple(sources) or ("",) * len(x)
             known = self.sources or ("",) * len(self.x)
             sources = (*known, *sources) if any(sources) or self.sources else ()
-            # float16 and float32 meet in float32.
-            rows = torch.cat([self.x, _compact(x)])
-            return self._with_rows(_compact(rows), torch.cat([self.y, y]), sources)
-        return replace(self, moments=self.moments + self._sums(x, y, len(x)))
+            rows = torch.cat([self.x.float(), x.float()])
+            return self._with_rows(rows, torch.cat([self.y, y]), sources)
+        return self._with_sums(self.moments + self._sums(x, y, len(x)))
 
     def remove_class(self, name: str, x: Tensor | None = None) -> State:
         """Without a class.
@@ -212,7 +222,18 @@ class State:
             moments = self._less(moments, label, name, x)
         else:
             self._check_features(int(self.counts.sum() - self.counts[label]))
-        return replace(self, moments=moments)._renamed(names, places)
+        return self._with_sums(moments)._renamed(names, places)
+
+    def _with_sums(self, moments: Moments) -> State:
+        """With other sums: none of the samples is there to fit a temperature on."""
+        if self.calibrated and len(self.class_names) > 1:
+            kept = "temperature" if self.threshold is None else "temperature and the threshold"
+            warn(
+                f'the probabilities are not calibrated: keep="moments" has no samples to fit the '
+                f'{kept} of another head on, which stay as they were; keep="embeddings" fits them '
+                "anew"
+            )
+        return replace(self, moments=moments, calibrated=False)
 
     def _less(self, moments: Moments, label: int, name: str, x: Tensor | None) -> Moments:
         count = int(self.counts[label])
@@ -254,7 +275,7 @@ class State:
         for step in steps_of(self.parts.norm_pre):
             if not isinstance(step, RandomProjection):
                 continue
-            then, now = (min(step.projection_dim, max(1, n // 2)) for n in (before, samples))
+            then, now = (step.features(self.embedding_dim, n) for n in (before, samples))
             if then != now:
                 raise ImprintError(
                     f"{before} samples had {then} random features, {samples} would have {now}, "
@@ -303,19 +324,10 @@ class State:
         return replace(self, class_names=names, moments=moments)
 
     def _with_rows(self, x: Tensor, y: Tensor, sources: tuple[str, ...]) -> State:
-        # k-means, landmarks and draws depend on the order of rows; so sorted, they depend on the
-        # set alone.
-        rows = np.ascontiguousarray((x + 0.0).numpy())
-        as_bytes = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1])))[:, 0]
-        order = torch.from_numpy(np.argsort(as_bytes, kind="stable"))
+        # As a head sees them: a file does not depend on the order in which they came, either.
+        order = in_order(x, y)
         sources = tuple(sources[i] for i in order.tolist()) if sources else ()
         return replace(self, x=x[order], y=y[order], sources=sources)
-
-
-def _compact(x: Tensor) -> Tensor:
-    half, sizes = torch.finfo(torch.half), torch.linalg.vector_norm(x, torch.inf, dim=1)
-    fits = (sizes == 0) | ((sizes >= half.tiny) & (sizes <= half.max))
-    return x.half() if fits.all() else x.float()
 
 
 def _refuse_moments(parts: Parts, weibull: Any) -> None:

@@ -22,7 +22,9 @@ from imprint_pl.state import State
 FORMAT = "imprint_pl state 1"
 # Of a state, what is neither a tensor nor sums.
 PLAIN = ("settings", "seed", "class_names", "embedding_dim", "sources", "temperature")
-PLAIN += ("threshold", "accept", "weibull")
+PLAIN += ("threshold", "accept", "weibull", "calibrated", "capped")
+# What files of earlier versions leave out.
+EARLIER = {"calibrated": True, "capped": True}
 
 
 def state_path(checkpoint: str | Path) -> Path:
@@ -62,7 +64,7 @@ def read_state(path: str | Path) -> State:
 
 
 def _state_of(plain: dict[str, Any], tensors: dict[str, Tensor]) -> State:
-    moments = None
+    moments, plain = None, EARLIER | plain
     if "counts" in tensors:
         moments = Moments(tensors["counts"], tensors["sums"], tensors.get("gram"))
     plain["sources"] = tuple(plain["sources"])
@@ -78,6 +80,7 @@ def _check(state: State) -> None:
     checked_seed(state.seed)
     fits = len(set(names)) == len(names) and is_count(d)
     fits &= all(isinstance(source, str) for source in state.sources)
+    fits &= isinstance(state.calibrated, bool) and isinstance(state.capped, bool)
     if state.x is not None:
         n = len(state.x)
         fits &= state.x.is_floating_point() and tuple(state.x.shape) == (n, d)

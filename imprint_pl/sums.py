@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from imprint_pl.batch import dealt_positions
-from imprint_pl.calibration import fit_temperature
 from imprint_pl.collapse import nc1_of
-from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
-from imprint_pl.holdout import HELD, held_out_folds
+from imprint_pl.holdout import HELD
 from imprint_pl.moments import Moments
+from imprint_pl.order import in_order, keys
 from imprint_pl.parts import steps_of
-from imprint_pl.pipeline import checked, head_of_sums, with_chosen_lam
+from imprint_pl.pipeline import calibrate_from_sums, checked, head_of_sums
 from imprint_pl.recipes import Auto, Parts
 from imprint_pl.reservoir import Reservoir
 from imprint_pl.sharing import ranks, travelling_device
@@ -37,13 +35,15 @@ def streams(parts: Parts | Auto, samples: int | None) -> bool:
     """Whether a recipe needs nothing but sums; `auto` has to see the embeddings.
 
     Its GEN takes `Moments`, and its NORM_pre learns nothing from the embeddings: it may draw
-    (`random_projection`), where the number of `samples` is known.
+    (`random_projection`). Of fewer `samples` than it makes features, the rows are smaller than
+    their Gram matrix, and faster to solve.
     """
     if isinstance(parts, Auto):
         return False
     learned = [step for step in steps_of(parts.norm_pre) if getattr(step, "learns", False)]
-    drawn = samples is not None and all(hasattr(step, "draw") for step in learned)
-    return parts.gen.from_moments and (drawn or not learned)
+    drawn = all(hasattr(step, "draw") for step in learned)
+    few = samples is not None and any(samples < step.features(0, samples) for step in learned)
+    return parts.gen.from_moments and drawn and not few
 
 
 class EmbeddingSums(Collector):
@@ -88,14 +88,14 @@ class EmbeddingSums(Collector):
         self.moments: Moments | None = None
         self.unit_moments: Moments | None = None
         self._batches = self._seen = 0
-        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._rows: list[tuple[Tensor, Tensor]] = []
         self._held = Reservoir(HELD, seed)
-        self._sample: tuple[Tensor, Tensor, Tensor] | None = None
+        self._sample: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         """Samples in the sums: of this rank before `gather`, of all ranks after it."""
         counted = 0 if self.moments is None else int(self.moments.counts.sum())
-        return counted + sum(len(labels) for _, labels, _ in self._rows)
+        return counted + sum(len(labels) for _, labels in self._rows)
 
     def take(self, embeddings: Tensor, labels: Tensor) -> None:
         """A batch `(B, d)` with labels `(B,)`.
@@ -110,10 +110,10 @@ class EmbeddingSums(Collector):
             self._start(x)
         positions = dealt_positions(self._seen, len(labels))
         kept = slice(None) if self.dealt is None else positions < self.dealt
-        self._rows.append((x.to(self.device)[kept], labels[kept], positions[kept]))
+        self._rows.append((x.to(self.device)[kept], labels[kept]))
         self._batches += 1
         self._seen += len(labels)
-        if sum(len(labels) for _, labels, _ in self._rows) >= BLOCK:
+        if sum(len(labels) for _, labels in self._rows) >= BLOCK:
             self._flush()
 
     def gather(self) -> EmbeddingSums | None:
@@ -121,6 +121,10 @@ class EmbeddingSums(Collector):
         self.take_waiting()
         self._flush()
         self._sample = self._held.gather(self.input_dim)
+        if self._sample is not None:
+            x, y, _ = self._sample
+            rows = in_order(x, y)
+            self._sample = x[rows], y[rows]
         if ranks() == 1:
             return self
         device = travelling_device()
@@ -146,10 +150,10 @@ class EmbeddingSums(Collector):
         seen = (counts > 0).nonzero().flatten()
         # One sample a class stands for all: C, names and classes without samples are checked.
         checked(torch.zeros(len(seen), 1), seen.cpu(), len(counts), class_names, allow_empty)
-        head = self._filled(self.moments, self.parts.gen, classifier, class_names)
-        # λ was chosen on all samples; the heads without the held-out ones keep it.
-        gen = with_chosen_lam(self.parts.gen)
-        head.temperature = self._temperature(gen, classifier)
+        head = ImprintedHead(self.head.norm_inf, copy.deepcopy(self.head.agg))
+        head = head_of_sums(self.moments, self.parts, head, class_names, self.seed, classifier)
+        rest = (self.parts, self.norm_pre, self._sample, len(self), self.seed, classifier)
+        calibrate_from_sums(head, self.moments, *rest)
         return head
 
     def nc1(self) -> float:
@@ -208,11 +212,12 @@ class EmbeddingSums(Collector):
     def _flush(self) -> None:
         if not self._rows:
             return
-        x, y, positions = (torch.cat(parts) for parts in zip(*self._rows, strict=True))
+        x, y = (torch.cat(parts) for parts in zip(*self._rows, strict=True))
         self._rows = []
         if not len(y):
             return
-        self._held.add(x, y, positions)
+        # By what the rows hold, not by their positions: the sample is that of the set of rows.
+        self._held.add(x, y, keys(x))
         self._grow(int(y.max()) + 1)
         y = y.to(self.device)
         self.moments.add(self.norm_pre(x), y)
@@ -230,42 +235,6 @@ class EmbeddingSums(Collector):
             moments.sums = _padded(moments.sums, more)
             if moments.gram is not None and moments.gram.ndim == 3:
                 moments.gram = _padded(moments.gram, more)
-
-    # The head.
-
-    def _filled(
-        self,
-        moments: Moments,
-        gen: Any,
-        classifier: Tensor | None,
-        class_names: list[str] | None = None,
-    ) -> ImprintedHead:
-        """A head of these sums; its NORM_inf is the one of all heads made here."""
-        head = ImprintedHead(self.head.norm_inf, copy.deepcopy(self.head.agg))
-        return head_of_sums(moments, self.parts, head, class_names, self.seed, classifier, gen)
-
-    def _temperature(self, gen: Any, classifier: Tensor | None) -> float:
-        """Fitted on the held-out sample, by heads whose sums it was subtracted from."""
-        scores, labels = [], []
-        for held, own in held_out_folds(self._sample, len(self), self.seed):
-            held, own = held.to(self.device), own.to(self.device)
-            gram = "none" if self.moments.gram is None else "pooled"
-            part = Moments.of(self.norm_pre(held), own, self.moments.num_classes, gram=gram)
-            rest = self.moments - part
-            try:
-                head = self._filled(rest, gen, classifier)
-            except ImprintError as error:
-                warnings.warn(
-                    "no temperature was fitted, probabilities are not calibrated: without the "
-                    f"{len(own)} held-out samples there is no head ({error})",
-                    stacklevel=3,
-                )
-                return 1.0
-            # Of a class whose samples are all held out there is no proxy, nor anything to learn.
-            known = rest.counts[own] > 0
-            scores.append(head.scores(held[known]))
-            labels.append(own[known])
-        return fit_temperature(torch.cat(scores), torch.cat(labels)) if labels else 1.0
 
 
 def _gram_bytes(num_classes: int, dim: int) -> int:

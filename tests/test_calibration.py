@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from sklearn.metrics import log_loss
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from imprint_pl.calibration import fit_temperature, folds
+from imprint_pl import ImprintError, ImprintEstimator
+from imprint_pl.calibration import fit_temperature, folds, score_folds
+from imprint_pl.gen import Proxies
 from imprint_pl.imprinting import imprint
+from imprint_pl.state import State
 
 
 def smoothed_loss(scores, y, temperature):
@@ -102,5 +111,89 @@ def test_probabilities_on_real_embeddings_are_calibrated(acceptance, recipe):
 
 def test_calibrating_never_stops_a_recipe_that_has_just_enough_samples():
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    head = imprint(x, torch.tensor([0, 0, 1, 1, 2, 2]), "whitened")
+    with pytest.warns(UserWarning, match="not calibrated.*without the held-out samples"):
+        head = imprint(x, torch.tensor([0, 0, 1, 1, 2, 2]), "whitened")
     assert head.temperature == 1
+    assert head.settings["calibrated"] is False
+
+
+@pytest.mark.parametrize("recipe", ["auto", "qi", "robust", "knn", "ridge", "kernel", "ranpac"])
+def test_one_sample_a_class_is_not_calibrated_and_says_so(recipe):
+    options = {"projection_dim": 50} if recipe == "ranpac" else {}
+    with pytest.warns(UserWarning, match="not calibrated.*no class has two samples"):
+        head = imprint(torch.eye(4), torch.arange(4), recipe, **options)
+    assert head.settings["calibrated"] is False
+
+
+def test_a_single_class_needs_no_temperature_and_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        head = imprint(torch.eye(3), torch.zeros(3, dtype=torch.long), "qi")
+    assert "calibrated" not in head.settings
+
+
+def test_standardised_pixels_are_calibrated_on_every_split():
+    # λ is tiny there: the others of held-out rows need the very features that the sums are of.
+    X, y = load_digits(return_X_y=True)
+    for seed in (0, 4):
+        x, x_test, y_train, y_test = train_test_split(X, y, random_state=seed)
+        model = make_pipeline(StandardScaler(), ImprintEstimator("kernel")).fit(x, y_train)
+        probabilities = model.predict_proba(x_test)
+        assert log_loss(y_test, probabilities) < 0.1
+        assert probabilities.max(1).mean() > 0.95
+
+
+class Fails:
+    """A GEN that needs a λ of at least `least`."""
+
+    name, from_moments, needs_gram = "fails", True, False
+
+    def __init__(self, lam, least):
+        self.lam, self.least = lam, least
+
+    def __call__(self, moments):
+        if self.lam < self.least and moments.counts.sum() < 40:
+            raise ImprintError(f"lam={self.lam} is too small")
+        weights = moments.means.float()
+        return Proxies(weights, weights.new_zeros(len(weights)), torch.arange(len(weights)))
+
+
+def test_a_held_out_head_that_fails_is_tried_with_a_larger_lam(blobs):
+    head = imprint(*blobs, "qi", gen=Fails(1e-3, 0.5))
+    assert head.temperature == pytest.approx(imprint(*blobs, "qi").temperature, rel=1e-6)
+    assert "calibrated" not in head.settings
+    with pytest.warns(UserWarning, match="not calibrated.*lam=0.001 is too small"):
+        head = imprint(*blobs, "qi", gen=Fails(1e-3, 1e3))
+    assert head.temperature == 1
+    assert head.settings["calibrated"] is False
+
+
+def test_a_fold_that_fails_gives_way_to_another():
+    # Without the one pair that differs there is no covariance within the classes.
+    x = torch.tensor([[0.0, 0], [1, 0], [0, 5], [0, 5], [5, 0], [5, 0], [5, 5], [5, 5]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x = torch.cat([x, x[:2] + 0.1])
+        y = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 0, 0])
+        assert imprint(x, y, "lda").temperature != 1
+
+
+def test_sums_that_grow_say_that_the_temperature_is_of_the_head_before(blobs):
+    x, y = blobs
+    state = State.of(x, y, imprint(x, y, "qi"), "moments")
+    with pytest.warns(UserWarning, match='not calibrated.*keep="moments" has no samples'):
+        grown = state.add_class("new", x[:5] - 9)
+    assert grown.head().settings["calibrated"] is False
+    assert "calibrated" not in state.head().settings
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        grown.add_examples("new", x[:5] - 9)
+        kept = State.of(x, y, imprint(x, y, "qi"), "embeddings").add_class("new", x[:5] - 9)
+    assert "calibrated" not in kept.head().settings
+
+
+def test_classes_without_proxies_do_not_count_where_a_vote_gives_them_zero(blobs):
+    # A class whose only sample is held out gets the score 0 from `mnn`, not −∞.
+    scores, y = torch.tensor([[2.0, 0.0, 0.0], [1.0, 2.0, 0.0]]), torch.tensor([0, 2])
+    held_out = score_folds([0], lambda fold: (scores, y, torch.tensor([0, 1])))
+    assert held_out.y.tolist() == [0]

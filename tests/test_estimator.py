@@ -16,9 +16,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
-from imprint_pl import ImprintError, ImprintEstimator, estimator, imprint, incremental
+from imprint_pl import ImprintError, ImprintEstimator, estimator, holdout, imprint, incremental
 from imprint_pl.calibration import fit_temperature, folds
 from imprint_pl.gen import KMeans
+from imprint_pl.order import in_order
 from imprint_pl.recipes import RECIPES
 
 X = np.array([[3.0, 4.0], [4.0, 3.0], [-3.0, 4.0], [-4.0, 3.0]])
@@ -249,14 +250,17 @@ def test_the_temperature_is_that_of_held_out_rows(digits):
     x, y = x[:900], y[:900]
     model = in_batches(ImprintEstimator("ls"), x, y)
     tx, ty = torch.tensor(x), torch.tensor(y)
-    masks = folds(ty, 0)
+    rows = in_order(tx, ty)
+    tx, ty = tx[rows], ty[rows]
+    masks = folds(ty, 0, spare=True)
     scores = [imprint(tx[~m], ty[~m], "ls").scores(tx[m]).detach() for m in masks]
     expected = fit_temperature(torch.cat(scores), torch.cat([ty[m] for m in masks]))
     assert model.head_.temperature == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_sample_is_bounded_and_the_same_however_rows_are_batched(monkeypatch, digits):
-    monkeypatch.setattr(incremental, "SAMPLE", 100)
+    monkeypatch.setattr(incremental, "HELD", 100)
+    monkeypatch.setattr(holdout, "HELD", 100)
     x, y, *_ = digits
     one, other = (in_batches(ImprintEstimator("qi"), x, y, size=size) for size in (37, 500))
     assert one._kept.x.shape == (100, 64)

@@ -108,6 +108,35 @@ def test_json_holds_what_the_csv_holds(fitted, tmp_path, suffix):
         assert total == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl"])
+@pytest.mark.parametrize("top", [1, 2])
+def test_what_is_none_of_these_has_no_probability_and_names_whose_the_nearest_is(
+    tmp_path, suffix, top
+):
+    x, y = torch.eye(3), torch.arange(3)
+    options = dict(accelerator="cpu", logger=False, enable_checkpointing=False)
+    model = ImprintedClassifier(nn.Identity(), "qi")
+    Trainer(max_epochs=1, **options).fit(model, DataLoader(TensorDataset(x, y), 3))
+    model.head.threshold = 0.9
+    path = tmp_path / f"it.{suffix}"
+    rows = torch.tensor([[1.0, 0.1, 0.0], [1.0, 0.9, 0.0]])
+    run = Trainer(callbacks=[PredictionWriter(str(path), top)], **options)
+    run.predict(model, DataLoader(TensorDataset(rows), batch_size=2))
+    if suffix == "csv":
+        known, none = rows_of(path)
+        assert (none["label"], none["class"], none["probability"]) == ("-1", "none of these", "")
+    else:
+        text = path.read_text()
+        known, none = json.loads(text) if suffix == "json" else map(json.loads, text.splitlines())
+        assert (none["label"], none["class"]) == (-1, "none of these")
+        assert none["probability"] is None
+    assert 0.3 < float(known["probability"]) < 1
+    assert float(none["score"]) == pytest.approx(1 / 1.81**0.5, rel=1e-4)
+    if top == 2:
+        assert none["class_2"] == "0"
+        assert 0 < float(none["probability_2"]) < 1
+
+
 def test_explanations_show_the_nearest_training_images(fitted, tmp_path):
     checkpoint, photos = fitted
     image = sorted((photos / "digit2").iterdir())[0]

@@ -16,8 +16,9 @@ from imprint_pl import ImprintedClassifier, ImprintedHead, ImprintError, imprint
 from imprint_pl.calibration import fit_temperature, folds
 from imprint_pl.collapse import nc1
 from imprint_pl.data import Digits
-from imprint_pl.holdout import HELD, held_out_folds
+from imprint_pl.holdout import HELD, held_out_rows
 from imprint_pl.imprinting import imprint_parts
+from imprint_pl.order import in_order, keys
 from imprint_pl.recipes import resolve
 from imprint_pl.reservoir import Reservoir
 from imprint_pl.store import EmbeddingStore
@@ -117,16 +118,18 @@ def test_which_recipes_need_only_sums():
     kept = {
         recipe
         for recipe in ("qi", "hosoda", "janson", "ls", "lda", "ridge", "ranpac", "robust", "knn")
-        if streams(resolve(recipe), 100)
+        if streams(resolve(recipe), 10_000)
     }
     assert kept == set(STREAMED)
     assert not streams(resolve("whitened"), 100)
     assert not streams(resolve("kernel"), 100)
     assert not streams(resolve("ridge", lam="holdout"), 100)
-    assert not streams(resolve("ranpac"), None)
+    # Fewer rows than random features are smaller than the features' Gram matrix.
+    assert not streams(resolve("ranpac"), 100)
+    assert streams(resolve("ranpac"), None)
     assert streams(resolve("ridge"), None)
     chain = ["power", "l2", "random_projection"]
-    assert streams(resolve("ridge", norm_pre=chain, norm_inf="same"), 100)
+    assert streams(resolve("ridge", norm_pre=chain, norm_inf="same"), 10_000)
     assert not streams(resolve("ridge", norm_pre=["centre", "l2"]), 100)
 
 
@@ -183,11 +186,11 @@ def test_chains_of_norms_stream(both):
     assert summed.head.feature_dim == 30
 
 
-def test_projected_features_are_capped_by_half_the_samples_that_come(both):
-    overrides = {"projection_dim": 1000}
+def test_projected_features_are_as_many_as_asked_for_whatever_samples_come(both):
+    overrides = {"projection_dim": 60}
     summed, _, stored, _ = both("ranpac", Images(), overrides=overrides, limit_train_batches=2)
     assert_same_heads(summed.head, stored.head)
-    assert summed.head.feature_dim == 32
+    assert summed.head.feature_dim == 60
 
 
 def test_a_last_batch_left_out_is_not_counted(both):
@@ -195,7 +198,6 @@ def test_a_last_batch_left_out_is_not_counted(both):
     loader = DataLoader(TensorDataset(data.x, data.y), batch_size=16, drop_last=True)
     summed, _, stored, _ = both("ranpac", loader)
     assert_same_heads(summed.head, stored.head)
-    assert summed.head.feature_dim == 24
 
 
 def test_weibull_and_learned_norms_keep_the_embeddings(tmp_path, monkeypatch):
@@ -357,6 +359,8 @@ def test_a_class_without_images_is_named(tmp_path):
 
 def test_the_temperature_is_that_of_heads_that_have_not_seen_the_held_out_samples():
     x, y = points(n=300)
+    rows = in_order(x, y)
+    x, y = x[rows], y[rows]
     head = summed(x, y, "ridge").imprint()
     lam = head.settings["chosen_lam"]
     scores, labels = [], []
@@ -377,25 +381,28 @@ def test_the_temperature_of_many_samples_suits_new_ones(recipe):
 
 
 def held_out(x, y, batches=(slice(None),), seed=0):
-    kept, positions = Reservoir(HELD, seed), torch.arange(len(y))
+    kept = Reservoir(HELD, seed)
     for rows in batches:
-        kept.add(x[rows], y[rows], positions[rows])
-    sample = kept.gather(x.shape[1])
-    assert len(sample[0]) == HELD
-    return held_out_folds(sample, len(y), seed)
+        kept.add(x[rows], y[rows], keys(x[rows]))
+    of_sample = kept.gather(x.shape[1])[:2]
+    rows = in_order(*of_sample)
+    of_sample = [part[rows] for part in of_sample]
+    assert len(rows) == HELD
+    held = held_out_rows(*of_sample, len(y), seed)
+    return [[part[rows] for part in of_sample] for rows in held]
 
 
 @pytest.mark.parametrize("recipe", ["ridge", "janson"])
 def test_classes_of_which_only_held_out_samples_exist_do_not_count(recipe):
     # Class 4 has one sample, and it is among those held out of 4,000.
     x, y = points(n=4000)
-    (chosen, _), (others, _) = held_out(x, y)
+    (chosen, _), (others, _), (third, _), *_ = held_out(x, y)
     y[(x == chosen[0]).all(1)] = 4
     options = {"lam": 0.1} if recipe == "ridge" else {}
     head = summed(x, y, recipe, batch_size=500, overrides=options).imprint()
     assert head.proxy_classes.tolist() == [0, 1, 2, 3, 4]
     scores, labels = [], []
-    for part in (chosen, others):
+    for part in (chosen, others, third):
         out = (x[:, None] == part).all(2).any(1)
         parts = resolve(recipe, **options)
         trial = imprint_parts(x[~out], y[~out], parts, num_classes=5, allow_empty=True)
@@ -421,7 +428,7 @@ def test_the_held_out_sample_is_bounded_and_the_same_in_any_batches_and_ranks():
         return [rows.flatten().tolist() for rows, _ in held_out(x, y, parts, seed)]
 
     whole = drawn([slice(None)])
-    assert [len(fold) for fold in whole] == [900]
+    assert [len(fold) for fold in whole] == [900, 900]
     assert drawn(torch.arange(9000).split(33)) == whole
     # As two ranks would hand them over: first one's, then the other's.
     assert drawn([slice(0, None, 2), slice(1, None, 2)]) == whole
@@ -435,7 +442,7 @@ def test_the_held_out_sample_is_bounded_and_the_same_in_any_batches_and_ranks():
 def test_few_samples_are_held_out_in_several_folds():
     x, y = torch.arange(3000.0)[:, None], torch.arange(3000) % 3
     parts = [set(rows.flatten().tolist()) for rows, _ in held_out(x, y)]
-    assert [len(part) for part in parts] == [300, 300]
+    assert [len(part) for part in parts] == [300] * 6
     assert not parts[0] & parts[1]
 
 

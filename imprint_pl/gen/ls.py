@@ -33,6 +33,8 @@ class LeastSquares:
     name = "ls"
     from_moments = True
     needs_gram = True
+    # Proxies lie in the space that the samples span, and turn with it.
+    spans = True
 
     def __init__(self, lam: float = 1e-4) -> None:
         check_lam(lam)

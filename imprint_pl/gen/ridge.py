@@ -13,6 +13,8 @@ from imprint_pl.gen.base import Proxies
 from imprint_pl.moments import CHUNK, Moments
 
 CHOICES = ("gcv", "holdout")
+# λ over the trace of G where no class has two samples to choose it by.
+ONE_EACH = 0.1
 # Mean squared lengths of samples beside which a 1 is neither swamped nor everything.
 SMALL, LARGE = 1e-3, 1e4
 
@@ -46,6 +48,8 @@ class Ridge:
     name = "ridge"
     from_moments = True
     needs_gram = True
+    # Proxies lie in the space that the samples span, and turn with it.
+    spans = True
 
     def __init__(self, lam: float | str = "gcv", intercept: bool = True) -> None:
         self.lam = checked_lam(lam)
@@ -149,11 +153,19 @@ class Spectrum:
         return self.grid[squares.where(tied, torch.inf).argmin()].item()
 
 
-def solve(moments: Moments, lam: float | str, intercept: bool) -> tuple[Tensor, Tensor, float]:
-    """Weights `(C, d)`, bias `(C,)`, float32, and λ, from sums; `lam` a number or "gcv"."""
+def solve(
+    moments: Moments, lam: float | str, intercept: bool, clusters: bool = False
+) -> tuple[Tensor, Tensor, float]:
+    """Weights `(C, d)`, bias `(C,)`, float32, and λ, from sums; `lam` a number or "gcv".
+
+    Of one sample a class (unless there are several `clusters` of it) "gcv" knows nothing: no sample
+    is foretold by others, the largest λ seems best, and with it the longest sample wins. There λ is
+    `ONE_EACH` of the trace: 60 % instead of 43 % on ten digits.
+    """
     if lam == "gcv":
         spectrum = Spectrum(moments, intercept)
-        lam = spectrum.best_by_gcv()
+        alone = moments.counts.max() == 1 and not clusters and spectrum.trace > 0
+        lam = ONE_EACH * spectrum.trace if alone else spectrum.best_by_gcv()
         solution = spectrum.weights(lam)
     else:
         gram, cross = normal_equations(moments, intercept)
@@ -173,7 +185,8 @@ def fit(
 ) -> tuple[Tensor, Tensor, float]:
     """As `solve`, from samples `x (N, d)`; `targets (N,)` are proxies, of the classes `(P,)`."""
     if lam != "holdout":
-        return solve(Moments.of(x, targets, len(classes)), lam, intercept)
+        clusters = len(classes.unique()) < len(classes)
+        return solve(Moments.of(x, targets, len(classes)), lam, intercept, clusters)
     held = held_out(classes[targets], seed)
     part = Moments.of(x[~held], targets[~held], len(classes))
     spectrum = Spectrum(part, intercept)

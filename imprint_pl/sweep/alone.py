@@ -43,7 +43,7 @@ def alone(
     places = [torch.arange(p.start, p.stop) if isinstance(p, slice) else p for p in places]
     y = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(p) for p in places]))
     places = torch.cat(places)
-    order = samples.order[places].argsort()
+    order = samples.rank[places].argsort()
     x, y = samples.x[places[order]], y[order]
     if same[0].variant.weibull is not None:
         typical = weibull_typical(x, y, *same[0].variant.weibull)

@@ -17,6 +17,7 @@ from imprint_pl.embedding import embed
 from imprint_pl.errors import ImprintError, near
 from imprint_pl.files import local_path
 from imprint_pl.limits import check_size, check_values
+from imprint_pl.order import in_order
 from imprint_pl.pipeline import checked
 from imprint_pl.sweep.grid import Task
 
@@ -31,9 +32,10 @@ class Embeddings:
 
     Attributes:
         train_x, test_x: float32 `(N, d)`. The training rows are sorted by class, so that a class is
-            a slice; within a class they are in the data set's order.
+            a slice; within a class they are as `imprint` takes them, see `in_order`.
         train_y, test_y: int64 `(N,)`, indices into `class_names`.
         order: int64 `(N,)`, the places of the training rows in the data set.
+        rank: int64 `(N,)`, their places in the order in which `imprint` takes them.
         classifier: `(·, d)`, of the backbone; the reference of NORM_post quantile.
     """
 
@@ -43,11 +45,14 @@ class Embeddings:
     test_x: np.ndarray
     test_y: np.ndarray
     order: np.ndarray = field(default=None)
+    rank: np.ndarray = field(default=None)
     classifier: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.order is None:
-            self.order = np.argsort(self.train_y, kind="stable")
+            rows = in_order(tensor(self.train_x), tensor(self.train_y)).numpy()
+            by_class = np.argsort(self.train_y[rows], kind="stable")
+            self.order, self.rank = rows[by_class], by_class
             if not np.array_equal(self.order, np.arange(len(self.order))):
                 self.train_x, self.train_y = self.train_x[self.order], self.train_y[self.order]
                 # What comes from a file is a view of its whole mapping, which would stay in memory.

@@ -20,7 +20,8 @@ class Samples:
 
     Attributes:
         x, test_x: `(N, d)`; the training rows are sorted by class.
-        order: `(N,)`, the places of the training rows in the data set.
+        order, rank: `(N,)`, the places of the training rows in the data set, and in the order in
+            which `imprint` takes them.
         test_y: `(N_test,)`, original classes.
         classifier: `(d,)`, the quantiles of the backbone's classifier, all that NORM_post asks of
             it, or `None`.
@@ -30,6 +31,7 @@ class Samples:
         self.class_names = embeddings.class_names
         self.x, self.test_x = tensor(embeddings.train_x), tensor(embeddings.test_x)
         self.test_y, self.order = tensor(embeddings.test_y), tensor(embeddings.order)
+        self.rank = tensor(embeddings.rank)
         classifier = embeddings.classifier
         self.classifier = None if classifier is None else quantiles(tensor(classifier))
         classes, counts = torch.unique_consecutive(tensor(embeddings.train_y), return_counts=True)
@@ -43,12 +45,15 @@ class Samples:
         return task.groups(self.class_names)
 
     def rows(self, group: Group, shots: int | None, seed: int | None) -> slice | Tensor:
-        """The training rows of a label, in the data set's order."""
+        """The training rows of a label, as `imprint` takes them."""
         if len(group) == 1 and shots is None:
             return self.slices[group[0]]
         rows = torch.cat([torch.arange(s.start, s.stop) for s in map(self.slices.get, group)])
-        rows = rows[self.order[rows].argsort()]
-        return rows if shots is None else rows[sample(len(rows), shots, seed).sort().values]
+        if shots is not None:
+            # Shots are drawn by the places in the data set.
+            rows = rows[self.order[rows].argsort()]
+            rows = rows[sample(len(rows), shots, seed)]
+        return rows[self.rank[rows].argsort()]
 
     def training(self, group: Group, c: Configuration) -> Tensor:
         """`(n, d)`, after NORM_pre."""
