@@ -8,8 +8,11 @@ INSTALLED := .venv/installed
 fit: $(INSTALLED)  ## Imprint the embedded backbone on scikit-learn's digits.
 	$(BIN)/python -m imprint_pl fit --config configs/quickstart.yaml
 
-test: $(INSTALLED)  ## The test suite (under 10 minutes on 2 cores).
-	$(BIN)/python -m pytest -m "not slow"
+# Files of tests are dealt to two processes, one thread each: on two cores a third less time.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test: $(INSTALLED)  ## The test suite (under 6 minutes on 2 quiet cores).
+	$(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED)  ## The long tests.
 	$(BIN)/python -m pytest -m slow

@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 
@@ -94,6 +95,8 @@ def plain_labels(y: Any) -> Any:
     Raises:
         ImprintError: a missing label, or texts beside numbers, which would become texts, too.
     """
+    if isinstance(y, Tensor):
+        return y
     try:
         values = np.asarray(y)
         if isinstance(y, list | tuple) and values.dtype.kind in "SU":

@@ -17,6 +17,8 @@ from imprint_pl.norm import Norm, sums_of
 # Added to the diagonal of the landmarks' kernel, which is 1 there. Inference is in float32: along
 # directions of the kernel below this, features would be amplified rounding.
 JITTER = 1e-6
+# A Gram matrix of more features would take terabytes.
+MOST_FEATURES = 2**20
 # Rows up to which nystrom is in float64, as in exported files: in float32 it would move the
 # probabilities of an image by up to 6e-5, by other rounding on every machine. Of more rows, as in a
 # fit, that would be a third of the time.
@@ -265,10 +267,11 @@ LEARNED = {part.name: part for part in (Centre, Whiten, RandomProjection, Nystro
 
 
 def check_projection_dim(projection_dim: int) -> None:
-    """Raises an `ImprintError` for `projection_dim < 1`."""
-    if not is_count(projection_dim):
+    """Raises an `ImprintError` for what is no whole number from 1 to `MOST_FEATURES`."""
+    if not is_count(projection_dim) or projection_dim > MOST_FEATURES:
         raise ImprintError(
-            f"projection_dim={projection_dim!r}: give at least one dimension, a whole number"
+            f"projection_dim={projection_dim!r}: give at least one dimension, a whole number, and "
+            f"at most {MOST_FEATURES:,}"
         )
 
 

@@ -130,7 +130,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     console = Console(markup=False)  # a name may look like markup
     console.print(f"\n{_what(summary)}", highlight=False, soft_wrap=True)
     console.print(table)
-    if not summary["calibrated"]:
+    if not summary.get("calibrated", True):
         console.print("the probabilities are not calibrated: no temperature was fitted")
     if "outsiders_auroc" in summary:
         console.print(_outsiders(summary), highlight=False, soft_wrap=True)

@@ -1,5 +1,6 @@
 """Fixtures that several test files use."""
 
+import logging
 from pathlib import Path
 
 # Here, since Lightning's log handler keeps the stderr that it finds when it is imported.
@@ -21,6 +22,13 @@ def acceptance():
 
     file = load_file(ACCEPTANCE)
     return {name: t.float() if t.is_floating_point() else t for name, t in file.items()}
+
+
+@pytest.fixture(autouse=True)
+def lightning_speaks():
+    """A command that a test runs may quieten Lightning for its process: the next test hears it."""
+    yield
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -215,11 +215,11 @@ class NoWaiting(Callback):
         self.waits = waits
 
     def on_train_batch_start(self, trainer, module, batch, index):
-        self.waits.strict = self.waits.strict or index % 164 == 0
+        # The head is made in the last step.
+        self.waits.strict = not trainer.is_last_batch and (self.waits.strict or index % 164 == 0)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index):
-        last = trainer.is_last_batch or index % 164 == 162
-        self.waits.strict = self.waits.strict and not last
+        self.waits.strict = self.waits.strict and index % 164 != 162
 
 
 @pytest.mark.parametrize(
