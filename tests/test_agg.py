@@ -115,7 +115,7 @@ def test_blocks_of_bounded_memory_give_the_same_scores(distance, monkeypatch):
 def test_mahalanobis_tells_new_proxies_from_those_that_lay_at_their_address():
     shared = NearestProxies(m=3, distance="mahalanobis", votes="uniform")
     addresses = set()
-    for seed in range(8):
+    for seed in range(100):
         generator = torch.Generator().manual_seed(seed)
         proxies = torch.randn(30, 4, generator=generator)
         addresses.add(proxies.data_ptr())
@@ -124,7 +124,7 @@ def test_mahalanobis_tells_new_proxies_from_those_that_lay_at_their_address():
         alone = NearestProxies(m=3, distance="mahalanobis", votes="uniform")
         assert torch.equal(shared(*arguments), alone(*arguments))
         del alone, arguments, proxies
-    assert len(addresses) < 8
+    assert len(addresses) < 100
 
 
 def test_a_copy_of_mnn_can_be_made_after_use():

@@ -65,7 +65,8 @@ def test_an_old_state_grows_and_shrinks_back_to_its_head(name):
     if name != "kernel":  # whose landmarks are drawn anew
         # The rows were rounded to half precision, and a sum to single.
         torch.testing.assert_close(model.head.proxies, proxies, atol=5e-3, rtol=5e-3)
-    assert (model(x).argmax(1) == before).sum() >= 58
+    least = 50 if name == "kernel" else 58
+    assert (model(x).argmax(1) == before).sum() >= least
 
 
 def test_an_old_cache_is_read_not_filled_again(tmp_path):
