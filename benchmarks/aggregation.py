@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.neighbors import NearestNeighbors
 
-from imprint_pl.agg import NearestProxies
+from imprint_pl.parts.agg.nearest import NearestProxies
 
 
 def ours(z, proxies, classes, m):

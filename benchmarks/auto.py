@@ -24,7 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from imprint_pl.imprinting import imprint
+from imprint_pl.method.imprinting import imprint
 
 RECIPES = ("auto", "kernel", "ridge", "whitened", "lda", "robust")
 

@@ -23,16 +23,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from imprint_pl import ImprintedClassifier, imprint
-from imprint_pl.backbone import Backbone, load_backbone
 from imprint_pl.collapse import nc1
 from imprint_pl.data import ArrayDataset
+from imprint_pl.embedding.backbone import Backbone, load_backbone
 from imprint_pl.errors import ImprintError
-from imprint_pl.kmeans import kmeans
-from imprint_pl.metrics import TaskMetrics
-from imprint_pl.recipes import RECIPES, resolve
-from imprint_pl.reservoir import EmbeddingReservoir
-from imprint_pl.store import EmbeddingStore
-from imprint_pl.sums import EmbeddingSums
+from imprint_pl.lightning.metrics import TaskMetrics
+from imprint_pl.method.recipes import RECIPES, resolve
+from imprint_pl.numerics.kmeans import kmeans
+from imprint_pl.training_set.reservoir import EmbeddingReservoir
+from imprint_pl.training_set.store import RowStore
+from imprint_pl.training_set.sums import EmbeddingSums
 
 BACKBONE, SIZE, BATCH = "torchvision/resnet18", 224, 64
 
@@ -90,7 +90,7 @@ def _takers(device: str) -> dict:
     metrics = TaskMetrics(10).to(device)
     return {
         "sums": sums.add,
-        "embeddings": EmbeddingStore().add,
+        "embeddings": RowStore().add,
         "max_per_class": EmbeddingReservoir(100, 0, 10).add,
         "metrics": lambda embeddings, labels: metrics.add(embeddings[:, :10], labels, None),
     }

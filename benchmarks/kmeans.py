@@ -29,7 +29,7 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_info
 from torch import Tensor
 
-from imprint_pl.kmeans import kmeans_classes
+from imprint_pl.numerics.kmeans import kmeans_classes
 
 DEFAULT = Path("../shared/acceptance/fashion_mnist_efficientnet_lite0.safetensors")
 # Set on some machines for other programs; they slow numpy's BLAS, hence scikit-learn.

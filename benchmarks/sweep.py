@@ -20,11 +20,11 @@ from rich.table import Table
 
 from imprint_pl import imprint
 from imprint_pl.data import EmbeddingDataModule
-from imprint_pl.select import draw_shots
-from imprint_pl.sweep import CHUNK_BYTES, checked_sweep
-from imprint_pl.sweep.data import load_embeddings, load_splits
-from imprint_pl.sweep.plan import units
-from imprint_pl.sweep.work import Work
+from imprint_pl.experiments.sweep import CHUNK_BYTES, checked_sweep
+from imprint_pl.experiments.sweep.embeddings import load_embeddings, load_splits
+from imprint_pl.experiments.sweep.plan import units
+from imprint_pl.experiments.sweep.work import Work
+from imprint_pl.method.selection import draw_shots
 
 SHARED = "../shared/acceptance"
 EMBEDDINGS = "fashion_mnist_efficientnet_lite0.safetensors"

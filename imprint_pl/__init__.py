@@ -13,14 +13,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from imprint_pl.attaching import attach, detach
-    from imprint_pl.callback import ImprintCallback
     from imprint_pl.errors import ImprintError
     from imprint_pl.estimator import ImprintEstimator
-    from imprint_pl.extending import extend
-    from imprint_pl.head import ImprintedHead
-    from imprint_pl.imprinting import imprint
-    from imprint_pl.module import ImprintedClassifier
+    from imprint_pl.lightning.attaching import attach, detach
+    from imprint_pl.lightning.callback import ImprintCallback
+    from imprint_pl.lightning.classifier import ImprintedClassifier
+    from imprint_pl.lightning.extending import extend
+    from imprint_pl.method.head import ImprintedHead
+    from imprint_pl.method.imprinting import imprint
 
 try:
     __version__ = version("imprint-pl")
@@ -28,15 +28,15 @@ except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0+unknown"
 
 _HOMES = {
-    "ImprintCallback": "callback",
+    "ImprintCallback": "lightning.callback",
     "ImprintError": "errors",
     "ImprintEstimator": "estimator",
-    "ImprintedClassifier": "module",
-    "ImprintedHead": "head",
-    "attach": "attaching",
-    "detach": "attaching",
-    "extend": "extending",
-    "imprint": "imprinting",
+    "ImprintedClassifier": "lightning.classifier",
+    "ImprintedHead": "method.head",
+    "attach": "lightning.attaching",
+    "detach": "lightning.attaching",
+    "extend": "lightning.extending",
+    "imprint": "method.imprinting",
 }
 __all__ = [
     "ImprintCallback",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from imprint_pl.moments import CHUNK, Moments
+from imprint_pl.numerics.moments import CHUNK, Moments
 
 # Relative to the largest eigenvalue. Without a tolerance rounding makes NC1 explode.
 TOLERANCE = 1e-10

@@ -12,10 +12,10 @@ class ImprintError(ValueError):
     """A wrong value, setting or file; the message names the value, the place and the cure."""
 
 
-def near(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean …?` with the known names that are near, or nothing.
 
-    >>> near("robst", ["qi", "robust"])
+    >>> did_you_mean("robst", ["qi", "robust"])
     "; did you mean 'robust'?"
     """
     # Without regard to case: CAT shares no letter with cat.

@@ -17,21 +17,15 @@ from sklearn.utils.multiclass import check_classification_targets, unique_labels
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from imprint_pl.errors import ImprintError, near
-from imprint_pl.head import ImprintedHead
-from imprint_pl.imprinting import imprint
-from imprint_pl.incremental import Rows, Sums
-from imprint_pl.labels import (
-    check_composition,
-    find_label,
-    plain_labels,
-    some,
-    with_label,
-)
-from imprint_pl.limits import check_values, checked_seed
-from imprint_pl.norm import transform
-from imprint_pl.recipes import Parts, resolve
-from imprint_pl.state import State
+from imprint_pl.errors import ImprintError, did_you_mean
+from imprint_pl.method.head import ImprintedHead
+from imprint_pl.method.imprinting import imprint
+from imprint_pl.method.recipes import Recipe, resolve
+from imprint_pl.numerics.labels import check_composition, find_label, plain_labels, some, with_label
+from imprint_pl.numerics.values import check_values, checked_seed
+from imprint_pl.parts.norm.base import transform
+from imprint_pl.training_set.kept import State
+from imprint_pl.training_set.partial_fit import Rows, Sums
 
 DEFAULT_RECIPE = "auto"
 
@@ -49,11 +43,11 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
 
     Args:
         recipe: "auto", which compares recipes on held-out rows, or a name in
-            `imprint_pl.recipes.RECIPES`.
+            `imprint_pl.method.recipes.RECIPES`.
         norm_pre, gen, k, norm_post, norm_inf, agg, m, distance, votes, temperature, lam, intercept,
         shrinkage, prior, projection_dim, width, engine, as_published: as for `imprint`.
         keep: what `fit` keeps, so that classes can come and go later: "embeddings" (float32;
-            suffices for every step) or "moments" (sums: see `imprint_pl.state`).
+            suffices for every step) or "moments" (sums: see `imprint_pl.training_set.kept`).
         seed: an integer that fixes every random choice; what `random_state` is elsewhere, but never
             the global generator.
         device: where to compute, such as "cuda"; the CPU by default. A pickle holds CPU tensors,
@@ -176,7 +170,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         label, place = find_label(label, self.classes_)
         if place is None:
             raise ImprintError(
-                f"there is no class {label!r}{near(label, map(str, self.classes_))} "
+                f"there is no class {label!r}{did_you_mean(label, map(str, self.classes_))} "
                 f"({len(self.classes_)} classes: {some(self.classes_)})"
             )
         return place
@@ -319,13 +313,13 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             label = y[outside].tolist()[0]
             raise ImprintError(
                 f"label {label!r} of sample {outside.argmax()} is not among the classes of the "
-                f"first partial_fit, {some(known)}{near(label, map(str, known))}: name it "
+                f"first partial_fit, {some(known)}{did_you_mean(label, map(str, known))}: name it "
                 "there, or leave `classes` out, and new labels may come with any batch"
             )
         _check_texts(known)
         return known, closed
 
-    def _settle(self, x: Tensor, labels: Tensor) -> tuple[Parts, list[dict[str, Any]]]:
+    def _settle(self, x: Tensor, labels: Tensor) -> tuple[Recipe, list[dict[str, Any]]]:
         """The parts for all batches, and what "auto" tried on the first to find them."""
         keywords = self._keywords()
         if keywords.get("recipe") != "auto":

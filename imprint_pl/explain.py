@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from imprint_pl.agg import LogSumExp, NearestProxies
 from imprint_pl.data.decode import read_image
 from imprint_pl.drawing import height, style, wrapped
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import local_path
-from imprint_pl.head import ImprintedHead
-from imprint_pl.state import State
+from imprint_pl.method.head import ImprintedHead
+from imprint_pl.parts.agg.logsumexp import LogSumExp
+from imprint_pl.parts.agg.nearest import NearestProxies
+from imprint_pl.training_set.kept import State
 
 if TYPE_CHECKING:
-    from imprint_pl.module import ImprintedClassifier
+    from imprint_pl.lightning.classifier import ImprintedClassifier
 
 # Of a picture, in inches: the side of an image, the space around it, and the least width.
 CELL, GAP, NARROWEST = 1.7, 0.12, 3.6

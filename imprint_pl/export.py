@@ -4,6 +4,7 @@ or an exported PyTorch program, compared with the classifier that it was made of
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
@@ -14,20 +15,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imprint_pl import __version__
-from imprint_pl.backbone import Backbone
-from imprint_pl.deploy import Deployed, Embedder
-from imprint_pl.errors import ImprintError, near
-from imprint_pl.head import ImprintedHead
-from imprint_pl.limits import as_plain
+from imprint_pl.embedding.backbone import Backbone
+from imprint_pl.embedding.matrix_resize import MatrixResize
+from imprint_pl.errors import ImprintError, did_you_mean
+from imprint_pl.method.head import ImprintedHead
+from imprint_pl.numerics.values import to_json_value
 
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ""}
+
 # Resize and reductions in float64 and scatter with a maximum ask for 18.
 OPSET = 20
+
 # Of the probabilities, between the file and the classifier.
 TOLERANCE = 1e-4
+
 # Images whose time is taken, one by one.
 TIMED = 30
 
@@ -87,7 +91,9 @@ def export(
     """
     path = Path(path)
     if format not in FORMATS:
-        raise ImprintError(f"unknown format {format!r}{near(format, FORMATS)}: {_formats()}")
+        raise ImprintError(
+            f"unknown format {format!r}{did_you_mean(format, FORMATS)}: {_formats()}"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     if format == "safetensors":
         head.save_pretrained(path, config=head_config(head, backbone))
@@ -203,7 +209,7 @@ def head_config(head: ImprintedHead, backbone: Backbone | None = None) -> dict[s
         "recipe": head.settings,
         "threshold": head.threshold,
     }
-    config = json.loads(json.dumps(config, default=as_plain))
+    config = json.loads(json.dumps(config, default=to_json_value))
     return config | ({"backbone": backbone.source()} if backbone is not None else {})
 
 
@@ -274,3 +280,49 @@ def _write_onnx(program, path: Path, outputs: list[str], description: dict[str, 
 
 def _formats() -> str:
     return f"give one of {', '.join(FORMATS)}"
+
+
+class Deployed(nn.Module):
+    """uint8 `(B, 3, H, W)` → probabilities `(B, C)` float32 and classes `(B,)` int64.
+
+    A class is −1, "none of these", where the head has a threshold and no score reaches it.
+
+    Args:
+        backbone: with its own preprocessing; its model is copied. It runs in float32.
+        head: filled; copied.
+
+    Raises:
+        ImprintError: the backbone does not read uint8 images, or the head is empty.
+    """
+
+    def __init__(self, backbone: Backbone, head: ImprintedHead) -> None:
+        super().__init__()
+        if backbone.preprocess is None:
+            raise ImprintError(
+                f"backbone {backbone.name!r} has no preprocessing to ship: make it with "
+                "preprocess=dict(size=…, mean=…, std=…)"
+            )
+        if head.is_empty:
+            raise ImprintError("the head has no proxies yet: there is nothing to export")
+        self.embed = Embedder(backbone)
+        self.head = copy.deepcopy(head).cpu().requires_grad_(False)
+        self.eval()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.head.scores(self.embed(images))
+        probabilities = torch.softmax(scores * self.head.log_scale.exp(), 1)
+        return probabilities, self.head.decide(scores)
+
+
+class Embedder(nn.Module):
+    """The backbone alone: uint8 `(B, 3, H, W)` → embeddings `(B, d)` float32."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.resize = MatrixResize(backbone.preprocess)
+        model = copy.deepcopy(backbone.model).cpu()
+        self.model = model.to(memory_format=torch.contiguous_format).float().eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        embeddings = self.model(self.resize(images))
+        return embeddings.flatten(1) if embeddings.ndim == 4 else embeddings

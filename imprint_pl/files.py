@@ -5,16 +5,12 @@ them, and written so that they appear whole or not at all. Nothing in a file nam
 from __future__ import annotations
 
 import hashlib
-import io
+import json
 import os
-import pickle
-import re
-import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -25,11 +21,14 @@ from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 
+
+def digest(key: dict) -> str:
+    """The sha256 of plain values."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
 # In the metadata of safetensors files: a hash of their tensors.
 HASH = "sha256"
-# What a name or a number needs; a text with brackets would be read as structure, and structure can
-# name classes.
-PLAIN_TEXT = re.compile(r"[^{}\[\]\n]*")
 
 
 def local_path(place: str | os.PathLike) -> str:
@@ -118,130 +117,3 @@ def check_tensor(name: str, tensor: Any) -> None:
     raise ImprintError(
         f"{name} is no tensor whose numbers are all there: the file is damaged or forged"
     )
-
-
-def read_checkpoint(source: str | Path | IO[bytes], map_location: Any = "cpu") -> dict[str, Any]:
-    """A checkpoint of `ImprintedClassifier`: its checksums are compared, and nothing but tensors
-    and plain values is unpickled.
-
-    Raises:
-        ImprintError: no such file, damaged, forged, or no checkpoint.
-    """
-    is_path = isinstance(source, str | os.PathLike)
-    source = local_path(source) if is_path else source
-    name = source if is_path else "the checkpoint"
-    if is_path and not os.path.isfile(source):
-        if os.path.isdir(source):
-            raise ImprintError(f"{source} is a folder: give the .ckpt in it that `fit` wrote")
-        raise ImprintError(f"{source}: there is no such file")
-    with damaged(name, "a checkpoint that `fit` wrote"):
-        _check_archive(source)
-        checkpoint = _without_code(source, name, map_location)
-        state, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]
-        if not all(isinstance(part, Mapping) for part in (state, settings)):
-            raise ValueError("no state dict")
-    for key, tensor in state.items():
-        if not str(key).endswith("_extra_state") or isinstance(tensor, Tensor):
-            check_tensor(f"{name}: {key}", tensor)
-    return checkpoint
-
-
-def _without_code(source: str | Path | IO[bytes], name: Any, map_location: Any) -> dict[str, Any]:
-    try:
-        return torch.load(source, weights_only=True, map_location=map_location)
-    except pickle.UnpicklingError as error:
-        if not (found := re.search(r"GLOBAL (\S+) was not an allowed global", str(error))):
-            raise
-        raise ImprintError(
-            f"{name}: damaged, or not a checkpoint that `fit` wrote: it holds a {found[1]}, which "
-            "takes code to make; keep plain values in the state of DataModules and callbacks"
-        ) from error
-
-
-def keep_loadable(checkpoint: dict[str, Any]) -> None:
-    """Drops from a checkpoint that is to be written the hyperparameters that `read_checkpoint`, or
-    `hyperparameters`, would refuse: a subclass or a DataModule of the user's may save any object.
-    Warns of each."""
-    for key, loads in (
-        ("hyper_parameters", _is_plain),
-        ("datamodule_hyper_parameters", _loads_without_code),
-    ):
-        kept = checkpoint.get(key)
-        if not isinstance(kept, dict):
-            continue
-        for name, value in list(kept.items()):
-            if not str(name).startswith("_") and not loads(value):
-                del kept[name]
-                warnings.warn(
-                    f"the hyperparameter {name!r} is no plain value ({type(value).__name__}) and "
-                    "is left out of the checkpoint: give it as a keyword of load_from_checkpoint",
-                    stacklevel=2,
-                )
-
-
-def _loads_without_code(value: Any) -> bool:
-    content = io.BytesIO()
-    try:
-        torch.save(value, content)
-        content.seek(0)
-        torch.load(content, weights_only=True)
-    except Exception:  # Whatever pickling stumbles over.
-        return False
-    return True
-
-
-def hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Those of a checkpoint that are keywords of `ImprintedClassifier`.
-
-    Lightning's own entries, which name a class and what makes it, are left out.
-
-    Raises:
-        ImprintError: a value that is more than text, numbers, and lists or dicts of these.
-    """
-    plain = {}
-    for name, value in dict(checkpoint["hyper_parameters"]).items():
-        if str(name).startswith("_"):
-            continue
-        if not _is_plain(value):
-            raise ImprintError(
-                f"the checkpoint has {name}={value!r:.200}, where a plain value belongs: "
-                "ImprintedClassifier did not write it"
-            )
-        plain[name] = value
-    if not isinstance(plain.get("backbone", ""), str):
-        raise ImprintError(f"the checkpoint has backbone={plain['backbone']!r:.200}: no name")
-    # Files are given by whoever loads; the name of a torchvision entry may come along.
-    if not str(plain.get("weights")).isidentifier():
-        plain.pop("weights", None)
-    return plain
-
-
-def _check_archive(source: str | Path | IO[bytes]) -> None:
-    """Raises for what is no zip file as `torch.save` writes it, or whose checksums are wrong."""
-    with zipfile.ZipFile(source) as archive:
-        entries = archive.infolist()
-        # Stored as they are: a packed entry could unpack to any size.
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("packed entries")
-        if archive.testzip() is not None:
-            raise ValueError("wrong checksum")
-    if hasattr(source, "seek"):
-        source.seek(0)
-
-
-def _is_plain(value: Any, depth: int = 0) -> bool:
-    if depth > 4:
-        return False
-    if isinstance(value, str):
-        return PLAIN_TEXT.fullmatch(value) is not None
-    if isinstance(value, Mapping):
-        return all(
-            isinstance(name, str)
-            and name.isidentifier()
-            and name not in ("class_path", "init_args")
-            and _is_plain(part, depth + 1)
-            for name, part in value.items()
-        )
-    if isinstance(value, list | tuple):
-        return all(_is_plain(part, depth + 1) for part in value)
-    return value is None or type(value) in (bool, int, float)

@@ -15,15 +15,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from imprint_pl.agg import NearestProxies
-from imprint_pl.batch import split_batch
-from imprint_pl.batch_hooks import transfer_of
-from imprint_pl.data.images import ImageDataModule
-from imprint_pl.distances import Mahalanobis, distances
+from imprint_pl.data.base import ImageDataModule
+from imprint_pl.data.batch import split_batch
+from imprint_pl.data.batch_hooks import transfer_of
 from imprint_pl.drawing import height as height_of
 from imprint_pl.drawing import style, wrapped
 from imprint_pl.errors import ImprintError
-from imprint_pl.head import ImprintedHead
+from imprint_pl.method.head import ImprintedHead
+from imprint_pl.parts.agg.distances import Mahalanobis, distances
+from imprint_pl.parts.agg.nearest import NearestProxies
 
 # What a picture can show: rows (proxies) of a class, and classes.
 PROXIES_SHOWN = 5

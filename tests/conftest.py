@@ -1,16 +1,12 @@
 """Fixtures that several test files use."""
 
 import logging
-from pathlib import Path
 
 # Here, since Lightning's log handler keeps the stderr that it finds when it is imported.
 import lightning.pytorch  # noqa: F401
 import pytest
 import torch
-
-ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"
-ACCEPTANCE = SHARED / "acceptance" / "fashion_mnist_efficientnet_lite0.safetensors"
+from places import ACCEPTANCE
 
 
 @pytest.fixture(scope="session")

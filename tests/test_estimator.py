@@ -16,11 +16,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
-from imprint_pl import ImprintError, ImprintEstimator, estimator, holdout, imprint, incremental
-from imprint_pl.calibration import fit_temperature, folds
-from imprint_pl.gen import KMeans
-from imprint_pl.order import in_order
-from imprint_pl.recipes import RECIPES
+from imprint_pl import ImprintError, ImprintEstimator, estimator, imprint
+from imprint_pl.method import holdout
+from imprint_pl.method.calibration import fit_temperature, folds
+from imprint_pl.method.recipes import RECIPES
+from imprint_pl.numerics.order import in_order
+from imprint_pl.parts.gen import KMeans
+from imprint_pl.training_set import partial_fit as incremental
 
 X = np.array([[3.0, 4.0], [4.0, 3.0], [-3.0, 4.0], [-4.0, 3.0]])
 # Of two features the quantiles keep the order alone, by which scikit-learn's blobs cannot be told.

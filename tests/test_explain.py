@@ -8,7 +8,7 @@ from pictures import NAMES, drawn
 
 from imprint_pl import ImprintError, imprint
 from imprint_pl.explain import Explanation, Neighbour, explain, picture
-from imprint_pl.state import State
+from imprint_pl.training_set.kept import State
 
 # Two clusters of class 0, one of class 1.
 X = torch.tensor([[1.0, 0.0], [1.0, 0.1], [-1.0, 0.0], [-1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])

@@ -10,11 +10,11 @@ from sklearn.datasets import load_sample_images
 from torch import nn
 
 from imprint_pl import ImprintedHead, ImprintError, imprint
-from imprint_pl.backbone import load_backbone
 from imprint_pl.data import Digits
-from imprint_pl.deploy import MatrixResize
+from imprint_pl.embedding.backbone import load_backbone
+from imprint_pl.embedding.matrix_resize import MatrixResize
+from imprint_pl.embedding.preprocess import Preprocess
 from imprint_pl.export import check, export, head_config, load
-from imprint_pl.preprocess import Preprocess
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from imprint_pl.cli import main
 from imprint_pl.data import Digits
 from imprint_pl.errors import ImprintError
 from imprint_pl.gallery import Gallery, ImprintGallery, Proxy, draw_gallery, proxy_gallery
-from imprint_pl.head import ImprintedHead
+from imprint_pl.method.head import ImprintedHead
 
 # Label 0 has two heaps, of 3 (class 0) and 2 (class 1); label 1 one of 2 (class 2).
 X = torch.tensor(

@@ -7,13 +7,13 @@ other LightningDataModule works with the package too.
 """
 
 from imprint_pl.data.arrays import MNIST, ArrayDataset, Digits, FashionMNIST
+from imprint_pl.data.base import ImageDataModule, Splits
 from imprint_pl.data.cifar import CIFAR10, CIFAR100
 from imprint_pl.data.digit_sets import MNISTM, SVHN, USPS
 from imprint_pl.data.embeddings import EmbeddingDataModule
-from imprint_pl.data.files import ImageFileDataset
 from imprint_pl.data.folders import ImageFiles, ImageFolder
+from imprint_pl.data.image_files import ImageFileDataset
 from imprint_pl.data.imagenet import ImageNet
-from imprint_pl.data.images import ImageDataModule, Splits
 from imprint_pl.data.union import CombiDigits, Union, UnionDataset
 
 __all__ = [

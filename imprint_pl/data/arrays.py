@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from imprint_pl.data.images import ImageDataModule, Splits
+from imprint_pl.data.base import ImageDataModule, Splits
 from imprint_pl.errors import ImprintError
 
 DIGITS_TRAIN = 1437

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from imprint_pl.data.arrays import ArrayDataset, fetch, missing_files
-from imprint_pl.data.images import ImageDataModule, Splits
+from imprint_pl.data.base import ImageDataModule, Splits
 from imprint_pl.errors import ImprintError
 
 SHAPE = (3, 32, 32)

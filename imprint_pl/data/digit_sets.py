@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from imprint_pl.data.arrays import ArrayDataset, fetch, missing_files
-from imprint_pl.data.files import ImageFileDataset
-from imprint_pl.data.images import ImageDataModule, Splits
+from imprint_pl.data.base import ImageDataModule, Splits
+from imprint_pl.data.image_files import ImageFileDataset
 from imprint_pl.errors import ImprintError
 
 DIGITS = [str(digit) for digit in range(10)]

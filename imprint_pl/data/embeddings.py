@@ -4,7 +4,7 @@
 `Splits` of `ArrayDataset`s.
 """
 
-from imprint_pl.data.images import ImageDataModule, Splits
+from imprint_pl.data.base import ImageDataModule, Splits
 
 TASK_OPTIONS = ("classes", "d", "num_labels", "task_seed", "shots", "val_fraction")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
+from imprint_pl.data.base import Splits
 from imprint_pl.data.folders import ImageFolder, split_folders
-from imprint_pl.data.images import Splits
-from imprint_pl.errors import ImprintError, near
+from imprint_pl.errors import ImprintError, did_you_mean
 
 INDEX_FILE = "imagenet_class_index.json"
 
@@ -86,8 +86,9 @@ class ImageNet(ImageFolder):
         for name in found:
             if name not in synsets:
                 raise ImprintError(
-                    f"{folders['train'] / name} is no class of ImageNet{near(name, synsets)}: "
-                    f"remove it, list it in {INDEX_FILE}, or read the folder with ImageFolder"
+                    f"{folders['train'] / name} is no class of ImageNet"
+                    f"{did_you_mean(name, synsets)}: remove it, list it in {INDEX_FILE}, or read "
+                    "the folder with ImageFolder"
                 )
         numbers = torch.tensor([synsets.index(name) for name in found])
         train, val = (

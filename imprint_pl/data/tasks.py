@@ -15,8 +15,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from imprint_pl.errors import ImprintError, near
-from imprint_pl.labels import place_of
+from imprint_pl.errors import ImprintError, did_you_mean
+from imprint_pl.numerics.labels import place_of
 
 NAMES_SHOWN = 20
 IN_QUOTES = "; YAML makes other values of yes, no, on, off, null and 1.0: put such names in quotes"
@@ -190,7 +190,7 @@ def resolve_classes(
             return list(range(len(class_names)))[SUBSETS[classes]]
         if place_of(classes, class_names) is not None:
             raise ImprintError(f"classes={classes!r}: give a list, as in classes=[{classes!r}]")
-        known = near(classes, [*SUBSETS, *class_names])
+        known = did_you_mean(classes, [*SUBSETS, *class_names])
         raise ImprintError(
             f"classes={classes!r} is unknown{known}: give {', '.join(SUBSETS)}, "
             "paper-<d>in1-<shuffle> for ImageNet, or a list as in classes=[0, 1, 2]"

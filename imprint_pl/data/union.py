@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from imprint_pl.data.arrays import MNIST
+from imprint_pl.data.base import ImageDataModule, Splits
 from imprint_pl.data.digit_sets import DIGITS, MNISTM, SVHN, USPS
-from imprint_pl.data.images import ImageDataModule, Splits
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import local_path
-from imprint_pl.labels import composed, warn_of_alike
+from imprint_pl.numerics.labels import composed, warn_of_alike
 
 
 class UnionDataset(Dataset):

@@ -14,10 +14,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from imprint_pl import ImprintedClassifier, imprint
-from imprint_pl.backbone import load_backbone
 from imprint_pl.cli import main
 from imprint_pl.data import ArrayDataset, ImageDataModule, Splits
 from imprint_pl.embedding import embed
+from imprint_pl.embedding.backbone import load_backbone
 
 # Keywords of the classifier, and what is kept beside its checkpoint.
 FITS = {

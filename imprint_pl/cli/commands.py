@@ -1,0 +1,140 @@
+"""The commands: `python -m imprint_pl fit | validate | test | predict | embed | sweep | …`.
+
+Lightning's own command line with our module, data sets and run folder; a user's mistake ends in one
+line that says what to change, not in a traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+
+from imprint_pl import __version__
+from imprint_pl.errors import ImprintError
+
+COMMANDS = ("fit", "validate", "test", "predict", "embed", "sweep", "report", "dashboard")
+# They take a checkpoint and files, and no Trainer.
+FILE_COMMANDS = ("add-class", "add-examples", "remove-class", "export")
+HELP = f"""\
+imprint_pl {__version__}: an image classifier on a frozen foundation model, imprinted in one pass
+
+usage: python -m imprint_pl COMMAND [options]
+
+commands:
+  fit        imprint a head on the training images and measure it
+  validate   measure a checkpoint on the validation images
+  test       measure a checkpoint on the test images
+  predict    label the images of a data set, of files or of folders; writes a CSV
+  embed      fill the embedding cache with a data set, for `fit --cache_dir`
+  export     write a checkpoint as one file: onnx, torch_export, or the head as safetensors
+  add-class, add-examples, remove-class
+             change the classes of a checkpoint that was fitted with --model.keep
+  sweep      run a grid of recipes on many backbones, data sets and tasks
+  report     tables, figures and a page from the results of a sweep
+  dashboard  the wandb workspace that compares recipes; a run for each result
+
+examples:
+  python -m imprint_pl fit --config configs/quickstart.yaml
+  python -m imprint_pl fit --data FashionMNIST --model.backbone torchvision/resnet18
+  python -m imprint_pl fit --config configs/image_folder.yaml --data.root photos
+  python -m imprint_pl test --data Digits --ckpt_path CHECKPOINT
+  python -m imprint_pl predict --ckpt_path CHECKPOINT --images photo.jpg holiday/
+  python -m imprint_pl fit --config configs/d_in_1_digits.yaml --cache_dir cache
+  python -m imprint_pl add-class CHECKPOINT --name fox --images foxes/
+  python -m imprint_pl export CHECKPOINT --format onnx
+  python -m imprint_pl sweep --config configs/sweeps/quick.yaml
+  python -m imprint_pl report results/section_5_1
+
+`python -m imprint_pl COMMAND --help` lists every option.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0, or 2 for a user's mistake."""
+    argv = sys.argv[1:] if argv is None else argv
+    if hasattr(sys.stdout, "reconfigure"):
+        # A name that the terminal cannot show is no reason to stop; stderr does so by itself.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if argv[0] == "--version":
+        print(f"imprint_pl {__version__}")
+        return 0
+    if argv[0] not in (*COMMANDS, *FILE_COMMANDS):
+        known = ", ".join((*COMMANDS, *FILE_COMMANDS))
+        return _fail(f"unknown command {argv[0]!r}: give one of {known}")
+    try:
+        argv = [argv[0], *map(_as_shell, argv[1:])]
+        if argv[0] == "report":
+            from imprint_pl.cli.report import run as report
+
+            report(argv[1:])
+            return 0
+        if argv[0] == "dashboard":
+            from imprint_pl.cli.dashboard import run as dashboard
+
+            dashboard(argv[1:])
+            return 0
+        if argv[0] in FILE_COMMANDS:
+            from imprint_pl.cli.checkpoint import run_on_file
+
+            run_on_file(argv)
+            return 0
+        # Importing Lightning takes seconds: not before it is needed.
+        arguments = [_packaged_config(argument) for argument in argv]
+        if argv[0] == "sweep":
+            from imprint_pl.cli.sweep import run
+
+            run(arguments[1:])
+        else:
+            from imprint_pl.cli.fit import run
+
+            run(arguments)
+    except Exception as error:
+        mistake = _users_mistake(error)
+        if mistake is None:
+            raise
+        return _fail(str(mistake))
+    return 0
+
+
+def _users_mistake(error: BaseException | None) -> ImprintError | None:
+    # jsonargparse wraps what a constructor raises.
+    while error is not None and not isinstance(error, ImprintError):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return ImprintError(f"the disk is full ({error}): make room, and run it again")
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _as_shell(argument: str) -> str:
+    """`--data.root=~/photos`, which a shell hands on as it is, and paths in quotes."""
+    name, equals, value = argument.partition("=") if argument[:1] == "-" else ("", "", argument)
+    if not value.startswith(("~", "$", "file://")):
+        return argument
+    from imprint_pl.files import local_path
+
+    return f"{name}{equals}{local_path(value)}"
+
+
+def _packaged_config(argument: str) -> str:
+    """`configs/x.yaml` of the package where the current folder has no such file."""
+    name, equals, value = argument.rpartition("=")
+    package = Path(__file__).parent.parent
+    path = Path(value)
+    if path.parts[:1] == ("configs",) and path.suffix == ".yaml" and not path.exists():
+        # Inside a wheel the configs lie in the package, in a source tree beside it.
+        for folder in (package, package.parent):
+            if (folder / path).is_file():
+                return f"{name}{equals}{folder / path}"
+    return argument
+
+
+def _fail(message: str) -> int:
+    # Every rank of a distributed run fails; one says why.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,68 @@
+"""The command `dashboard`: what it takes and prints; `experiments/dashboard.py` does the work."""
+
+from __future__ import annotations
+
+import os
+
+from imprint_pl.cli.arguments import ArgumentParser
+from imprint_pl.errors import ImprintError
+from imprint_pl.experiments.dashboard import log_sweep, workspace
+
+
+def run(argv: list[str]) -> None:
+    """The command, its arguments without its name."""
+    parser = ArgumentParser(
+        prog="python -m imprint_pl dashboard",
+        description="Build the wandb workspace that compares recipes; log a sweep's results first.",
+    )
+    parser.add_argument(
+        "results", nargs="?", help="results of a sweep, to log as a run each (default: log none)"
+    )
+    parser.add_argument("--project", default="imprint_pl", help="of wandb (default: imprint_pl)")
+    parser.add_argument("--entity", help="the wandb user or team (default: the login's)")
+    parser.add_argument(
+        "--offline", action="store_true", help="write the runs to wandb/, to be sent later"
+    )
+    given = parser.parse_args(argv)
+    offline = given.offline or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
+    if not offline:
+        entity = given.entity or _login()
+    if given.results:
+        count = log_sweep(given.results, given.project, given.entity, offline)
+        print(f"wandb: {count:,} runs in the project {given.project}")
+    if offline:
+        print(_what_to_do(given.project, given.entity, bool(given.results)))
+        return
+    try:
+        saved = workspace(entity, given.project).save()
+    except Exception as error:
+        raise ImprintError(
+            f"the workspace of {entity}/{given.project} could not be saved "
+            f"({type(error).__name__}: {' '.join(str(error).split())}): look at the names, log a "
+            "run into the project first, and try again"
+        ) from error
+    print(f"dashboard: {saved.url}")
+
+
+def _login() -> str:
+    """The entity of the login; says what to do where there is none, instead of asking for a key."""
+    import wandb
+
+    try:
+        if not wandb.login(prompt=False):
+            raise ValueError("no API key")
+        return wandb.Api(timeout=20).default_entity
+    except Exception as error:
+        raise ImprintError(
+            f"wandb cannot be reached ({' '.join(str(error).split())[:200]}): run `wandb login` "
+            "where there is a network, or give --offline for runs that `wandb sync` sends later"
+        ) from error
+
+
+def _what_to_do(project: str, entity: str | None, logged: bool) -> str:
+    own = f" --entity {entity}" if entity else ""
+    steps = ["wandb login", f"python -m imprint_pl dashboard --project {project}{own}"]
+    if logged:
+        steps.insert(1, f"wandb sync --include-offline wandb/offline-run-* -p {project}")
+    what = "offline: the workspace lives on wandb's server. Where there is a network:"
+    return "\n  ".join([what, *steps])

@@ -1,0 +1,391 @@
+"""`fit`, `validate`, `test`, `predict`, `embed`: LightningCLI with our defaults and run folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from imprint_pl.cli.fit_parser import Parser
+from imprint_pl.cli.predictions import PredictionWriter
+from imprint_pl.cli.summary import print_summary, summarise, write_summary
+from imprint_pl.cli.wandb_results import WandbResults
+from imprint_pl.embedding import embed
+from imprint_pl.errors import ImprintError
+from imprint_pl.explain import explain_files
+from imprint_pl.files import local_path
+from imprint_pl.gallery import ImprintGallery
+from imprint_pl.lightning.checkpoint import hyperparameters, read_checkpoint
+from imprint_pl.lightning.classifier import ImprintedClassifier
+from imprint_pl.method.recipes import drop_unused
+from imprint_pl.training_set.kept_file import read_state, state_path
+
+# Of the images that were skipped, in the terminal.
+UNREADABLE_SHOWN = 10
+USAGE = "[--config FILE.yaml] [--data NAME] [--data.…] [--model.…] [--trainer.…]"
+DESCRIPTIONS = {
+    "fit": "Imprint a head on the training images in one epoch, and measure it.",
+    "validate": "Measure a checkpoint on the validation images.",
+    "test": "Measure a checkpoint on the test images.",
+    "predict": "Label the images of a data set, of files or of folders; writes a CSV.",
+}
+EMBED = (
+    "Fill the embedding cache with the images that `fit` would embed. Takes the options of fit, so "
+    "that one configuration serves both."
+)
+
+
+def run(argv: list[str]) -> None:
+    """Parses and runs one command."""
+    _quieten()
+    command, cli = argv[0], ImprintCLI
+    descriptions = {name: (name, text) for name, text in DESCRIPTIONS.items()}
+    if command == "embed":
+        argv, cli = ["fit", *argv[1:]], EmbedCLI
+        descriptions["fit"] = (command, EMBED)
+    try:
+        cli(
+            ImprintedClassifier,
+            LightningDataModule,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=False,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "max_epochs": 1,
+                # The head is empty before the epoch, and nothing is trainable.
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+            },
+            parser_kwargs={"prog": "python -m imprint_pl"}
+            | {
+                command: {"description": text, "usage": f"python -m imprint_pl {name} {USAGE}"}
+                for command, (name, text) in descriptions.items()
+            },
+            parser_class=Parser,
+            args=argv,
+        )
+    except MisconfigurationException as error:
+        raise ImprintError(str(error)) from error
+    except SIGTERMException as error:
+        # Its exit status would be 0.
+        raise ImprintError(f"SIGTERM has ended `{command}` before its end: run it again") from error
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Lightning does so for nccl alone; threads of gloo that outlive Python may abort it.
+        torch.distributed.destroy_process_group()
+
+
+class ImprintCLI(LightningCLI):
+    """Adds to LightningCLI: the run folder with its summary, files to predict, and a command line
+    that beats a checkpoint's hyperparameters."""
+
+    def add_core_arguments_to_parser(self, parser) -> None:
+        # What users look for in --help comes first, the Trainer's many options last.
+        parser.add_lightning_class_args(self._model_class, "model")
+        parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True)
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{name}": v for name, v in self.trainer_defaults.items()})
+
+    def _prepare_subcommand_parser(self, klass, subcommand, **kwargs):
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.add_argument(
+            "--on_error",
+            type=str,
+            help="With image files: fail at one that cannot be read (default), or skip it; short "
+            "for --data.on_error.",
+        )
+        if subcommand == "predict":
+            parser.add_argument(
+                "--images", nargs="+", type=str, help="Image files, folders or globs to label."
+            )
+            parser.add_argument(
+                "--output",
+                type=str,
+                help="File to write: .csv, .json or .jsonl (default: a CSV in the run's folder).",
+            )
+            parser.add_argument(
+                "--top", type=int, default=1, help="Write so many classes an image, best first."
+            )
+            parser.add_argument(
+                "--explain",
+                type=str,
+                help="Folder for explanations of the images: explanations.json and a PNG each.",
+            )
+            parser.set_defaults({"return_predictions": False})
+        elif subcommand == "fit":
+            parser.add_argument(
+                "--cache_dir",
+                type=str,
+                help="Folder of the embedding cache: images are embedded once and read afterwards.",
+            )
+            parser.add_argument(
+                "--gallery",
+                type=Literal["file", "wandb"] | None,
+                help="Draw what each proxy stands for into the run's folder; with wandb log the "
+                "pictures there too: they leave this machine.",
+            )
+        else:
+            parser.set_defaults({"verbose": False})
+        return parser
+
+    def parse_arguments(self, parser, args) -> None:
+        args = _configurations_first(_files_as_data(args))
+        for command, of_command in self._subcommand_parsers.items():
+            own = {action.dest for action in of_command._actions}
+            of_command.of_others = {
+                action.dest: action.default
+                for other, of_other in self._subcommand_parsers.items()
+                for action in of_other._actions
+                if other != command and action.dest not in own
+            }
+        self.config = parser.parse_args(args)
+        self.given = parser.parse_args(args, defaults=False)
+        if self.config[self.config.subcommand].get("on_error"):
+            raise ImprintError("on_error in a configuration belongs to the init_args of data")
+        for config in (self.config, self.given):
+            for key, value in config.items():
+                # Paths of a YAML file, which no shell has read.
+                if isinstance(value, str) and value.startswith(("~/", "$", "file://")):
+                    config[key] = local_path(value)
+
+    def _parse_ckpt_path(self) -> None:
+        command = self.config.subcommand
+        path = self.config[command].get("ckpt_path")
+        if not path:
+            return
+        try:
+            saved = hyperparameters(read_checkpoint(path))
+        except ImprintError as error:
+            raise ImprintError(f"--ckpt_path {error}") from error
+        # LightningCLI lets the file's hyperparameters win; a user who types one means it.
+        given = dict(self.given[command].get("model") or {})
+        model = saved | given
+        model = drop_unused(model.get("recipe"), model, kept=set(given))
+        self.config = self.parser.parse_object({command: {"model": model}}, self.config)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self._get(self.config_init, "trainer", default={})
+        logger = config.get("logger")
+        # A local CSV is always written, whatever else is asked for; first, so that its folder is
+        # the run's.
+        if logger is not False:
+            given = logger if isinstance(logger, list) else [logger]
+            loggers = [entry for entry in given if entry not in (None, True)]
+            if not any(isinstance(entry, CSVLogger) for entry in loggers):
+                name = type(self.datamodule).__name__
+                loggers.insert(0, CSVLogger(config.get("default_root_dir") or "runs", name=name))
+            kwargs["logger"] = sorted(loggers, key=lambda entry: not isinstance(entry, CSVLogger))
+        callbacks = config.get("callbacks") or []
+        callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+        if self.subcommand == "predict":
+            self.writer = PredictionWriter(
+                self._get(self.config, "output"), self._get(self.config, "top")
+            )
+            callbacks.append(self.writer)
+        self.gallery = self.results = None
+        if self.subcommand == "fit" and self._get(self.config, "gallery"):
+            # The images of the task, also where a cache is to stand in for them.
+            self.gallery = ImprintGallery(self.datamodule)
+            callbacks.append(self.gallery)
+        if any(isinstance(entry, WandbLogger) for entry in kwargs.get("logger") or []):
+            self.results = WandbResults()
+            callbacks.append(self.results)
+        # A fit's configuration may bring one to `test`, where it rests.
+        if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+            if self.subcommand != "fit":
+                kwargs["enable_checkpointing"] = False
+            elif config.get("enable_checkpointing") is not False:
+                # Lightning's own name, epoch=0-step=1, says nothing here.
+                callbacks.append(ModelCheckpoint(filename="imprinted"))
+        kwargs["callbacks"] = callbacks
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        cache_dir = self._get(self.config, "cache_dir")
+        if not cache_dir or self.trainer.fast_dev_run:
+            return
+        precision = str(self.trainer.precision)
+        if precision != "32-true" and not precision.endswith("-mixed"):
+            raise ImprintError(
+                f"--cache_dir with --trainer.precision {precision}, which changes the backbone's "
+                "weights only when the Trainer starts: give bf16-mixed, or --model.precision bf16"
+            )
+        # As the Trainer would embed: on its device, in its precision.
+        with self.trainer.precision_plugin.forward_context():
+            self.datamodule = embed(
+                self.model.backbone,
+                self.datamodule,
+                cache_dir,
+                device=self.trainer.strategy.root_device,
+            )
+        if self.trainer.is_global_zero:
+            print(f"embedding cache: {self.datamodule.use}")
+
+    def after_fit(self) -> None:
+        self._finish("val")
+
+    def after_validate(self) -> None:
+        self._finish("val")
+
+    def after_test(self) -> None:
+        self._finish("test")
+
+    def before_predict(self) -> None:
+        named = getattr(self.datamodule, "sample_names", lambda split: None)
+        if self._get(self.config, "explain") and named("predict") is None:
+            raise ImprintError("--explain needs image files: give --images FILES")
+
+    def after_predict(self) -> None:
+        if self.trainer.is_global_zero:
+            print(self.writer.summary())
+            if self.writer.unread and not self.writer.count:
+                print("warning: none of the images can be read", file=sys.stderr)
+            self._say_unreadable()
+            self._explain()
+
+    def _explain(self) -> None:
+        folder = self._get(self.config, "explain")
+        if not folder:
+            return
+        paths = self.datamodule.sample_names("predict")
+        beside = state_path(self._get(self.config, "ckpt_path"))
+        state = read_state(beside) if beside.is_file() else None
+        print(f"explanations: {explain_files(self.model, paths, folder, state)}")
+
+    def _finish(self, stage: str) -> None:
+        folder = self.trainer.log_dir
+        if not self.trainer.is_global_zero:
+            return
+        summary = summarise(self.trainer, self.model, stage)
+        self._save_state(summary["checkpoint"])
+        use = getattr(self.datamodule, "use", None)
+        if use is not None:
+            summary["embed_seconds"] = (summary["embed_seconds"] or 0) + use.seconds
+            summary["images_per_second"] = use.embedded / use.seconds if use.embedded else None
+            summary["embedded_images"], summary["cached_images"] = use.embedded, use.read
+        if unreadable := getattr(self.datamodule, "unreadable", {}):
+            summary["skipped_images"] = len(unreadable)
+        if self.trainer.fast_dev_run:
+            print_summary(summary)
+            print("run: none (fast_dev_run keeps nothing)")
+            return
+        folder = Path(folder or self.trainer.default_root_dir)
+        drawn = self.gallery and self.gallery.gallery
+        if drawn and drawn.purity is not None:
+            summary["purity"], summary["purity_of_one_proxy"] = drawn.purity, drawn.chance
+        write_summary(folder, summary, self.model)
+        if self.results is not None:
+            pictures = self._get(self.config, "gallery") == "wandb"
+            self.results.send(summary, self.model, self.gallery, pictures)
+        print_summary(summary)
+        if drawn:
+            print(f"gallery: {self.gallery.path}")
+        self._say_unreadable(folder)
+        print(f"run: {folder}")
+
+    def _say_unreadable(self, folder: Path | None = None) -> None:
+        """Names what --on_error skip has left out of a data set, all of it in a file of the run."""
+        reasons = list(getattr(self.datamodule, "unreadable", {}).items())
+        if not reasons:
+            return
+        print(f"skipped {len(reasons)} images that cannot be read:")
+        for _, reason in reasons[:UNREADABLE_SHOWN]:
+            print(f"  {reason}")
+        if len(reasons) > UNREADABLE_SHOWN:
+            print(f"  and {len(reasons) - UNREADABLE_SHOWN} more")
+        if folder is not None:
+            path = folder / "skipped.csv"
+            # As in the CSV of predict, a name that is no text keeps its bytes.
+            with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+                csv.writer(file).writerows([("file", "reason"), *reasons])
+            print(f"skipped: {path}")
+
+    def _save_state(self, checkpoint: str | None) -> None:
+        if self.subcommand == "fit" and self.model.state is not None and checkpoint:
+            print(f"state: {self.model.save_state(checkpoint)}")
+
+
+class EmbedCLI(ImprintCLI):
+    """`fit` up to the embedding cache."""
+
+    def before_fit(self) -> None:
+        if not self._get(self.config, "cache_dir"):
+            raise ImprintError("embed needs --cache_dir DIR, the folder to keep the embeddings in")
+        super().before_fit()
+
+    def fit(self, **_) -> None:
+        """In place of the Trainer's: nothing is left to do."""
+
+    def after_fit(self) -> None:
+        self._say_unreadable()
+        for folder in self.datamodule.use.folders:
+            print(f"cache: {folder}")
+
+
+def _configurations_first(args: list[str]) -> list[str]:
+    """Options beat configurations wherever they stand; jsonargparse lets the last one win."""
+    first, rest, left = args[:1], [], list(args[1:])
+    while left:
+        argument = left.pop(0)
+        if argument in ("--config", "-c") and left:
+            first += [argument, left.pop(0)]
+        else:
+            (first if argument.startswith("--config=") else rest).append(argument)
+    return [*first, *rest]
+
+
+def _files_as_data(args: list[str]) -> list[str]:
+    """`--images a.jpg b/` is short for `--data ImageFiles --data.paths '["a.jpg", "b/"]'`, and
+    `--on_error skip` for `--data.on_error skip`, wherever it stands."""
+    # `--images=a.jpg` is two words here.
+    joined = ("--images=", "--on_error=")
+    args = [part for a in args for part in (a.split("=", 1) if a.startswith(joined) else [a])]
+    last = []
+    while "--on_error" in args[:-1]:
+        place = args.index("--on_error")
+        last = ["--data.on_error", args[place + 1]]
+        args = [*args[:place], *args[place + 2 :]]
+    if "--images" not in args:
+        return [*args, *last]
+    start = args.index("--images")
+    before, paths, rest, option = args[:start], [], [], None
+    for argument in args[start:]:
+        option = argument if argument.startswith("--") else option
+        if option != "--images":
+            rest.append(argument)
+        elif argument != option:
+            paths.append(argument)
+    # As they are: YAML does not know JSON's pairs of \u for an emoji.
+    names = json.dumps(paths, ensure_ascii=False)
+    return [*before, "--data", "ImageFiles", "--data.paths", names, *rest, *last]
+
+
+def _quieten() -> None:
+    """Leaves out what Lightning says on every run and nobody can act on."""
+    for message in (
+        # Ours serve images from memory, or start workers themselves.
+        ".*does not have many workers.*",
+        # Ours count each sample once.
+        ".*it is recommended to use .*devices=1.*",
+        ".*LeafSpec.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_is_worth_saying)
+
+
+def _is_worth_saying(record: logging.LogRecord) -> bool:
+    advertisements = ("💡 Tip", "TPU available", "HPU available", "`Trainer.fit` stopped")
+    return not record.getMessage().startswith(advertisements)

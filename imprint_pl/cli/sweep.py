@@ -1,0 +1,102 @@
+"""`python -m imprint_pl sweep`: the options, what is printed before and after."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from imprint_pl.cli.arguments import ArgumentParser
+from imprint_pl.errors import ImprintError
+from imprint_pl.experiments.sweep import CHUNK_BYTES, describe, read_sweep, sweep
+from imprint_pl.method.recipes import AUTO
+from imprint_pl.parts.by_name import SLOTS, every_parameter
+
+BEST = 5
+AFTERWARDS = (
+    "The same command goes on after a kill. Afterwards: `report results/<name>` for tables and a "
+    "page, `dashboard results/<name> --project P` for a wandb run each, grouped and tagged."
+)
+
+
+def run(argv: list[str]) -> None:
+    """Parses and runs the command."""
+    parser = ArgumentParser("python -m imprint_pl sweep", description=__doc__.split(":", 1)[0])
+    parser.epilog = AFTERWARDS
+    parser.add_argument("--config", required=True, help="the sweep's YAML, configs/sweeps/….yaml")
+    parser.add_argument("--results_dir", default="results", help="results go to DIR/<name>/")
+    parser.add_argument("--cache_dir", default="cache", help="the embedding cache")
+    parser.add_argument("--n_jobs", type=int, default=1, help="processes; 1 uses threads instead")
+    parser.add_argument("--dask", help='address of a Dask scheduler, or "local": two workers here')
+    parser.add_argument(
+        "--chunk_mb",
+        type=int,
+        default=CHUNK_BYTES >> 20,
+        help="memory besides the embeddings, a process (%(default)s)",
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="count configurations and estimate the time"
+    )
+    options = parser.parse_args(argv)
+    if options.n_jobs == 0 or options.chunk_mb < 1:
+        raise ImprintError("--n_jobs is not 0 (-1: all cores), --chunk_mb at least 1")
+    plan = read_sweep(options.config)
+    # Embedding says a line for each batch of work otherwise.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    full, kept, seconds = describe(plan, options.n_jobs)
+    print(
+        f"{plan.name}: {full:,} combinations, {kept:,} configurations after pruning; about "
+        f"{_duration(seconds)} besides embedding"
+    )
+    if options.dry_run:
+        return
+    start = time.perf_counter()
+    try:
+        table = sweep(
+            plan,
+            options.results_dir,
+            options.cache_dir,
+            n_jobs=options.n_jobs,
+            dask=options.dask,
+            chunk_bytes=options.chunk_mb << 20,
+        )
+    except KeyboardInterrupt:
+        folder = f"{options.results_dir}/{plan.name}"
+        print(f"stopped: {folder} keeps what is done, the same command goes on", file=sys.stderr)
+        sys.exit(130)  # as a shell's
+    seconds = time.perf_counter() - start
+    _print_best(table)
+    print(
+        f"{len(table):,} configurations, {seconds:.1f} s: "
+        f"{options.results_dir}/{plan.name}/results.csv and .parquet"
+    )
+
+
+def _print_best(table) -> None:
+    """The best, by accuracy averaged over what they were run on."""
+    # All keywords tell rows apart; of the rarer ones those are shown in which rows differ.
+    keywords = [n for n in (*SLOTS, *sorted(every_parameter())) if n in table]
+    # What `auto` has chosen differs from task to task.
+    table = table.assign(**{n: table[n].mask(table["recipe"] == AUTO) for n in keywords})
+    keywords = ["recipe", *keywords, *(n for n in ["weibull"] if n in table)]
+    usual = ["recipe", "norm_pre", "gen", "k", "norm_post", "norm_inf", "agg", "m", "distance"]
+    names = [n for n in usual if n in keywords]
+    names += [n for n in keywords if n not in usual and table[n].dropna().nunique() > 1]
+    mean = table.groupby(keywords, dropna=False)[["accuracy", "macro_f1"]].mean().reset_index()
+    shown = Table(box=box.ROUNDED, title="best on average")
+    for name in (*names, "accuracy", "macro F1"):
+        shown.add_column(name, justify="right" if name in ("k", "m", "accuracy") else "left")
+    for _, row in mean.sort_values("accuracy", ascending=False).head(BEST).iterrows():
+        cells = [str(row[n]) if row.notna()[n] else "" for n in names]
+        shown.add_row(*cells, f"{100 * row['accuracy']:.2f} %", f"{100 * row['macro_f1']:.2f} %")
+    Console(width=120).print(shown)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

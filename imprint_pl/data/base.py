@@ -1,0 +1,288 @@
+"""The base of the image data modules: classes, shots, held-out validation, and the loaders.
+
+A data set only says how its splits are read (`load`); what a task needs is done here, once. Batches
+are `(images, labels)` with uint8 images at their native size, in the data set's own order.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from imprint_pl.data import tasks
+from imprint_pl.data.image_files import ImageFileLoader, pack
+from imprint_pl.errors import ImprintError
+from imprint_pl.files import local_path
+
+MOST_WORKERS = 16
+INDICES_SHOWN = 10
+
+
+@dataclass
+class Splits:
+    """What `ImageDataModule.load` returns: the whole splits of a data set, before any selection.
+
+    Each data set has `labels` `(N,)` int64 that index `class_names`, `select(positions, labels)`,
+    which returns the samples at `positions` under new labels, and `__getitems__(indices)`, which
+    returns a whole batch.
+
+    Args:
+        class_names: the names in label order.
+        train: the training split.
+        test: the test split.
+        val: a validation split of its own, where the data set has one.
+        original_class_names: where the classes are merged already: names for the data sets'
+            `original_labels` `(N,)`.
+    """
+
+    class_names: list[str]
+    train: Dataset
+    test: Dataset
+    val: Dataset | None = None
+    original_class_names: list[str] | None = None
+
+
+def as_it_is(batch):
+    """Collate nothing: the data sets fetch whole batches."""
+    return batch
+
+
+class ImageDataModule(LightningDataModule):
+    """Images and labels of a task, ready for one pass in a fixed order.
+
+    Train batches are neither shuffled nor dropped: imprinting looks at each image once. Validation
+    is the test split, as in the paper, unless the data set has one of its own or `val_fraction`
+    holds a part of train out.
+
+    After `setup`: `class_names` (list of str, the chosen classes in the order given; merged ones
+    are joined, as in `"0+3"`), `num_classes`, `task` (short name, such as `"mnist"` or
+    `"mnist (classes 0,1,2)"`), and `train_dataset`, `val_dataset`, `test_dataset`, each with
+    `labels` `(N,)` int64 in 0..C-1 and `original_labels` `(N,)`, each sample's own class before
+    anything was merged, named by `original_class_names`. `unreadable` holds the files that
+    `on_error="skip"` left out, each with its reason.
+
+    A subclass sets `name` and writes `load`; `prepare_data` where files have to be fetched first.
+
+    Args:
+        root: Folder that holds the data set's files.
+        classes: Classes to keep, as indices or names (where all names are numbers, a number is a
+            name); they become labels 0..C-1 in this order. An inner list is merged into one label,
+            as in [[0, 3], 1]. Or a subset by name: "all", "even", "odd", "short" (the first three).
+            All of them where left out.
+        d: Makes a d-in-1 task: each label merges d of the classes, drawn with `task_seed`.
+        num_labels: Of the d-in-1 task; as many as the classes suffice for where left out.
+        task_seed: Of the d-in-1 task.
+        shots: Training images a label, drawn at random; all of them where left out. A label with
+            fewer is an error. With the same seed fewer shots are a subset of more.
+        val_fraction: Part of each class's training images to hold out for validation (at least one
+            image); 0 validates on the test split, as in the paper.
+        batch_size: Images a batch (and a process).
+        num_workers: Processes that decode image files; where left out, one for each processor core
+            that this process has (16 at most), and none for sets in memory, which need none.
+        download: Whether to fetch files that are missing.
+        seed: Of the shots and of the held-out part.
+    """
+
+    name = "images"
+
+    def __init__(
+        self,
+        root: str = "data",
+        classes: list[int | str | list[int | str]] | str | None = None,
+        d: int | None = None,
+        num_labels: int | None = None,
+        task_seed: int = 0,
+        shots: int | None = None,
+        val_fraction: float = 0.0,
+        batch_size: int = 256,
+        num_workers: int | None = None,
+        download: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if shots is not None and shots < 1:
+            raise ImprintError(f"shots={shots}: a class needs at least 1 training image")
+        if not 0 <= val_fraction < 1:
+            raise ImprintError(
+                f"val_fraction={val_fraction} is not in [0, 1): it is the part of the training "
+                "images to hold out, as in val_fraction=0.1"
+            )
+        if batch_size < 1:
+            raise ImprintError(f"batch_size={batch_size}: a batch holds at least 1 image")
+        if num_workers is not None and num_workers < 0:
+            raise ImprintError(f"num_workers={num_workers} is negative: 0 decodes without workers")
+        self.root = local_path(root)
+        self.classes = classes
+        self.d = d
+        self.num_labels = num_labels
+        self.task_seed = task_seed
+        self.shots = shots
+        self.val_fraction = val_fraction
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.download = download
+        self.seed = seed
+        # File → why it cannot be read: what on_error="skip" has left out.
+        self.unreadable: dict[str, str] = {}
+        self._is_set_up = False
+
+    def load(self) -> Splits:
+        """Read the whole splits from disk, without any network."""
+        raise NotImplementedError(f"{type(self).__name__} must say how its splits are read: load()")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the splits and select the task's samples; further calls do nothing.
+
+        Args:
+            stage: Lightning's; ignored, since validation is the test split and the classes come
+                from train.
+        """
+        if self._is_set_up:
+            return
+        if self.trainer is None:
+            # In plain Python nobody else calls it, and setup alone should be enough.
+            self.prepare_data()
+        splits = self.load()
+        names = splits.class_names
+        chosen = tasks.resolve_task(self.classes, names, self.d, self.num_labels, self.task_seed)
+
+        if self.val_fraction and splits.val is not None:
+            raise ImprintError(
+                f"val_fraction={self.val_fraction}, but {self.name!r} has a validation split of "
+                "its own: leave out either of the two"
+            )
+        drawn, held = tasks.draw(
+            splits.train.labels, names, chosen, self.val_fraction, self.shots, self.seed
+        )
+        counts = torch.bincount(splits.train.labels, minlength=len(names))
+        for index in (index for group in chosen for index in group):
+            if counts[index] == 0:
+                raise ImprintError(
+                    f"class {index} ({names[index]!r}) of {self.name!r} has no "
+                    "training image: add images or leave the class out with classes=[...]"
+                )
+        self.class_names = [tasks.merged_name(group, names) for group in chosen]
+        self.original_class_names = splits.original_class_names or names
+        self.train_dataset = _select(splits.train, chosen, drawn)
+        self.test_dataset = _select(splits.test, chosen)
+        if self.val_fraction:
+            self.val_dataset = _select(splits.train, chosen, held)
+        elif splits.val is not None:
+            self.val_dataset = _select(splits.val, chosen)
+        else:
+            self.val_dataset = self.test_dataset
+        self.predict_dataset = self.test_dataset
+        for split, dataset in (("test", self.test_dataset), ("validation", self.val_dataset)):
+            if len(dataset) == 0:
+                raise ImprintError(
+                    f"the {split} split of {self.name!r} has no image of the classes "
+                    f"{self.class_names}: add images or choose other classes"
+                )
+        self.num_classes = len(chosen)
+        self.task = self._task_name(chosen, names)
+        self._is_set_up = True
+
+    def _task_name(self, chosen: list[list[int]], names: list[str]) -> str:
+        what = []
+        if isinstance(self.classes, str):
+            what += [self.classes] if self.classes != "all" else []
+        elif self.classes is not None:
+            whole = tasks.resolve_task(self.classes, names)
+            what.append(_summary(whole, len(names)))
+        if self.d is not None:
+            what.append(f"{self.d}-in-1, seed {self.task_seed}")
+        return f"{self.name} ({', '.join(what)})" if what else self.name
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """The test split, labels included."""
+        return self._loader("predict")
+
+    @property
+    def class_counts(self) -> Tensor:
+        """`(C,)` int64, training images of each class, known before any is read."""
+        return torch.bincount(self.train_dataset.labels, minlength=self.num_classes)
+
+    def sample_names(self, split: str = "predict") -> list[str] | None:
+        """Name the samples of a split, in the order of its loader.
+
+        Args:
+            split: `train`, `val`, `test` or `predict` (the test split).
+
+        Returns:
+            One path a sample, or None where the images come from arrays: count them instead.
+        """
+        return getattr(self._dataset(split), "paths", None)
+
+    def _dataset(self, split: str) -> Dataset:
+        if split not in ("train", "val", "test", "predict"):
+            raise ImprintError(f"unknown split {split!r}: it is train, val, test or predict")
+        self.setup()
+        return getattr(self, f"{split}_dataset")
+
+    def _loader(self, split: str) -> DataLoader:
+        dataset = self._dataset(split)
+        sampler = None
+        if self.trainer is not None and self.trainer.world_size > 1:
+            # Lightning would shuffle a sampler of its own making; it leaves this one alone.
+            sampler = DistributedSampler(
+                dataset, self.trainer.world_size, self.trainer.global_rank, shuffle=False
+            )
+        return self.loader(dataset, sampler)
+
+    def loader(self, dataset: Dataset, sampler: DistributedSampler | None = None) -> DataLoader:
+        """Batches of a data set that `load` or `setup` made, in its order or the sampler's."""
+        from_files = getattr(dataset, "from_files", False)
+        workers = self.num_workers
+        if workers is None:
+            workers = self._free_processors() if from_files else 0
+        loader_class = ImageFileLoader if from_files else DataLoader
+        return loader_class(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=workers,
+            collate_fn=pack if from_files else as_it_is,
+            # From other memory a GPU takes a batch only when it has done all before it.
+            pin_memory=torch.cuda.is_available() and self._device_type() != "cpu",
+            # Without one, each pass over a loader would draw a number from the global generator.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def _device_type(self) -> str:
+        return "cuda" if self.trainer is None else self.trainer.strategy.root_device.type
+
+    def _free_processors(self) -> int:
+        available = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        )
+        processes = self.trainer.num_devices if self.trainer is not None else 1
+        return min(max((available or 1) // processes, 1), MOST_WORKERS)
+
+
+def _select(dataset: Dataset, chosen: list[list[int]], positions: Tensor | None = None) -> Dataset:
+    if positions is None:
+        positions = torch.arange(len(dataset.labels))
+    kept, labels = tasks.relabel(dataset.labels[positions], chosen)
+    selected = dataset.select(positions[kept], labels)
+    original = getattr(dataset, "original_labels", dataset.labels)
+    selected.original_labels = original[positions[kept]]
+    return selected
+
+
+def _summary(chosen: list[list[int]], num_classes: int) -> str:
+    if sum(map(len, chosen)) > INDICES_SHOWN:
+        return f"{sum(map(len, chosen))} of {num_classes} classes"
+    shown = ",".join("+".join(map(str, group)) for group in chosen)
+    return f"class{'es' * (len(chosen) > 1)} {shown}"

@@ -1,0 +1,110 @@
+"""What a Trainer does with a batch between loader and module, for passes of ours: it calls batch
+hooks of the DataModule or of the module, and these may ask the Trainer.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import nn
+
+from imprint_pl.data.lightning_packages import both, overrides
+
+# What a Trainer calls for each batch, in this order.
+BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+def batch_hooks(module: nn.Module, data: Any) -> Callable[[Any, torch.device], Any]:
+    """What a Trainer does with a batch before the module sees it: a function of a batch and the
+    device. As there, a hook of the DataModule takes the place of the module's."""
+
+    def hook(name: str) -> Callable | None:
+        owner = next((owner for owner in (data, module) if overrides(name, owner)), None)
+        return None if owner is None else getattr(owner, name)
+
+    before, move, after = map(hook, BATCH_HOOKS)
+
+    def transfer(batch: Any, device: torch.device) -> Any:
+        batch = batch if before is None else before(batch, 0)
+        batch = move_data_to_device(batch, device) if move is None else move(batch, device, 0)
+        return batch if after is None else after(batch, 0)
+
+    return transfer
+
+
+@contextmanager
+def in_training(module: nn.Module, data: Any, trainer: Trainer | None = None) -> Iterator[None]:
+    """Module and DataModule with a Trainer that trains, for hooks that ask `self.trainer.training`
+    or skip their work without a Trainer: their own, `trainer`, or a new one for the time."""
+    is_data = isinstance(data, both(LightningDataModule))
+    hooked = any(overrides(name, module) for name in BATCH_HOOKS)
+    if not is_data and not hooked:
+        yield
+        return
+    kinds = both(LightningModule, LightningDataModule)
+    owners = [owner for owner in (module, data) if isinstance(owner, kinds)]
+    theirs = [_trainer_of(owner) for owner in owners]
+    trainer = trainer or next(filter(None, theirs), None) or _new_trainer()
+    without = [owner for owner, own in zip(owners, theirs, strict=True) if own is None]
+    idle = {id(one): one for one in (trainer, *filter(None, theirs)) if one.state.stage is None}
+    try:
+        for one in idle.values():
+            one.training = True
+        for owner in without:
+            owner.trainer = trainer
+        yield
+    finally:
+        for one in idle.values():
+            one.state.stage = None
+        for owner in without:
+            owner.trainer = None
+
+
+def _trainer_of(owner: Any) -> Trainer | None:
+    """The Trainer of a LightningModule, which raises where it has none, or of a DataModule."""
+    return owner._trainer if hasattr(owner, "_trainer") else owner.trainer
+
+
+def _new_trainer() -> Trainer:
+    # What it says of this machine's devices and of settings concerns a fit, and there is none.
+    speaker = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = speaker.level
+    speaker.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Trainer(
+                accelerator="cpu",
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                plugins=[LightningEnvironment()],
+            )
+    finally:
+        speaker.setLevel(level)
+
+
+def transfer_of(
+    trainer: Trainer, pl_module: LightningModule, data: Any = None
+) -> Callable[[Any], Any]:
+    """What the loops of a Trainer do with a batch of `data`, or else of the Trainer's DataModule,
+    before the module sees it."""
+    is_data = isinstance(data, both(LightningDataModule))
+    hooked = batch_hooks(pl_module, data if is_data else datamodule_of(trainer))
+    device = trainer.strategy.root_device
+    return lambda batch: hooked(trainer.precision_plugin.convert_input(batch), device)
+
+
+def datamodule_of(trainer: Trainer) -> LightningDataModule | None:
+    """The DataModule of this run; `trainer.datamodule` may be that of a run before."""
+    return trainer._data_connector._datahook_selector.datamodule

@@ -1,0 +1,285 @@
+"""Images to embeddings once, through a cache: `embed(backbone, datamodule, cache_dir)`.
+
+It stands between the data and the imprint epoch. The cache belongs to a backbone and the images of
+a data set, not to a task: classes, shots and labels are chosen afterwards, and only the images that
+a task asks for are embedded.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from imprint_pl.data.arrays import ArrayDataset
+from imprint_pl.data.base import ImageDataModule, Splits
+from imprint_pl.data.batch import split_batch
+from imprint_pl.data.batch_hooks import BATCH_HOOKS
+from imprint_pl.data.embeddings import TASK_OPTIONS, EmbeddingDataModule
+from imprint_pl.data.lightning_packages import overrides
+from imprint_pl.data.union import UnionDataset
+from imprint_pl.embedding.backbone import Backbone, load_backbone
+from imprint_pl.embedding.row_cache import RowCache
+from imprint_pl.errors import ImprintError
+from imprint_pl.files import digest, local_path
+
+# A part is written when it has this many rows, or after this many seconds: what a kill can cost.
+PART_ROWS = 8192
+PART_SECONDS = 10.0
+
+
+@dataclass
+class CacheUse:
+    """What the cache has done for a data set so far; `seconds` include reading the data set."""
+
+    embedded: int = 0
+    read: int = 0
+    seconds: float = 0.0
+    folders: list[Path] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        files = [path for folder in self.folders for path in folder.glob("part-*")]
+        megabytes = sum(path.stat().st_size for path in files) / 1e6
+        rate = f", {self.embedded / self.seconds:,.0f} images a second" if self.embedded else ""
+        return (
+            f"{self.read:,} embeddings read, {self.embedded:,} images embedded in "
+            f"{self.seconds:.1f} s{rate}; {megabytes:,.1f} MB in {self.folders[0].parent}"
+        )
+
+
+def embed(
+    backbone: Backbone | nn.Module | str,
+    datamodule: ImageDataModule,
+    cache_dir: str | Path,
+    *,
+    name: str | None = None,
+    device: torch.device | str | None = None,
+) -> EmbeddingDataModule:
+    """The embeddings of a data set's task, from the cache where they are in it.
+
+    The cache is keyed by the backbone's name, the hash of its weights, its preprocessing and
+    precision, and a fingerprint of the images: for arrays a hash of their bytes, for files their
+    names, sizes and times. What is missing is embedded and added, so that a run that was killed
+    goes on where it was, and tasks of one data set share what they have in common. One process
+    writes at a time, others wait for it. Embeddings are float32.
+
+    Args:
+        backbone: of `load_backbone`, or what it takes.
+        datamodule: one of `imprint_pl.data`, or a subclass of `ImageDataModule`; its classes,
+            shots and other options hold for the result too.
+        cache_dir: the folder of all caches; made where it does not exist.
+        name: names a module of your own, whose code no hash can see: give it another name when
+            the code changes.
+        device: where the backbone runs; a GPU where there is one.
+
+    Returns:
+        The task on embeddings, set up; `use` is a `CacheUse`. Its `splits` are whole, so that other
+        tasks can be made of them; the backbone then embeds what they ask for.
+
+    Raises:
+        ImprintError: a module of your own without a name; a data set that cannot be read by
+            position; a data module with batch hooks; a folder that cannot be written to.
+    """
+    start = time.perf_counter()
+    if not isinstance(datamodule, ImageDataModule) or type(datamodule).load is ImageDataModule.load:
+        raise ImprintError(
+            f"the embedding cache needs a data set whose images it can tell apart, not "
+            f"{type(datamodule).__name__}: give one of imprint_pl.data, or a subclass of "
+            "ImageDataModule that reads yours in load()"
+        )
+    hooked = [name for name in BATCH_HOOKS if overrides(name, datamodule)]
+    if hooked:
+        raise ImprintError(
+            f"{type(datamodule).__name__}.{hooked[0]} may change batches, which the embedding "
+            "cache does not see: do that where load() reads the images, or go without the cache"
+        )
+    backbone = load_backbone(backbone)
+    source = backbone.source()
+    # Only a named backbone says whether it is pretrained.
+    if source["pretrained"] is None and name is None:
+        raise ImprintError(
+            f"the backbone {source['name']!r} is a module of your own, whose code no cache can "
+            "see: give embed(…, name=…) a name that changes when the code does"
+        )
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    autocast = torch.is_autocast_enabled(device.type)
+    key = {
+        "backbone": name or source["name"],
+        **{part: source[part] for part in ("sha256", "image_size", "precision", "preprocess")},
+        "autocast": str(torch.get_autocast_dtype(device.type)) if autocast else None,
+    }
+    if datamodule.trainer is None:
+        datamodule.prepare_data()
+    splits = datamodule.load()
+    filler = _Filler(backbone, device, datamodule, key, Path(local_path(cache_dir)))
+    cached = {
+        id(dataset): filler.cached(dataset)
+        for dataset in (splits.train, splits.test, splits.val)
+        if dataset is not None
+    }
+    embedded = EmbeddingDataModule(
+        Splits(
+            splits.class_names,
+            cached[id(splits.train)],
+            cached[id(splits.test)],
+            None if splits.val is None else cached[id(splits.val)],
+            splits.original_class_names,
+        ),
+        name=datamodule.name,
+        batch_size=datamodule.batch_size,
+        seed=datamodule.seed,
+        **{option: getattr(datamodule, option) for option in TASK_OPTIONS},
+    )
+    embedded.use = filler.use
+    embedded.unreadable = datamodule.unreadable
+    embedded.setup()
+    filler.use.seconds = time.perf_counter() - start
+    return embedded
+
+
+class CachedDataset(Dataset):
+    """The embeddings of a split, read or made when `select` asks for them.
+
+    Args:
+        source: the split's images; a union's sources have caches of their own.
+        parts: the cache of the split, or those of a union's sources.
+        filler: embeds what is missing.
+    """
+
+    def __init__(self, source: Dataset, parts: list[RowCache], filler: _Filler) -> None:
+        self.source, self.labels = source, source.labels
+        if hasattr(source, "original_labels"):
+            self.original_labels = source.original_labels
+        self._parts, self._filler = parts, filler
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, positions: Tensor, labels: Tensor) -> ArrayDataset:
+        """The embeddings at `positions` `(M,)`, ascending, under new labels `(M,)`."""
+        if isinstance(self.source, UnionDataset):
+            caches = {id(part): c for part, c in zip(self.source.parts, self._parts, strict=True)}
+            rows = [
+                self._filler.rows(caches[id(part)], part, own)
+                for part, _, own in self.source.split(positions)
+            ]
+            rows = torch.cat(rows)
+        else:
+            rows = self._filler.rows(self._parts[0], self.source, positions)
+        selected = ArrayDataset(rows, labels)
+        paths = getattr(self.source, "paths", None)
+        if paths is not None:
+            selected.paths = [paths[position] for position in positions.tolist()]
+        return selected
+
+
+@dataclass
+class _Filler:
+    backbone: Backbone
+    device: torch.device
+    datamodule: ImageDataModule
+    key: dict
+    cache_dir: Path
+    use: CacheUse = field(default_factory=CacheUse)
+
+    def cached(self, dataset: Dataset) -> CachedDataset:
+        parts = dataset.parts if isinstance(dataset, UnionDataset) else [dataset]
+        return CachedDataset(dataset, [self._cache(part) for part in parts], self)
+
+    def _cache(self, dataset: Dataset) -> RowCache:
+        if not hasattr(dataset, "fingerprint"):
+            raise ImprintError(
+                f"{type(dataset).__name__} of {self.datamodule.name!r} has no fingerprint(), which "
+                "the embedding cache needs: a text that changes when its images do"
+            )
+        key = {**self.key, "images": dataset.fingerprint()}
+        readable = re.sub(r"[^\w.-]+", "-", key["backbone"])
+        cache = RowCache(self.cache_dir / f"{readable}-{digest(key)[:16]}", key)
+        self.use.folders.append(cache.folder)
+        return cache
+
+    def rows(self, cache: RowCache, dataset: Dataset, positions: Tensor) -> Tensor:
+        """The embeddings of the samples at `positions`, ascending."""
+        if len(positions) == 0:
+            return torch.empty(0, self.backbone.embedding_dim or 0)
+        rows, found, _ = cache.read(positions)
+        if not found.all():
+            with cache.lock(lambda: rank_zero_info(_WAITING.format(cache.folder))):
+                # Again: another process may have been faster.
+                rows, found, faults = cache.read(positions)
+                for path, fault in faults.items():
+                    cache.remove(path)
+                    rank_zero_warn(
+                        f"embedding cache: removed {path} ({fault}); its images are embedded again"
+                    )
+                missing = positions[~found]
+                self.use.embedded += len(missing)
+                self._fill(cache, dataset, missing)
+            if len(missing):
+                rows, filled, faults = cache.read(positions)
+                if not filled.all():
+                    reason = "; ".join(faults.values()) or "rows are missing"
+                    raise ImprintError(
+                        f"the cache {cache.folder} does not keep what is written to it ({reason}): "
+                        "give another --cache_dir"
+                    )
+        self.use.read += int(found.sum())
+        return rows
+
+    @torch.no_grad()
+    def _fill(self, cache: RowCache, dataset: Dataset, missing: Tensor) -> None:
+        if len(missing) == 0:
+            return
+        home = next((tensor.device for tensor in self.backbone.state_dict().values()), None)
+        images = dataset.select(missing, dataset.labels[missing])
+        self.backbone.to(self.device)
+        done = waiting = 0
+        batches, last = [], time.perf_counter()
+        with tqdm(
+            total=len(missing), desc="embedding", delay=2, leave=False, disable=None
+        ) as progress:
+            for batch in self.datamodule.loader(images):
+                # Left on a GPU until they are written: to look at them is to wait for it.
+                batches.append(self._embed(split_batch(batch)[0]))
+                waiting += len(batches[-1])
+                progress.update(len(batches[-1]))
+                due = waiting >= PART_ROWS or time.perf_counter() - last >= PART_SECONDS
+                if due or done + waiting == len(missing):
+                    rows, positions = torch.cat(batches).cpu(), missing[done : done + waiting]
+                    self._check(rows, dataset, positions)
+                    cache.write(positions, rows)
+                    done, waiting = done + waiting, 0
+                    batches, last = [], time.perf_counter()
+        if home is not None:
+            self.backbone.to(home)
+
+    def _embed(self, images: Tensor | list[Tensor]) -> Tensor:
+        if isinstance(images, Tensor):
+            images = images.to(self.device, non_blocking=True)
+        else:
+            images = [image.to(self.device, non_blocking=True) for image in images]
+        # A copy: the first of all tokens would keep them all in memory.
+        return self.backbone(images).to(torch.float32, copy=True)
+
+    def _check(self, rows: Tensor, dataset: Dataset, positions: Tensor) -> None:
+        finite = rows.isfinite().all(1)
+        if not finite.all():
+            position = int(positions[int((~finite).nonzero()[0])])
+            paths = getattr(dataset, "paths", None)
+            sample = paths[position] if paths else f"image {position} of {self.datamodule.name!r}"
+            raise ImprintError(
+                f"the embedding of {sample} has NaN or infinite values: look at that image, or at "
+                "the backbone's weights and precision"
+            )
+
+
+_WAITING = "embedding cache: another process fills {}; waiting for it"

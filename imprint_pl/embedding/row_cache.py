@@ -1,0 +1,173 @@
+"""Rows of numbers on disk, filled bit by bit: the files of the embedding cache.
+
+A cache is a folder of immutable parts, each a whole safetensors file that appears at once. So a
+process may be killed at any moment, and several may write: the next one finds whole parts and adds
+what is missing. It knows nothing of backbones and images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import Tensor
+
+from imprint_pl.errors import ImprintError
+from imprint_pl.files import digest
+
+FORMAT = "imprint_pl embeddings 1"
+
+
+class RowCache:
+    """Float32 rows by position in one folder.
+
+    They are float32 as embedded: half precision would halve the files, but proxies and distances
+    would differ from those of a fit without the cache.
+
+    Args:
+        folder: made when the first rows are written.
+        key: plain values that name what the rows are; a part written under another key is foreign.
+    """
+
+    def __init__(self, folder: Path, key: dict) -> None:
+        self.folder = folder
+        self.key = key
+        self._digest = digest(key)
+
+    def read(self, positions: Tensor) -> tuple[Tensor | None, Tensor, dict[Path, str]]:
+        """Look rows up.
+
+        Args:
+            positions: `(M,)` int64.
+
+        Returns:
+            The rows `(M, d)`, or None where no part has any of them; which of them were found,
+            `(M,)` bool (the others hold anything); and for each part that is unusable the reason.
+        """
+        # By numpy: torch would split copies of this size among all its threads, which on a busy
+        # machine wait for each other (60,000 rows of 1,280 numbers: 7.9 s against 0.6 s).
+        wanted, faults = positions.numpy(), {}
+        found, rows = np.zeros(len(wanted), dtype=bool), None
+        for path in self._parts():
+            if found.all():
+                break
+            try:
+                held, embeddings = self._read_part(path, wanted[~found])
+            except FileNotFoundError:
+                continue  # another process has just removed a damaged part
+            except (OSError, SafetensorError, ValueError) as error:
+                faults[path] = " ".join(str(error).split()) or type(error).__name__
+                continue
+            if held is None:
+                continue
+            if rows is None:
+                rows = np.empty((len(wanted), embeddings.shape[1]), dtype=np.float32)
+            if embeddings.shape[1] != rows.shape[1]:
+                faults[path] = f"it has {embeddings.shape[1]} numbers a row, not {rows.shape[1]}"
+                continue
+            # Parts hold ascending positions.
+            index = np.searchsorted(held, wanted).clip(max=len(held) - 1)
+            hit = held[index] == wanted
+            rows[hit] = embeddings[index[hit]]
+            found |= hit
+        rows = None if rows is None else torch.from_numpy(rows)
+        return rows, torch.from_numpy(found), faults
+
+    def _read_part(self, path: Path, wanted: np.ndarray):
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT or metadata.get("key") != self._digest:
+                raise ValueError("it was not written for this cache")
+            held = file.get_tensor("positions")
+            if held.ndim != 1 or held.dtype != np.int64 or not (np.diff(held) > 0).all():
+                raise ValueError("its positions do not ascend")
+            if not np.isin(wanted, held).any():
+                return None, None
+            embeddings = file.get_tensor("embeddings")
+        if embeddings.dtype != np.float32 or embeddings.shape[:-1] != held.shape:
+            raise ValueError("it does not hold a row of float32 for each position")
+        if _content_hash(held, embeddings) != metadata.get("sha256"):
+            raise ValueError("its content does not match its hash")
+        return held, embeddings
+
+    def remove(self, path: Path) -> None:
+        """Remove a part that `read` found unusable; only under the `lock`."""
+        path.unlink(missing_ok=True)
+
+    def write(self, positions: Tensor, rows: Tensor) -> None:
+        """Add a part; only under the `lock`.
+
+        Args:
+            positions: `(n,)` int64, ascending.
+            rows: `(n, d)` float32.
+
+        Raises:
+            ImprintError: the folder cannot be written to.
+        """
+        numbers = [int(path.stem.removeprefix("part-")) for path in self._parts()]
+        path = self.folder / f"part-{max(numbers, default=-1) + 1:05d}.safetensors"
+        # The same name for whoever holds the lock: what a killed process left is written over.
+        temporary = self.folder / "unfinished"
+        content = {"positions": positions.numpy(), "embeddings": rows.numpy()}
+        metadata = {
+            "format": FORMAT,
+            "key": self._digest,
+            "sha256": _content_hash(**content),
+        }
+        try:
+            if not (self.folder / "key.json").exists():
+                temporary.write_text(json.dumps(self.key, indent=2) + "\n")
+                os.replace(temporary, self.folder / "key.json")
+            # safetensors' own writer would keep the file from everyone but its owner.
+            temporary.write_bytes(save(content, metadata))
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            raise _not_writable(self.folder, error) from error
+
+    @contextmanager
+    def lock(self, waiting):
+        """One writer at a time; the operating system frees the lock of a killed process.
+
+        Args:
+            waiting: called without arguments if another process holds the lock.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / "lock")
+            try:
+                lock.acquire(timeout=0.1)
+            except Timeout:
+                waiting()
+                lock.acquire()
+        except OSError as error:
+            raise _not_writable(self.folder, error) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob(f"part-{5 * '[0-9]'}.safetensors"))
+
+
+def _content_hash(positions: np.ndarray, embeddings: np.ndarray) -> str:
+    content = hashlib.sha256(f"{embeddings.dtype} {embeddings.shape}".encode())
+    for array in (positions, embeddings):
+        content.update(np.ascontiguousarray(array).data)
+    return content.hexdigest()
+
+
+def _not_writable(folder: Path, error: Exception) -> ImprintError:
+    reason = " ".join(str(error).split())
+    return ImprintError(
+        f"cannot write embeddings into {folder} ({reason}): give a --cache_dir on a disk with "
+        "room, where you may write"
+    )

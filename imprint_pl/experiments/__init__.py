@@ -1,0 +1,1 @@
+"""Many recipes on many tasks: sweeps, and what their results say."""

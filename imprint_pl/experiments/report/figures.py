@@ -1,0 +1,245 @@
+"""The figures of a report: one function each, from results to a matplotlib figure, or `None` where
+the results have nothing for it. Colours are Okabe and Ito's, markers differ too: no figure asks a
+reader to tell colours apart.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from imprint_pl.drawing import width
+from imprint_pl.experiments.report import tables
+from imprint_pl.experiments.report.read import whole_tasks
+from imprint_pl.experiments.report.statistics import Significance
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#8B6D00")
+MARKERS = "osD^vPX<"
+# Lines in one figure that a reader can follow.
+MOST = len(COLOURS)
+LONGEST = 46
+
+
+def critical_difference(compared: pd.DataFrame, tests: Significance) -> Figure:
+    """Average ranks on an axis, best left; methods with a dot on one bar cannot be told apart.
+
+    Args:
+        compared: `compare`'s table, of the methods in `tests`.
+        tests: of `significance`.
+    """
+    import scikit_posthocs
+
+    names = _short_names(compared.index)
+    # Names stand on both sides of the axis, each with its rank.
+    sides = 2 * max(width(f"{name}  10.00 ", 10) for name in names.values())
+    figure, axes = _figure(max(8.0, 4.0 + sides), 1.4 + 0.17 * len(compared))
+    ranks = compared["rank"].rename(index=names)
+    p = tests.pairs.rename(index=names, columns=names)
+    if not tests.some_differ:
+        p = p * 0 + 1
+    axes.grid(False)
+    scikit_posthocs.critical_difference_diagram(
+        ranks,
+        p,
+        ax=axes,
+        label_fmt_left="{label}  {rank:.2f} ",
+        label_fmt_right=" {rank:.2f}  {label}",
+        color_palette=dict.fromkeys(names.values(), "#222222"),
+        crossbar_props={"color": "#D55E00", "linewidth": 2.5, "marker": "o", "markersize": 6},
+    )
+    axes.set_title(f"average rank over {tests.groups} groups (1 is best)", fontsize=10, pad=24)
+    return figure
+
+
+def accuracy_against_k(rows: pd.DataFrame) -> Figure | None:
+    rows = tables.along_k(whole_tasks(rows))
+    if not len(rows) or rows["k"].nunique() < 2:
+        return None
+    table = rows.pivot_table(index="group", columns=["gen", "k"], values="accuracy")
+    mean, title = _average(table)
+    lines = {gen: mean[gen] for gen in mean.index.get_level_values("gen").unique()}
+    lines = {gen: line for gen, line in lines.items() if len(line) > 1}
+    return _lines(lines, "k, proxies a class", "accuracy in %", title) if lines else None
+
+
+def accuracy_against_shots(rows: pd.DataFrame) -> Figure | None:
+    rows = rows[rows["shots"].notna()]
+    if rows["shots"].nunique() < 2:
+        return None
+    table = rows.pivot_table(index="group", columns=["method", "shots"], values="accuracy")
+    mean, title = _average(table)
+    names = mean.index.get_level_values("method").unique()
+    lines = {name: mean[name] for name in names if len(mean[name]) > 1}
+    if not lines:
+        return None
+    return _lines(lines, "training images a class", "accuracy in %", title)
+
+
+def nc1_against_d(rows: pd.DataFrame) -> Figure | None:
+    rows = rows[rows["d"].notna() & rows["nc1"].notna()]
+    if rows["d"].nunique() < 2:
+        return None
+    mean = rows.groupby(["backbone", "data", "num_labels", "d"], dropna=False)["nc1"].mean()
+    several = rows["num_labels"].nunique(dropna=False) > 1
+    lines = {
+        f"{b}, {data}" + f", {labels:g} labels" * several: line.droplevel([0, 1, 2])
+        for (b, data, labels), line in mean.groupby(level=[0, 1, 2], dropna=False)
+    }
+    return _lines(lines, "d, classes that a label merges", "NC1", "drawings averaged", log=False)
+
+
+def gain_against_nc1(rows: pd.DataFrame) -> Figure | None:
+    from scipy.stats import spearmanr
+
+    table = tables.gain(rows)
+    if len(table) < 3 or table["NC1"].nunique() < 2:
+        return None
+    sources = rows.drop_duplicates("group").set_index("group")
+    labels = [f"{sources.backbone[g]}, {sources.data[g]}" for g in table["group"]]
+    figure, axes = _figure(7.0, 4.2)
+    for i, (label, name) in enumerate(_short_names(labels).items()):
+        own = table[[label == other for other in labels]]
+        # Of more than eight none is like another, either.
+        color, marker = COLOURS[i % MOST], MARKERS[(i + i // MOST) % MOST]
+        axes.scatter(
+            own["NC1"],
+            own["gain"],
+            s=36,
+            color=color,
+            marker=marker,
+            label=name,
+            alpha=0.85,
+        )
+    axes.axhline(0, color="#777777", linewidth=1)
+    axes.set_xlabel("NC1 (low: each class huddles around its mean)")
+    axes.set_ylabel("accuracy at k = 5 minus k = 1, in points")
+    correlation = spearmanr(table["NC1"], table["gain"]).statistic
+    axes.set_title(
+        # Adding 0 takes the sign from a zero.
+        f"{len(table)} groups, Spearman {round(correlation, 2) + 0:.2f}".replace("-", "−"),
+        fontsize=10,
+    )
+    _legend(figure, axes)
+    return figure
+
+
+def gen_seconds(rows: pd.DataFrame) -> Figure | None:
+    rows = whole_tasks(rows[rows["method"].isin(tables.named(rows)) & (rows["gen_seconds"] > 0)])
+    if not len(rows):
+        return None
+    seconds = rows.groupby("method")["gen_seconds"].quantile([0.0, 0.5, 1.0]).unstack()
+    seconds = seconds.sort_values(0.5).iloc[-20:]
+    names = _short_names(seconds.index).values()
+    beside = max(width(name, 10) for name in names)
+    figure, axes = _figure(max(7.0, 5.0 + beside), 1.0 + 0.32 * len(seconds))
+    places = np.arange(len(seconds))
+    axes.hlines(places, seconds[0.0], seconds[1.0], color="#999999", linewidth=2)
+    axes.plot(seconds[0.5], places, "o", color=COLOURS[0])
+    axes.set_yticks(places, names)
+    axes.set_ylim(-0.6, len(seconds) - 0.4)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if seconds[1.0].max() < 100 * seconds[0.0].min():
+        # Less than two decades may have no power of ten, and no label.
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.set_xlabel("GEN in seconds (dot: median, line: least to most)")
+    return figure
+
+
+FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame], Figure | None]]] = {
+    "accuracy_against_k": ("Accuracy against k, a line a GEN", accuracy_against_k),
+    "accuracy_against_shots": ("Accuracy against shots", accuracy_against_shots),
+    "gain_against_nc1": ("Gain of k = 5 against NC1", gain_against_nc1),
+    "nc1_against_d": ("NC1 against d", nc1_against_d),
+    "gen_seconds": ("Time of GEN", gen_seconds),
+}
+
+
+def _average(table: pd.DataFrame) -> tuple[pd.Series, str]:
+    """Percent over the groups, and a title. The same groups in every point, where some have all of
+    them, or the line would follow the groups."""
+    table = table.dropna() if len(table.dropna()) else table
+    return 100 * table.mean(), f"average over {len(table)} group{'s' * (len(table) > 1)}"
+
+
+def _lines(lines: dict, x: str, y: str, title: str, log: bool = True) -> Figure:
+    figure, axes = _figure(7.0, 4.2)
+    # The best at the right end first, so that the legend reads as the lines stand.
+    best = _short_names(sorted(lines, key=lambda name: -lines[name].iloc[-1])[:MOST])
+    for i, (name, shown) in enumerate(best.items()):
+        line = lines[name].sort_index()
+        style = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 5}
+        axes.plot(line.index, line.to_numpy(), label=shown, **style)
+    ticks = sorted({x for name in best for x in lines[name].index})
+    if log:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    # A label that would touch the one before it is left out.
+    place, least, labels, last = (np.log if log else np.asarray)(ticks), 0.05, [], -np.inf
+    for tick, at in zip(ticks, place, strict=True):
+        apart = at - last > least * (place[-1] - place[0])
+        labels.append(f"{tick:g}" if apart else "")
+        last = at if apart else last
+    axes.set_xticks(ticks, labels)
+    axes.minorticks_off()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    left_out = len(lines) - len(best)
+    axes.set_title(title + (f"; {left_out} lower lines left out" if left_out else ""), fontsize=10)
+    _legend(figure, axes)
+    return figure
+
+
+def _figure(across: float, high: float):
+    # Without pyplot: no window, no global state.
+    figure = Figure(figsize=(across, high), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _legend(figure: Figure, axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    longest = max(width(label, 9) for label in labels)
+    # Below the axes, where beside them a long name would leave no room for the lines; the figure
+    # grows by what the legend needs.
+    columns = next((n for n in (4, 3, 2) if n * (longest + 0.6) < figure.get_figwidth()), 1)
+    rows = math.ceil(len(labels) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.19 * (rows - 1))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
+
+
+def _short_names(names: Iterable[str]) -> dict[str, str]:
+    """What stands in a figure for each name: words that all long names share become "…"; numbered
+    where two would look the same still."""
+    names = list(dict.fromkeys(names))
+    short = [_plain(name) for name in names]
+    long = [set(name.split()[1:]) for name in short if len(name) > LONGEST]
+    shared = set.intersection(*long) if len(long) > 1 else set()
+    short = [_short(name, shared) for name in short]
+    if len(set(short)) < len(short):
+        short = [f"{i}. {name}" for i, name in enumerate(short, 1)]
+    return dict(zip(names, short, strict=True))
+
+
+def _plain(name: str) -> str:
+    # In a figure `robust mnn m=1 euclidean` says it; the tables have what one types.
+    name = re.sub(r"\b(gen|agg|distance|votes)=", "", " ".join(str(name).split()))
+    return name.replace("weighted_by_distance", "weighted")
+
+
+def _short(name: str, shared: set[str]) -> str:
+    if len(name) <= LONGEST:
+        return name
+    first, *words = name.split()
+    words = ["…" if word in shared else word for word in words]
+    kept = [word for i, word in enumerate(words) if word != "…" or words[i - 1 : i] != ["…"]]
+    name = " ".join([first, *kept])
+    # Names may differ at either end: both stay.
+    half = LONGEST // 2
+    return name if len(name) <= LONGEST else f"{name[:half].rstrip()}…{name[1 - half :].lstrip()}"

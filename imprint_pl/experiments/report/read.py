@@ -1,0 +1,171 @@
+"""The results that a report is made of: a row a run, read and checked, with a method a row.
+
+A method is a recipe and the keywords in which the row differs from it, as one would type them; a
+group is what methods are compared on: backbone, data, task.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from imprint_pl.errors import ImprintError, did_you_mean
+from imprint_pl.files import local_path
+from imprint_pl.method.recipes import RECIPES, resolve
+from imprint_pl.parts.by_name import SLOTS, every_parameter
+
+NEEDED = ("backbone", "data", "task", "recipe", "accuracy")
+PARAMETERS = (
+    *SLOTS,
+    *("k", "m", "distance", "votes", "lam", "shrinkage", "projection_dim", "temperature", "engine"),
+    *("width", "prior", "intercept", "as_published", "weibull"),
+)
+GROUP = ("backbone", "data", "task", "d", "num_labels", "task_seed")
+# Of ten labels, see `data.tasks.paper_d_in_1`.
+PAPER_TASK = r"paper-(?P<d>\d+)in1-(?P<task_seed>\d+)"
+NUMBERS = (
+    *("d", "num_labels", "task_seed", "shots", "k", "m", "seed", "num_classes"),
+    *("accuracy", "macro_f1", "nc1", "vci", "gen_seconds", "inference_seconds"),
+)
+
+
+def find_results(path: str | Path) -> Path:
+    """The results file: `path` itself, or `results.parquet`, else `results.csv`, in a folder.
+
+    Raises:
+        ImprintError: there is none.
+    """
+    path = Path(local_path(path))
+    if path.is_dir():
+        for name in ("results.parquet", "results.csv"):
+            if (path / name).is_file():
+                return path / name
+        raise ImprintError(
+            f"{path} has neither results.parquet nor results.csv: give the folder that a sweep "
+            "wrote, or a results file"
+        )
+    if not path.is_file():
+        raise ImprintError(f"{path}: there is no such file or folder")
+    if path.suffix not in (".parquet", ".csv"):
+        raise ImprintError(f"{path}: a results file ends in .parquet or .csv")
+    return path
+
+
+def read_results(path: str | Path) -> pd.DataFrame:
+    """The rows of a results file, with the columns `method` and `group` added.
+
+    Accuracy and macro F1 are fractions; a column that is absent is added empty. Rows without an
+    accuracy are left out.
+
+    Raises:
+        ImprintError: no file, an unreadable one, a column that is needed and absent, an accuracy
+            that is no fraction, or no row.
+    """
+    path = find_results(path)
+    try:
+        rows = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except Exception as error:
+        raise ImprintError(
+            f"{path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}): it is "
+            "damaged, or not a results file"
+        ) from error
+    for column in NEEDED:
+        if column not in rows:
+            raise ImprintError(
+                f"{path} has no column {column!r}{did_you_mean(column, rows.columns)}: a report "
+                f"needs {', '.join(NEEDED)}"
+            )
+    for column in (*GROUP, *parameters(), *NUMBERS):
+        if column not in rows:
+            rows[column] = None
+    for column in NUMBERS:
+        numbers = pd.to_numeric(rows[column], errors="coerce")
+        wrong = numbers.isna() & rows[column].notna() & (rows[column] != "")
+        if wrong.any():
+            raise ImprintError(
+                f"{path}: row {int(wrong.to_numpy().nonzero()[0][0])} has "
+                f"{column}={rows[column][wrong].iloc[0]!r}, which is no number"
+            )
+        rows[column] = numbers.astype("float64")
+    papers = rows["task"].astype(str).str.fullmatch(PAPER_TASK)
+    if papers.any():
+        named = rows.loc[papers, "task"].str.extract(PAPER_TASK).astype("float64")
+        rows.loc[papers, ["d", "num_labels", "task_seed"]] = named.assign(num_labels=10.0)
+    for column in parameters():
+        # Empty is None, whatever pandas has for it in this column's type.
+        if column not in NUMBERS:
+            rows[column] = rows[column].astype(object).where(rows[column].notna(), None)
+    rows = rows[rows["accuracy"].notna()].reset_index(drop=True)
+    if not len(rows):
+        raise ImprintError(f"{path} has no row with an accuracy: nothing to report")
+    outside = (rows["accuracy"] < 0) | (rows["accuracy"] > 1)
+    if outside.any():
+        raise ImprintError(
+            f"{path}: accuracy {rows['accuracy'][outside].iloc[0]} is not in [0, 1]: accuracies "
+            "are fractions in files"
+        )
+    for column in ("backbone", "data", "task", "recipe"):
+        rows[column] = rows[column].astype(object).where(rows[column].notna(), "").map(str)
+    rows["method"] = [method_of(row) for row in rows[["recipe", *parameters()]].to_dict("records")]
+    rows["group"] = rows[list(GROUP)].apply(
+        lambda row: " · ".join(_plain(value) for value in row if _given(value)), axis=1
+    )
+    return rows
+
+
+def parameters() -> list[str]:
+    """The keywords of a method, those of parts that are new, too."""
+    return [*PARAMETERS, *sorted(every_parameter() - set(PARAMETERS))]
+
+
+def method_of(row: dict) -> str:
+    """A row's recipe, then the keywords in which it differs: `robust`, `robust k=5`; without a
+    recipe its five parts, then the other keywords.
+
+    >>> method_of({"recipe": "robust", "gen": "kmeans", "k": 5.0, "norm_pre": "l2"})
+    'robust k=5'
+    >>> parts = dict(norm_pre="l2", gen="kmeans", norm_post="none", norm_inf="l2", agg="max")
+    >>> method_of({"recipe": "", "k": 3.0} | parts)
+    'l2/kmeans/none/l2/max k=3'
+    """
+    recipe = row["recipe"]
+    own = resolve(recipe).parameters if recipe in RECIPES else {}
+    if not recipe:
+        own = {name: row[name] for name in SLOTS}
+        recipe = "/".join(map(_plain, own.values()))
+    # The engine of k-means changes seconds, not the method.
+    differing = [
+        f"{name}={_plain(row[name])}"
+        # `auto` has filled in what it chose: its rows differ in the choice of samples alone.
+        for name in (parameters() if recipe != "auto" else ["weibull"])
+        if name != "engine"
+        and _given(row.get(name))
+        and _plain(row[name]) != _plain(own.get(name, False if name == "as_published" else None))
+    ]
+    return " ".join([recipe, *differing])
+
+
+def _given(value) -> bool:
+    return not (value is None or value == "" or (isinstance(value, float) and value != value))
+
+
+def _plain(value) -> str:
+    """One spelling for 20, 20.0 and "20"."""
+    if isinstance(value, bool):
+        return str(value)
+    try:
+        return f"{float(value):g}"
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def whole_tasks(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of tasks that merge no classes, with the most samples: Section 5.1's."""
+    return most_samples(rows[rows["d"].isna()])
+
+
+def most_samples(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows on all training samples; where there are none such, those on the most shots."""
+    all_samples = rows["shots"].isna()
+    return rows[all_samples] if all_samples.any() else rows[rows["shots"] == rows["shots"].max()]

@@ -1,0 +1,122 @@
+"""`python -m imprint_pl report`: reads results, writes tables, figures and the page beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from imprint_pl.drawing import style
+from imprint_pl.errors import ImprintError
+from imprint_pl.experiments.report import figures, tables
+from imprint_pl.experiments.report.page import advice, write_page
+from imprint_pl.experiments.report.read import find_results, read_results, whole_tasks
+from imprint_pl.experiments.report.statistics import accuracy_by_group, compare, significance
+from imprint_pl.files import local_path
+
+# Methods in a diagram that can still be read.
+MOST_IN_DIAGRAM = 15
+
+
+def write_report(
+    results: str | Path, output: str | Path | None = None, galleries: list[str | Path] = ()
+) -> Path:
+    """Writes `report.html`, and the folder `report/` with tables as CSV, figures as PNG and SVG.
+
+    Args:
+        results: a results file, or the folder of a sweep.
+        output: the folder to write into; the results' own by default.
+        galleries: PNGs of `fit --gallery`, or folders of runs that have them; those beside the
+            results are always shown.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ImprintError: results that cannot be read, see `read_results`; a gallery that is not there.
+    """
+    path = find_results(results)
+    rows = read_results(path)
+    output = path.parent if output is None else Path(local_path(output))
+    folder = output / "report"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ImprintError(f"{folder} cannot be made ({error}): give --output FOLDER") from error
+
+    made = {name: (title, table(rows)) for name, (title, table) in tables.TABLES.items()}
+    whole = whole_tasks(rows)
+    drawn, tests, compared = {}, None, None
+    if len(whole):
+        named = whole[whole["method"].isin(tables.named(whole))]
+        diagrams = {"critical_difference": ("Recipes, critical difference", named)}
+        if len(named["method"].unique()) < len(whole["method"].unique()):
+            title = f"Best {MOST_IN_DIAGRAM} settings, critical difference"
+            diagrams["critical_difference_settings"] = (title, whole)
+        for name, (title, own) in diagrams.items():
+            table = accuracy_by_group(own)
+            if not len(table):
+                continue
+            best = compare(table).head(MOST_IN_DIAGRAM)
+            table = table[list(best.index)]
+            found = significance(table)
+            if name == "critical_difference":
+                tests, compared = found, compare(table)
+            if found is not None:
+                with style():
+                    drawn[name] = (title, figures.critical_difference(compare(table), found))
+    if tests is not None:
+        made["pairs"] = ("Recipes in pairs, Wilcoxon–Holm", tables.pairs(tests))
+    with style():
+        for name, (title, draw) in figures.FIGURES.items():
+            if (figure := draw(rows)) is not None:
+                drawn[name] = (title, figure)
+        for name, (_, figure) in drawn.items():
+            for kind in ("png", "svg"):
+                # Without a date: the same results make the same file.
+                metadata = {"Date": None} if kind == "svg" else {}
+                figure.savefig(folder / f"{name}.{kind}", dpi=160, metadata=metadata)
+    made = {name: (title, table) for name, (title, table) in made.items() if len(table)}
+    for name, (_, table) in made.items():
+        tables.safe_for_csv(table).to_csv(folder / f"{name}.csv", index=False)
+    return write_page(
+        output / "report.html",
+        name=path.parent.resolve().name,
+        rows=rows,
+        sentences=advice(rows, compared, tests),
+        tests=tests,
+        made=made,
+        figures={name: (title, folder / f"{name}.svg") for name, (title, _) in drawn.items()},
+        galleries=_pictures([path.parent, *galleries]),
+    )
+
+
+def print_table(title: str, table: pd.DataFrame) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    if not len(table):
+        raise ImprintError(f"the results have nothing for the table {title!r}")
+    printed = Table(title=title, box=box.ROUNDED)
+    for name in table.columns:
+        number = pd.api.types.is_numeric_dtype(table[name])
+        printed.add_column(escape(name), justify="right" if number else "left")
+    for row in table.itertuples(index=False):
+        cells = zip(row, table.columns, strict=True)
+        printed.add_row(*(escape(tables.shown(value, name)) for value, name in cells))
+    Console().print(printed)
+
+
+def _pictures(places: list[str | Path]) -> list[Path]:
+    pictures = []
+    for i, place in enumerate(map(Path, places)):
+        found = sorted(place.glob("gallery*.png")) if place.is_dir() else [place]
+        if i and not (found and all(path.is_file() for path in found)):
+            raise ImprintError(
+                f"--gallery {place}: no gallery there; `fit --gallery file` writes gallery.png "
+                "into the run's folder"
+            )
+        pictures += found
+    return list(dict.fromkeys(pictures))

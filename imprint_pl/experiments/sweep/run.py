@@ -1,0 +1,263 @@
+"""Many recipes on many tasks: `sweep` runs a grid on one machine, or on several by Dask.
+
+Embeddings are made once and read from the cache; configurations that share work run together, see
+`work.py`. A sweep may be killed at any moment and goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import torch
+from filelock import FileLock, Timeout
+from joblib import Parallel, delayed, parallel_config
+from tqdm import tqdm
+
+from imprint_pl.errors import ImprintError
+from imprint_pl.experiments.results import Results
+from imprint_pl.experiments.sweep.embeddings import Embeddings, load_embeddings, load_splits
+from imprint_pl.experiments.sweep.grid import Configuration, Sweep, names_of
+from imprint_pl.experiments.sweep.plan import cost, units
+from imprint_pl.experiments.sweep.work import Work
+from imprint_pl.files import damaged, digest, local_path, write_whole
+
+CHUNK_BYTES = 1 << 30
+SAVE_SECONDS = 30.0
+# Multiplications a second and core, at which `cost` fits two cores of 2024; for the estimate only.
+SPEED = 5e10
+
+
+def sweep(
+    plan: Sweep,
+    results_dir: str | Path = "results",
+    cache_dir: str | Path = "cache",
+    *,
+    n_jobs: int = 1,
+    dask: str | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Runs what is not done yet of a sweep.
+
+    Args:
+        plan: of `read_sweep` or `checked_sweep`.
+        results_dir: `results.parquet` and `results.csv` go into its folder `plan.name`.
+        cache_dir: the embedding cache.
+        n_jobs: processes. One uses all cores by threads; several use one each, share the embeddings
+            as a memory map, and hold their own chunks.
+        dask: address of a Dask scheduler, whose workers then do the work; "local" starts a cluster
+            of two on this machine.
+        chunk_bytes: memory besides the embeddings, see `Work`.
+        progress: a bar on stderr with the time that is left.
+
+    Returns:
+        All rows of the results, under `imprint_pl.experiments.results.COLUMNS`.
+
+    Raises:
+        ImprintError: data or backbones that cannot be loaded; another process on the same results;
+            rows of the same names that were made of other data.
+    """
+    folder = Path(local_path(results_dir)) / plan.name
+    with _alone_in(folder), _where(n_jobs, dask):
+        results, order, failed = Results(folder), [], []
+        for task in plan.tasks:
+            made_of = digest({"classes": task.classes})
+            _check_same(folder, f"task {task.name}", made_of, results.has(task=task.name))
+        for source in plan.sources:
+            names, train, made_of = _sizes(source)
+            backbone, data = names_of(source)
+            of_names = results.has(backbone=backbone, data=data)
+            _check_same(folder, f"{backbone} on {data}", made_of, of_names)
+            configurations = plan.configurations(source, names, train)
+            order += [c.id for c in configurations]
+            todo = {c.id for c in configurations} - results.ids
+            if todo:
+                tasks = list(dict.fromkeys(c.task for c in configurations))
+                embeddings = load_embeddings(source, tasks, cache_dir)
+                failed += _run(
+                    embeddings, configurations, todo, results, n_jobs, dask, chunk_bytes, progress
+                )
+        _check_some(plan, len(order))
+        results.save(order)
+        if failed:
+            raise ImprintError(
+                f"{len(failed)} kinds of configurations failed, the others are in {folder}; the "
+                f"first: {failed[0]}"
+            )
+        return results.table(order)
+
+
+def _run(
+    embeddings: Embeddings,
+    configurations: list[Configuration],
+    todo: set[str],
+    results: Results,
+    n_jobs: int,
+    dask: str | None,
+    chunk_bytes: int,
+    progress: bool,
+) -> list[str]:
+    token = digest({"ids": [c.id for c in configurations], "time": time.time_ns()})
+    shared = (token, embeddings, chunk_bytes)
+    pending = [unit for unit in units(configurations) if any(c.id in todo for c in unit)]
+    tasks = list(dict.fromkeys(c.task for unit in pending for c in unit))
+    jobs = None if dask else n_jobs
+    collapse = dict(
+        zip(
+            tasks,
+            Parallel(n_jobs=jobs, mmap_mode="c")(delayed(_collapse)(shared, t) for t in tasks),
+            strict=True,
+        )
+    )
+    costs = [
+        cost(u, len(embeddings.train_y), len(embeddings.test_y), embeddings.train_x.shape[1])
+        for u in pending
+    ]
+    # The expensive units first: so no process is left with one at the end.
+    ranked = sorted(zip(pending, costs, strict=True), key=lambda pair: -pair[1])
+    failed, done, last = [], 0, time.perf_counter()
+    bar = tqdm(
+        total=sum(costs),
+        desc=f"{configurations[0].backbone}, {configurations[0].data}",
+        bar_format="{desc}: {percentage:3.0f}% |{bar}| [{elapsed}<{remaining}{postfix}]",
+        disable=not progress,
+        postfix=f"0/{len(todo)} configurations",
+    )
+    with bar:
+        found = Parallel(n_jobs=jobs, mmap_mode="c", return_as="generator_unordered", batch_size=1)(
+            delayed(_unit)(shared, i, unit, {c.id for c in unit} & todo)
+            for i, (unit, _) in enumerate(ranked)
+        )
+        for i, rows, errors in found:
+            by_task = {(c.id): collapse[c.task] for c in ranked[i][0]}
+            for row in rows:
+                row["nc1"], row["vci"] = by_task[row["id"]]
+            results.append(rows)
+            failed += errors
+            done += len(rows)
+            bar.set_postfix_str(f"{done}/{len(todo)} configurations", refresh=False)
+            bar.update(ranked[i][1])
+            if time.perf_counter() - last > SAVE_SECONDS:
+                results.save()
+                last = time.perf_counter()
+    return failed
+
+
+# What a process keeps between units: that of one backbone and data set.
+_KEPT: dict[str, Work] = {}
+
+
+def _work(shared: tuple[str, Embeddings, int]) -> Work:
+    token, embeddings, chunk_bytes = shared
+    if token not in _KEPT:
+        _KEPT.clear()
+        _KEPT[token] = Work(embeddings, chunk_bytes)
+    return _KEPT[token]
+
+
+@torch.no_grad()
+def _collapse(shared, task) -> tuple[float, float]:
+    return _work(shared).collapse(task)
+
+
+@torch.no_grad()
+def _unit(shared, i: int, unit: list[Configuration], todo: set[str]):
+    return i, *_work(shared).run(unit, todo)
+
+
+def describe(plan: Sweep, n_jobs: int = 1) -> tuple[int, int, float]:
+    """Configurations before and after pruning, and roughly the seconds of the latter, without the
+    embedding: nothing is embedded or run."""
+    kept, seconds = 0, 0.0
+    for source in plan.sources:
+        module, splits = load_splits(source[1])
+        train, test = len(splits.train.labels), len(splits.test.labels)
+        dim = splits.train.images.shape[1] if module is None else 1280
+        configurations = plan.configurations(source, splits.class_names, train)
+        kept += len(configurations)
+        work = sum(cost(unit, train, test, dim) for unit in units(configurations))
+        seconds += work / SPEED / max(n_jobs, torch.get_num_threads())
+    _check_some(plan, kept)
+    return plan.full * len(plan.sources), kept, seconds
+
+
+def _check_some(plan: Sweep, kept: int) -> None:
+    if not kept:
+        raise ImprintError(
+            f"{plan.name}: the rules of the paper (k at most the shots, m at most the proxies, "
+            "NORM_pre l2 with NORM_inf l2) leave out every combination: change the grid, or give "
+            "prune: false"
+        )
+
+
+def _sizes(source) -> tuple[list[str], int, str]:
+    """Class names, training samples, and what tells this source from others of its names."""
+    _, splits = load_splits(source[1])
+    if len(splits.train.labels) == 0:
+        raise ImprintError(f"data {names_of(source)[1]!r} has no training sample")
+    made_of = {"backbone": source[0], "class_names": splits.class_names, "splits": []}
+    for split in (splits.train, splits.test):
+        parts = [part.fingerprint() for part in getattr(split, "parts", [split])]
+        made_of["splits"].append([parts, split.labels.tolist()])
+    return splits.class_names, len(splits.train.labels), digest(made_of)
+
+
+def _check_same(folder: Path, name: str, made_of: str, has_rows: bool) -> None:
+    """Rows are known by names: raises where what a name stands for has changed since."""
+    path = folder / "sources.json"
+    known = {}
+    if path.exists():
+        with damaged(path, "what a sweep notes of its data", (ValueError, TypeError)):
+            known = dict(json.loads(path.read_text()))
+    if has_rows and known.get(name, made_of) != made_of:
+        raise ImprintError(
+            f"{folder} has rows of {name} from before its classes, its images, its embeddings or "
+            "the backbone's settings changed: give the sweep another name, or remove that folder"
+        )
+    write_whole(path, json.dumps(known | {name: made_of}, indent=2).encode())
+
+
+@contextmanager
+def _alone_in(folder: Path):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ImprintError(
+            f"another sweep is writing into {folder}: wait for it, or give another name"
+        ) from None
+    except OSError as error:
+        raise ImprintError(
+            f"cannot write into {folder} ({error}): give a --results_dir where you may write"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        _KEPT.clear()
+
+
+@contextmanager
+def _where(n_jobs: int, dask: str | None):
+    if dask is None:
+        # Threads of several processes on the same cores would wait for each other.
+        inner = {"inner_max_num_threads": 1} if n_jobs not in (None, 1) else {}
+        with parallel_config(backend="loky", **inner):
+            yield
+        return
+    try:
+        from distributed import Client, LocalCluster
+    except ImportError as error:
+        raise ImprintError("--dask asks for pip install 'imprint-pl[dask]'") from error
+    if dask == "local":
+        cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
+        with cluster, Client(cluster), parallel_config(backend="dask"):
+            yield
+        return
+    with Client(dask), parallel_config(backend="dask"):
+        yield

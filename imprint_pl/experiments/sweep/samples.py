@@ -1,0 +1,75 @@
+"""Which rows of the embeddings a task, a label, a draw of shots has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from imprint_pl.errors import ImprintError
+from imprint_pl.experiments.sweep.embeddings import Embeddings, tensor
+from imprint_pl.experiments.sweep.grid import Configuration, Task
+from imprint_pl.numerics.draws import sample
+from imprint_pl.parts.norm.quantile import quantiles
+
+# The original classes of a label.
+Group = tuple[int, ...]
+
+
+class Samples:
+    """Embeddings as tensors, without a copy, and where classes lie in them.
+
+    Attributes:
+        x, test_x: `(N, d)`; the training rows are sorted by class.
+        order, rank: `(N,)`, the places of the training rows in the data set, and in the order in
+            which `imprint` takes them.
+        test_y: `(N_test,)`, original classes.
+        classifier: `(d,)`, the quantiles of the backbone's classifier, all that NORM_post asks of
+            it, or `None`.
+    """
+
+    def __init__(self, embeddings: Embeddings) -> None:
+        self.class_names = embeddings.class_names
+        self.x, self.test_x = tensor(embeddings.train_x), tensor(embeddings.test_x)
+        self.test_y, self.order = tensor(embeddings.test_y), tensor(embeddings.order)
+        self.rank = tensor(embeddings.rank)
+        classifier = embeddings.classifier
+        self.classifier = None if classifier is None else quantiles(tensor(classifier))
+        classes, counts = torch.unique_consecutive(tensor(embeddings.train_y), return_counts=True)
+        ends = counts.cumsum(0)
+        self.slices = {
+            c: slice(end - n, end)
+            for c, n, end in zip(classes.tolist(), counts.tolist(), ends.tolist(), strict=True)
+        }
+
+    def groups(self, task: Task) -> list[Group]:
+        return task.groups(self.class_names)
+
+    def rows(self, group: Group, shots: int | None, seed: int | None) -> slice | Tensor:
+        """The training rows of a label, as `imprint` takes them."""
+        if len(group) == 1 and shots is None:
+            return self.slices[group[0]]
+        rows = torch.cat([torch.arange(s.start, s.stop) for s in map(self.slices.get, group)])
+        if shots is not None:
+            # Shots are drawn by the places in the data set.
+            rows = rows[self.order[rows].argsort()]
+            rows = rows[sample(len(rows), shots, seed)]
+        return rows[self.rank[rows].argsort()]
+
+    def training(self, group: Group, c: Configuration) -> Tensor:
+        """`(n, d)`, after NORM_pre."""
+        return c.variant.parts.norm_pre(self.x[self.rows(group, c.shots, c.seed)])
+
+    def count(self, group: Group, shots: int | None) -> int:
+        n = sum(self.slices[c].stop - self.slices[c].start for c in group)
+        return n if shots is None else min(n, shots)
+
+    def test(self, groups: list[Group]) -> tuple[Tensor, Tensor]:
+        """The task's test rows, ascending, and their labels."""
+        label = torch.full((len(self.class_names),), -1)
+        for j, group in enumerate(groups):
+            label[list(group)] = j
+        y = label[self.test_y]
+        rows = (y >= 0).nonzero().flatten()
+        if len(rows) == 0:
+            raise ImprintError("the task has no test sample")
+        return rows, y[rows]

@@ -1,0 +1,1 @@
+"""Where imprinting meets a Trainer: our module, and yours (callback, attach, extend)."""

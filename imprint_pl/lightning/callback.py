@@ -1,0 +1,386 @@
+"""ImprintCallback: an imprinted head inside somebody else's Lightning project.
+
+One pass over the training data, then the head fills in for a layer of the user's module, to be
+fine-tuned, compared or saved. `attaching.py` has the parts that need no Trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
+
+from imprint_pl.data.batch import split_batch
+from imprint_pl.data.batch_hooks import datamodule_of, in_training, transfer_of
+from imprint_pl.data.lightning_packages import averaging_callbacks, both, overrides
+from imprint_pl.data.loaders import loader_at, sampler_length
+from imprint_pl.errors import ImprintError, did_you_mean
+from imprint_pl.lightning.attaching import RECIPE, class_settings, detach, put_head
+from imprint_pl.lightning.layer import (
+    Unpack,
+    at_rest,
+    configure,
+    embed_batches,
+    in_data_order,
+    inputs_of,
+    layer_of,
+    loader_of,
+    the_embedding,
+)
+from imprint_pl.method.head import ImprintedHead
+from imprint_pl.method.imprinting import imprint
+from imprint_pl.ranks import helped, work_for_rank_zero
+from imprint_pl.training_set.store import RowStore, on_gpu
+
+WHEN = ("fit_start", "validation", "train_end")
+
+
+class ImprintCallback(Callback):
+    """Imprints a head for a layer of the user's module, from the training data of the Trainer.
+
+    The pass runs in eval mode, without gradients, with the Trainer's precision, devices and batch
+    hooks, over each training sample once, in data order. `limit_train_batches` and `fast_dev_run`
+    shorten it, too, but not before every class has had a sample.
+
+    Args:
+        layer: dotted name of the layer, as in `module.named_modules()`; its input `(B, d)` is the
+            embedding.
+        recipe: as of `imprint`.
+        when: "fit_start": the head takes the layer's place before the optimizer is built, and is
+            fine-tuned with the rest of the module (Qi et al. 2018); its `proxies` and `log_scale`
+            are parameters. "validation": the module is trained and validated as it is; for each
+            validation a head is imprinted from the embeddings of that moment and measured on the
+            same samples: `imprinted/accuracy` and `imprinted/macro_f1`. "train_end": after training
+            the head takes the layer's place, and `imprinted.ckpt` is written beside the other
+            checkpoints (none where checkpointing is off).
+        data: imprint from this instead of the training data: a loader, a LightningDataModule, or
+            `(x, y)`.
+        unpack: batch → (inputs, labels), for batches that are neither tuples `(x, y, …)` nor dicts
+            with `image`, `images`, `x`, `pixel_values` or `input`, and `label`, `labels`, `y`,
+            `target` or `targets`.
+        overrides: as of `imprint`; `num_classes` is by default the DataModule's, or that of the
+            `nn.Linear` that is replaced.
+
+    A checkpoint with a head loads through this callback (`trainer.test(module, ckpt_path=…)`) or
+    after `attach(module, layer)`, strictly. Fitting again imprints again; a fit that resumes from
+    `ckpt_path` imprints, too, and then takes the head of the checkpoint.
+
+    Attributes:
+        head: the head imprinted last, or `None`.
+        checkpoint_path: of "train_end", the file written, or `None`.
+
+    Raises:
+        ImprintError: no such layer; nothing to imprint from; a head that cannot be fine-tuned; a
+            strategy that shards the module.
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        recipe: str = RECIPE,
+        when: str = "fit_start",
+        data: Any = None,
+        unpack: Unpack | None = None,
+        **overrides: Any,
+    ) -> None:
+        super().__init__()
+        if when not in WHEN:
+            raise ImprintError(
+                f"unknown when={when!r}{did_you_mean(when, WHEN)} (known: {', '.join(WHEN)})"
+            )
+        self.layer = layer
+        self.recipe = recipe
+        self.when = when
+        self.data = data
+        self.unpack = unpack
+        self.overrides = overrides
+        self.head: ImprintedHead | None = None
+        self.checkpoint_path: str | None = None
+        # What a run has put into the module, and what a validation batch has.
+        self._undo, self._watch = ExitStack(), ExitStack()
+        self._validated: dict[int, RowStore] = {}
+
+    # Set-up and undo.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        sharded = both(FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+        if isinstance(trainer.strategy, sharded):
+            raise ImprintError(
+                f"{type(trainer.strategy).__name__} shards the module, which ImprintCallback does "
+                "not support: use one device or DDP"
+            )
+        # Whatever a checkpoint has there, head or layer, is what the module has when it is loaded.
+        as_in_the_file = partial(_as_in_the_file, self.layer)
+        self._undo.callback(pl_module.register_load_state_dict_pre_hook(as_in_the_file).remove)
+        if stage == "fit":
+            _once_set_up(pl_module, partial(self._prepare_fit, trainer, pl_module))
+
+    def _prepare_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if overrides("configure_model", pl_module):
+            self._configure_model(trainer, pl_module)
+        configure(pl_module, self.layer)
+        if self.data is None and trainer.limit_train_batches == 0:
+            raise ImprintError(
+                "limit_train_batches=0 leaves no training data to imprint from: give data=, or "
+                "leave some batches"
+            )
+        order = trainer.callbacks
+        averaging = averaging_callbacks(trainer)
+        if self.when == "train_end" and any(order.index(self) < order.index(c) for c in averaging):
+            raise ImprintError(
+                "a callback that averages weights ends after ImprintCallback and would write over "
+                "its head: give ImprintCallback after it in the Trainer's callbacks"
+            )
+        if self.when == "fit_start":
+            # Lightning does both, but after this: the pass cannot wait for it, since the optimizer
+            # is to find the head's parameters.
+            converting = both(HalfPrecision, DoublePrecision)
+            if isinstance(trainer.precision_plugin, converting):
+                trainer.precision_plugin.convert_module(pl_module)
+            pl_module.to(trainer.strategy.root_device)
+            self._replace(trainer, pl_module)
+
+    def _configure_model(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As the Trainer does it, but before the head takes the place of a layer that is made
+        there; what calls `configure_model` later in the run finds that it is done."""
+        with (
+            trainer.strategy.tensor_init_context(),
+            trainer.strategy.model_sharded_context(),
+            trainer.precision_plugin.module_init_context(),
+        ):
+            pl_module.configure_model()
+        pl_module.configure_model = _configured
+        self._undo.callback(pl_module.__dict__.pop, "configure_model", None)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._watch.close()
+        self._undo.close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._undo.close()
+
+    # At the end of training.
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.when != "train_end":
+            return
+        self._replace(trainer, pl_module)
+        saver = trainer.checkpoint_callback
+        if saver is not None and getattr(saver, "dirpath", None):
+            self.checkpoint_path = str(Path(saver.dirpath) / "imprinted.ckpt")
+            # Without the optimizer's state: it belongs to the layer that is gone.
+            trainer.save_checkpoint(self.checkpoint_path, weights_only=True)
+
+    # Beside the user's validation.
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated, self._is_due = {}, True
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any
+    ) -> None:
+        if not self._is_on(trainer):
+            return
+        if self._is_due:
+            # Not before: callbacks put averaged weights in place when the epoch starts, and the
+            # head is to be of the weights that are validated.
+            self.head, self._is_due = self._imprint(trainer, pl_module), False
+            self.head.to(pl_module.device)
+        self._seen = self._watch.enter_context(inputs_of(pl_module, self.layer))
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._is_on(trainer):
+            self._watch.close()
+            labels = (self.unpack or split_batch)(batch)[1]
+            store = self._validated.setdefault(dataloader_idx, RowStore())
+            store.add(the_embedding(self._seen, self.layer, labels), labels)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._is_on(trainer):
+            return
+        for index, store in self._validated.items():
+            samples = sampler_length(loader_at(index, trainer.val_dataloaders))
+            measured = _on_rank_zero(trainer, partial(_measure, self.head), store.gather(samples))
+            suffix = f"/dataloader_idx_{index}" if len(self._validated) > 1 else ""
+            for name, value in measured.items():
+                # The suffix is Lightning's own, which it would add in a step alone.
+                pl_module.log(f"imprinted/{name}{suffix}", value, add_dataloader_idx=False)
+
+    def _is_on(self, trainer: Trainer) -> bool:
+        return self.when == "validation" and not trainer.sanity_checking
+
+    # The pass.
+
+    def _replace(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.head = self._imprint(trainer, pl_module)
+        kept = [value for callback in trainer.callbacks for value in vars(callback).values()]
+        put_head(pl_module, self.layer, self.head, [*vars(pl_module).values(), *kept])
+        for callback in averaging_callbacks(trainer):
+            # Their copy of the module, made before, has the layer.
+            callback.setup(trainer, pl_module, "fit")
+
+    def _imprint(self, trainer: Trainer, pl_module: LightningModule) -> ImprintedHead:
+        original = layer_of(pl_module, self.layer)
+        original = getattr(original, "replaced", original)
+        data = datamodule_of(trainer) if self.data is None else self.data
+        settings = class_settings(data)
+        if settings["num_classes"] is None:
+            settings["num_classes"] = getattr(original, "out_features", None)
+        settings |= self.overrides
+        store = RowStore()
+        with (
+            in_training(pl_module, data, trainer),
+            at_rest(pl_module, self.layer),
+            trainer.precision_plugin.forward_context(),
+        ):
+            loader = in_data_order(self._loader(trainer), trainer.world_size, trainer.global_rank)
+            embed_batches(
+                store,
+                pl_module,
+                self.layer,
+                loader,
+                self.unpack,
+                transfer_of(trainer, pl_module, data),
+                self._limit(trainer, loader, settings["num_classes"]),
+            )
+        samples = sampler_length(loader)
+        rows = store.gather(samples)
+        if rows is not None:
+            rows = on_gpu(*rows, trainer.strategy.root_device)
+        state = _on_rank_zero(trainer, partial(self._state, settings), rows)
+        head = ImprintedHead()
+        head.load_state_dict(state)
+        return head
+
+    def _loader(self, trainer: Trainer) -> Any:
+        if self.data is not None:
+            return loader_of(self.data)
+        source = trainer.fit_loop._data_source
+        if source.instance is None or not source.is_defined():
+            raise ImprintError("the Trainer has no training data to imprint from: give data=")
+        return source.dataloader()
+
+    def _limit(
+        self, trainer: Trainer, loader: Any, num_classes: int | None
+    ) -> Callable[[int, Tensor], bool]:
+        """Whether the pass goes on after a batch."""
+        limit = trainer.limit_train_batches
+        if self.data is not None or (limit == 1.0 and isinstance(limit, float)):
+            return lambda index, labels: True
+        batches = limit if isinstance(limit, int) else int(limit * len(loader))
+        seen = torch.zeros(num_classes or 1)
+
+        def go_on(index: int, labels: Tensor) -> bool:
+            known = labels[(labels >= 0) & (labels < len(seen))].cpu()
+            seen[known] = 1
+            if index + 1 < batches:
+                return True
+            everywhere = trainer.strategy.reduce(seen.to(labels.device), reduce_op="sum")
+            return bool((everywhere == 0).any())
+
+        return go_on
+
+    def _state(self, settings: dict[str, Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        head = imprint(x, y, self.recipe, **settings)
+        if self.when == "fit_start" and not _is_trainable(head, x[:2]):
+            raise ImprintError(
+                f"the head of recipe {self.recipe!r} ({len(head.proxies)} proxies, "
+                f"agg={head.agg.name!r}) cannot be fine-tuned: no gradient reaches its proxies; "
+                'choose another recipe, or when="train_end"'
+            )
+        return {name: tensor.cpu() for name, tensor in head.state_dict().items()}
+
+
+def _once_set_up(pl_module: LightningModule, action: Callable[[], None]) -> None:
+    """Runs `action` when the module's own `setup` is done, once: data sets and layers that are made
+    there exist by then, and there is no hook of a callback between it and the optimizer."""
+    own = pl_module.setup
+
+    def setup(stage: str) -> None:
+        # Another callback's is around this one, and has done it.
+        pl_module.__dict__.pop("setup", None)
+        own(stage)
+        action()
+
+    pl_module.setup = setup
+
+
+def _configured() -> None:
+    """In the place of a `configure_model` that has been called."""
+
+
+def _as_in_the_file(
+    layer: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """A hook of `load_state_dict`. It does not know the callback: whoever copies the module, and
+    its hooks, need not copy data."""
+    has_head = f"{prefix}{layer}.proxies" in state_dict
+    is_head = hasattr(layer_of(module, layer), "replaced")
+    if has_head and not is_head:
+        put_head(module, layer, ImprintedHead())
+    elif is_head and not has_head:
+        detach(module, layer)
+
+
+def _on_rank_zero(
+    trainer: Trainer, function: Callable[[Tensor, Tensor], Any], rows: tuple | None
+) -> Any:
+    """`function(*rows)` of rank 0, on every rank; an error ends them all."""
+    result = None
+    if rows is None:
+        work_for_rank_zero()
+    else:
+        try:
+            with helped():
+                result = function(*rows)
+        except ImprintError as error:
+            result = error
+    result = trainer.strategy.broadcast(result)
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _is_trainable(head: ImprintedHead, embeddings: Tensor) -> bool:
+    if not head.proxies.requires_grad:
+        return False
+    with torch.enable_grad():
+        scores = head(embeddings).sum()
+    (gradient,) = torch.autograd.grad(scores, head.proxies, allow_unused=True)
+    return gradient is not None
+
+
+def _measure(head: ImprintedHead, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    C = head.num_classes
+    outside = (y < 0) | (y >= C)
+    if outside.any():
+        raise ImprintError(
+            f"label {int(y[outside][0])} of the validation data is out of range for a head of {C} "
+            f"classes (0..{C - 1}): give num_classes=, or training data with every class"
+        )
+    device = head.proxies.device
+    C = max(C, 2)  # torchmetrics takes no fewer
+    labels = torch.cat([head(rows.to(device)).argmax(1) for rows in x.split(4096)]).cpu()
+    return {
+        "accuracy": multiclass_accuracy(labels, y, C, average="micro"),
+        "macro_f1": multiclass_f1_score(labels, y, C, average="macro"),
+    }

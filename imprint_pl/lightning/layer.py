@@ -1,0 +1,302 @@
+"""A pass through somebody's module: what goes into one of its layers, in data order, and the layer
+in whose place another can be put.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
+
+from imprint_pl.data.batch import split_batch
+from imprint_pl.data.batch_hooks import batch_hooks, in_training
+from imprint_pl.data.lightning_packages import both, overrides
+from imprint_pl.errors import ImprintError, did_you_mean
+from imprint_pl.training_set.store import RowStore
+
+# Samples that go through the module at a time where the data came as two tensors.
+BATCH = 256
+
+Unpack = Callable[[Any], tuple[Any, Tensor]]
+
+
+def averaged_copies(
+    module: nn.Module, layer: str, holders: Iterable[Any]
+) -> list[tuple[nn.Module, str]]:
+    """Copies of the module, or of a part of it that has the layer, which torch's or timm's tools
+    for averages among `holders` keep, each with the layer's name in it.
+
+    They are averaged with the module tensor by tensor, in order: a head beside a layer would be
+    averaged with it in silence.
+    """
+    timm = sys.modules.get("timm.utils.model_ema")
+    kinds = (AveragedModel,) + ((timm.ModelEma, timm.ModelEmaV2, timm.ModelEmaV3) if timm else ())
+    tools = {id(holder): holder for holder in holders if isinstance(holder, kinds)}
+    parts, found = layer.split("."), []
+    for tool in tools.values():
+        averaged = tool.ema if hasattr(tool, "ema") else tool.module
+        for depth in range(len(parts)):
+            path, name = ".".join(parts[:depth]), ".".join(parts[depth:])
+            original = module.get_submodule(path)
+            if type(averaged) is type(original) and _shapes(averaged) == _shapes(original):
+                found.append((averaged, name))
+                break
+    return found
+
+
+def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(name, parameter.shape) for name, parameter in module.named_parameters()]
+
+
+def put_module(module: nn.Module, layer: str, new: nn.Module) -> None:
+    """Puts another module in the place of a layer, under each of the names that it has."""
+    old = layer_of(module, layer)
+    names = [name for name, part in module.named_modules(remove_duplicate=False) if part is old]
+    for name in names:
+        module.set_submodule(name, new)
+        _show(module, name)
+
+
+def layer_of(module: nn.Module, layer: str) -> nn.Module:
+    """The layer of a dotted name.
+
+    Raises:
+        ImprintError: no such layer; near names are given.
+    """
+    names = [name for name, _ in module.named_modules(remove_duplicate=False) if name]
+    if layer not in names:
+        last = f"; the last one is {names[-1]!r}" if names else ""
+        raise ImprintError(
+            f"{type(module).__name__} has no layer {layer!r}{did_you_mean(layer, names) or last}"
+        )
+    _show(module, layer)
+    return module.get_submodule(layer)
+
+
+def _show(module: nn.Module, layer: str) -> None:
+    """Lets `module.<layer>` find a layer that a class attribute hides: `fc = None` in the class, of
+    a layer that is made in `configure_model`, is what Python finds first."""
+    for part in layer.split("."):
+        hidden = module._modules[part]
+        if getattr(module, part) is not hidden:
+            module.__dict__[part] = hidden
+        module = hidden
+
+
+def configure(module: nn.Module, layer: str) -> None:
+    """Lets a LightningModule make the layers that it makes in `configure_model`, where the layer
+    is not there yet.
+
+    Raises:
+        ImprintError: no such layer, even then.
+    """
+    names = {name for name, _ in module.named_modules(remove_duplicate=False)}
+    if layer not in names and overrides("configure_model", module):
+        module.configure_model()
+    layer_of(module, layer)
+
+
+def gather_embeddings(
+    module: nn.Module, layer: str, data: Any, unpack: Unpack | None = None, hooks: Any = None
+) -> tuple[Tensor, Tensor]:
+    """What goes into a layer, `(N, d)` on the CPU, and the labels `(N,)`, in data order.
+
+    Batches go through the batch hooks of `hooks`, a DataModule (`data` by default), or else of the
+    module.
+    """
+    device, store = _device(module), RowStore()
+    owner = data if hooks is None else hooks
+    with ExitStack() as stack:
+        for one in {id(one): one for one in (owner, data)}.values():
+            stack.enter_context(in_training(module, one))
+        stack.enter_context(at_rest(module, layer))
+        trainer, hooked = getattr(module, "_trainer", None), batch_hooks(module, owner)
+
+        def transfer(batch: Any) -> Any:
+            if trainer is not None:
+                batch = trainer.precision_plugin.convert_input(batch)
+            try:
+                return hooked(batch, device)
+            except (TypeError, LookupError, AttributeError, ValueError) as error:
+                if not isinstance(data, tuple):
+                    raise
+                raise ImprintError(
+                    "a batch hook of the DataModule or the module cannot take a batch [inputs, "
+                    f"labels] ({type(error).__name__}: {error}): give a loader whose batches it "
+                    "knows instead of tensors"
+                ) from error
+
+        if trainer is not None:
+            stack.enter_context(trainer.precision_plugin.forward_context())
+        loader = in_data_order(loader_of(data))
+        embed_batches(store, module, layer, loader, unpack, transfer)
+    return store.gather()
+
+
+def embed_batches(
+    store: RowStore,
+    module: nn.Module,
+    layer: str,
+    batches: Iterable[Any],
+    unpack: Unpack | None = None,
+    transfer: Callable[[Any], Any] = lambda batch: batch,
+    go_on: Callable[[int, Tensor], bool] = lambda index, labels: True,
+) -> None:
+    """Adds what goes into a layer to a store, batch by batch, while `go_on(index, labels)`.
+
+    Raises:
+        ImprintError: no batch, labels that do not fit, a layer that does not run once a batch.
+    """
+    forward, index = _entry(module, layer), -1
+    for index, batch in enumerate(batches):
+        inputs, labels = (unpack or split_batch)(transfer(batch))
+        with inputs_of(module, layer) as seen:
+            forward(inputs)
+        store.add(the_embedding(seen, layer, labels), labels)
+        if not go_on(index, labels):
+            break
+    if index < 0:
+        raise ImprintError("the training data has no batch: there is nothing to imprint from")
+
+
+@contextmanager
+def inputs_of(module: nn.Module, layer: str) -> Iterator[list[Any]]:
+    """A list to which each run of the layer adds its input. Meanwhile nothing runs as
+    `torch.compile` has made it: that would not see a new hook."""
+    seen = []
+
+    def keep(_, args, kwargs):
+        seen.append(args[0] if args else next(iter(kwargs.values())))
+
+    handle = layer_of(module, layer).register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield seen
+    finally:
+        handle.remove()
+
+
+def the_embedding(seen: list[Any], layer: str, labels: Tensor) -> Tensor:
+    """The one input of a layer in a batch, `(B, d)`, checked."""
+    if len(seen) != 1:
+        raise ImprintError(
+            f"layer {layer!r} ran {len(seen)} times for one batch: name a layer that runs once in "
+            "the module's forward"
+        )
+    shape = tuple(getattr(seen[0], "shape", ()))
+    if len(shape) != 2:
+        raise ImprintError(
+            f"the input of layer {layer!r} has shape {shape}, an embedding has (B, d): name the "
+            "layer after pooling, most often the last linear one"
+        )
+    if shape[0] != len(labels):
+        raise ImprintError(
+            f"layer {layer!r} got {shape[0]} embeddings for {len(labels)} labels: the layer, or "
+            "unpack=, must give one of each a sample"
+        )
+    return seen[0]
+
+
+@contextmanager
+def at_rest(module: nn.Module, layer: str) -> Iterator[None]:
+    """The module in eval mode with its own layer, no gradients; afterwards all is as it was: the
+    modes, the head, and the global random state that loaders and augmentation draw from."""
+    modes = [(part, part.training) for part in module.modules()]
+    present = layer_of(module, layer)
+    original = getattr(present, "replaced", None)
+    with isolate_rng(), torch.no_grad():
+        try:
+            if original is not None:
+                put_module(module, layer, original.to(_device(present)))
+            module.eval()
+            yield
+        finally:
+            put_module(module, layer, present)
+            for part, mode in modes:
+                part.training = mode
+
+
+def loader_of(data: Any) -> Iterable[Any]:
+    """The batches of `attach`'s `data`."""
+    if isinstance(data, both(LightningDataModule)):
+        data.prepare_data()
+        data.setup("fit")
+        return data.train_dataloader()
+    if isinstance(data, tuple):
+        if len(data) != 2 or len(data[0]) != len(data[1]):
+            sizes = [len(part) for part in data]
+            raise ImprintError(f"data is a tuple of lengths {sizes}: expected (x, y) of one length")
+        return DataLoader(TensorDataset(*map(torch.as_tensor, data)), batch_size=BATCH)
+    return data
+
+
+def in_data_order(loader: Any, ranks: int = 1, rank: int = 0) -> Any:
+    """A loader over the same samples, each once, in the order of the data set: dealt to the ranks,
+    neither shuffled nor dropped. A sampler or batch sampler of the user's own stays."""
+    parts = loader if isinstance(loader, list) else []
+    several = any(isinstance(part, DataLoader) for part in parts)
+    if several or isinstance(loader, (dict, *both(CombinedLoader))):
+        raise ImprintError(
+            f"the training data is a {type(loader).__name__} of loaders: give the one to imprint "
+            "from as data="
+        )
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    sampler = getattr(loader, "sampler", None)
+    if not hasattr(sampler, "__len__") or type(batch_sampler) not in (BatchSampler, type(None)):
+        return loader
+    if isinstance(sampler, RandomSampler | DistributedSampler):
+        sampler = SequentialSampler(loader.dataset)
+    if ranks > 1:
+        sampler = DistributedSamplerWrapper(sampler, num_replicas=ranks, rank=rank, shuffle=False)
+    # A DataLoader refuses new samplers: a copy gets them past its __setattr__. It keeps whatever a
+    # subclass does when iterated.
+    ordered = copy.copy(loader)
+    ordered.__dict__.update(
+        sampler=sampler,
+        # Its own: the order in which workers are seeded draws a number from it.
+        generator=torch.Generator().manual_seed(0),
+        persistent_workers=False,
+        _iterator=None,
+    )
+    if batch_sampler is not None:
+        ordered.__dict__["batch_sampler"] = BatchSampler(sampler, loader.batch_size, False)
+    return ordered
+
+
+def _entry(module: nn.Module, layer: str) -> nn.Module:
+    """The module, or the first on the way to the layer, that has a forward of its own."""
+    missing = (nn.Module.forward, *(cls.forward for cls in both(LightningModule)))
+    parts = layer.split(".")
+    for depth in range(len(parts)):
+        part = module.get_submodule(".".join(parts[:depth]))
+        if type(part).forward not in missing:
+            return part
+    raise ImprintError(
+        f"{type(module).__name__} has no forward that leads to its layer {layer!r}: define "
+        "forward(inputs)"
+    )
+
+
+def _device(*modules: nn.Module) -> torch.device:
+    for module in modules:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,113 @@
+"""Unknowns: what belongs to no class. A threshold on the best score, set so that a chosen share of
+training samples passes, and how well the score tells outsiders from insiders (AUROC).
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
+
+from imprint_pl.data.batch import images_of
+from imprint_pl.data.batch_hooks import in_training, transfer_of
+from imprint_pl.method.head import ImprintedHead
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    """Probability that an insider's best score is above an outsider's (ties count half).
+
+    Args:
+        inside, outside: `(n, C)` and `(m, C)`, scores of samples of the classes and of none.
+
+    >>> auroc(torch.tensor([[3.0, 1.0], [2.0, 0.0]]), torch.tensor([[1.0, 1.5], [2.5, 0.0]]))
+    0.75
+    """
+    best = torch.cat([inside.amax(1), outside.amax(1)]).double()
+    # Ranks, since torchmetrics takes values outside of [0, 1] for logits, and a sigmoid ties them.
+    ranks = torch.unique(best, return_inverse=True)[1].double()
+    inner = torch.cat([torch.ones(len(inside)), torch.zeros(len(outside))]).long().to(best.device)
+    return binary_auroc(ranks / max(ranks.max().item(), 1), inner).item()
+
+
+class Outsiders(Callback):
+    """Logs, at the end of validation and test, how the best score tells outsiders from insiders.
+
+    `val/outsiders_auroc` and, where the head has a threshold, `val/accepted` (share of the stage's
+    own images that pass) and `val/rejected` (share of outsiders that do not); `test/…` likewise.
+    Of several loaders each has its own, `val/accepted/dataloader_idx_0`, ….
+
+    Args:
+        data: images that belong to no class; its test split is used, with its own batch hooks.
+    """
+
+    def __init__(self, data: LightningDataModule) -> None:
+        self.data = data
+        self._undo = ExitStack()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listen(pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listen(pl_module)
+
+    def on_validation_batch_start(
+        self, trainer, pl_module, batch, batch_idx, dataloader_idx=0
+    ) -> None:
+        self._loader = dataloader_idx
+
+    def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
+        self._loader = dataloader_idx
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log("val", trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log("test", trainer, pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._undo.close()
+
+    def _listen(self, module: LightningModule) -> None:
+        # What the head gives for the stage's own images: they need not go through it twice.
+        self._scores: dict[Any, list[Tensor]] = {}
+        self._undo.callback(module.head.register_forward_hook(self._heard).remove)
+
+    def _heard(self, head: ImprintedHead, inputs: Any, logits: Tensor) -> None:
+        best = logits.detach().amax(1, keepdim=True).cpu()
+        self._scores.setdefault(self._loader, []).append(best)
+
+    def _log(self, stage: str, trainer: Trainer, module: LightningModule) -> None:
+        insiders, self._scores = self._scores, {}
+        with self._undo:
+            if trainer.sanity_checking or not insiders:
+                return
+            self._loader = "outside"
+            self.data.prepare_data()
+            self.data.setup("test")
+            transfer = transfer_of(trainer, module, self.data)
+            with (
+                in_training(module, self.data, trainer),
+                trainer.precision_plugin.forward_context(),
+                torch.no_grad(),
+            ):
+                for batch in self.data.test_dataloader():
+                    module(images_of(transfer(batch)))
+        outside = torch.cat(self._scores.pop("outside"))
+        for number, scores in insiders.items():
+            inside = torch.cat(scores)
+            values = {"outsiders_auroc": auroc(inside, outside)}
+            if module.head.threshold is not None:
+                least = module.head.threshold / module.head.temperature
+                values["accepted"] = (inside >= least).double().mean().item()
+                values["rejected"] = (outside < least).double().mean().item()
+            # Lightning's own suffix, which it would add in a step alone.
+            suffix = f"/dataloader_idx_{number}" if len(insiders) > 1 else ""
+            options = dict(sync_dist=True, batch_size=1, add_dataloader_idx=not suffix)
+            for name, value in values.items():
+                module.log(f"{stage}/{name}{suffix}", value, **options)

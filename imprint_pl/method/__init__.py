@@ -1,0 +1,1 @@
+"""The paper: embeddings and labels to a head. `imprinting.py` comes first."""

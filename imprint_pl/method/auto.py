@@ -1,0 +1,160 @@
+"""`auto`: chooses the recipe and its parameters from the training embeddings alone.
+
+Every candidate is imprinted on the same part of the embeddings and labels the same held-out rest.
+The first candidate, `kernel`, is kept unless another is better beyond doubt; the winner is then
+imprinted on all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from imprint_pl.method.calibration import ENOUGH, folds
+from imprint_pl.method.head import ImprintedHead
+from imprint_pl.method.pipeline import held_out_scores, make_head
+from imprint_pl.method.recipes import resolve
+
+# In the order of preference. `kernel` comes first: from two samples a class to thousands, on
+# features that are positive and on ones that have a sign, nothing else was the best so often, or so
+# seldom far from it. Its other form leaves out the square root, which suits positive features; the
+# rest is there for embeddings that are unlike those.
+CANDIDATES: tuple[dict[str, Any], ...] = (
+    dict(recipe="kernel"),
+    dict(recipe="kernel", norm_pre="l2+nystrom"),
+    dict(recipe="ridge"),
+    dict(recipe="lda"),
+    dict(recipe="robust", k=20),
+    dict(recipe="robust", k=1),
+)
+# Samples that candidates are imprinted on, and landmarks of `kernel` there: enough to rank them,
+# in a fraction of the time that the winner takes on all samples.
+TRAINED = 2000
+LANDMARKS = 500
+# Samples that they then label: the standard error of a difference is about half a point.
+LABELLED = 3000
+# Standard errors by which another candidate has to beat the first. With six candidates and few
+# samples the best of them by chance is often better by one.
+CLEARLY = 2.0
+
+
+def imprint_auto(
+    x: Tensor,
+    y: Tensor,
+    num_classes: int,
+    class_names: list[str] | None = None,
+    seed: int = 0,
+    classifier: Tensor | None = None,
+    progress: bool = False,
+    calibrate: bool = True,
+) -> ImprintedHead:
+    """Embeddings `x (N, d)`, labels `y (N,)`, checked → the chosen recipe's head.
+
+    With fewer than 3,000 samples candidates are compared by cross-validation, over two to five
+    stratified folds; so, too, with so many classes that two samples of each are nearly all. With
+    more, 2,000 random samples are imprinted and up to 3,000 others labelled.
+    A candidate replaces `kernel` if its accuracy there is higher by more than two standard errors
+    of the paired difference, √(n₊ + n₋ + 1 − (n₊ − n₋)²/(n + 2)) / (n + 2), n₊ and n₋ the samples
+    that only one or only the other has right, of n. Where nothing can be held out (one sample a
+    class), it is `kernel`.
+
+    Returns:
+        The head, with `head.tried`, a row a candidate: its keywords, `accuracy`, `difference` from
+        the first and its `standard_error` (all fractions), `chosen`; and in
+        `head.settings` the recipe that was chosen.
+
+    Source: Agresti & Min 2005, "Simple improved confidence intervals for comparing matched
+    proportions" (the standard error).
+    """
+    sample, held = _comparison(y, seed)
+    rows, right = [], []
+    shown = tqdm(CANDIDATES, "auto", leave=False, disable=not progress, delay=2)
+    for candidate in shown if held else []:
+        shown.set_postfix_str(candidate["recipe"], refresh=False)
+        correct = _labelled(x[sample], y[sample], candidate, num_classes, held, seed, classifier)
+        rows.append(dict(candidate) | _compared(correct, right))
+        right.append(correct)
+    clear = [i for i, row in enumerate(rows) if _is_clearly_better(row)]
+    best = max(clear, key=lambda i: rows[i]["accuracy"], default=0)
+    head = make_head(
+        x,
+        y,
+        resolve(**CANDIDATES[best]),
+        num_classes,
+        class_names,
+        seed,
+        classifier,
+        progress,
+        calibrate,
+    )
+    for i, row in enumerate(rows):
+        row["chosen"] = i == best
+    head.tried = rows
+    head.settings["chosen_by"] = "auto"
+    return head
+
+
+def _comparison(y: Tensor, seed: int) -> tuple[Tensor, list[Tensor]]:
+    """The samples `(n,)` to compare on, and the places among them of those to be held out."""
+    everything = torch.arange(len(y), device=y.device)
+    if len(y) < 1.5 * TRAINED:
+        return everything, _places(folds(y, seed, enough=len(y)))
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
+    # Two samples of each class come first: every candidate then knows every class.
+    by_class = order[y[order].argsort(stable=True)]
+    counts = torch.bincount(y)
+    place = torch.arange(len(y), device=y.device) - (counts.cumsum(0) - counts)[y[by_class]]
+    first = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    first[by_class[place < 2]] = True
+    order = torch.cat([order[first[order]], order[~first[order]]])
+    trained = max(TRAINED, int(first.sum()))
+    if len(y) - trained < ENOUGH:
+        # So many classes that their first samples leave none to label.
+        return everything, _places(folds(y, seed, enough=LABELLED))
+    sample = order[: trained + LABELLED]
+    return sample, [torch.arange(trained, len(sample), device=y.device)]
+
+
+def _places(masks: list[Tensor]) -> list[Tensor]:
+    return [mask.nonzero().flatten() for mask in masks]
+
+
+def _labelled(
+    x: Tensor,
+    y: Tensor,
+    candidate: dict[str, Any],
+    num_classes: int,
+    held: list[Tensor],
+    seed: int,
+    classifier: Tensor | None,
+) -> Tensor | None:
+    """Which held-out samples the candidate labels right; `None` if it cannot be imprinted."""
+    keywords = dict(candidate)
+    if keywords["recipe"] == "kernel":
+        keywords["projection_dim"] = LANDMARKS
+    parts = resolve(**keywords)
+    held_out = held_out_scores(x, y, parts, num_classes, held, seed, classifier)
+    # A fold that fails, such as a within-class covariance of one sample a class: the others would
+    # be compared on other samples than its own.
+    return None if held_out.error else held_out.scores.argmax(1) == held_out.y
+
+
+def _compared(correct: Tensor | None, before: list[Tensor | None]) -> dict[str, float | None]:
+    if correct is None or (before and before[0] is None):
+        return {"accuracy": None, "difference": None, "standard_error": None}
+    first = before[0] if before else correct
+    n, gained, lost = len(correct), int((correct & ~first).sum()), int((first & ~correct).sum())
+    # Half a sample more on both sides: four gained and none lost, of fifty, is no clear case.
+    error = (gained + lost + 1 - (gained - lost) ** 2 / (n + 2)) ** 0.5 / (n + 2)
+    return {
+        "accuracy": int(correct.sum()) / n,
+        "difference": (gained - lost) / n,
+        "standard_error": error,
+    }
+
+
+def _is_clearly_better(row: dict[str, Any]) -> bool:
+    return row["accuracy"] is not None and row["difference"] > CLEARLY * row["standard_error"]

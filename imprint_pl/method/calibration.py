@@ -1,0 +1,190 @@
+"""From scores to probabilities: a temperature, fitted on training embeddings that the head which
+scored them had not seen.
+
+Knows scores and labels, and how to hold samples out; not recipes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imprint_pl.errors import ImprintError, warn
+
+# Held-out samples that a temperature, or a choice between recipes, should rest on.
+ENOUGH = 500
+# Numbers among the scores of a fold, samples × classes: 128 MB in float64.
+SCORES = 2**24
+
+
+def folds(
+    y: Tensor, seed: int, enough: int = ENOUGH, most: int = 5, spare: bool = False
+) -> list[Tensor]:
+    """Stratified folds of the labels `y (N,)`, as masks `(N,)` of the held-out samples.
+
+    A tenth of each class, drawn by the seed, where that makes `enough` samples; otherwise up to
+    `most` folds, until they hold enough: a fifth of each class each, say, or one sample of a class
+    of fewer than five. A class's only sample is never held out: no proxy could answer for it.
+    Without a class of two samples there is no fold. With `spare` the folds that are not needed come
+    after them, in case one of them fails.
+    """
+    counts = torch.bincount(y.cpu())
+    repeated = counts[counts > 1]
+    if not len(repeated):
+        return []
+    number = int(repeated.median().clamp(2, 10 if len(y) >= 10 * enough else most))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(y), generator=generator)
+    labels, by_class = y.cpu()[order].sort(stable=True)
+    place = torch.arange(len(y)) - (counts.cumsum(0) - counts)[labels]
+    # Small classes start at different folds, so that folds are of one size.
+    start = torch.randint(number, (len(counts),), generator=generator)
+    fold = (place + start[labels]) % number
+    fold[counts[labels] < 2] = -1
+    of_sample = torch.empty_like(fold)
+    of_sample[order[by_class]] = fold
+    masks, held = [], 0
+    for i in range(number):
+        mask = of_sample == i
+        if mask.any():
+            masks.append(mask.to(y.device))
+            held += int(mask.sum())
+        if held >= enough and not spare:
+            break
+    return masks
+
+
+class HeldOut(NamedTuple):
+    """What heads made without some samples say of them.
+
+    Attributes:
+        scores: `(n, C)`, of the samples whose class the head knows.
+        y: `(n,)`, their labels.
+        error: why the last fold that failed has no head; `None` where none failed.
+    """
+
+    scores: Tensor
+    y: Tensor
+    error: ImprintError | None
+
+
+def rows_to_score(rows: Tensor, num_classes: int) -> Tensor:
+    """Which of the held-out samples, places `(n,)`, are scored: all of them, or with many classes,
+    whose scores would fill the memory, every second, third, …"""
+    return rows[:: max(1, math.ceil(len(rows) * num_classes / SCORES))]
+
+
+def score_folds(
+    held: Iterable[Any],
+    score: Callable[[Any], tuple[Tensor, Tensor, Tensor]],
+    enough: float = math.inf,
+) -> HeldOut:
+    """Scores the folds one after the other until `enough` samples have a score.
+
+    Args:
+        held: folds.
+        score: fold → scores `(n, C)`, labels `(n,)`, and the classes of the head's proxies. A fold
+            without which there is no head (it raises an `ImprintError`) is left out.
+    """
+    scores, labels, number, error = [], [], 0, None
+    for fold in held:
+        try:
+            of_fold, y, classes = score(fold)
+        except ImprintError as failed:
+            error = failed
+            continue
+        # Of a class that was held out whole there is no proxy, nor anything to learn.
+        known = torch.isin(y, classes)
+        scores.append(of_fold[known])
+        labels.append(y[known])
+        number += len(labels[-1])
+        if number >= enough:
+            break
+    if not scores:
+        return HeldOut(torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64), error)
+    return HeldOut(torch.cat(scores), torch.cat(labels), error)
+
+
+def set_temperature(head: Any, held_out: HeldOut) -> None:
+    """Fits the temperature of a head, or warns that its probabilities are not calibrated.
+
+    Without a held-out sample that has a score the temperature stays as it is, and
+    `head.settings["calibrated"]` is false.
+    """
+    if len(held_out.y):
+        head.temperature = fit_temperature(held_out.scores, held_out.y)
+    elif len(head.proxy_classes.unique()) > 1:
+        say_uncalibrated(
+            head,
+            "no class has two samples, so that none can be held out"
+            if held_out.error is None
+            else f"without the held-out samples there is no head ({held_out.error})",
+        )
+
+
+def say_uncalibrated(head: Any, reason: str) -> None:
+    """Warns that the probabilities of a head are not calibrated, and notes it in its settings."""
+    head.settings["calibrated"] = False
+    warn(
+        f"the probabilities are not calibrated: no temperature was fitted, since {reason}; labels "
+        "are not concerned"
+    )
+
+
+def fit_temperature(scores: Tensor, y: Tensor) -> float:
+    """T > 0 that makes softmax(scores / T) the likeliest for the labels.
+
+    The labels are smoothed by 1 / (n + 2), as Platt does: a few samples that are all right say that
+    the head is good, not that it is never wrong. Convex in 1 / T, found by bisection of its
+    derivative, in float64.
+
+    Args:
+        scores: `(n, C)`, of samples that the head has not seen; −∞ for a class without proxies.
+        y: `(n,)`, their labels.
+
+    Returns:
+        T in the units of the scores; 1 where no temperature helps: no samples, or scores that do
+        not differ.
+
+    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks"; Platt 1999.
+
+    >>> scores = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [2.0, 0.0]])
+    >>> round(fit_temperature(scores, torch.tensor([0, 0, 0, 1])), 2)
+    2.25
+    """
+    if not len(y):
+        return 1.0
+    scores = scores.detach().double().cpu().numpy()
+    y = y.cpu().numpy()
+    live = np.isfinite(scores)
+    # Of a class that had no proxy nothing can be learned.
+    rows = live[np.arange(len(y)), y]
+    scores, y, live = scores[rows], y[rows], live[rows]
+    highest = scores.max(axis=1, keepdims=True, initial=-np.inf) if len(y) else scores
+    gaps = np.where(live, scores - highest, 0.0)
+    spread = -gaps.min(initial=0.0)
+    if not spread > 0:
+        return 1.0
+    smoothing = 1 / (len(y) + 2)
+    target = live * (smoothing / live.sum(axis=1, keepdims=True))
+    target[np.arange(len(y)), y] += 1 - smoothing
+    expected = (target * gaps).sum()
+
+    def slope(inverse: float) -> float:
+        """Derivative of the negative log-likelihood by 1 / T; it rises."""
+        weights = np.where(live, np.exp(gaps * inverse), 0.0)
+        return ((weights * gaps).sum(1) / weights.sum(1)).sum() - expected
+
+    low, high = math.log(1e-4 / spread), math.log(1e6 / spread)
+    if slope(math.exp(low)) >= 0:
+        # Held-out samples are no better than chance: probabilities are nearly even.
+        return math.exp(-low)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(math.exp(middle)) < 0 else (low, middle)
+    return math.exp(-(low + high) / 2)

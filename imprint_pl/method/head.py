@@ -1,0 +1,244 @@
+"""The imprinted head: NORM_inf, proxies, AGG. The only thing that a deployed classifier needs
+besides its backbone, a plain `nn.Module` from embeddings to class scores.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imprint_pl.errors import ImprintError
+from imprint_pl.files import check_tensor
+from imprint_pl.method.pretrained import Pretrained
+from imprint_pl.numerics.constants import Constants
+from imprint_pl.numerics.values import MAX_CLASSES, is_number, to_json_value
+from imprint_pl.parts.agg.max import Max
+from imprint_pl.parts.by_name import build, describe
+from imprint_pl.parts.gen.base import Proxies
+from imprint_pl.parts.norm.base import NoNorm
+
+# Numbers in the proxies. Above that they are a whole training set (GEN `all`), and gradients for
+# them would only take memory.
+TRAINABLE = 2**26
+# The label of what belongs to no class, and its name.
+NONE, NONE_NAME = -1, "none of these"
+
+
+class ImprintedHead(Constants, Pretrained):
+    """Embeddings `(B, d)` → class scores `(B, C)`; the largest score decides.
+
+    Empty when made, filled by `fill` (see `imprint_pl.imprint`) or by `load_state_dict`, which
+    takes the sizes from the file.
+
+    Args:
+        norm_inf: module applied to the embeddings, a part of `imprint_pl.parts.norm`.
+        agg: module that turns proxies into class scores, a part of `imprint_pl.parts.agg`. A head
+            made without either takes both from the state dict that it loads.
+
+    Attributes:
+        proxies: `(P, d)` parameter, so that a head can be fine-tuned.
+        log_scale: parameter, a number: log(1 / T), T the temperature that makes a softmax of the
+            scores say how sure the head is.
+        bias: `(P,)`, a constant.
+        proxy_classes: `(P,)` int64, the class of each proxy, a constant.
+        class_names: C names, or an empty list where there are none.
+        settings: names and numbers of the recipe that filled it.
+        tried: what `auto` compared, a row a candidate; empty for other recipes.
+        threshold: score that the best class has to reach; `None` accepts everything. See
+            `imprint_pl.lightning.outsiders`.
+    """
+
+    constants = ("bias", "proxy_classes")
+
+    def __init__(self, norm_inf: nn.Module | None = None, agg: nn.Module | None = None) -> None:
+        super().__init__()
+        if (norm_inf is None) != (agg is None):
+            raise ValueError("give norm_inf and agg, or neither")
+        self.takes_parts_of_file = norm_inf is None
+        self.norm_inf = NoNorm() if norm_inf is None else norm_inf
+        self.agg = Max() if agg is None else agg
+        self._empty()
+
+    def clear(self) -> None:
+        """Empties the head; what its NORM_inf has learned is forgotten, too."""
+        self._empty()
+        if hasattr(self.norm_inf, "clear"):
+            self.norm_inf.clear()
+
+    def _empty(self) -> None:
+        old = getattr(self, "proxies", None)
+        device = None if old is None else old.device
+        self.proxies = nn.Parameter(torch.zeros(0, 0, device=device))
+        self.bias = torch.zeros(0, device=device)
+        self.proxy_classes = torch.zeros(0, dtype=torch.int64, device=device)
+        self.log_scale = nn.Parameter(torch.zeros((), device=device))
+        self.class_names: list[str] = []
+        self.num_classes = 0
+        self.settings: dict[str, Any] = {}
+        self.tried: list[dict[str, Any]] = []
+        self.threshold: float | None = None
+
+    def fill(
+        self, proxies: Proxies, num_classes: int, class_names: list[str] | None = None
+    ) -> ImprintedHead:
+        """Puts proxies in, copied: a head filled under inference mode must still be trainable."""
+        device = self.proxies.device
+        with torch.inference_mode(False):
+            weights = proxies.weights.detach().clone().to(device)
+            self.proxies = nn.Parameter(weights, requires_grad=weights.numel() <= TRAINABLE)
+            self.bias = proxies.bias.detach().clone().to(device)
+            self.proxy_classes = proxies.classes.detach().clone().to(device)
+        self.num_classes = num_classes
+        self.class_names = list(class_names or [])
+        return self
+
+    @property
+    def is_empty(self) -> bool:
+        return self.num_classes == 0
+
+    @property
+    def embedding_dim(self) -> int:
+        """d of the embeddings that go in."""
+        return getattr(self.norm_inf, "input_dim", None) or self.feature_dim
+
+    @property
+    def feature_dim(self) -> int:
+        """d of the proxies: another where NORM_inf maps to other dimensions."""
+        return self.proxies.shape[1]
+
+    @property
+    def temperature(self) -> float:
+        """T of the softmax that turns scores into probabilities; 1 where none was fitted."""
+        return (-self.log_scale).exp().item()
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self.log_scale = nn.Parameter(torch.full_like(self.log_scale, -math.log(value)))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Embeddings `(B, d)` → logits `(B, C)`, the scores over the temperature: their softmax
+        gives probabilities."""
+        return self.scores(embeddings) * self.log_scale.exp()
+
+    def scores(self, embeddings: Tensor) -> Tensor:
+        """Embeddings `(B, d)` → scores `(B, C)` in the units of AGG; −∞ without proxies, NaN for an
+        embedding that is not finite or whose square is too large for float32.
+
+        Raises:
+            ImprintError: the head is empty, or made for another `d`.
+        """
+        if self.is_empty:
+            raise ImprintError("this head has no proxies yet: imprint it, or load a checkpoint")
+        if embeddings.ndim != 2:
+            raise ImprintError(f"embeddings of shape {tuple(embeddings.shape)}: expected (B, d)")
+        if embeddings.shape[1] != self.embedding_dim:
+            raise ImprintError(
+                f"embeddings of {embeddings.shape[-1]} numbers for a head made for "
+                f"{self.embedding_dim}: use the backbone that the head was imprinted with"
+            )
+        z = self.norm_inf(embeddings.to(self.proxies.dtype))
+        if z.shape[-1] != self.feature_dim:
+            raise ImprintError(
+                f"NORM_inf makes {z.shape[-1]} numbers of an embedding, the proxies have "
+                f"{self.feature_dim}: give norm_inf='same', or parts that fit each other"
+            )
+        scores = self.agg(z, self.proxies, self.bias, self.proxy_classes, self.num_classes)
+        # NaN where the embedding, or its length, is not finite: some parts would drop that, as a
+        # relu does, or a vote, and a class would come out of nothing.
+        return scores + 0 * embeddings.float().square().sum(-1, keepdim=True).to(scores.dtype)
+
+    def decide(self, scores: Tensor) -> Tensor:
+        """Scores `(B, C)` of `scores` → labels `(B,)`; −1 where the best is below the threshold, or
+        NaN."""
+        best, labels = scores.max(1)
+        least = -math.inf if self.threshold is None else self.threshold
+        return labels.where(best >= least, NONE)
+
+    def name_of(self, label: int) -> str:
+        """The class's name, or its number where it has none; "none of these" for −1."""
+        if label == NONE:
+            return NONE_NAME
+        return self.class_names[label] if self.class_names else str(label)
+
+    def get_extra_state(self) -> Tensor:
+        """What is not a tensor, as JSON in bytes: safe for `weights_only` and safetensors alike."""
+        values = {
+            "num_classes": self.num_classes,
+            "class_names": self.class_names,
+            "norm_inf": describe(self.norm_inf),
+            "agg": describe(self.agg),
+            "settings": self.settings,
+            "tried": self.tried,
+            "threshold": self.threshold,
+        }
+        text = json.dumps(values, default=to_json_value)
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+    def check(self) -> ImprintedHead:
+        """Itself, or an `ImprintError` where the parts of a loaded head do not fit each other."""
+        P, C = len(self.proxies), self.num_classes
+        proxies, bias, classes = self.proxies.detach(), self.bias, self.proxy_classes
+        fits = proxies.ndim == 2 and bias.shape == classes.shape == (P,)
+        fits &= proxies.is_floating_point() and bias.is_floating_point()
+        fits &= classes.dtype == torch.int64 and bool(((classes >= 0) & (classes < C)).all())
+        fits &= len(self.class_names) in (0, C) and self.log_scale.numel() == 1
+        numbers = (proxies, bias, self.log_scale.exp())
+        fits &= all(bool(numbers_of.isfinite().all()) for numbers_of in numbers)
+        try:
+            if fits and not self.is_empty:
+                with torch.no_grad():
+                    fits = self.scores(proxies.new_zeros(1, self.embedding_dim)).shape == (1, C)
+        except (RuntimeError, IndexError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ImprintError(
+                f"a head of {C} classes with proxies {tuple(proxies.shape)} whose parts do not fit "
+                "each other: the file is damaged or forged"
+            )
+        return self
+
+    def set_extra_state(self, state: Tensor) -> None:
+        values = _read(state)
+        for name in ("num_classes", "class_names", "settings", "tried"):
+            setattr(self, name, values[name])
+        # Heads of earlier versions have none.
+        self.threshold = values.get("threshold")
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        extra = state_dict.get(prefix + "_extra_state")
+        if self.takes_parts_of_file and extra is not None:
+            values = _read(extra)
+            device = self.proxies.device
+            self.norm_inf = build("norm_inf", values["norm_inf"]).to(device)
+            self.agg = build("agg", values["agg"]).to(device)
+        # The sizes are the file's: make room of the saved shape first.
+        saved = state_dict.get(prefix + "proxies")
+        if saved is not None:
+            check_tensor(prefix + "proxies", saved)
+            room = torch.empty(saved.shape, dtype=saved.dtype, device=self.proxies.device)
+            self.proxies = nn.Parameter(room, requires_grad=room.numel() <= TRAINABLE)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _read(state: Tensor) -> dict[str, Any]:
+    check_tensor("the head's settings", state)
+    try:
+        values = json.loads(state.cpu().numpy().astype("uint8", casting="no").tobytes().decode())
+        types = dict(num_classes=int, class_names=list, norm_inf=list, agg=list, settings=dict)
+        right = all(isinstance(values[name], kind) for name, kind in types.items())
+        right &= isinstance(values["tried"], list) and 0 <= values["num_classes"] <= MAX_CLASSES
+        right &= all(isinstance(name, str) for name in values["class_names"])
+        right &= values.get("threshold") is None or is_number(values["threshold"])
+        if not right:
+            raise ValueError("values of other types")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ImprintError(
+            f"the head's settings cannot be read ({type(error).__name__}): the file is damaged, or "
+            "not a head of this package"
+        ) from error
+    return values

@@ -1,0 +1,123 @@
+"""The paper in one function: embeddings and labels in, an imprinted head out. Read this first.
+
+    embeddings ─ NORM_pre ─ GEN (per class) ─ NORM_post ─ proxies ┐
+    embedding  ─ NORM_inf ───────────────────────────────── AGG ──┴ class scores
+
+A recipe names the five parts; a published imprinting method is one of them, or a keyword away.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from imprint_pl.method.auto import imprint_auto
+from imprint_pl.method.head import ImprintedHead
+from imprint_pl.method.inputs import checked, checked_classifier
+from imprint_pl.method.pipeline import make_head
+from imprint_pl.method.recipes import AUTO, Auto, Recipe, resolve
+from imprint_pl.method.selection import checked_bounds, draw_shots, weibull_typical
+from imprint_pl.numerics.labels import checked_names
+from imprint_pl.numerics.order import in_order
+from imprint_pl.numerics.values import checked_seed
+
+
+def imprint(
+    x: Tensor,
+    y: Tensor,
+    recipe: str = AUTO,
+    *,
+    num_classes: int | None = None,
+    class_names: list[str] | None = None,
+    seed: int = 0,
+    shots: int | None = None,
+    weibull: tuple[float, float] | None = None,
+    classifier: Tensor | None = None,
+    progress: bool = False,
+    calibrate: bool = True,
+    **overrides: Any,
+) -> ImprintedHead:
+    """Imprints a head: one pass, no gradient.
+
+    Args:
+        x: `(N, d)`, embeddings of the training samples, float, finite.
+        y: `(N,)`, labels 0..C−1.
+        recipe: "auto", which compares recipes on held-out samples (see `auto.py`), or a name in
+            `RECIPES`, such as "kernel" (what auto mostly chooses) or "robust" (the paper's best).
+        num_classes: C; the largest label + 1 by default.
+        class_names: C names, kept in the head and used in messages.
+        seed: fixes every random choice; the global generators are left alone.
+        shots: use this many samples a class, drawn at random; fewer where there are fewer.
+        weibull: use the samples whose distance to their class mean lies between these two quantiles
+            of a Weibull distribution, such as (0.1, 0.9); see `weibull_typical`.
+        classifier: `(…, d)`, weights of the backbone's original classifier: the reference of
+            `norm_post="quantile"`. Without it the proxies themselves are.
+        progress: show a bar on stderr.
+        calibrate: fit a temperature on held-out samples, so that a softmax of what the head returns
+            gives probabilities. Costs a second, smaller imprinting.
+        overrides: `norm_pre, gen, k, norm_post, norm_inf, agg` and more; see `resolve`.
+
+    Returns:
+        An `ImprintedHead`, embeddings `(B, d)` → logits `(B, C)`, on `x`'s device.
+
+    Raises:
+        ImprintError: shapes, labels or values that do not fit, a class without samples.
+
+    Source: Westerhoff et al. 2025, Figure 1.
+
+    >>> import torch
+    >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+    >>> head = imprint(x, torch.tensor([0, 0, 1, 1]), "qi")
+    >>> head(torch.tensor([[5.0, 1.0], [1.0, 2.0]])).argmax(1)
+    tensor([0, 1])
+    """
+    parts, seed = resolve(recipe, **overrides), checked_seed(seed)
+    class_names = None if class_names is None else checked_names(class_names)
+    if shots is not None or weibull is not None:
+        x, y, num_classes = checked(x, y, num_classes, class_names, allow_empty=False)
+    if shots is not None:
+        rows = draw_shots(y, shots, seed)
+        x, y = x[rows], y[rows]
+    if weibull is not None:
+        rows = weibull_typical(x, y, *checked_bounds(weibull))
+        x, y = x[rows], y[rows]
+    return imprint_parts(
+        x,
+        y,
+        parts,
+        num_classes,
+        class_names,
+        seed,
+        classifier,
+        progress,
+        calibrate=calibrate,
+    )
+
+
+def imprint_parts(
+    x: Tensor,
+    y: Tensor,
+    parts: Recipe | Auto,
+    num_classes: int | None = None,
+    class_names: list[str] | None = None,
+    seed: int = 0,
+    classifier: Tensor | None = None,
+    progress: bool = False,
+    allow_empty: bool = False,
+    calibrate: bool = True,
+) -> ImprintedHead:
+    """As `imprint`, from parts that `resolve` built.
+
+    `allow_empty` accepts classes without samples, which get no proxy and the score −∞: for an
+    epoch that was cut short on purpose.
+    """
+    x, y, num_classes = checked(x, y, num_classes, class_names, allow_empty)
+    # Draws and folds then depend on the set of samples alone, not on the order in which they came.
+    rows = in_order(x, y)
+    x, y = x[rows], y[rows]
+    classifier = None if classifier is None else checked_classifier(classifier)
+    rest = (num_classes, class_names, seed, classifier, progress, calibrate)
+    if isinstance(parts, Auto):
+        return imprint_auto(x, y, *rest)
+    return make_head(x, y, parts, *rest)

@@ -1,0 +1,91 @@
+"""What `imprint` takes: embeddings, labels, names and a classifier, checked once."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imprint_pl.errors import ImprintError
+from imprint_pl.numerics.labels import plain_labels
+from imprint_pl.numerics.values import check_classes, check_size, check_values
+
+
+def _tensor(values: Any, what: str) -> Tensor:
+    try:
+        if hasattr(values, "__array__") and not isinstance(values, Tensor):
+            # Torch takes no frames, nor arrays that run backwards or may only be read.
+            values = np.require(values, requirements=["C", "W"])
+        # Embeddings may come with the graph that made them: nothing here asks for a gradient.
+        return torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ImprintError(
+            f"{what} of type {type(values).__name__} ({' '.join(str(error).split())}): expected a "
+            "tensor or an array of numbers; ImprintEstimator takes labels of any kind"
+        ) from error
+
+
+def checked_classifier(weights: Any) -> Tensor:
+    """Weights `(…, d)` of a classifier, as a tensor; an `ImprintError` for anything else."""
+    weights = _tensor(weights, "classifier")
+    if weights.ndim != 2 or not weights.is_floating_point() or 0 in weights.shape:
+        raise ImprintError(
+            f"classifier of shape {tuple(weights.shape)} and type {weights.dtype}: expected the "
+            "weights (C, d) of the backbone's own classifier, floats"
+        )
+    check_values(weights, "classifier: ")
+    return weights
+
+
+def checked(
+    x: Tensor,
+    y: Tensor,
+    num_classes: int | None,
+    class_names: list[str] | None,
+    allow_empty: bool,
+) -> tuple[Tensor, Tensor, int]:
+    """`x (N, d)` in float32, `y (N,)` in int64 on its device, and C; or an `ImprintError`.
+
+    `allow_empty` accepts classes without samples.
+    """
+    x, y = _tensor(x, "embeddings"), _tensor(plain_labels(y), "labels")
+    if x.ndim != 2 or not x.is_floating_point() or 0 in x.shape:
+        raise ImprintError(
+            f"embeddings of shape {tuple(x.shape)} and type {x.dtype}: expected floats (N, d)"
+        )
+    if y.shape != x.shape[:1] or y.is_floating_point() or y.is_complex():
+        raise ImprintError(
+            f"labels of shape {tuple(y.shape)} and type {y.dtype} for {len(x)} embeddings: "
+            f"expected integers ({len(x)},)"
+        )
+    # In the type that they came in: float64 may hold what float32 cannot.
+    check_size(check_values(x))
+    x, y = x.float(), y.long().to(x.device)
+    if num_classes is None:
+        num_classes = len(class_names) if class_names else int(y.max()) + 1
+    if class_names and len(class_names) != num_classes:
+        raise ImprintError(f"{len(class_names)} class_names for num_classes={num_classes}")
+    check_classes(num_classes)
+    outside = (y < 0) | (y >= num_classes)
+    if outside.any():
+        first = int(outside.nonzero()[0])
+        raise ImprintError(
+            f"label {int(y[first])} of sample {first} is out of range: labels are "
+            f"0..{num_classes - 1} for num_classes={num_classes}"
+        )
+    present = torch.unique(y).tolist()
+    if len(present) < num_classes and not allow_empty:
+        # Without a list of all classes: one absurd label would ask for memory that nobody has.
+        some = itertools.islice(sorted(set(range(len(present) + 5)) - set(present)), 5)
+        empty = [c for c in some if c < num_classes]
+        names = [f"{c} ({class_names[c]!r})" if class_names else str(c) for c in empty]
+        left = num_classes - len(present) - len(empty)
+        more = f" and {left} more" if left else ""
+        raise ImprintError(
+            f"class {', '.join(names)}{more} has no training sample: add samples, "
+            "or leave the class out and number the labels without gaps"
+        )
+    return x, y, num_classes

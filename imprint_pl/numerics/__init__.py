@@ -1,0 +1,1 @@
+"""Sums, factorisations, k-means, draws, and which values are allowed. Knows no proxies."""

@@ -1,0 +1,25 @@
+"""AGG `max`: the best proxy of a class decides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Max(nn.Module):
+    """max: a class scores as its best proxy does, by inner product.
+
+    score_c(z) = max over proxies p of class c of (w_p · z + b_p); −∞ for a class without
+    proxies.
+    """
+
+    name = "max"
+
+    def forward(
+        self, z: Tensor, proxies: Tensor, bias: Tensor, proxy_classes: Tensor, num_classes: int
+    ) -> Tensor:
+        """Embeddings `z (B, d)`, proxies `(P, d)`, bias `(P,)`, proxy_classes `(P,)` → `(B, C)`."""
+        scores = torch.addmm(bias, z, proxies.T)
+        classes = proxy_classes.expand_as(scores)
+        lowest = scores.new_full((scores.shape[0], num_classes), -torch.inf)
+        return lowest.scatter_reduce(1, classes, scores, "amax")

@@ -1,0 +1,90 @@
+"""Least squares on the clusters of each class: k proxies a class, fitted against each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from imprint_pl.numerics.kmeans import check_settings
+from imprint_pl.numerics.moments import CHUNK, Moments
+from imprint_pl.parts.gen.base import Proxies
+from imprint_pl.parts.gen.kmeans import KMeans
+from imprint_pl.parts.gen.ls import check_lam, solve
+from imprint_pl.ranks import share
+
+
+class KLeastSquares:
+    """kls: the k-means clusters of each class become pseudo-classes of `ls`.
+
+    As `LeastSquares`, with M the means of the pseudo-classes as columns and C their number. A
+    sample belongs to the nearest centroid of its own class; a centroid without samples is dropped.
+    With k = 1 it is `ls`.
+
+    Args:
+        k: clusters a class; a class with fewer samples has each sample as a cluster.
+        lam: λ ≥ 0, see `LeastSquares`.
+        engine: what clusters, see `imprint_pl.numerics.kmeans.kmeans_classes`.
+
+    Raises:
+        ImprintError: `k < 1`, an unknown engine, a `lam` that is negative, not finite or too small.
+
+    Source: Westerhoff et al. 2025 ("k-LS").
+    """
+
+    name = "kls"
+    from_moments = False
+
+    def __init__(self, k: int = 20, lam: float = 1e-4, engine: str = "auto") -> None:
+        check_settings(k, engine)
+        check_lam(lam)
+        self.k = k
+        self.lam = float(lam)
+        self.engine = engine
+
+    def __call__(
+        self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, progress: bool = False
+    ) -> Proxies:
+        """Embeddings `x (N, d)`, labels `y (N,)` in 0..C−1 → at most `k C` proxies."""
+        cluster, classes = pseudo_classes(
+            x, y, num_classes, self.k, engine=self.engine, seed=seed, progress=progress
+        )
+        weights = solve(Moments.of(x, cluster, len(classes)), self.lam)
+        return Proxies(weights, weights.new_zeros(len(weights)), classes)
+
+
+def pseudo_classes(
+    x: Tensor, y: Tensor, num_classes: int, k: int, *, engine: str, seed: int, progress: bool
+) -> tuple[Tensor, Tensor]:
+    """The k-means clusters of each class, numbered through.
+
+    Returns:
+        The cluster of each sample `(N,)` and the class of each cluster `(P,)`; none is empty.
+    """
+    order = torch.argsort(y, stable=True)
+    members = order.split(torch.bincount(y, minlength=num_classes).tolist())
+    xs = [x[rows] for rows in members]
+    centroids = share(KMeans(k, engine).of_classes, xs, seed, progress)
+    cluster, classes = torch.empty_like(y), []
+    for c, (rows, of_class) in enumerate(zip(members, centroids, strict=True)):
+        if len(rows):
+            own, used = clusters_of(x[rows], of_class)
+            cluster[rows] = len(classes) + own
+            classes += [c] * used
+    return cluster, torch.tensor(classes, device=x.device)
+
+
+def clusters_of(x: Tensor, centroids: Tensor) -> tuple[Tensor, int]:
+    """The cluster of each sample of a class `(n,)`, numbered without the empty ones, and how many
+    clusters there are."""
+    used, own = torch.unique(_nearest(x, centroids), return_inverse=True)
+    return own, len(used)
+
+
+def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
+    """The nearest of `(k, d)` for each of `(n, d)`; a tie goes to the first."""
+    # About the centroids' mean, embeddings far from the origin keep their digits.
+    centre = centroids.mean(0)
+    centroids = centroids - centre
+    return torch.cat(
+        [torch.cdist(rows.float() - centre, centroids).argmin(1) for rows in x.split(CHUNK)]
+    )

@@ -1,0 +1,127 @@
+"""k-medoids within each class: as k-means, but the centres are samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imprint_pl.errors import ImprintError
+from imprint_pl.numerics.draws import sample
+from imprint_pl.numerics.moments import sum_dtype
+from imprint_pl.numerics.values import check_count
+from imprint_pl.parts.gen.base import PerClass
+
+# The matrix of distances in float32 takes 1.6 GB for so many samples.
+MAX_SAMPLES = 20_000
+MAX_ITERATIONS = 100
+# Rows of the matrix in float64 at a time.
+BLOCK_BYTES = 64 << 20
+
+
+class KMedoids(PerClass):
+    """kmedoids: the k samples of a class with the least sum of distances to the nearest of them.
+
+    minimise Σ_i min_p ‖z_i − w_p‖ (Euclidean, not squared) over k samples w_p of the class: the
+    exact optimum for k = 1, otherwise a local one. From k random samples the alternating method
+    (assign, take the medoid of each cluster, repeat) goes first, then FasterPAM swaps samples while
+    that helps: never worse than the alternating method alone, about 1 to 4 % better on real
+    embeddings.
+
+    Args:
+        k: proxies a class; a class with fewer samples gives all of them.
+
+    Raises:
+        ImprintError: `k < 1`; a class of more than 20,000 samples with k > 1, since the matrix of
+            all distances, 4 n² bytes, is held in memory; the package `kmedoids` is missing.
+
+    Source: Westerhoff et al. 2025 ("k-medoids"); Schubert & Rousseeuw 2021, "Fast and Eager
+    k-Medoids Clustering" (FasterPAM).
+
+    >>> x = torch.tensor([[0.0], [1.0], [2.0], [30.0], [31.0], [33.0]])
+    >>> KMedoids(2).of_class(x, seed=0).flatten().sort().values
+    tensor([ 1., 31.])
+    """
+
+    name = "kmedoids"
+    shared = True
+
+    def __init__(self, k: int = 20) -> None:
+        check_count("k", k)
+        self.k = k
+
+    def of_class(self, x: Tensor, seed: int) -> Tensor:
+        """`(n, d)` → `(min(n, k), d)`."""
+        return x[Medoids(x, self.k, self.k).choose(self.k, seed).to(x.device)]
+
+
+class Medoids:
+    """The distances between all samples of a class, for any k and seed.
+
+    Args:
+        x: `(n, d)`.
+        smallest, largest: of the k that will be asked for.
+    """
+
+    def __init__(self, x: Tensor, smallest: int, largest: int) -> None:
+        n = self.n = len(x)
+        self.matrix = self.centre = None
+        if largest == 1:
+            self.centre = torch.cat([rows.sum(1) for rows in _distances(x)]).argmin().cpu()
+        elif n > smallest:
+            self._fill(x, largest)
+
+    def _fill(self, x: Tensor, largest: int) -> None:
+        n = self.n
+        if n > MAX_SAMPLES:
+            raise ImprintError(
+                f"gen='kmedoids', k={largest}: a class has {n:,} samples, whose distances would "
+                f"take {4 * n * n / 1e9:.1f} GB; at most {MAX_SAMPLES:,} are allowed: draw fewer "
+                f"with shots={MAX_SAMPLES}, or choose gen='kmeans'"
+            )
+        self.matrix, sums = np.empty((n, n), np.float32), []
+        for rows in _distances(x):
+            done = sum(map(len, sums))
+            sums.append(rows.sum(1))
+            self.matrix[done : done + len(rows)] = rows.cpu().numpy()
+        np.fill_diagonal(self.matrix, 0)
+        self.centre = torch.cat(sums).argmin().cpu()
+
+    def choose(self, k: int, seed: int) -> Tensor:
+        """The positions of the medoids, `(min(n, k),)`, on the CPU."""
+        if self.n <= k:
+            return torch.arange(self.n)
+        if k == 1:
+            return self.centre[None]
+        package = _import_kmedoids()
+        start = sample(self.n, k, seed).numpy()
+        start = package.alternating(self.matrix, start, max_iter=MAX_ITERATIONS).medoids
+        # One thread and the samples' own order: the same result on every machine.
+        found = package.fasterpam(self.matrix, start, max_iter=MAX_ITERATIONS, n_cpu=1).medoids
+        return torch.from_numpy(found.astype(np.int64))
+
+
+def _distances(x: Tensor) -> Iterator[Tensor]:
+    """The Euclidean distances between all samples, in blocks of rows `(·, n)`, float64."""
+    # About the mean, embeddings far from the origin keep their digits.
+    x = x.to(sum_dtype(x.device))
+    x = x - x.mean(0)
+    squares = x.square().sum(1)
+    step = max(1, BLOCK_BYTES // (8 * len(x)))
+    for rows, norms in zip(x.split(step), squares.split(step), strict=True):
+        far = torch.addmm(norms[:, None] + squares, rows, x.T, alpha=-2)
+        yield far.clamp_(min=0).sqrt_()
+
+
+def _import_kmedoids():
+    try:
+        import kmedoids  # here, not above: not needed by every recipe
+    except ImportError as error:
+        raise ImprintError(
+            "gen='kmedoids', but the package kmedoids does not import here: pip install "
+            "'imprint-pl[kmedoids]', "
+            "or choose gen='kmeans'"
+        ) from error
+    return kmedoids

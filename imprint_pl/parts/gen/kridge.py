@@ -1,0 +1,55 @@
+"""Ridge regression on the clusters of each class: k proxies a class, fitted against each other."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from imprint_pl.numerics.kmeans import check_settings
+from imprint_pl.parts.gen.base import Proxies
+from imprint_pl.parts.gen.kls import pseudo_classes
+from imprint_pl.parts.gen.ridge import checked_lam, fit
+
+
+class KRidge:
+    """kridge: the k-means clusters of each class become pseudo-classes of `ridge`.
+
+    As `kls` does with least squares. A sample belongs to the nearest centroid of its own class; a
+    centroid without samples is dropped. With k = 1 it is `ridge`.
+
+    Args:
+        k: clusters a class; a class with fewer samples has each sample as a cluster.
+        lam: λ, "gcv" or "holdout", see `Ridge`.
+        intercept: see `Ridge`.
+        engine: what clusters, see `imprint_pl.numerics.kmeans.kmeans_classes`.
+
+    Attributes:
+        chosen_lam: λ of the last fit.
+
+    Raises:
+        ImprintError: `k < 1`, an unknown engine, and what `Ridge` raises.
+
+    Source: after Westerhoff et al. 2025 ("k-LS").
+    """
+
+    name = "kridge"
+    from_moments = False
+
+    def __init__(
+        self, k: int = 5, lam: float | str = "gcv", intercept: bool = True, engine: str = "auto"
+    ) -> None:
+        check_settings(k, engine)
+        self.k = k
+        self.lam = checked_lam(lam)
+        self.intercept = intercept
+        self.engine = engine
+        self.chosen_lam: float | None = None
+
+    def __call__(
+        self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, progress: bool = False
+    ) -> Proxies:
+        """Embeddings `x (N, d)`, labels `y (N,)` in 0..C−1 → at most `k C` proxies."""
+        cluster, classes = pseudo_classes(
+            x, y, num_classes, self.k, engine=self.engine, seed=seed, progress=progress
+        )
+        weights, bias, self.chosen_lam = fit(x, cluster, classes, self.lam, self.intercept, seed)
+        return Proxies(weights, bias, classes)

@@ -1,0 +1,85 @@
+"""Least squares: all classes at once, from sums alone. The paper's "oracle"."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from imprint_pl.errors import ImprintError
+from imprint_pl.numerics.moments import Moments
+from imprint_pl.numerics.values import is_number
+from imprint_pl.parts.gen.base import Proxies
+
+
+class LeastSquares:
+    """ls: one proxy a class, the least-squares fit of one-hot labels where all classes weigh alike.
+
+    W = (1/C) Mᵀ (Σ_T + μ_G μ_Gᵀ + λI)⁻¹, with M `(d, C)` the class means as columns, Σ_T and μ_G
+    `(d,)` the covariance (divided by N) and the mean of all N samples. Σ_T + μ_G μ_Gᵀ is the Gram
+    matrix over N, Σ z zᵀ / N. Float64, by Cholesky; there is no intercept: the bias is 0.
+
+    Args:
+        lam: λ ≥ 0, in units of a squared feature. The default serves normalised and raw embeddings
+            alike; 0 asks for more samples than dimensions.
+
+    Raises:
+        ImprintError: `lam` is negative or not finite, or too small for the matrix to be inverted.
+
+    Source: Westerhoff et al. 2025, Section 3.2.
+    """
+
+    name = "ls"
+    from_moments = True
+    needs_gram = True
+    # Proxies lie in the space that the samples span, and turn with it.
+    spans = True
+
+    def __init__(self, lam: float = 1e-4) -> None:
+        check_lam(lam)
+        self.lam = float(lam)
+
+    def __call__(self, moments: Moments) -> Proxies:
+        """`Moments` of C classes with a pooled Gram matrix → C proxies in float32.
+
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> LeastSquares(lam=0.0)(Moments.of(x, torch.tensor([0, 1]), 2)).weights
+        tensor([[1.0000, 0.0000],
+                [0.0000, 0.5000]])
+        """
+        weights = solve(moments, self.lam)
+        classes = torch.arange(len(weights), device=weights.device)
+        return Proxies(weights, weights.new_zeros(len(weights)), classes)
+
+
+def check_lam(lam: float) -> None:
+    """Raises an `ImprintError` unless 0 ≤ lam < ∞."""
+    if not is_number(lam) or not 0 <= lam < math.inf:
+        raise ImprintError(
+            f"lam={lam!r}: give a finite number of at least 0, such as 1e-4 (ridge can choose one)"
+        )
+
+
+def solve(moments: Moments, lam: float) -> Tensor:
+    """`W (C, d)` of `LeastSquares`, float32. `moments` holds a pooled Gram matrix, unweighted."""
+    if moments.gram is None or moments.gram.ndim != 2 or moments.class_weights is not None:
+        raise ValueError('least squares asks for Moments with gram="pooled" and no class_weights')
+    device = moments.gram.device
+    # Where the device has no float64 the sums were added there, but the CPU solves.
+    where = torch.device("cpu") if device.type == "mps" else device
+    matrix = moments.gram.to(where).double() / moments.counts.sum().item()
+    matrix.diagonal().add_(lam)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    pivots = factor.diagonal().square()
+    # A singular matrix may slip through by rounding, with pivots that are nothing but rounding.
+    smallest = len(matrix) * torch.finfo(torch.float64).eps * matrix.diagonal().max()
+    if failed.item() or not pivots.min() > smallest:
+        raise ImprintError(
+            f"lam={lam}: the {len(matrix)} × {len(matrix)} matrix of least squares is singular to "
+            "rounding (fewer samples than dimensions, or features that depend on each other): give "
+            f"a larger lam, such as {max(1e-4, 1e-8 * matrix.diagonal().mean().item()):.0e}"
+        )
+    means = moments.means.to(where).double()
+    weights = torch.cholesky_solve(means.T, factor).T / len(means)
+    return weights.float().to(device).contiguous()

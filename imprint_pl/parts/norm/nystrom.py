@@ -1,0 +1,125 @@
+"""NORM `nystrom`: features of an RBF kernel by landmarks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from imprint_pl.errors import ImprintError
+from imprint_pl.numerics.factorisations import (
+    double,
+    inverse_factor,
+)
+from imprint_pl.numerics.moments import Moments
+from imprint_pl.numerics.values import is_number
+from imprint_pl.parts.norm.base import sums_of
+from imprint_pl.parts.norm.learned import Learned, check_projection_dim
+
+# Added to the diagonal of the landmarks' kernel, which is 1 there. Inference is in float32: along
+# directions of the kernel below this, features would be amplified rounding.
+JITTER = 1e-6
+
+# Rows up to which nystrom is in float64, as in exported files: in float32 it would move the
+# probabilities of an image by up to 6e-5, by other rounding on every machine. Of more rows, as in a
+# fit, that would be a third of the time.
+EXACT_ROWS = 512
+
+# Columns of a triangular product computed at a time.
+BLOCK = 512
+
+
+class Nystrom(Learned):
+    """nystrom: features whose inner product approximates an RBF kernel.
+
+    k(x, z) = exp(−‖x − z‖² / (2σ²)). With landmarks l_1 … l_p, drawn at random from the training
+    embeddings, and their kernel matrix K `(p, p)`:
+    z ↦ L⁻¹ (k(l_1, z), …, k(l_p, z)) − the mean of that over the training embeddings, where
+    L Lᵀ = K + 1e-6 I, by Cholesky in float64: a K^(-1/2) up to a rotation, which neither inner
+    products nor distances see. With all samples as landmarks, a linear method on the features is
+    the kernel method.
+
+    Args:
+        projection_dim: p, capped by the number of training samples as k is by those of a class.
+            The head shows the p in use as `head.feature_dim`.
+        width: σ over the median of the distances between landmarks (of those above 0).
+
+    Raises:
+        ImprintError: a parameter is not positive; the factorisation fails.
+
+    Source: Williams & Seeger 2001, "Using the Nyström Method to Speed Up Kernel Machines".
+    """
+
+    name = "nystrom"
+    maps = True
+    # The landmarks are kept relative to `shift`, their mean: embeddings far from the origin would
+    # lose digits in ‖x‖² + ‖z‖² − 2xz. `gamma` is 1 / (2σ²).
+    constants = ("shift", "landmarks", "gamma", "matrix", "mean")
+
+    def __init__(self, projection_dim: int = 2000, width: float = 1.0) -> None:
+        check_projection_dim(projection_dim)
+        if not is_number(width) or not 1e-6 <= width <= 1e6:
+            raise ImprintError(f"width={width!r}: give a number above 0, such as 1.0")
+        super().__init__()
+        self.projection_dim = projection_dim
+        self.width = width
+
+    def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Nystrom:
+        self.fit_sums(x, y, num_classes, seed, gram="none")
+        return self
+
+    def features(self, dim: int, samples: int) -> int:
+        return min(self.projection_dim, samples)
+
+    def fit_sums(
+        self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, gram: str = "pooled"
+    ) -> Moments:
+        # One pass: the mean is taken from the sums, and then out of them.
+        self._place(x, seed)
+        moments = sums_of(self, x, y, num_classes, gram)
+        self._set(x, mean=moments.global_mean)
+        return moments.shifted(self.mean)
+
+    def _place(self, x: Tensor, seed: int) -> None:
+        """Draws the landmarks; sets all but the mean, which stays 0."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(len(x), generator=generator)[: self.projection_dim]
+        landmarks = double(x[drawn.sort().values.to(x.device)])
+        shift = landmarks.mean(0)
+        landmarks = landmarks - shift
+        squared = _squared_distances(landmarks, landmarks)
+        squared.fill_diagonal_(0)
+        apart = squared[squared > 1e-12 * squared.max()]
+        # Without two landmarks that differ the kernel is 1 everywhere, whatever the width.
+        sigma = self.width * apart.median().sqrt() if len(apart) else squared.new_ones(())
+        gamma = (0.5 / sigma.square()).reshape(1)
+        kernel = torch.exp(-gamma * squared)
+        kernel.diagonal().add_(JITTER)
+        cure = f"width={self.width}: give a smaller one, or fewer landmarks (projection_dim)"
+        matrix = inverse_factor(kernel, cure).T
+        mean = torch.zeros(len(kernel))
+        self._set(x, shift=shift, landmarks=landmarks, gamma=gamma, matrix=matrix, mean=mean)
+
+    def apply_fitted(self, x: Tensor) -> Tensor:
+        exact = torch.compiler.is_exporting() or x.shape[:-1].numel() <= EXACT_ROWS
+        return self._mapped(x, torch.float64 if exact and x.device.type != "mps" else x.dtype)
+
+    def of_many(self, x: Tensor) -> Tensor:
+        # In one type whatever their number: rows that are taken out of sums again would leave the
+        # difference of roundings behind, which a small λ does not bear.
+        return self._mapped(x, x.dtype)
+
+    def _mapped(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        shift, landmarks, gamma, matrix, mean = (getattr(self, n).to(dtype) for n in self.constants)
+        z = torch.exp(-gamma * _squared_distances(x.to(dtype) - shift, landmarks))
+        # The matrix is upper triangular: a block of columns needs only the first rows.
+        blocks = [
+            z[..., : i + BLOCK] @ matrix[: i + BLOCK, i : i + BLOCK]
+            for i in range(0, len(landmarks), BLOCK)
+        ]
+        return (torch.cat(blocks, -1) - mean).to(x.dtype)
+
+
+def _squared_distances(x: Tensor, z: Tensor) -> Tensor:
+    """`(..., d)` and `(p, d)` → `(..., p)`."""
+    squares = x.square().sum(-1, keepdim=True) + z.square().sum(-1)
+    return (squares - 2 * (x @ z.T)).clamp_min(0)

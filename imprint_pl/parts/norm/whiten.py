@@ -1,0 +1,54 @@
+"""NORM `whiten`: the within-class covariance becomes round."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from imprint_pl.numerics.factorisations import (
+    OAS,
+    checked_shrinkage,
+    inverse_factor,
+    shrunk_within,
+)
+from imprint_pl.numerics.moments import Moments
+from imprint_pl.parts.norm.learned import Learned
+
+
+class Whiten(Learned):
+    """whiten: makes the within-class covariance the identity.
+
+    z ↦ L⁻¹ (z − μ_G), with L Lᵀ = (1−s) Σ_W + s (tr Σ_W / d) I; μ_G `(d,)` is the mean of all
+    training embeddings, Σ_W `(d, d)` their within-class covariance pooled over all samples.
+    Euclidean distances after it are Mahalanobis distances before it. In float64, by Cholesky.
+
+    Args:
+        shrinkage: s, from 0 (Σ_W as it is, which asks for more samples than dimensions) to 1 (all
+            directions alike), or "oas", which chooses s from Σ_W and the number of samples: about
+            0.6 at five samples a class of 1,280 numbers, 0.01 at a thousand. See `factor.oas`.
+
+    Raises:
+        ImprintError: the shrinkage is out of range; the matrix is singular to rounding.
+
+    Source: Fisher 1936 (the metric of linear discriminants); Ledoit & Wolf 2004 (shrinkage towards
+    a multiple of the identity).
+    """
+
+    name = "whiten"
+    uses_labels = True
+    constants = ("mean", "matrix")
+
+    def __init__(self, shrinkage: float | str = OAS) -> None:
+        super().__init__()
+        self.shrinkage = checked_shrinkage(shrinkage)
+
+    def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Whiten:
+        return self.fit_moments(Moments.of(x, y, num_classes), x)
+
+    def fit_moments(self, moments: Moments, like: Tensor) -> Whiten:
+        """As `fit`, from sums with a pooled Gram matrix; the state goes to the device of `like`."""
+        inverse = inverse_factor(*shrunk_within(moments, self.shrinkage))
+        self._set(like, mean=moments.global_mean, matrix=inverse.T)
+        return self
+
+    def apply_fitted(self, x: Tensor) -> Tensor:
+        return (x - self.mean) @ self.matrix

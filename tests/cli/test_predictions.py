@@ -1,0 +1,172 @@
+"""`predict` on image files: formats of output, files that cannot be read, explanations."""
+
+import csv
+import json
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from imprint_pl import ImprintedClassifier
+from imprint_pl.cli import main
+from imprint_pl.cli.predictions import PredictionWriter
+from imprint_pl.data import Digits
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A checkpoint with a state, and the folder of the photos that it was made of."""
+    folder = tmp_path_factory.mktemp("fitted")
+    data = Digits()
+    data.setup()
+    images, labels = data.train_dataset.__getitems__(list(range(80)))
+    for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        if label < 3:
+            place = folder / "photos" / f"digit{label}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[0].numpy()).save(place / f"{i}.png")
+    arguments = [
+        "--config",
+        "configs/image_folder.yaml",
+        "--model.recipe",
+        "robust",
+        "--data.root",
+        str(folder / "photos"),
+    ]
+    arguments += ["--model.image_size", "32", "--trainer.default_root_dir", str(folder)]
+    arguments += ["--model.keep", "embeddings", "--model.keep_sources", "true"]
+    assert main(["fit", *arguments, "--data.num_workers", "0", "--model.k", "2"]) == 0
+    return next(folder.rglob("imprinted.ckpt")), folder / "photos"
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_file_that_cannot_be_read_is_skipped_by_name_or_fails(fitted, tmp_path, capfd, workers):
+    checkpoint, photos = fitted
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    whole = next((photos / "digit1").iterdir())
+    (mixed / "a.png").write_bytes(whole.read_bytes())
+    (mixed / "b.png").write_bytes(whole.read_bytes()[:60])
+    (mixed / "c.png").write_bytes(whole.read_bytes())
+    arguments = ["predict", "--ckpt_path", str(checkpoint), "--images", str(mixed)]
+    arguments += ["--data.num_workers", workers, "--output", str(tmp_path / "it.csv")]
+    assert main(arguments) == 2
+    assert "b.png" in capfd.readouterr().err
+    assert main([*arguments, "--on_error", "skip", "--top", "2"]) == 0
+    out = capfd.readouterr().out
+    assert "skipped 1 that cannot be read" in out
+    assert "b.png" in out
+    rows = rows_of(tmp_path / "it.csv")
+    assert [row["file"][-5:] for row in rows] == ["a.png", "c.png"]
+    assert [row["class"] for row in rows] == ["digit1", "digit1"]
+    assert float(rows[0]["probability"]) >= float(rows[0]["probability_2"]) > 0
+
+
+def test_images_and_on_error_may_be_written_with_an_equals_sign_anywhere(fitted, tmp_path, capfd):
+    checkpoint, photos = fitted
+    one, other = (str(next((photos / name).iterdir())) for name in ("digit1", "digit2"))
+    (tmp_path / "b.png").write_bytes(b"no image")
+    arguments = ["predict", "--on_error=skip", f"--images={one}", "--ckpt_path", str(checkpoint)]
+    arguments += ["--images", str(tmp_path / "b.png"), other, "--data.num_workers", "0"]
+    assert main([*arguments, "--output", str(tmp_path / "it.csv")]) == 0
+    assert "skipped 1 that cannot be read" in capfd.readouterr().out
+    assert [row["file"] for row in rows_of(tmp_path / "it.csv")] == [one, other]
+
+
+def test_a_second_prediction_writes_a_file_of_its_own(tmp_path):
+    x, y = torch.eye(3), torch.arange(3)
+    options = dict(accelerator="cpu", logger=False, enable_checkpointing=False)
+    model = ImprintedClassifier(nn.Identity(), "qi")
+    Trainer(max_epochs=1, **options).fit(model, DataLoader(TensorDataset(x, y), 3))
+    run = Trainer(callbacks=[PredictionWriter(str(tmp_path / "it.csv"))], **options)
+    for rows in (x, x.flip(0)):
+        run.predict(model, DataLoader(TensorDataset(rows), batch_size=3))
+        written = rows_of(tmp_path / "it.csv")
+        assert [row["index"] for row in written] == ["0", "1", "2"]
+        assert [row["class"] for row in written] == [str(int(row.argmax())) for row in rows]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_json_holds_what_the_csv_holds(fitted, tmp_path, suffix):
+    checkpoint, photos = fitted
+    path = tmp_path / f"it.{suffix}"
+    arguments = ["--ckpt_path", str(checkpoint), "--images", str(photos), "--top", "3"]
+    assert main(["predict", *arguments, "--output", str(path)]) == 0
+    text = path.read_text()
+    rows = json.loads(text) if suffix == "json" else [json.loads(t) for t in text.splitlines()]
+    assert len(rows) == len(list(photos.rglob("*.png")))
+    for row in rows:
+        total = row["probability"] + row["probability_2"] + row["probability_3"]
+        assert total == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl"])
+@pytest.mark.parametrize("top", [1, 2])
+def test_what_is_none_of_these_has_no_probability_and_names_whose_the_nearest_is(
+    tmp_path, suffix, top
+):
+    x, y = torch.eye(3), torch.arange(3)
+    options = dict(accelerator="cpu", logger=False, enable_checkpointing=False)
+    model = ImprintedClassifier(nn.Identity(), "qi")
+    Trainer(max_epochs=1, **options).fit(model, DataLoader(TensorDataset(x, y), 3))
+    model.head.threshold = 0.9
+    path = tmp_path / f"it.{suffix}"
+    rows = torch.tensor([[1.0, 0.1, 0.0], [1.0, 0.9, 0.0]])
+    run = Trainer(callbacks=[PredictionWriter(str(path), top)], **options)
+    run.predict(model, DataLoader(TensorDataset(rows), batch_size=2))
+    if suffix == "csv":
+        known, none = rows_of(path)
+        assert (none["label"], none["class"], none["probability"]) == ("-1", "none of these", "")
+    else:
+        text = path.read_text()
+        known, none = json.loads(text) if suffix == "json" else map(json.loads, text.splitlines())
+        assert (none["label"], none["class"]) == (-1, "none of these")
+        assert none["probability"] is None
+    assert 0.3 < float(known["probability"]) < 1
+    assert float(none["score"]) == pytest.approx(1 / 1.81**0.5, rel=1e-4)
+    if top == 2:
+        assert none["class_2"] == "0"
+        assert 0 < float(none["probability_2"]) < 1
+
+
+def test_explanations_show_the_nearest_training_images(fitted, tmp_path):
+    checkpoint, photos = fitted
+    image = sorted((photos / "digit2").iterdir())[0]
+    arguments = ["--ckpt_path", str(checkpoint), "--images", str(image)]
+    arguments += ["--output", str(tmp_path / "it.csv"), "--explain", str(tmp_path / "why")]
+    assert main(["predict", *arguments]) == 0
+    (record,) = json.loads((tmp_path / "why" / "explanations.json").read_text())
+    assert record["class_name"] == "digit2"
+    assert record["neighbours"][0]["class_name"] == "digit2"
+    assert (tmp_path / "why" / record["picture"]).stat().st_size > 1000
+
+
+def test_a_class_is_added_and_removed_from_the_command_line(fitted, tmp_path, capfd):
+    checkpoint = fitted[0]
+    new = tmp_path / "new"
+    new.mkdir()
+    # Stripes look like no digit.
+    for i in range(5):
+        pixels = torch.zeros(8, 8, dtype=torch.uint8)
+        pixels[:, i % 2 :: 2] = 200 + 10 * i
+        Image.fromarray(pixels.numpy()).save(new / f"{i}.png")
+    grown = str(tmp_path / "grown.ckpt")
+    arguments = ["--name", "stripes", "--images", str(new), "--output", grown]
+    assert main(["add-class", str(checkpoint), *arguments]) == 0
+    assert "stripes (5)" in capfd.readouterr().out
+    assert main(["remove-class", grown, "--name", "digit0"]) == 0
+    arguments = ["--images", str(new), "--output", str(tmp_path / "it.csv")]
+    assert main(["predict", "--ckpt_path", grown, *arguments]) == 0
+    classes = [row["class"] for row in rows_of(tmp_path / "it.csv")]
+    assert classes == ["stripes"] * 5
+    capfd.readouterr()
+    assert main(["remove-class", grown, "--name", "stirpes"]) == 2
+    assert "did you mean 'stripes'?" in capfd.readouterr().err

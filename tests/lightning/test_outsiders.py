@@ -1,0 +1,103 @@
+"""`unknowns.py`: the threshold, "none of these", and the AUROC against outsiders."""
+
+import json
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from sklearn.metrics import roc_auc_score
+
+from imprint_pl import ImprintedClassifier, ImprintedHead, ImprintError, imprint
+from imprint_pl.cli import main
+from imprint_pl.data import Digits
+from imprint_pl.lightning.outsiders import Outsiders, auroc
+from imprint_pl.method.threshold import set_threshold
+
+
+@pytest.mark.parametrize("recipe", ["qi", "robust", "knn", "kernel", "ridge", "lda"])
+def test_new_samples_pass_as_often_as_asked_and_outsiders_seldom(acceptance, recipe):
+    x, y = acceptance["train_embeddings"], acceptance["train_labels"]
+    rows = (y < 8).nonzero().flatten()[:3000]
+    head = imprint(x[rows], y[rows], recipe, calibrate=False)
+    set_threshold(head, x[rows], y[rows], 0.9)
+    test_x, test_y = acceptance["test_embeddings"], acceptance["test_labels"]
+    labels = head.decide(head.scores(test_x))
+    accepted = (labels[test_y < 8] >= 0).double().mean().item()
+    assert accepted == pytest.approx(0.9, abs=0.03)
+    assert (labels[test_y >= 8] >= 0).double().mean() < 0.9
+
+
+def test_auroc_is_that_of_scikit_learn_ties_and_large_scores_included():
+    generator = torch.Generator().manual_seed(0)
+    inside = torch.randn(50, 3, generator=generator).round() * 40 + 500
+    outside = torch.randn(70, 3, generator=generator).round() * 40 + 480
+    best = torch.cat([inside, outside]).amax(1)
+    expected = roc_auc_score([1] * 50 + [0] * 70, best)
+    assert auroc(inside, outside) == pytest.approx(expected)
+
+
+def test_the_threshold_survives_a_state_dict_and_old_heads_have_none(blobs):
+    head = set_threshold(imprint(*blobs, "qi"), *blobs, accept=1.0)
+    assert (head.decide(head.scores(blobs[0])) >= 0).all()
+    assert head.decide(head.scores(-blobs[0])).max() == -1
+    assert head.name_of(-1) == "none of these"
+    other = ImprintedHead()
+    other.load_state_dict(head.state_dict())
+    assert other.threshold == head.threshold
+    head.clear()
+    assert head.threshold is None
+
+
+@pytest.mark.parametrize("accept", [0, 1.5, -1])
+def test_a_share_that_is_none_is_refused(blobs, accept):
+    with pytest.raises(ImprintError, match="accept="):
+        set_threshold(imprint(*blobs, "qi"), *blobs, accept)
+
+
+def test_a_test_run_logs_how_outsiders_are_told_from_insiders():
+    model = ImprintedClassifier(recipe="kernel", image_size=32, accept=0.95, keep="embeddings")
+    inside, outside = Digits(classes=list(range(6))), Digits(classes=[6, 7, 8, 9])
+    options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = Trainer(max_epochs=1, callbacks=[Outsiders(outside)], **options)
+    trainer.fit(model, inside)
+    found = trainer.test(model, inside, verbose=False)[0]
+    assert 0.5 < found["test/outsiders_auroc"] < 1
+    assert found["test/accepted"] > 0.85
+    assert found["test/rejected"] > 0.05
+    assert not model.head._forward_hooks
+    before = model.head.threshold
+    model.remove_class("0")
+    assert model.head.threshold not in (None, before)
+
+
+def test_the_test_command_shows_the_figures_against_outsiders(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inside = ["--data", "Digits", "--data.classes", "[0,1,2,3,4,5]"]
+    options = ["--model.image_size", "32", "--model.recipe", "qi", "--model.accept", "0.9"]
+    assert main(["fit", *inside, *options, "--data.shots", "20"]) == 0
+    checkpoint = next(tmp_path.rglob("imprinted.ckpt"))
+    outside = ["--trainer.callbacks+=Outsiders", "--trainer.callbacks.data=Digits"]
+    outside += ["--trainer.callbacks.data.classes=[6,7,8,9]"]
+    capfd.readouterr()
+    assert main(["test", *inside, "--ckpt_path", str(checkpoint), *outside]) == 0
+    shown = capfd.readouterr().out
+    summary = json.loads((tmp_path / "runs/Digits/version_1/summary.json").read_text())
+    assert f"outsiders: AUROC {summary['outsiders_auroc']:.3f}, " in shown
+    assert f"{100 * summary['rejected']:.1f} % rejected" in shown
+    assert 0.5 < summary["outsiders_auroc"] < 1
+    assert 0.7 < summary["accepted"] <= 1
+    assert 0 < summary["rejected"] < 1
+
+
+@pytest.mark.parametrize("recipe", ["ridge", "robust"])
+def test_the_threshold_takes_embeddings_and_labels_of_the_types_that_imprint_takes(blobs, recipe):
+    x, y = blobs[0].half(), blobs[1]
+    expected = set_threshold(imprint(x, y, recipe), x.float(), y, 0.9).threshold
+    for rows, labels in (
+        (x, y.byte()),
+        (x.double(), y.int()),
+        (x.float().requires_grad_(), y),
+        (x.numpy(), y.numpy()),
+    ):
+        head = imprint(rows, labels, recipe)
+        assert set_threshold(head, rows, labels, 0.9).threshold == expected
