@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import inspect
 import re
-import warnings
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -37,6 +36,7 @@ from imprint_pl.lightning.epoch import (
     outside_the_trainers_precision,
 )
 from imprint_pl.lightning.growing import Growing
+from imprint_pl.lightning.intended_warnings import IntendedWarnings
 from imprint_pl.lightning.layer import averaged_copies
 from imprint_pl.lightning.metrics import TaskMetrics, check_labels, places_of
 from imprint_pl.method.recipes import resolve
@@ -46,17 +46,6 @@ from imprint_pl.training_set.kept import KEEP
 
 # Above this, a value a class would drown a logger; `class_accuracy` and the run folder have them.
 LOGGED_CLASSES = 20
-
-# Lightning's warnings about what is meant to be so here: a frozen backbone, nothing to optimise.
-INTENDED = (
-    ".*`LightningModule.configure_optimizers` returned `None`.*",
-    ".*module\\(s\\) in eval mode at the start of training.*",
-    ".*`training_step` returned `None`.*",
-    ".*The number of training batches .* is smaller than the logging interval.*",
-    ".*Using ModelCheckpoint with manual optimization and every_n_train_steps.*",
-    # They are rank 0's, on every rank.
-    ".*It is recommended to use `self.log..train/.*sync_dist=True.*",
-)
 
 
 class ImprintedClassifier(Growing, LightningModule):
@@ -172,8 +161,6 @@ class ImprintedClassifier(Growing, LightningModule):
         save_backbone: bool = False,
     ) -> None:
         super().__init__()
-        for message in INTENDED:
-            warnings.filterwarnings("ignore", message)
         # A module among the hyperparameters would break weights_only loading; nor does a path of
         # this machine belong into a checkpoint. The name of a torchvision entry does.
         ignored = [] if isinstance(backbone, str) else ["backbone"]
@@ -277,6 +264,12 @@ class ImprintedClassifier(Growing, LightningModule):
 
     def configure_optimizers(self) -> None:
         """None: nothing is trained."""
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Hides the warnings that a fit without an optimizer would draw, while it lasts."""
+        # A Trainer keeps what an earlier fit has brought, and says so where it comes again.
+        there = any(isinstance(c, IntendedWarnings) for c in self.trainer.callbacks)
+        return [] if there else [IntendedWarnings()]
 
     # The imprint epoch.
 

@@ -1,19 +1,23 @@
 """The contract of the imprint epoch, with a plain Trainer and data modules of a user's own."""
 
+import contextlib
 import copy
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from trainers import quiet_trainer
 
 from imprint_pl import ImprintedClassifier, ImprintError, imprint
 from imprint_pl.collapse import nc1
+from imprint_pl.lightning.intended_warnings import IntendedWarnings
 
 POINTS = torch.tensor([[3.0, 4.0], [4.0, 3.0], [-3.0, 4.0], [-4.0, 3.0], [0.0, -2.0], [0.1, -2.0]])
 LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -37,14 +41,10 @@ class Points(LightningDataModule):
 
 def trainer(tmp_path, **kwargs):
     options = dict(
-        max_epochs=1,
-        accelerator="cpu",
+        enable_checkpointing=True,
         default_root_dir=tmp_path,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        logger=False,
     )
-    return Trainer(**(options | kwargs))
+    return quiet_trainer(**(options | kwargs))
 
 
 def classifier(**kwargs):
@@ -451,3 +451,23 @@ def test_a_checkpoint_names_its_weights_but_not_where_they_lie(tmp_path):
     assert torch.equal(loaded(x), model(x))
     with pytest.warns(UserWarning, match="imprinted with image_size=32, this model has"):
         ImprintedClassifier.load_from_checkpoint(tmp_path / "it.ckpt", image_size=48)
+
+
+class Failing(Points):
+    def train_dataloader(self):
+        raise OSError("no such disk")
+
+
+@pytest.mark.parametrize("data", [Points, Failing])
+def test_no_warning_filter_outlives_a_fit(data, tmp_path, recwarn):
+    before = list(warnings.filters)
+    model = classifier()
+    assert warnings.filters == before
+    run = trainer(tmp_path)
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            run.fit(model, data())
+        assert warnings.filters == before
+    assert not [w for w in recwarn if "configure_optimizers" in str(w.message)]
+    assert not [w for w in recwarn if "eval mode" in str(w.message)]
+    assert sum(isinstance(c, IntendedWarnings) for c in run.callbacks) == 1
