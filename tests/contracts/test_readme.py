@@ -44,6 +44,6 @@ def test_every_part_is_named_in_it(slot):
 
 
 def test_every_room_is_named_in_it():
-    for path in (ROOT / "imprint_pl").glob("*.py"):
-        if not path.name.startswith("_") and path.name != "errors.py":
-            assert f"`{path.name}`" in README, path.name
+    for path in (ROOT / "imprint_pl").iterdir():
+        if path.is_dir() and (path / "__init__.py").exists():
+            assert f"`{path.name}/`" in README, path.name
