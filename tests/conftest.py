@@ -2,8 +2,6 @@
 
 import logging
 
-# Here, since Lightning's log handler keeps the stderr that it finds when it is imported.
-import lightning.pytorch  # noqa: F401
 import pytest
 import torch
 from places import ACCEPTANCE

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from pictures import NAMES, drawn
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from trainers import quiet_trainer
 
 from imprint_pl import ImprintedClassifier, imprint
 from imprint_pl.cli import main
@@ -156,15 +156,7 @@ def output_classes(run):
 
 
 def test_a_fit_without_it_draws_nothing_and_a_foreign_data_module_is_named(tmp_path):
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        default_root_dir=tmp_path,
-        callbacks=[ImprintGallery()],
-    )
+    trainer = quiet_trainer(default_root_dir=tmp_path, callbacks=[ImprintGallery()])
     model = ImprintedClassifier(backbone=None, recipe="qi")
     with pytest.raises(ImprintError, match=r"NoneType does not have: give a data module"):
         trainer.fit(model, DataLoader(TensorDataset(X, Y)))
@@ -173,14 +165,7 @@ def test_a_fit_without_it_draws_nothing_and_a_foreign_data_module_is_named(tmp_p
 
 def test_the_callback_works_in_plain_python_and_leaves_the_model_as_it_was(tmp_path):
     callback = ImprintGallery(folder=str(tmp_path))
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        callbacks=[callback],
-    )
+    trainer = quiet_trainer(callbacks=[callback])
 
     class Flat(nn.Module):
         def forward(self, x):

@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from trainers import quiet_trainer
 
 from imprint_pl import ImprintedClassifier
 from imprint_pl.cli import main
@@ -83,10 +83,9 @@ def test_images_and_on_error_may_be_written_with_an_equals_sign_anywhere(fitted,
 
 def test_a_second_prediction_writes_a_file_of_its_own(tmp_path):
     x, y = torch.eye(3), torch.arange(3)
-    options = dict(accelerator="cpu", logger=False, enable_checkpointing=False)
     model = ImprintedClassifier(nn.Identity(), "qi")
-    Trainer(max_epochs=1, **options).fit(model, DataLoader(TensorDataset(x, y), 3))
-    run = Trainer(callbacks=[PredictionWriter(str(tmp_path / "it.csv"))], **options)
+    quiet_trainer().fit(model, DataLoader(TensorDataset(x, y), 3))
+    run = quiet_trainer(callbacks=[PredictionWriter(str(tmp_path / "it.csv"))])
     for rows in (x, x.flip(0)):
         run.predict(model, DataLoader(TensorDataset(rows), batch_size=3))
         written = rows_of(tmp_path / "it.csv")
@@ -114,13 +113,12 @@ def test_what_is_none_of_these_has_no_probability_and_names_whose_the_nearest_is
     tmp_path, suffix, top
 ):
     x, y = torch.eye(3), torch.arange(3)
-    options = dict(accelerator="cpu", logger=False, enable_checkpointing=False)
     model = ImprintedClassifier(nn.Identity(), "qi")
-    Trainer(max_epochs=1, **options).fit(model, DataLoader(TensorDataset(x, y), 3))
+    quiet_trainer().fit(model, DataLoader(TensorDataset(x, y), 3))
     model.head.threshold = 0.9
     path = tmp_path / f"it.{suffix}"
     rows = torch.tensor([[1.0, 0.1, 0.0], [1.0, 0.9, 0.0]])
-    run = Trainer(callbacks=[PredictionWriter(str(path), top)], **options)
+    run = quiet_trainer(callbacks=[PredictionWriter(str(path), top)])
     run.predict(model, DataLoader(TensorDataset(rows), batch_size=2))
     if suffix == "csv":
         known, none = rows_of(path)

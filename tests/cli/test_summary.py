@@ -3,18 +3,17 @@
 import json
 
 import torch
-from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from trainers import quiet_trainer
 
 from imprint_pl import ImprintedClassifier
 from imprint_pl.cli.summary import print_summary, summarise, write_summary
 
 
 def summary_of(x, y, folder, recipe="ridge", **keywords):
-    options = dict(accelerator="cpu", logger=False, enable_checkpointing=False)
     model = ImprintedClassifier(nn.Identity(), recipe, **keywords)
-    trainer = Trainer(max_epochs=1, default_root_dir=folder, **options)
+    trainer = quiet_trainer(default_root_dir=folder)
     trainer.fit(model, DataLoader(TensorDataset(x, y), batch_size=20))
     summary = summarise(trainer, model, "val")
     write_summary(folder, summary, model)

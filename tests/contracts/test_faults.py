@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
+from trainers import quiet_trainer
 
 from imprint_pl import ImprintedClassifier, ImprintedHead, ImprintError, imprint
 from imprint_pl.__main__ import main
@@ -135,10 +136,7 @@ class Loader(LightningDataModule):
 @pytest.mark.parametrize("recipe", ["qi", "robust"])
 def test_a_loader_that_raises_ends_the_fit_with_its_own_error(recipe, workers, tmp_path):
     model = ImprintedClassifier(torch.nn.Identity(), recipe)
-    trainer = Trainer(
-        default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", logger=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(default_root_dir=tmp_path, enable_checkpointing=True)
     with pytest.raises(OSError, match="the disk of sample 40 is gone"):
         trainer.fit(model, Loader(workers))
     assert model.head.is_empty

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from trainers import quiet_trainer
 
 from imprint_pl import ImprintedClassifier, ImprintedHead, ImprintError, imprint
 from imprint_pl.cli import main
@@ -51,7 +51,7 @@ LOADERS = {
     "load_from_checkpoint of a URL": lambda path: ImprintedClassifier.load_from_checkpoint(
         path.as_uri().replace("file:", "http:")
     ),
-    "a Trainer": lambda path: Trainer(logger=False, enable_progress_bar=False).test(
+    "a Trainer": lambda path: quiet_trainer().test(
         ImprintedClassifier(recipe="qi", image_size=32), Digits(), ckpt_path=path
     ),
     "weights of a backbone": lambda path: load_backbone("efficientnet_lite0", weights=path),

@@ -4,12 +4,13 @@ imprint epoch, and the results are those of the CPU. `make gpu-check` compares a
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from pretend_gpu import OnGpu, pretend_gpu
 from projects import Plain, digits
 from torch.utils.data import DataLoader, TensorDataset
+from trainers import quiet_trainer
 
 from imprint_pl import ImprintCallback, ImprintedClassifier, attach, detach, extend, imprint
 from imprint_pl.collapse import NC1, nc1, vci
@@ -44,11 +45,9 @@ class PretendedAccelerator(CPUAccelerator):
 def make_trainer(folder, device, **options):
     if device == GPU:
         accelerator = PretendedAccelerator()
+        options["accelerator"] = "auto"  # the strategy's
         options["strategy"] = SingleDeviceStrategy(device=GPU, accelerator=accelerator)
-    return Trainer(
-        default_root_dir=folder, max_epochs=1, logger=False, enable_progress_bar=False,
-        enable_checkpointing=False, enable_model_summary=False, **options,
-    )  # fmt: skip
+    return quiet_trainer(default_root_dir=folder, **options)
 
 
 def on_both(work):

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from trainers import quiet_trainer
 
 from imprint_pl import ImprintedClassifier, ImprintedHead, ImprintError, imprint
 from imprint_pl.__main__ import main
@@ -57,10 +57,7 @@ def written(tmp_path_factory):
     """A checkpoint with its state, by a module of one's own on the digits."""
     folder = tmp_path_factory.mktemp("written")
     model = ImprintedClassifier(Flat(), "kernel", projection_dim=20, keep="embeddings", **SMALL)
-    flags = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    trainer = Trainer(
-        max_epochs=1, accelerator="cpu", enable_model_summary=False, limit_val_batches=0, **flags
-    )
+    trainer = quiet_trainer(limit_val_batches=0)
     trainer.fit(model, Digits(shots=5))
     trainer.save_checkpoint(folder / "a.ckpt")
     model.save_state(folder / "a.ckpt")

@@ -128,6 +128,10 @@ except ImprintError as error:
 """
 
 
+# A third process takes as long as both others: by `make test-slow`.
+THREE = pytest.param(3, marks=pytest.mark.slow)
+
+
 def run(code, folder, *arguments, **kwargs):
     # A script, since the other processes start it again.
     path = folder / "script.py"
@@ -138,17 +142,28 @@ def run(code, folder, *arguments, **kwargs):
     )
 
 
+class Results(dict):
+    """What the script leaves, by file; it runs once for each number of processes asked for."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __missing__(self, name):
+        devices = name.rpartition("-")[2]
+        finished = run(SCRIPT, self.folder, devices, self.folder)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        for path in self.folder.glob(f"*-{devices}.pt"):
+            self[path.stem] = torch.load(path, weights_only=True)
+        return dict.__getitem__(self, name)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    for devices in (1, 2, 3):
-        finished = run(SCRIPT, folder, devices, folder)
-        assert finished.returncode == 0, finished.stderr[-3000:]
-    return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
+    return Results(tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("recipe", ["qi", "robust", "whitened", "ridge", "auto"])
-@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("devices", [2, THREE])
 def test_more_processes_give_the_proxies_of_one(results, recipe, devices):
     one, more = results[f"{recipe}-1"], results[f"{recipe}-{devices}"]
     # Whitening divides by small standard deviations: rounding of the embeddings grows with it.
@@ -157,7 +172,7 @@ def test_more_processes_give_the_proxies_of_one(results, recipe, devices):
     assert more["metrics"]["train/nc1"] == pytest.approx(one["metrics"]["train/nc1"], rel=1e-5)
 
 
-@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("devices", [2, THREE])
 def test_every_gen_gives_on_more_processes_the_head_of_one_and_its_temperature(results, devices):
     names = [name for name in results if name.startswith("points-") and name.endswith("-1")]
     assert len(names) == 16
@@ -172,7 +187,7 @@ def test_every_gen_gives_on_more_processes_the_head_of_one_and_its_temperature(r
         assert more["metrics"]["train/nc1"] == pytest.approx(nc1, rel=1e-6), name
 
 
-@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("devices", [2, THREE])
 def test_each_process_clusters_its_share_of_the_classes(results, devices):
     shares = results[f"shares-{devices}"]
     assert len({len(of_rank) for of_rank in shares}) == 1
@@ -180,7 +195,7 @@ def test_each_process_clusters_its_share_of_the_classes(results, devices):
     assert all(min(of_rank) >= 1 and max(of_rank) == 6 // devices for of_rank in shares)
 
 
-@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("devices", [2, THREE])
 @pytest.mark.parametrize("metric", ["NC1", "VCI"])
 def test_collapse_metrics_are_the_same_on_any_number_of_processes(results, metric, devices):
     one, more = results["qi-1"]["metrics"], results[f"qi-{devices}"]["metrics"]
@@ -188,7 +203,7 @@ def test_collapse_metrics_are_the_same_on_any_number_of_processes(results, metri
 
 
 @pytest.mark.parametrize("recipe", ["qi", "robust"])
-@pytest.mark.parametrize("devices", [1, 2, 3])
+@pytest.mark.parametrize("devices", [1, 2, THREE])
 def test_validation_counts_each_sample_once(results, recipe, devices):
     one, more = results[f"{recipe}-1"]["metrics"], results[f"{recipe}-{devices}"]["metrics"]
     assert more["counted"] == 106

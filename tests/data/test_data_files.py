@@ -12,6 +12,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
+from trainers import quiet_trainer
 
 from imprint_pl.data import ImageDataModule, ImageFileDataset, ImageFiles, ImageFolder, Union
 from imprint_pl.data.decode import read_image
@@ -225,15 +226,14 @@ def test_a_damaged_file_is_named_by_a_plain_message_when_its_turn_comes(tmp_path
 
 
 def test_a_damaged_file_ends_lightning_s_loop_with_the_same_message(tmp_path):
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import LightningModule
 
     class Looker(LightningModule):
         def predict_step(self, batch):
             return values(batch)
 
     files = [flat(tmp_path / "a.png", 1), flat(tmp_path / "b.png", 2)]
-    options = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing"), False)
-    trainer = Trainer(accelerator="cpu", enable_model_summary=False, **options)
+    trainer = quiet_trainer()
     assert trainer.predict(Looker(), ImageFiles(files, batch_size=1, num_workers=2)) == [[1], [2]]
     files.append(truncated(tmp_path / "c.png"))
     with pytest.raises(ImprintError, match=r"^cannot read the image .*c\.png"):

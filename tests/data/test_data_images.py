@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 from places import SHARED
 from sklearn.datasets import load_digits
 from torch.utils.data import DistributedSampler
+from trainers import quiet_trainer
 
 import imprint_pl.data
 from imprint_pl.data import MNIST, ArrayDataset, Digits, FashionMNIST, ImageDataModule, Splits
@@ -209,7 +210,7 @@ def test_arrays_are_served_without_workers_and_have_no_names():
 
 
 def test_lightning_runs_every_loop_on_it():
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import LightningModule
 
     class Looker(LightningModule):
         def __init__(self):
@@ -232,15 +233,7 @@ def test_lightning_runs_every_loop_on_it():
         def configure_optimizers(self):
             return None
 
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    trainer = quiet_trainer(num_sanity_val_steps=0)
     looker, module = Looker(), Counting(batch_size=8)
     trainer.fit(looker, module)
     trainer.test(looker, module, verbose=False)

@@ -13,9 +13,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from PIL import Image, ImageCms
 from torch import nn
+from trainers import quiet_trainer
 
 from imprint_pl import ImprintedClassifier, ImprintError, export
 from imprint_pl.cli import checkpoint as file_commands
@@ -66,8 +66,7 @@ def small_backbone():
 
 
 def trainer(**options):
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    return Trainer(accelerator="cpu", enable_model_summary=False, max_epochs=1, **quiet, **options)
+    return quiet_trainer(**options)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from places import ROOT
 from torch import nn
+from trainers import quiet_trainer
 
 from imprint_pl import ImprintedClassifier
 from imprint_pl.cli import main
@@ -403,13 +404,10 @@ def test_embed_needs_a_folder(capfd):
 
 
 def test_a_model_in_python_fits_on_cached_embeddings_and_then_takes_images(tmp_path):
-    from lightning.pytorch import Trainer
 
     model = ImprintedClassifier("efficientnet_lite0", recipe="qi", image_size=32)
     embedded = embed(model.backbone, Digits(classes="short", shots=10), tmp_path)
-    trainer = Trainer(
-        max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
-    )
+    trainer = quiet_trainer()
     trainer.fit(model, embedded)
     assert model.class_names == ["0", "1", "2"]
     data = Digits(classes="short")

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     ModelCheckpoint,
@@ -18,6 +18,7 @@ from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
+from trainers import quiet_trainer
 
 from imprint_pl import (
     ImprintCallback,
@@ -180,14 +181,11 @@ class Lit(LightningModule):
 
 
 def trainer(folder, *callbacks, epochs=1):
-    return Trainer(
+    return quiet_trainer(
         max_epochs=epochs,
-        accelerator="cpu",
         default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[*callbacks, ModelCheckpoint(folder, filename="last", enable_version_counter=0)],
+        enable_checkpointing=True,
     )
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from trainers import quiet_trainer
 
 from imprint_pl import ImprintCallback, ImprintedClassifier, ImprintError, attach, detach, extend
 from imprint_pl.data import Digits
@@ -208,17 +209,7 @@ def test_a_callback_with_data_of_its_own_calls_the_hooks_of_that_data(when, tmp_
 
 
 def trainer(*callbacks, folder=None, **options):
-    return Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        default_root_dir=folder,
-        **options,
-    )
+    return quiet_trainer(callbacks=list(callbacks), default_root_dir=folder, **options)
 
 
 def test_after_a_fit_attach_has_its_precision_and_its_trainer_trains_for_the_pass():

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging
 from projects import PROJECTS, Elaborate, LitDigits, Plain, digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from trainers import quiet_trainer
 
 from imprint_pl import ImprintCallback, ImprintError, attach, detach
 from imprint_pl.lightning.layer import layer_of
@@ -24,15 +25,11 @@ pytestmark = pytest.mark.filterwarnings(
 
 def trainer(folder, *callbacks, **kwargs):
     options = dict(
-        max_epochs=1,
-        accelerator="cpu",
+        enable_checkpointing=True,
         default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=list(callbacks),
     )
-    return Trainer(**(options | kwargs))
+    return quiet_trainer(**(options | kwargs))
 
 
 def project(kind, seed=0):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from sklearn.metrics import roc_auc_score
+from trainers import quiet_trainer
 
 from imprint_pl import ImprintedClassifier, ImprintedHead, ImprintError, imprint
 from imprint_pl.cli import main
@@ -57,8 +57,7 @@ def test_a_share_that_is_none_is_refused(blobs, accept):
 def test_a_test_run_logs_how_outsiders_are_told_from_insiders():
     model = ImprintedClassifier(recipe="kernel", image_size=32, accept=0.95, keep="embeddings")
     inside, outside = Digits(classes=list(range(6))), Digits(classes=[6, 7, 8, 9])
-    options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    trainer = Trainer(max_epochs=1, callbacks=[Outsiders(outside)], **options)
+    trainer = quiet_trainer(callbacks=[Outsiders(outside)])
     trainer.fit(model, inside)
     found = trainer.test(model, inside, verbose=False)[0]
     assert 0.5 < found["test/outsiders_auroc"] < 1

@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from sklearn.datasets import load_iris
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from torch.utils.data import DataLoader, TensorDataset
+from trainers import quiet_trainer
 
 from imprint_pl import ImprintedClassifier, ImprintError, ImprintEstimator, extend, imprint
 from imprint_pl.cli.wandb_results import WandbResults
@@ -255,8 +256,7 @@ def test_the_confusion_matrix_has_the_heads_classes_in_its_order():
     model = ImprintedClassifier(torch.nn.Identity(), "lda")
     model.head.load_state_dict(imprint(x, y, "lda", class_names=["a", "b", "c"]).state_dict())
     callback = WandbResults()
-    options = dict(accelerator="cpu", logger=False, enable_progress_bar=False)
-    trainer = Trainer(callbacks=[callback], enable_model_summary=False, **options)
+    trainer = quiet_trainer(callbacks=[callback])
     trainer.test(model, Points(x, 2 - y, ["c", "b", "a"]), verbose=False)
     own = trainer.callback_metrics["test/accuracy"]
     assert own > 0.95

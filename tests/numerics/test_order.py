@@ -4,9 +4,9 @@ came: `order.py`, `holdout.py`."""
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from trainers import quiet_trainer
 
 from imprint_pl import ImprintedClassifier, ImprintEstimator, imprint
 from imprint_pl.method.holdout import held_out_rows
@@ -69,8 +69,7 @@ def test_a_fit_has_the_same_temperature_and_threshold_with_and_without_keep(
 
     def fitted(**keywords):
         model = ImprintedClassifier(nn.Identity(), recipe, **keywords)
-        options = dict(accelerator="cpu", logger=False, enable_checkpointing=False)
-        trainer = Trainer(max_epochs=1, default_root_dir=tmp_path, **options)
+        trainer = quiet_trainer(default_root_dir=tmp_path)
         trainer.fit(model, DataLoader(TensorDataset(x, y), batch_size=32))
         return model
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from trainers import quiet_trainer
 
 from imprint_pl import ImprintedClassifier, ImprintError, imprint
 from imprint_pl.training_set import memory, reservoir
@@ -103,13 +103,7 @@ def points():
 
 def fit(loader, recipe="robust", **options):
     model = ImprintedClassifier(torch.nn.Identity(), recipe, **options)
-    trainer = Trainer(
-        max_epochs=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer()
     trainer.fit(model, loader)
     return model
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from trainers import quiet_trainer
 
 import imprint_pl.lightning.epoch
 from imprint_pl import ImprintedClassifier, ImprintedHead, ImprintError, imprint
@@ -68,16 +69,7 @@ def fit(tmp_path, recipe, data, model=None, overrides=None, **options):
     """The model, and what its fit logged."""
     if model is None:
         model = ImprintedClassifier(backbone(), recipe, **(overrides or STREAMED.get(recipe, {})))
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        default_root_dir=tmp_path,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        logger=False,
-        **options,
-    )
+    trainer = quiet_trainer(default_root_dir=tmp_path, **options)
     trainer.fit(model, data)
     return model, {name: float(value) for name, value in trainer.callback_metrics.items()}
 
@@ -259,10 +251,7 @@ def test_a_checkpoint_of_sums_gives_the_same_logits_in_a_fresh_process(tmp_path)
     x = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8)
     x[:30] //= 4
     loader = DataLoader(TensorDataset(x, torch.arange(60) // 30), batch_size=16)
-    trainer = Trainer(
-        max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(default_root_dir=tmp_path)
     trainer.fit(model, loader)
     assert model.head.temperature != 1
     trainer.save_checkpoint(tmp_path / "it.ckpt")
