@@ -120,8 +120,9 @@ def run_script(code, folder, *arguments):
     # A file, since the other processes of DDP start it again.
     script = folder / "script.py"
     script.write_text(code)
-    here = Path(__file__).parents[1]
-    paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
+    here = Path(__file__).parent
+    own = os.environ.get("PYTHONPATH", "")
+    paths = [str(here), str(here.parent), str(here.parents[1]), own]
     finished = subprocess.run(
         [sys.executable, script, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
