@@ -9,6 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from imprint_pl import __version__
@@ -67,38 +70,53 @@ def main(argv: list[str] | None = None) -> int:
         known = ", ".join((*COMMANDS, *FILE_COMMANDS))
         return _fail(f"unknown command {argv[0]!r}: give one of {known}")
     try:
-        argv = [argv[0], *map(_as_shell, argv[1:])]
-        if argv[0] == "report":
-            from imprint_pl.cli.report import run as report
-
-            report(argv[1:])
-            return 0
-        if argv[0] == "dashboard":
-            from imprint_pl.cli.dashboard import run as dashboard
-
-            dashboard(argv[1:])
-            return 0
-        if argv[0] in FILE_COMMANDS:
-            from imprint_pl.cli.checkpoint import run_on_file
-
-            run_on_file(argv)
-            return 0
-        # Importing Lightning takes seconds: not before it is needed.
-        arguments = [_packaged_config(argument) for argument in argv]
-        if argv[0] == "sweep":
-            from imprint_pl.cli.sweep import run
-
-            run(arguments[1:])
-        else:
-            from imprint_pl.cli.fit import run
-
-            run(arguments)
+        with _plain_warnings():
+            _run([argv[0], *map(_as_shell, argv[1:])])
     except Exception as error:
         mistake = _users_mistake(error)
         if mistake is None:
             raise
         return _fail(str(mistake))
     return 0
+
+
+def _run(argv: list[str]) -> None:
+    if argv[0] == "report":
+        from imprint_pl.cli.report import run as report
+
+        report(argv[1:])
+        return
+    if argv[0] == "dashboard":
+        from imprint_pl.cli.dashboard import run as dashboard
+
+        dashboard(argv[1:])
+        return
+    if argv[0] in FILE_COMMANDS:
+        from imprint_pl.cli.checkpoint import run_on_file
+
+        run_on_file(argv)
+        return
+    # Importing Lightning takes seconds: not before it is needed.
+    arguments = [_packaged_config(argument) for argument in argv]
+    if argv[0] == "sweep":
+        from imprint_pl.cli.sweep import run
+
+        run(arguments[1:])
+    else:
+        from imprint_pl.cli.fit import run
+
+        run(arguments)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """A warning is one line, without the place in the code that it comes from."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _users_mistake(error: BaseException | None) -> ImprintError | None:
