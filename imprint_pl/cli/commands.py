@@ -10,7 +10,7 @@ import errno
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,8 +70,10 @@ def main(argv: list[str] | None = None) -> int:
         known = ", ".join((*COMMANDS, *FILE_COMMANDS))
         return _fail(f"unknown command {argv[0]!r}: give one of {known}")
     try:
+        run, arguments = _command([argv[0], *map(_as_shell, argv[1:])])
+        # Lightning, which the import has brought, formats warnings in its own way.
         with _plain_warnings():
-            _run([argv[0], *map(_as_shell, argv[1:])])
+            run(arguments)
     except Exception as error:
         mistake = _users_mistake(error)
         if mistake is None:
@@ -80,32 +82,29 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _run(argv: list[str]) -> None:
+def _command(argv: list[str]) -> tuple[Callable[[list[str]], None], list[str]]:
+    """The function of a command and its arguments; imported when it is asked for."""
     if argv[0] == "report":
-        from imprint_pl.cli.report import run as report
+        from imprint_pl.cli.report import run
 
-        report(argv[1:])
-        return
+        return run, argv[1:]
     if argv[0] == "dashboard":
-        from imprint_pl.cli.dashboard import run as dashboard
+        from imprint_pl.cli.dashboard import run
 
-        dashboard(argv[1:])
-        return
+        return run, argv[1:]
     if argv[0] in FILE_COMMANDS:
         from imprint_pl.cli.checkpoint import run_on_file
 
-        run_on_file(argv)
-        return
+        return run_on_file, argv
     # Importing Lightning takes seconds: not before it is needed.
     arguments = [_packaged_config(argument) for argument in argv]
     if argv[0] == "sweep":
         from imprint_pl.cli.sweep import run
 
-        run(arguments[1:])
-    else:
-        from imprint_pl.cli.fit import run
+        return run, arguments[1:]
+    from imprint_pl.cli.fit import run
 
-        run(arguments)
+    return run, arguments
 
 
 @contextmanager

@@ -357,6 +357,14 @@ class ImprintedClassifier(Growing, LightningModule):
         for head in (self.head, *(copied.get_submodule(name) for copied, name in copies)):
             head.load_state_dict(state)
         self._imprinted, self._cut_short = True, cut_short
+        absent = set(range(self.head.num_classes)) - set(self.head.proxy_classes.tolist())
+        if absent:
+            names = [self.head.name_of(label) for label in sorted(absent)]
+            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+            rank_zero_warn(
+                f"{len(names)} of {self.head.num_classes} classes had no sample in this shortened "
+                f"epoch and are never predicted: {', '.join(names[:10])}{more}"
+            )
         for name, value in logged.items():
             self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=1)
         # Without a step of Lightning's mock optimizer, ModelCheckpoint believes that nothing was

@@ -17,27 +17,33 @@ EXPONENT = 0x1E3779B97F4A7C15
 def keys(x: Tensor) -> Tensor:
     """A number for each row of `x (N, d)`: `(N,)` int64, on the CPU; equal rows have the same.
 
-    A row's features, as fractions of its largest, and that one's mantissa and exponent, times fixed
-    random whole numbers, summed modulo 2^64. Whole numbers add up to the same in any order and on
-    any device; rows that differ by rounding alone mostly get neighbouring keys.
+    A row's features, as fractions of its largest, times fixed random whole numbers, summed modulo
+    2^64. Whole numbers add up to the same in any order and on any device; rows that differ by
+    rounding alone mostly get neighbouring keys, and so do those of embeddings in another unit. Of a
+    single feature fractions say nothing: its mantissa and exponent count, too.
     """
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**15), 2**15, (x.shape[1] + 1,), generator=generator)
     x = x.detach()
     x, found = (x.cpu() if x.device.type == "mps" else x), []
-    factors = factors.to(x.device)
+    factors, single = factors.to(x.device), x.shape[1] == 1
     for rows in x.split(CHUNK):
         rows = rows.double()
         largest = rows.abs().amax(1, keepdim=True)
-        mantissa, exponent = torch.frexp(largest)
-        fractions = torch.cat([rows / largest.where(largest > 0, 1.0), mantissa], 1)
-        whole = fractions.mul_(2.0**45).round_().long().mul_(factors).sum(1)
-        found.append(whole + EXPONENT * exponent.flatten().long())
+        fractions = rows / largest.where(largest > 0, 1.0)
+        if single:
+            mantissa, exponent = torch.frexp(largest)
+            fractions = torch.cat([fractions, mantissa], 1)
+        whole = fractions.mul_(2.0**45).round_().long()
+        key = whole.mul_(factors[: whole.shape[1]]).sum(1)
+        found.append(key + EXPONENT * exponent.flatten().long() if single else key)
     return torch.cat(found).cpu() if found else torch.zeros(0, dtype=torch.int64)
 
 
 def in_order(x: Tensor, y: Tensor) -> Tensor:
     """`(N,)`, the places of the rows `x (N, d)` with labels `y (N,)` in an order that depends on
-    the rows alone. Equal rows follow each other by label.
+    the rows alone. Multiples of a row follow each other by size, equal rows by label.
     """
-    return torch.from_numpy(np.lexsort((y.cpu().numpy(), keys(x).numpy()))).to(x.device)
+    sizes = x.detach().abs().amax(1) if len(x) else x.new_zeros(0)
+    columns = (y, sizes, keys(x))
+    return torch.from_numpy(np.lexsort([c.cpu().numpy() for c in columns])).to(x.device)

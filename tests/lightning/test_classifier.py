@@ -270,9 +270,11 @@ def test_more_epochs_stop_after_one_and_say_so(tmp_path, epochs, caplog):
         (dict(fast_dev_run=2), 4),
     ],
 )
-def test_a_shortened_epoch_imprints_what_it_saw(tmp_path, options, rows):
+def test_a_shortened_epoch_imprints_what_it_saw_and_names_the_rest(tmp_path, options, rows):
     model = classifier()
-    trainer(tmp_path, **options).fit(model, Points(batch_size=2, num_classes=3))
+    absent = "2 of 3 .* never predicted: 1, 2" if rows == 2 else "1 of 3 .* never predicted: 2"
+    with pytest.warns(UserWarning, match=absent):
+        trainer(tmp_path, **options).fit(model, Points(batch_size=2, num_classes=3))
     assert model.head.num_classes == 3
     expected = imprint(POINTS[:rows], LABELS[:rows], "qi")
     torch.testing.assert_close(model.head.proxies, expected.proxies)

