@@ -1,7 +1,7 @@
 """ImprintEstimator: imprinting as a scikit-learn classifier, on arrays, with labels of any kind.
 
 A thin shell over `imprint`: it checks arrays as scikit-learn does, maps labels to 0..C−1 and back,
-and imprints batch after batch by `partial_fit`, from what `incremental.py` keeps.
+and imprints batch after batch by `partial_fit`, from what `training_set/partial_fit.py` keeps.
 """
 
 from __future__ import annotations

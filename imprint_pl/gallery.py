@@ -1,6 +1,6 @@
 """What each proxy stands for: the training images nearest to it, and how many samples it has.
 
-Above the head and the data; beside `callback.py`. On a d-in-1 task it shows how the merged classes
+On a d-in-1 task it shows how the merged classes
 come apart, and purity says how far.
 """
 

@@ -1,4 +1,4 @@
-"""`export.py`, `deploy.py`, `hub.py`: files that do what the classifier does."""
+"""`export.py`, `pretrained.py`: files that do what the classifier does."""
 
 import json
 import subprocess

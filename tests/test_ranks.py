@@ -1,4 +1,4 @@
-"""`sharing.py`: classes that rank 0 deals out to the others. That fits use it, on any number of
+"""`ranks.py`: classes that rank 0 deals out to the others. That fits use it, on any number of
 processes, is in test_processes.py.
 """
 

@@ -1,4 +1,4 @@
-"""argparse for the commands that take no Trainer; `parser.py` is for those that do."""
+"""argparse for the commands that take no Trainer; `fit_parser.py` is for those that do."""
 
 import argparse
 

@@ -1,5 +1,5 @@
-"""`python -m imprint_pl dashboard`: the wandb workspace that compares recipes, and a run for each
-result of a sweep. It knows the names that fits and sweeps log, and nothing of training.
+"""The wandb workspace that compares recipes, and a run for each result of a sweep. It knows the
+names that fits and sweeps log, and nothing of training.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What ImprintedClassifier asks of data and of checkpoints: that they fit its head and backbone."""
+"""A checkpoint of ImprintedClassifier: read without running code, and compared with the head and
+the backbone that it is to be loaded into.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The imprint epoch: what it keeps of the embeddings as they go by, and how rank 0 makes a head of
-them after the last batch. `module.py` calls both.
+them after the last batch. `classifier.py` calls both.
 """
 
 from __future__ import annotations

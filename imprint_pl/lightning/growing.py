@@ -1,5 +1,5 @@
 """Grow and forget: classes and examples that come and go after the fit, on a classifier. The maths,
-and what is kept for it, is in `state.py`.
+and what is kept for it, is in `training_set/kept.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The metrics of a labelled pass over data, each sample counted once on any number of ranks."""
+"""The metrics of a labelled pass over data, each sample counted once on any number of ranks, and
+which of the head's labels each class of the data is.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Unknowns: what belongs to no class. A threshold on the best score, set so that a chosen share of
-training samples passes, and how well the score tells outsiders from insiders (AUROC).
+"""The callback `Outsiders`: how well the best score tells images that belong to no class from the
+others (AUROC), and how many of each pass the head's threshold (`method/threshold.py`).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Which training samples are held out to fit a temperature: the same whether all are there
-(`pipeline.py`) or a bounded sample, drawn while they went by (`sums.py`, `incremental.py`).
+(`pipeline.py`) or a bounded sample, drawn while they went by (`training_set/`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The sums that everything needs: class counts, class sums and the Gram matrix of the embeddings.
 
-On the ground floor of the house: the mean, NC1 and the closed forms are functions of these sums.
+The mean, NC1 and the closed forms are functions of these sums.
 Sums add up over batches, ranks and files, and a class can be subtracted again.
 """
 

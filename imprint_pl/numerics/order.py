@@ -1,5 +1,5 @@
 """The order of rows by what they hold: draws and folds that follow it depend on the set of rows
-alone, not on the order in which they came. On the ground floor.
+alone, not on the order in which they came.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which values the arithmetic can take: embeddings that are finite and of a size whose squares
-float32 can hold, counts that are whole, numbers that are numbers. On the ground floor; whoever lets
-values in asks here.
+float32 can hold, counts that are whole, numbers that are numbers. Whoever lets values in
+asks here.
 """
 
 from __future__ import annotations

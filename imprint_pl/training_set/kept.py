@@ -49,7 +49,7 @@ class State:
         calibrated: whether the temperature suits the head of these samples.
         capped: whether `random_projection` has at most half as many features as there are samples:
             the rule of earlier versions, by which a state that those have written goes on.
-        accept: share of training samples that the threshold is to let pass; see `unknowns.py`.
+        accept: share of training samples that the threshold is to let pass; see `threshold.py`.
         weibull: as for `imprint`.
         classifier: the backbone's original classifier, where NORM_post is "quantile".
     """

@@ -1,5 +1,5 @@
 """Samples of bounded number, drawn at random while all go by: `max_per_class` of an imprint epoch,
-and the held-out sample of `holdout.py`. On the ground floor, beside `store.py`.
+and the held-out sample of `sums.py`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The embeddings of one epoch, gathered over batches and over ranks: float32, on the CPU, in the
-order of the data set. On the ground floor; it does not know what the embeddings are for.
+order of the data set. It does not know what the embeddings are for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`unknowns.py`: the threshold, "none of these", and the AUROC against outsiders."""
+"""`outsiders.py`: the threshold, "none of these", and the AUROC against outsiders."""
 
 import json
 

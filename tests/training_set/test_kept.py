@@ -1,4 +1,4 @@
-"""Classes and examples that come and go: `state.py`, `growing.py`, the estimator, the commands."""
+"""Classes and examples that come and go: `kept.py`, `growing.py`, the estimator, the commands."""
 
 import json
 import subprocess

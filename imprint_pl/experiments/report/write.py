@@ -1,4 +1,4 @@
-"""`python -m imprint_pl report`: reads results, writes tables, figures and the page beside them."""
+"""Reads results, writes tables, figures and the page beside them."""
 
 from __future__ import annotations
 

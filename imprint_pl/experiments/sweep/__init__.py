@@ -2,7 +2,7 @@
 
 `read.py` and `grid.py` make configurations of a YAML, `plan.py` deals them into units of work, and
 `work.py` does a unit: `samples.py` has its rows, `proxies.py` GEN, `scores.py` NORM_post to AGG,
-`alone.py` what shares nothing.
+`unshared.py` what shares nothing.
 """
 
 from imprint_pl.experiments.sweep.read import checked_sweep, read_sweep

@@ -1,7 +1,6 @@
-"""AGG: from the scores of proxies to the scores of classes, vectorised over samples.
+"""AGG `mnn`: the m proxies that are nearest to a sample vote for their classes, by distance or not.
 
-Stands at the right end of the paper's figure. It knows the proxies' classes, not how they came.
-Every part gives a score for every class, never a bare vote.
+As every AGG it gives a score for every class, never a bare vote.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """NORM: normalisation of embeddings before GEN (NORM_pre), of proxies (NORM_post) and of embeddings
 at inference (NORM_inf). Each is a small module on the last dimension; `Chain` applies several.
-`norm_learned.py` has the ones that learn from the training embeddings.
+`learned.py` is the base of those that learn from the training embeddings.
 """
 
 from __future__ import annotations

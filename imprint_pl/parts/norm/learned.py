@@ -1,5 +1,5 @@
-"""NORM that learns from the training embeddings: a shift or a map, fitted once, in the imprint
-epoch, and kept in the head as constants. `norm.py` has the ones that need no data.
+"""The base of the NORMs that learn from the training embeddings (`centre`, `whiten`, `nystrom`,
+`random_projection`): a shift or a map, fitted once and kept in the head as constants.
 """
 
 from __future__ import annotations
