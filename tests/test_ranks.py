@@ -60,7 +60,7 @@ def run_rank(folder, rank, ranks, case):
 
 
 def run(folder, ranks, case="plain0"):
-    code = "import sys, test_sharing as t; t.run_rank(sys.argv[1], *map(int, sys.argv[2:4]), "
+    code = "import sys, test_ranks as t; t.run_rank(sys.argv[1], *map(int, sys.argv[2:4]), "
     code += "sys.argv[4])"
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])

@@ -69,6 +69,7 @@ def attach(
         ImprintError: no such layer (near names are given), a layer whose input is no embedding,
             data that does not fit.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Identity(), nn.Linear(2, 5))
     >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
     >>> head = attach(net, "1", data=(x, torch.tensor([0, 0, 1, 1])), recipe="qi")

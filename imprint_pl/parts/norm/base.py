@@ -81,6 +81,8 @@ class Chain(Norm):
     Args:
         steps: norms in the order of their application.
 
+    >>> from imprint_pl.parts.norm.l2 import L2
+    >>> from imprint_pl.parts.norm.power import Power
     >>> Chain([Power(), L2()])(torch.tensor([9.0, 16.0]))
     tensor([0.6000, 0.8000])
     """

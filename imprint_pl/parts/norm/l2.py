@@ -12,6 +12,7 @@ from imprint_pl.parts.norm.base import Norm
 class L2(Norm):
     """l2: scales each row to unit Euclidean length; a row of zeros stays zero.
 
+    >>> import torch
     >>> L2()(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
     tensor([[0.6000, 0.8000],
             [0.0000, 0.0000]])

@@ -15,6 +15,7 @@ class Power(Norm):
     Source: Perronnin et al. 2010, "Improving the Fisher Kernel for Large-Scale Image
     Classification".
 
+    >>> import torch
     >>> Power()(torch.tensor([4.0, -9.0, 0.0]))
     tensor([ 2., -3.,  0.])
     """
