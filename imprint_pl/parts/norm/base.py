@@ -81,6 +81,7 @@ class Chain(Norm):
     Args:
         steps: norms in the order of their application.
 
+    >>> import torch
     >>> from imprint_pl.parts.norm.l2 import L2
     >>> from imprint_pl.parts.norm.power import Power
     >>> Chain([Power(), L2()])(torch.tensor([9.0, 16.0]))
