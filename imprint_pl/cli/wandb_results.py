@@ -74,6 +74,10 @@ class WandbResults(Callback):
             self._confusions[f"{OF_LOADER}{number}" if several else ""] = confusion
         self.confusion = next(iter(self._confusions.values()), None)
 
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
     def on_validation_epoch_start(self, trainer, pl_module) -> None:
         self._start(trainer, pl_module)
 

@@ -122,6 +122,19 @@ def test_confusion_and_outsiders_are_each_loaders_own(tmp_path):
         assert f"test/accepted/dataloader_idx_{loader}" in run.callback_metrics
 
 
+def test_a_test_that_fails_leaves_no_hook_on_the_head(tmp_path):
+    class Fails(Callback):
+        def on_test_batch_end(self, *_):
+            raise OSError("the plug was pulled")
+
+    callbacks = [WandbResults(), Outsiders(Points(-POINTS)), Fails()]
+    model, run = classifier(accept=1.0), trainer(tmp_path, callbacks=callbacks)
+    run.fit(model, CLEAN)
+    with pytest.raises(OSError, match="plug"):
+        run.test(model, CLEAN, verbose=False)
+    assert not model.head._forward_hooks
+
+
 # Hyperparameters.
 
 
