@@ -106,7 +106,7 @@ class ImageFileDataset(Dataset):
                 ) from error
             name = os.path.relpath(path, root) if root else os.path.basename(path)
             line = f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n"
-            # A name that is not UTF-8 counts with the bytes that it has.
+            # Hash the raw bytes of names that are not UTF-8.
             digest.update(line.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
@@ -150,7 +150,7 @@ def unreadable(
             batch_size=size,
             num_workers=num_workers if len(paths) > size else 0,
             collate_fn=list,
-            # Without one, the loader would draw a number from the global generator.
+            # Pass a generator: otherwise the loader draws from the global one.
             generator=torch.Generator(),
         ):
             reasons += batch

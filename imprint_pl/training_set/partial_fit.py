@@ -82,7 +82,7 @@ class Sums:
             present, codes = torch.unique(labels.to(x.device)[rows], return_inverse=True)
             self.norm_pre.to(x.device).fit(x[rows], codes, len(present), seed)
         self.moments: Moments | None = None
-        # Of all rows, those with the first turns stay in the sample.
+        # Reservoir sampling: keep the rows with the smallest random keys.
         self.x = torch.empty(0, x.shape[1])
         self.labels = torch.empty(0, dtype=torch.int64)
 
