@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from imprint_pl.ranks import ranks, travelling_device
 
 # Rows taken to float64 at a time, so that a large set needs no float64 copy of itself.
 CHUNK = 4096
@@ -84,14 +87,64 @@ class Moments:
 
     def present(self) -> Moments:
         """The sums of the classes that have samples, numbered without gaps."""
-        kept = self.counts > 0
-        gram, weights = self.gram, self.class_weights
+        kept = (self.counts > 0).nonzero().flatten()
+        places = torch.full_like(self.counts, -1, dtype=torch.int64)
+        places[kept] = torch.arange(len(kept), device=places.device)
+        return self.relabelled(places, len(kept))
+
+    def relabelled(self, places: Tensor, num_classes: int) -> Moments:
+        """The sums under other labels: class c becomes `places[c]` of `num_classes`.
+
+        Args:
+            places: `(C,)` int64, all different; −1 leaves the class out. A pooled Gram matrix is
+                one for all classes and stays as it is: subtract the class from it beforehand.
+            num_classes: classes of the result; those that no place names are empty, of weight 1.
+        """
+        places = places.to(self.counts.device)
+        kept = places >= 0
+        places = places[kept]
+
+        def moved(rows: Tensor, fill: float = 0.0) -> Tensor:
+            result = rows.new_full((num_classes, *rows.shape[1:]), fill)
+            result[places] = rows[kept]
+            return result
+
+        per_class = self.gram is not None and self.gram.ndim == 3
         return Moments(
-            self.counts[kept],
-            self.sums[kept],
-            gram[kept] if gram is not None and gram.ndim == 3 else gram,
-            None if weights is None else weights[kept],
+            moved(self.counts),
+            moved(self.sums),
+            moved(self.gram) if per_class else self.gram,
+            None if self.class_weights is None else moved(self.class_weights, 1.0),
         )
+
+    def padded(self, num_classes: int) -> Moments:
+        """With empty classes at the end, up to `num_classes`."""
+        return self.relabelled(torch.arange(self.num_classes), num_classes)
+
+    def to(self, device: torch.device | str) -> Moments:
+        """The sums on a device, in the number type that the device has (see `sum_dtype`).
+
+        Where they are there already, the memory is shared.
+        """
+        options = {"device": device, "dtype": sum_dtype(torch.device(device))}
+        tensors = (self.counts, self.sums, self.gram, self.class_weights)
+        return Moments(*(None if t is None else t.to(**options) for t in tensors))
+
+    def all_reduce(self) -> Moments:
+        """The sums over all processes, on each of them; itself where there is one process.
+
+        Every process has the same number of classes and the same kind of Gram matrix.
+        """
+        if ranks() == 1:
+            return self
+        totals = []
+        for own in (self.counts, self.sums, self.gram):
+            total = None if own is None else own.to(travelling_device(), copy=True)
+            if total is not None:
+                dist.all_reduce(total)
+                total = total.to(own)
+            totals.append(total)
+        return Moments(*totals, self.class_weights)
 
     def add(self, x: Tensor, y: Tensor) -> Moments:
         """Adds a batch in place: `x (B, d)` of any float dtype, `y (B,)` in 0..C−1."""

@@ -112,3 +112,22 @@ def test_half_precision_input_is_summed_in_float64():
     x = torch.full((4096, 1), 1.0009765625, dtype=torch.float16)
     moments = Moments.of(x, torch.zeros(4096, dtype=torch.int64), 1)
     assert moments.sums.item() == 4096 * 1.0009765625
+
+
+def test_relabelled_moves_counts_sums_and_class_grams_and_leaves_out_minus_one():
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    moments = Moments.of(x, torch.tensor([0, 1, 2]), 3, gram="per_class")
+    moved = moments.relabelled(torch.tensor([3, -1, 0]), 4)
+    assert moved.counts.tolist() == [1, 0, 0, 1]
+    assert moved.sums.tolist() == [[5, 6], [0, 0], [0, 0], [1, 2]]
+    assert moved.gram[3].tolist() == [[1, 2], [2, 4]]
+    assert moved.gram[1].abs().sum() == 0
+
+
+def test_padded_adds_empty_classes_and_keeps_a_pooled_gram():
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    moments = Moments.of(x, torch.tensor([0, 1]), 2, class_weights=torch.tensor([0.5, 2.0]))
+    padded = moments.padded(4)
+    assert padded.counts.tolist() == [1, 1, 0, 0]
+    assert padded.class_weights.tolist() == [0.5, 2.0, 1.0, 1.0]
+    assert torch.equal(padded.gram, moments.gram)
