@@ -17,7 +17,7 @@ test: $(INSTALLED)  ## The test suite (under 6 minutes on 2 quiet cores).
 test-slow: $(INSTALLED)  ## The long tests.
 	$(BIN)/python -m pytest -m slow
 
-lint: $(INSTALLED)  ## ruff: check and format.
+lint: $(INSTALLED)  ## ruff (check and format) and mypy.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
