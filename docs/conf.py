@@ -19,13 +19,15 @@ extensions = [
 exclude_patterns = ["_build"]
 
 # Sphinx reads pages from its own folder only. The notebooks lie beside the package.
-shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", dirs_exist_ok=True)
+shutil.rmtree(HERE / "notebooks", ignore_errors=True)
+shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks")
 
 html_theme = "furo"
 html_title = f"imprint_pl {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_show_copyright = False
 html_show_sphinx = False
 
 myst_heading_anchors = 3
