@@ -6,7 +6,7 @@ from imprint_pl.parts.gen import PerClass
 
 
 class Trimmed(PerClass):
-    """One proxy a class: the mean of the share `keep` of its samples nearest to the class mean."""
+    """The mean of the samples nearest to the class mean; `keep` is their share."""
 
     name = "trimmed"
 
