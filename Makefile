@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: fit test test-slow lint bench soak gpu-check clean
+.PHONY: fit test test-slow lint docs bench soak gpu-check clean
 
 fit: $(INSTALLED)  ## Imprint the embedded backbone on scikit-learn's digits.
 	$(BIN)/python -m imprint_pl fit --config configs/quickstart.yaml
@@ -20,6 +20,10 @@ test-slow: $(INSTALLED)  ## The long tests.
 lint: $(INSTALLED)  ## ruff (check and format) and mypy.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(INSTALLED)  ## The documentation site; a warning is an error, and no network is needed.
+	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, $(PYTHON) is {v.major}.{v.minor}; try make PYTHON=python3.12")'
@@ -45,4 +49,4 @@ gpu-check: $(INSTALLED)  ## GPU against CPU results, and how near to its limits;
 	$(BIN)/python benchmarks/gpu_check.py
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs docs/_build docs/notebooks

@@ -44,7 +44,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
     Args:
         recipe: "auto", which compares recipes on held-out rows, or a name in
             `imprint_pl.method.recipes.RECIPES`.
-        norm_pre, gen, k, norm_post, norm_inf, agg, m, distance, votes, temperature, lam, intercept,
+        norm_pre, gen, k, norm_post, norm_inf, agg: as for `imprint`.
+        m, distance, votes, temperature, lam, intercept: as for `imprint`.
         shrinkage, prior, projection_dim, width, engine, as_published: as for `imprint`.
         keep: what `fit` keeps, so that classes can come and go later: "embeddings" (float32;
             suffices for every step) or "moments" (sums: see `imprint_pl.training_set.kept`).

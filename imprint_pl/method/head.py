@@ -107,7 +107,7 @@ class ImprintedHead(Constants, Pretrained):
 
     @property
     def feature_dim(self) -> int:
-        """d of the proxies: another where NORM_inf maps to other dimensions."""
+        """d of the proxies, which differs where NORM_inf maps to other dimensions."""
         return self.proxies.shape[1]
 
     @property
