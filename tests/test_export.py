@@ -53,7 +53,7 @@ def small(digits):
         pytest.param("digits", "torch_export", "robust", {}, marks=pytest.mark.slow),
         pytest.param("digits", "onnx", "kernel", {}, marks=pytest.mark.slow),
         ("small", "onnx", "kernel", {}),
-        ("small", "onnx", "janson", {}),
+        pytest.param("small", "onnx", "janson", {}, marks=pytest.mark.slow),
         ("small", "onnx", "knn", {"distance": "mahalanobis"}),
         ("small", "torch_export", "knn", {"distance": "manhattan"}),
     ],

@@ -211,6 +211,7 @@ def test_validation_counts_each_sample_once(results, recipe, devices):
     assert more["val/macro_f1"] == pytest.approx(one["val/macro_f1"])
 
 
+@pytest.mark.slow
 def test_an_error_while_imprinting_ends_every_process(tmp_path):
     finished = run(FAILING, tmp_path)
     assert finished.returncode == 2

@@ -91,6 +91,7 @@ def test_nearest_proxy_rows_on_the_references_own_proxies_are_matched(acceptance
     assert max(abs(v) for values in deviations.values() for v in values) <= 0.001
 
 
+@pytest.mark.slow
 def test_nearest_neighbour_rows_over_all_samples_and_over_means_are_matched(acceptance):
     deviations = defaultdict(list)
     for row in rows():
@@ -122,6 +123,7 @@ def test_recipes_score_what_is_known_of_them(acceptance, recipe, overrides, expe
     assert percent(head, x_test, y_test) == pytest.approx(expected, abs=0.1)
 
 
+@pytest.mark.slow
 def test_ties_by_the_nearer_proxy_are_no_worse_than_by_the_lowest_label(acceptance):
     x, y, x_test, y_test = task(acceptance, "all")
     keywords = dict(m=5, distance="euclidean", votes="uniform")

@@ -80,6 +80,7 @@ def is_fixed(row):
     )
 
 
+@pytest.mark.slow
 def test_rows_without_randomness_are_matched_within_a_tenth_of_a_point(reference, tmp_path):
     rows = [row for row in reference if is_fixed(row)]
     found = deviations(rows, tmp_path)

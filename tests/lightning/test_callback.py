@@ -461,6 +461,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_head_and_the_accuracy_of_one(tmp_path):
     run_script(TWO_PROCESSES, tmp_path, tmp_path)
     imprint_on(1, tmp_path)

@@ -366,6 +366,7 @@ def acceptance():
     return {name: t.float() if "emb" in name else t for name, t in load_file(file).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "seeds"), [("torch", 10), ("faiss", 4), ("exact", 4)])
 def test_accuracy_on_real_embeddings_is_the_references(acceptance, engine, seeds):
     wanted = ["all", "l2", "kmeans", "20", "l2", "l2", "max", "inner_product", "uniform", "-1"]

@@ -453,6 +453,7 @@ class SharedGram:
         return moments
 
 
+@pytest.mark.slow
 def test_k_least_squares_rows_are_matched(scores, monkeypatch):
     monkeypatch.setattr(kls_file, "Moments", SharedGram())
     deviations, bounds = [], []
@@ -467,6 +468,7 @@ def test_k_least_squares_rows_are_matched(scores, monkeypatch):
     assert len(deviations) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "rows"), [("random", 9), ("fps", 9), ("shots", 14)])
 def test_rows_of_random_draws_are_matched_on_average(scores, group, rows):
     deviations, bounds = [], []
@@ -496,6 +498,7 @@ def alternating(distances, medoids):
         medoids = new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["none", "l2"])
 def test_medoids_are_no_worse_than_alternating_from_the_same_start(scores, norm):
     x, y = scores.split("train", "all", norm)
