@@ -13,11 +13,11 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
-from imprint_pl.data.batch import images_of
 from imprint_pl.data.lightning_packages import both
+from imprint_pl.embedding.batches import Unpack, unlabelled
 from imprint_pl.errors import ImprintError
 from imprint_pl.lightning.attaching import RECIPE
-from imprint_pl.lightning.layer import Unpack, configure, gather_embeddings, layer_of, put_module
+from imprint_pl.lightning.layer import configure, gather_embeddings, layer_of, put_module
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.imprinting import imprint
 from imprint_pl.numerics.labels import check_composition, names_of, place_of
@@ -112,20 +112,21 @@ def extend(
     for name in new_classes:
         if place_of(name, names_of(old_data)) is not None:
             raise ImprintError(f"class {name!r} is one of old_data's: give a new one another name")
-    parts, size = [], old.out_features
+    parts, size = list[Tensor](), old.out_features
     hooks = old_data if isinstance(old_data, both(LightningDataModule)) else None
     for name, samples in new_classes.items():
-        # Pairs, as batch hooks know them.
-        given = (samples, _zeros(samples)) if isinstance(samples, Tensor) else samples
-        some = given is samples or len(samples)
-        x = gather_embeddings(module, layer, given, _of_one_class, hooks)[0] if some else ()
+        # A tensor becomes a pair, as batch hooks know batches.
+        given = unlabelled(samples) if isinstance(samples, Tensor) else samples
+        x = torch.empty(0, 0)
+        if given is samples or len(samples):
+            x, _ = gather_embeddings(module, layer, given, unlabelled, hooks)
         if not len(x):
             raise ImprintError(f"class {name!r} has no sample: add some, or leave it out")
         parts.append(x)
     x = torch.cat(parts)
     y = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
     if old_data is None:
-        new = _with_rows(old, *_new_rows(old, x, y))
+        new: nn.Module = _with_rows(old, *_new_rows(old, x, y))
     else:
         old_x, old_y = gather_embeddings(module, layer, old_data, unpack)
         if len(old_y) and int(old_y.max()) >= size:
@@ -139,16 +140,6 @@ def extend(
         new = ExtendedLayer(old, head.to(old.weight.device))
     put_module(module, layer, new.train(old.training))
     return new
-
-
-def _of_one_class(batch: Any) -> tuple[Any, Tensor]:
-    # Labels nobody reads: there is one class.
-    images = images_of(batch)
-    return images, _zeros(images)
-
-
-def _zeros(batch: Any) -> Tensor:
-    return torch.zeros(len(batch), dtype=torch.int64)
 
 
 def _new_rows(old: nn.Linear, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
