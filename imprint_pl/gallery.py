@@ -209,8 +209,8 @@ def draw_gallery(
                 )
             what = f"{proxy.samples:,} sample{'s' * (proxy.samples != 1)}"
             if proxy.share is not None:
-                name = _original_of(proxy, original_names)
-                what += "\n" + wrapped(f"{100 * proxy.share:.0f} % {name}", 1.05, 8, most=2)
+                most_of = f"{100 * proxy.share:.0f} % {_original_of(proxy, original_names)}"
+                what += "\n" + wrapped(most_of, 1.05, 8, most=2)
             figure.text((text - 0.1) / width, middle, what, va="center", ha="right", fontsize=8)
             images = dataset.__getitems__(proxy.nearest)[0] if proxy.nearest else []
             for column, image in enumerate(images):
