@@ -1,14 +1,16 @@
-"""Why: for a prediction the proxy that decided, its share of the class's score, and the training
-images that lie nearest, as data and as a picture.
+"""Why a sample got its class: the proxy that decided, its share of the class's score, and the
+nearest training images, as data and as a picture.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,12 +22,12 @@ from imprint_pl.files import local_path
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.parts.agg.logsumexp import LogSumExp
 from imprint_pl.parts.agg.nearest import NearestProxies
-from imprint_pl.training_set.kept import State
+from imprint_pl.training_set.kept import KeptRows, State
 
 if TYPE_CHECKING:
     from imprint_pl.lightning.classifier import ImprintedClassifier
 
-# Of a picture, in inches: the side of an image, the space around it, and the least width.
+# Inches in a picture: the side of an image, the space around it, and the least width.
 CELL, GAP, NARROWEST = 1.7, 0.12, 3.6
 
 
@@ -47,8 +49,8 @@ class Explanation:
         nearest_class: the class with the best score, whether or not that is enough.
         proxy: index of the proxy that contributes most to that score.
         proxy_of: "2 of 20": which of the class's proxies it is.
-        share: its part of the class's score: 1 for `max`, where one proxy decides alone; of `mnn`
-            its part of the class's votes; of `logsumexp` its softmax weight within the class.
+        share: its part of the class's score: 1 for `max`, where one proxy decides alone; its part
+            of the class's votes for `mnn`; its softmax weight within the class for `logsumexp`.
         neighbours: the nearest training images, nearest first; empty where none were kept.
     """
 
@@ -73,9 +75,9 @@ def explain(
         neighbours: how many of them.
 
     Raises:
-        ImprintError: a state of sums, which know no image.
+        ImprintError: the state holds sums, which know no image.
     """
-    if state is not None and state.x is None:
+    if not isinstance(state, KeptRows | None):
         raise ImprintError(
             'the state holds sums, which know no image: fit with keep="embeddings" and '
             "keep_sources=True to be shown the nearest training images"
@@ -83,7 +85,7 @@ def explain(
     scores = head.scores(x)
     labels, best = head.decide(scores).tolist(), scores.argmax(1)
     parts = _contributions(head, x).cpu()
-    near = _neighbours(x, state, neighbours) if state is not None else [()] * len(x)
+    near = [()] * len(x) if state is None else _neighbours(x, state, neighbours)
     classes, explained = head.proxy_classes.cpu(), []
     for row, label, winner, close in zip(parts, labels, best.tolist(), near, strict=True):
         own = (classes == winner).nonzero().flatten()
@@ -102,7 +104,7 @@ def explain(
 
 
 def picture(
-    image: Tensor | str, explanation: Explanation, path: str | Path, images: list[Tensor] = ()
+    image: Tensor | str, explanation: Explanation, path: str | Path, images: Sequence[Tensor] = ()
 ) -> Path:
     """Draws an image `(C, H, W)` or a file, and its nearest training images beside it, as PNG.
 
@@ -114,22 +116,18 @@ def picture(
     """
     from matplotlib.figure import Figure
 
-    shown = [(image, "the image")]
-    for i, neighbour in enumerate(explanation.neighbours):
-        other = images[i] if images else neighbour.source
-        shown.append((other, neighbour))
+    near = explanation.neighbours
+    shown = [image, *(images[: len(near)] if images else (n.source for n in near))]
     with style():
-        pixels = [_pixels(other) for other, _ in shown]
+        pixels = [_pixels(one) for one in shown]
         # Everything below is in inches, from the bottom left.
         width = max(len(shown) * (CELL + GAP) + GAP, NARROWEST)
         lines = (explanation.class_name, _which_proxy(explanation))
         headline = "\n".join(wrapped(line, width - 2 * GAP, 10, most=4) for line in lines)
-        captions = [
-            wrapped(what.class_name, CELL, 9, most=3) + f"\ncos {what.cosine:.2f}"
-            if isinstance(what, Neighbour)
-            else what
-            for _, what in shown
-        ]
+        captions = ["the image"]
+        for neighbour in near:
+            name = wrapped(neighbour.class_name, CELL, 9, most=3)
+            captions.append(f"{name}\ncos {neighbour.cosine:.2f}")
         tall = max(min(CELL, CELL * image.shape[0] / image.shape[1]) for image in pixels)
         above = tall + 1.5 * GAP
         top = above + max(height(caption, 9) for caption in captions) + GAP
@@ -157,7 +155,7 @@ def _which_proxy(explanation: Explanation) -> str:
     return f"nearest: {explanation.nearest_class}, {share}"
 
 
-def _pixels(image: Tensor | str):
+def _pixels(image: Tensor | str) -> np.ndarray:
     """`(H, W, 3)` for matplotlib."""
     image = image if isinstance(image, Tensor) else read_image(image)
     return image[: 1 if len(image) < 3 else 3].expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
@@ -174,7 +172,7 @@ def explain_files(
     """
     folder = Path(local_path(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    state = None if state is None or state.x is None else state
+    rows = state if isinstance(state, KeptRows) else None
     records = []
     for i, path in enumerate(paths):
         try:
@@ -182,7 +180,7 @@ def explain_files(
         except ImprintError:
             continue
         x = model.embed([image.to(model.device)])
-        (found,) = explain(model.head, x, state)
+        (found,) = explain(model.head, x, rows)
         near = [
             (n, pixels) for n in found.neighbours if (pixels := _image_at(n.source)) is not None
         ]
@@ -206,12 +204,12 @@ def _image_at(source: str) -> Tensor | None:
 
 
 def _contributions(head: ImprintedHead, x: Tensor) -> Tensor:
-    """`(B, P)`: what each proxy brings; the largest of a class is the one that decided."""
+    """What each proxy adds to a score, `(B, P)`: the largest of a class is the one that decided."""
     z = head.norm_inf(x.to(head.proxies.dtype))
     if not isinstance(head.agg, NearestProxies):
         return torch.addmm(head.bias, z, head.proxies.T)
     far, nearest = (t.cpu() for t in head.agg.nearest(z, head.proxies))
-    # Of votes that are alike the nearest counts as the largest.
+    # Where votes are equal, the nearest proxy counts as the largest.
     places = torch.arange(far.shape[1], dtype=torch.float64)
     votes = head.agg._votes(far) * (1 - 1e-9 * places)
     return votes.new_zeros(len(z), len(head.proxies)).scatter(1, nearest, votes)
@@ -225,7 +223,7 @@ def _share(head: ImprintedHead, own: Tensor) -> float:
     return 1.0
 
 
-def _neighbours(x: Tensor, state: State, count: int) -> list[tuple[Neighbour, ...]]:
+def _neighbours(x: Tensor, state: KeptRows, count: int) -> list[tuple[Neighbour, ...]]:
     kept = functional.normalize(state.x.float(), dim=1)
     cosines = functional.normalize(x.float().cpu(), dim=1) @ kept.T
     nearest = cosines.topk(min(count, len(kept)), dim=1)

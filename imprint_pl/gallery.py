@@ -1,7 +1,7 @@
 """What each proxy stands for: the training images nearest to it, and how many samples it has.
 
-On a d-in-1 task it shows how the merged classes
-come apart, and purity says how far.
+On a d-in-1 task it shows whether the proxies of a label stand for its original classes, and purity
+says how far they do.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from imprint_pl.data.base import ImageDataModule
-from imprint_pl.data.batch import split_batch
 from imprint_pl.data.batch_hooks import transfer_of
 from imprint_pl.drawing import height as height_of
 from imprint_pl.drawing import style, wrapped
+from imprint_pl.embedding.batches import embed_loader
 from imprint_pl.errors import ImprintError
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.parts.agg.distances import Mahalanobis, distances
@@ -32,15 +33,15 @@ CLASSES_SHOWN = 20
 
 @dataclass(frozen=True)
 class Proxy:
-    """A proxy and its samples, all by their places in the training set.
+    """A proxy and its samples, which are named by their index in the training set.
 
     Attributes:
         index: its row in `head.proxies`.
         label: its class.
         samples: how many training samples of the class are nearer to it than to the class's others.
-        nearest: places of the nearest of these, the nearest first.
+        nearest: the index of each of the nearest samples, the nearest first.
         original: the most frequent original class among its samples, and `share` its share of them;
-            `None` where nothing was merged, or where it has no samples.
+            `None` where nothing was merged, or where the proxy has no samples.
     """
 
     index: int
@@ -139,13 +140,14 @@ def _merges(y: Tensor, original: Tensor) -> bool:
 def _scores(head: ImprintedHead, x: Tensor, own: Tensor) -> Tensor:
     """Samples `(n, d)` → how near each of the proxies `own (p,)` is, `(n, p)`; larger is nearer."""
     chunks = []
-    metric = Mahalanobis(head.proxies.detach()) if _distance(head) == "mahalanobis" else None
+    distance = _distance(head)
+    metric = Mahalanobis(head.proxies.detach()) if distance == "mahalanobis" else None
     for rows in x.split(4096):
         z = head.norm_inf(rows.to(head.proxies))
         if metric is not None:
             near = -metric(z, head.proxies)[:, own]
-        elif _distance(head) is not None:
-            near = -distances(z, head.proxies[own], _distance(head))
+        elif distance is not None:
+            near = -distances(z, head.proxies[own], distance)
         else:
             near = z @ head.proxies[own].T + head.bias[own]
         chunks.append(near.cpu())
@@ -185,8 +187,8 @@ def draw_gallery(
     side, text = 0.62, 2.5
     width = text + side * columns + 0.1
     with style():
-        lines = _headline(gallery, classes)
-        headline = "\n".join(wrapped(line, width - 0.2, 9) for line in lines)
+        said = _headline(gallery, classes)
+        headline = "\n".join(wrapped(line, width - 0.2, 9) for line in said)
         top = 0.2 + height_of(headline, 9)
         height = top + side * len(rows) + 0.12 * len(blocks) + 0.1
         # A picture has at most 65,535 pixels a side.
@@ -207,8 +209,8 @@ def draw_gallery(
                 )
             what = f"{proxy.samples:,} sample{'s' * (proxy.samples != 1)}"
             if proxy.share is not None:
-                name = original_names[proxy.original] if original_names else str(proxy.original)
-                what += "\n" + wrapped(f"{100 * proxy.share:.0f} % {name}", 1.05, 8, most=2)
+                most_of = f"{100 * proxy.share:.0f} % {_original_of(proxy, original_names)}"
+                what += "\n" + wrapped(most_of, 1.05, 8, most=2)
             figure.text((text - 0.1) / width, middle, what, va="center", ha="right", fontsize=8)
             images = dataset.__getitems__(proxy.nearest)[0] if proxy.nearest else []
             for column, image in enumerate(images):
@@ -228,14 +230,19 @@ def _headline(gallery: Gallery, classes: int) -> list[str]:
     lines = ["The training images nearest to each proxy"]
     if labels > classes:
         lines.append(f"the first {classes} of {labels} classes; the CSV has all")
-    if gallery.purity is not None:
+    if gallery.purity is not None and gallery.chance is not None:
         lines.append(
             f"purity {100 * gallery.purity:.1f} %; one proxy a class: {100 * gallery.chance:.1f} %"
         )
     return lines
 
 
-def _pixels(image: Tensor):
+def _original_of(proxy: Proxy, names: list[str] | None) -> str | int | None:
+    """The name of its most frequent original class, or the number where there are no names."""
+    return names[proxy.original] if names and proxy.original is not None else proxy.original
+
+
+def _pixels(image: Tensor) -> np.ndarray:
     image = image.to(torch.uint8)
     return image[0].numpy() if image.shape[0] < 3 else image[:3].permute(1, 2, 0).numpy()
 
@@ -243,20 +250,19 @@ def _pixels(image: Tensor):
 def rows_of(
     gallery: Gallery, class_names: list[str], original_names: list[str] | None = None
 ) -> list[dict[str, Any]]:
-    """A row a proxy: `proxy, class, samples`, and `original, share` where classes were merged."""
+    """A row for each proxy: `proxy, class, samples, nearest`, and `original, share` where classes
+    were merged."""
     rows = []
     for proxy in gallery.proxies:
-        row = {
+        row: dict[str, Any] = {
             "proxy": proxy.index,
             "class": class_names[proxy.label],
             "samples": proxy.samples,
             "nearest": " ".join(map(str, proxy.nearest)),
         }
         if gallery.purity is not None:
-            known = proxy.original is not None
-            names = original_names or []
-            name = names[proxy.original] if known and names else proxy.original
-            row |= {"original": name, "share": round(proxy.share, 4) if known else None}
+            share = None if proxy.share is None else round(proxy.share, 4)
+            row |= {"original": _original_of(proxy, original_names), "share": share}
         rows.append(row)
     return rows
 
@@ -270,7 +276,7 @@ class ImprintGallery(Callback):
     Args:
         images: where the pictures come from, a data module of `imprint_pl.data`; needed where the
             Trainer's has embeddings. The Trainer's own by default.
-        folder: to write into; the run's by default.
+        folder: the files are written into it; the run's folder by default.
 
     Attributes:
         gallery: after the fit, what was drawn; `path` the PNG, `rows` those of the CSV.
@@ -284,24 +290,21 @@ class ImprintGallery(Callback):
         self.rows: list[dict[str, Any]] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for data in (trainer.datamodule, self.images or trainer.datamodule):
-            if not isinstance(data, ImageDataModule):
-                raise ImprintError(
-                    f"the gallery looks up training images by their places, which "
-                    f"{type(data).__name__} does not have: give a data module of imprint_pl.data"
-                )
+        self._data_and_images(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Every rank asks: log_dir is a broadcast.
         folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
-        if not trainer.is_global_zero or trainer.fast_dev_run or pl_module.head.is_empty:
+        head = cast(ImprintedHead, pl_module.head)
+        tried_out = getattr(trainer, "fast_dev_run", False)
+        if not trainer.is_global_zero or tried_out or head.is_empty:
             return
-        data, images = trainer.datamodule, self.images or trainer.datamodule
+        data, images = self._data_and_images(trainer)
         images.setup()
         x, y = _embedded(trainer, pl_module, data)
-        head = pl_module.head
         names = [head.name_of(label) for label in range(head.num_classes)]
-        self.gallery = proxy_gallery(head, x, y, data.train_dataset.original_labels)
+        train: Any = data.train_dataset
+        self.gallery = proxy_gallery(head, x, y, train.original_labels)
         originals = data.original_class_names
         self.rows = rows_of(self.gallery, names, originals)
         self.path = draw_gallery(
@@ -312,19 +315,26 @@ class ImprintGallery(Callback):
             writer.writeheader()
             writer.writerows(self.rows)
 
+    def _data_and_images(self, trainer: Trainer) -> tuple[ImageDataModule, ImageDataModule]:
+        """The Trainer's data, which is embedded, and the data that the pictures come from."""
+        data = getattr(trainer, "datamodule", None)
+        images = self.images or data
+        for one in (data, images):
+            if not isinstance(one, ImageDataModule):
+                raise ImprintError(
+                    f"the gallery looks up training images by their index, which "
+                    f"{type(one).__name__} does not have: give a data module of imprint_pl.data"
+                )
+        return cast(ImageDataModule, data), cast(ImageDataModule, images)
 
-@torch.no_grad()
+
 def _embedded(trainer: Trainer, module: Any, data: ImageDataModule) -> tuple[Tensor, Tensor]:
     """The training set in its order, `(N, d)` and `(N,)`."""
     training = module.training
     module.eval()
-    xs, ys = [], []
-    transfer = transfer_of(trainer, module, data)
+    # The Trainer's own loader deals each rank a part under DDP.
+    loader, transfer = data.loader(data.train_dataset), transfer_of(trainer, module, data)
     with trainer.precision_plugin.forward_context():
-        # Not the Trainer's loader: under DDP that deals each rank a part.
-        for batch in data.loader(data.train_dataset):
-            images, labels = split_batch(transfer(batch))
-            xs.append(module.embed(images))
-            ys.append(labels)
+        x, y = embed_loader(module.embed, loader, transfer=transfer)
     module.train(training)
-    return torch.cat(xs), torch.cat(ys)
+    return x, y

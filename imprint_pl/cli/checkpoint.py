@@ -20,6 +20,7 @@ from imprint_pl.export import FORMATS, check, export
 from imprint_pl.files import write_whole
 from imprint_pl.lightning.checkpoint import read_checkpoint
 from imprint_pl.lightning.classifier import ImprintedClassifier
+from imprint_pl.training_set.kept import KeptRows
 from imprint_pl.training_set.kept_file import state_path
 
 # Images that an exported file is compared on.
@@ -36,15 +37,17 @@ def run_on_file(argv: list[str]) -> None:
         _export(model, options)
         return
     model.load_state(options.checkpoint)
-    images, paths = None, ()
+    images, paths = None, list[str]()
     if options.images:
         data = ImageFiles(options.images, on_error=options.on_error)
         if data.on_error == "skip":
             print(data.leave_out_unreadable(), end="")
         data.setup()
         images, paths = data.predict_dataloader(), data.paths
-    # Files are named only where those of the others are.
-    sources = [str(path) for path in paths] if model.state.sources else ()
+    # New files are named only where the others are.
+    state = model.kept_state()
+    named = isinstance(state, KeptRows) and bool(state.sources)
+    sources = [str(path) for path in paths] if named else []
     if options.command == "add-class":
         model.add_class(options.name, images, sources)
     elif options.command == "add-examples":
@@ -53,10 +56,11 @@ def run_on_file(argv: list[str]) -> None:
         model.remove_class(options.name, images)
     target = Path(options.output or options.checkpoint)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The head first: whoever is stopped in between runs the command again, from the old state.
+    # The head first: after a stop in between, the command can be run again, from the old state.
     _write_checkpoint(model, options.checkpoint, target)
     model.save_state(target)
-    names, counts = model.state.class_names, model.state.counts.tolist()
+    state = model.kept_state()
+    names, counts = state.class_names, state.counts.tolist()
     shown = ", ".join(f"{n} ({c})" for n, c in zip(names[-10:], counts[-10:], strict=True))
     print(f"{len(names)} classes: {'… ' if len(names) > 10 else ''}{shown}")
     print(f"checkpoint: {target}\nstate: {state_path(target)}")

@@ -1,9 +1,11 @@
 """Images to embeddings: backbones with their own preprocessing, and the cache."""
 
+from typing import Any
+
 __all__ = ["embed"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # On demand: a backbone alone does not wait for Lightning.
     if name == "embed":
         from imprint_pl.embedding.cached import embed

@@ -11,8 +11,10 @@ import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -20,12 +22,12 @@ from tqdm import tqdm
 
 from imprint_pl.data.arrays import ArrayDataset
 from imprint_pl.data.base import ImageDataModule, Splits
-from imprint_pl.data.batch import split_batch
 from imprint_pl.data.batch_hooks import BATCH_HOOKS
 from imprint_pl.data.embeddings import TASK_OPTIONS, EmbeddingDataModule
 from imprint_pl.data.lightning_packages import overrides
 from imprint_pl.data.union import UnionDataset
 from imprint_pl.embedding.backbone import Backbone, load_backbone
+from imprint_pl.embedding.batches import run_batches
 from imprint_pl.embedding.row_cache import RowCache
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import digest, local_path
@@ -54,6 +56,12 @@ class CacheUse:
         )
 
 
+class CachedEmbeddings(EmbeddingDataModule):
+    """A task on embeddings that came through the cache; `use` says what the cache did."""
+
+    use: CacheUse
+
+
 def embed(
     backbone: Backbone | nn.Module | str,
     datamodule: ImageDataModule,
@@ -61,7 +69,7 @@ def embed(
     *,
     name: str | None = None,
     device: torch.device | str | None = None,
-) -> EmbeddingDataModule:
+) -> CachedEmbeddings:
     """The embeddings of a data set's task, from the cache where they are in it.
 
     The cache is keyed by the backbone's name, the hash of its weights, its preprocessing and
@@ -126,7 +134,7 @@ def embed(
         for dataset in (splits.train, splits.test, splits.val)
         if dataset is not None
     }
-    embedded = EmbeddingDataModule(
+    embedded = CachedEmbeddings(
         Splits(
             splits.class_names,
             cached[id(splits.train)],
@@ -150,12 +158,13 @@ class CachedDataset(Dataset):
     """The embeddings of a split, read or made when `select` asks for them.
 
     Args:
-        source: the split's images; a union's sources have caches of their own.
+        source: the split's images, a data set as `Splits` describes it; a union's sources have
+            caches of their own.
         parts: the cache of the split, or those of a union's sources.
         filler: embeds what is missing.
     """
 
-    def __init__(self, source: Dataset, parts: list[RowCache], filler: _Filler) -> None:
+    def __init__(self, source: Any, parts: list[RowCache], filler: _Filler) -> None:
         self.source, self.labels = source, source.labels
         if hasattr(source, "original_labels"):
             self.original_labels = source.original_labels
@@ -168,14 +177,13 @@ class CachedDataset(Dataset):
         """The embeddings at `positions` `(M,)`, ascending, under new labels `(M,)`."""
         if isinstance(self.source, UnionDataset):
             caches = {id(part): c for part, c in zip(self.source.parts, self._parts, strict=True)}
-            rows = [
-                self._filler.rows(caches[id(part)], part, own)
-                for part, _, own in self.source.split(positions)
+            wanted = [
+                (caches[id(part)], part, own) for part, _, own in self.source.split(positions)
             ]
-            rows = torch.cat(rows)
         else:
-            rows = self._filler.rows(self._parts[0], self.source, positions)
-        selected = ArrayDataset(rows, labels)
+            wanted = [(self._parts[0], self.source, positions)]
+        rows = [self._filler.rows(*one) for one in wanted]
+        selected: Any = ArrayDataset(rows[0] if len(rows) == 1 else torch.cat(rows), labels)
         paths = getattr(self.source, "paths", None)
         if paths is not None:
             selected.paths = [paths[position] for position in positions.tolist()]
@@ -187,7 +195,7 @@ class _Filler:
     backbone: Backbone
     device: torch.device
     datamodule: ImageDataModule
-    key: dict
+    key: dict[str, Any]
     cache_dir: Path
     use: CacheUse = field(default_factory=CacheUse)
 
@@ -195,7 +203,7 @@ class _Filler:
         parts = dataset.parts if isinstance(dataset, UnionDataset) else [dataset]
         return CachedDataset(dataset, [self._cache(part) for part in parts], self)
 
-    def _cache(self, dataset: Dataset) -> RowCache:
+    def _cache(self, dataset: Any) -> RowCache:
         if not hasattr(dataset, "fingerprint"):
             raise ImprintError(
                 f"{type(dataset).__name__} of {self.datamodule.name!r} has no fingerprint(), which "
@@ -207,38 +215,36 @@ class _Filler:
         self.use.folders.append(cache.folder)
         return cache
 
-    def rows(self, cache: RowCache, dataset: Dataset, positions: Tensor) -> Tensor:
+    def rows(self, cache: RowCache, dataset: Any, positions: Tensor) -> Tensor:
         """The embeddings of the samples at `positions`, ascending."""
         if len(positions) == 0:
             return torch.empty(0, self.backbone.embedding_dim or 0)
-        rows, found, _ = cache.read(positions)
-        if not found.all():
+        read = filled = cache.read(positions)
+        if not read.found.all():
             with cache.lock(lambda: rank_zero_info(_WAITING.format(cache.folder))):
-                # Again: another process may have been faster.
-                rows, found, faults = cache.read(positions)
-                for path, fault in faults.items():
+                # Another process may have been faster.
+                read = filled = cache.read(positions)
+                for path, fault in read.faults.items():
                     cache.remove(path)
                     rank_zero_warn(
                         f"embedding cache: removed {path} ({fault}); its images are embedded again"
                     )
-                missing = positions[~found]
-                self.use.embedded += len(missing)
-                self._fill(cache, dataset, missing)
+                missing = positions[~read.found]
+                if len(missing):
+                    self.use.embedded += len(missing)
+                    self._fill(cache, dataset, missing)
             if len(missing):
-                rows, filled, faults = cache.read(positions)
-                if not filled.all():
-                    reason = "; ".join(faults.values()) or "rows are missing"
-                    raise ImprintError(
-                        f"the cache {cache.folder} does not keep what is written to it ({reason}): "
-                        "give another --cache_dir"
-                    )
-        self.use.read += int(found.sum())
-        return rows
+                filled = cache.read(positions)
+        if filled.rows is None or not filled.found.all():
+            reason = "; ".join(filled.faults.values()) or "rows are missing"
+            raise ImprintError(
+                f"the cache {cache.folder} does not keep what is written to it ({reason}): "
+                "give another --cache_dir"
+            )
+        self.use.read += int(read.found.sum())
+        return filled.rows
 
-    @torch.no_grad()
-    def _fill(self, cache: RowCache, dataset: Dataset, missing: Tensor) -> None:
-        if len(missing) == 0:
-            return
+    def _fill(self, cache: RowCache, dataset: Any, missing: Tensor) -> None:
         home = next((tensor.device for tensor in self.backbone.state_dict().values()), None)
         images = dataset.select(missing, dataset.labels[missing])
         self.backbone.to(self.device)
@@ -247,11 +253,11 @@ class _Filler:
         with tqdm(
             total=len(missing), desc="embedding", delay=2, leave=False, disable=None
         ) as progress:
-            for batch in self.datamodule.loader(images):
-                # Left on a GPU until they are written: to look at them is to wait for it.
-                batches.append(self._embed(split_batch(batch)[0]))
-                waiting += len(batches[-1])
-                progress.update(len(batches[-1]))
+            for embeddings, _ in run_batches(self._embed, self.datamodule.loader(images)):
+                # They stay on a GPU until they are written: to look at them is to wait for it.
+                batches.append(embeddings)
+                waiting += len(embeddings)
+                progress.update(len(embeddings))
                 due = waiting >= PART_ROWS or time.perf_counter() - last >= PART_SECONDS
                 if due or done + waiting == len(missing):
                     rows, positions = torch.cat(batches).cpu(), missing[done : done + waiting]
@@ -263,14 +269,11 @@ class _Filler:
             self.backbone.to(home)
 
     def _embed(self, images: Tensor | list[Tensor]) -> Tensor:
-        if isinstance(images, Tensor):
-            images = images.to(self.device, non_blocking=True)
-        else:
-            images = [image.to(self.device, non_blocking=True) for image in images]
-        # A copy: the first of all tokens would keep them all in memory.
+        images = move_data_to_device(images, self.device)
+        # A copy: a view, such as the first token of all, would keep the whole in memory.
         return self.backbone(images).to(torch.float32, copy=True)
 
-    def _check(self, rows: Tensor, dataset: Dataset, positions: Tensor) -> None:
+    def _check(self, rows: Tensor, dataset: Any, positions: Tensor) -> None:
         finite = rows.isfinite().all(1)
         if not finite.all():
             position = int(positions[int((~finite).nonzero()[0])])

@@ -13,19 +13,20 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
-from imprint_pl.data.batch import images_of
 from imprint_pl.data.lightning_packages import both
+from imprint_pl.embedding.batches import Unpack, unlabelled
 from imprint_pl.errors import ImprintError
 from imprint_pl.lightning.attaching import RECIPE
-from imprint_pl.lightning.layer import Unpack, configure, gather_embeddings, layer_of, put_module
+from imprint_pl.lightning.layer import configure, gather_embeddings, layer_of, put_module
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.imprinting import imprint
 from imprint_pl.numerics.labels import check_composition, names_of, place_of
 from imprint_pl.numerics.moments import Moments
 
-# Of the new rows without old samples, chosen on digits and Fashion-MNIST embeddings: towards a
-# round covariance, which must also do for the old classes; the spread of a new logit within its
-# class over that of the old ones; the part of a class's samples that its logit is to win.
+# Constants of the new rows that are made without old samples, chosen on embeddings of digits and
+# Fashion-MNIST: how far the covariance shrinks towards a round one, since it must also serve the
+# old classes; the spread of a new logit within its class over that of the old logits; the share of
+# a class's samples on which its logit wins.
 SHRINKAGE = 0.5
 SPREAD = 0.5
 WON = 0.85
@@ -34,13 +35,13 @@ WON = 0.85
 class ExtendedLayer(nn.Module):
     """A trained layer beside a head of all classes: `(B, d)` → logits `(B, C_old + C_new)`.
 
-    The old logits are the trained layer's. A new class's is the largest old one plus the margin by
-    which the head puts it before the best old class: the head decides whether a sample is of a new
-    class, and of which, the trained layer of which old one.
+    The old logits are the trained layer's. The logit of a new class is the largest old one plus the
+    margin by which the head puts that class before the best old one. So the head decides whether a
+    sample belongs to a new class, and to which; the trained layer decides among the old ones.
 
     Args:
         old: the trained layer, `(B, d)` → `(B, C_old)`.
-        head: of all classes, the old ones first; empty where a state dict will fill it.
+        head: has all classes, the old ones first; empty where a state dict will fill it.
     """
 
     def __init__(self, old: nn.Linear, head: ImprintedHead | None = None) -> None:
@@ -65,7 +66,7 @@ def extend(
     unpack: Unpack | None = None,
     **overrides: Any,
 ) -> nn.Module:
-    """Adds classes to a trained `nn.Linear`; the logits of the old ones stay the same.
+    """Adds classes to a trained `nn.Linear`; the logits of the old classes stay the same.
 
     Label C_old + i is the i-th name of `new_classes`. With `old_data` the layer becomes an
     `ExtendedLayer`, about as accurate as imprinting all classes at once; that takes as many samples
@@ -78,12 +79,13 @@ def extend(
         module: any trained `nn.Module` or LightningModule.
         layer: dotted name of an `nn.Linear` with at least two classes; its input is the embedding.
         new_classes: name → samples of that class: inputs `(N, …)`, or a loader of batches, whose
-            labels, if any, do not matter. They go through the same batch hooks as `old_data`: those
-            of a DataModule there, or else the module's, as in a Trainer.
+            labels, if any, do not matter; images of skipped files are left out. They go through
+            the same batch hooks as `old_data`: those of a DataModule there, or else the module's,
+            as in a Trainer.
         old_data: samples of the old classes with labels 0..C_old−1: a loader, a
             LightningDataModule, or `(x, y)`.
-        recipe, overrides: as of `imprint`; of the head, with `old_data`.
-        unpack: batch → (inputs, labels) of `old_data`.
+        recipe, overrides: as for `imprint`; they make the head, and need `old_data`.
+        unpack: takes a batch of `old_data` apart: batch → (inputs, labels).
 
     Returns:
         The new layer, `(B, d)` → `(B, C_old + C_new)`. To load its state dict, build it from a
@@ -112,20 +114,21 @@ def extend(
     for name in new_classes:
         if place_of(name, names_of(old_data)) is not None:
             raise ImprintError(f"class {name!r} is one of old_data's: give a new one another name")
-    parts, size = [], old.out_features
+    parts, size = list[Tensor](), old.out_features
     hooks = old_data if isinstance(old_data, both(LightningDataModule)) else None
     for name, samples in new_classes.items():
-        # Pairs, as batch hooks know them.
-        given = (samples, _zeros(samples)) if isinstance(samples, Tensor) else samples
-        some = given is samples or len(samples)
-        x = gather_embeddings(module, layer, given, _of_one_class, hooks)[0] if some else ()
+        # A tensor becomes a pair, as batch hooks know batches.
+        given = unlabelled(samples) if isinstance(samples, Tensor) else samples
+        x = torch.empty(0, 0)
+        if given is samples or len(samples):
+            x, _ = gather_embeddings(module, layer, given, unlabelled, hooks)
         if not len(x):
             raise ImprintError(f"class {name!r} has no sample: add some, or leave it out")
         parts.append(x)
     x = torch.cat(parts)
     y = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
     if old_data is None:
-        new = _with_rows(old, *_new_rows(old, x, y))
+        new: nn.Module = _with_rows(old, *_new_rows(old, x, y))
     else:
         old_x, old_y = gather_embeddings(module, layer, old_data, unpack)
         if len(old_y) and int(old_y.max()) >= size:
@@ -141,22 +144,12 @@ def extend(
     return new
 
 
-def _of_one_class(batch: Any) -> tuple[Any, Tensor]:
-    # Labels nobody reads: there is one class.
-    images = images_of(batch)
-    return images, _zeros(images)
-
-
-def _zeros(batch: Any) -> Tensor:
-    return torch.zeros(len(batch), dtype=torch.int64)
-
-
 def _new_rows(old: nn.Linear, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Weights `(C_new, d)` and bias of new classes, from their embeddings and the old rows.
 
-    As linear discriminant analysis against one point in the place of the old classes: of those
-    where all old logits are equal, the nearest (Mahalanobis) to the mean of the new classes. The
-    bias lets a new logit beat the largest old one on `WON` of its class's samples.
+    This is linear discriminant analysis with one point in the place of the old classes. Among the
+    points where all old logits are equal, it is the nearest (Mahalanobis) to the mean of the new
+    classes. The bias lets a new logit beat the largest old one on `WON` of its class's samples.
     """
     x = x.double()
     W = old.weight.detach().double().cpu()

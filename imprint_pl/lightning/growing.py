@@ -1,37 +1,45 @@
-"""Grow and forget: classes and examples that come and go after the fit, on a classifier. The maths,
-and what is kept for it, is in `training_set/kept.py`.
+"""Grow and forget: classes and examples that come and go after the fit, on a classifier. What is
+kept for that, and the maths, are in `training_set/kept.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from imprint_pl.data.batch import images_of
+from imprint_pl.embedding.batches import embed_loader, readable, unlabelled
 from imprint_pl.errors import ImprintError
+from imprint_pl.method.head import ImprintedHead
 from imprint_pl.numerics.labels import warn_of_alike
 from imprint_pl.training_set.kept import State
 from imprint_pl.training_set.kept_file import read_state, state_path, write_state
 
-# Images that go through the backbone at a time.
+# How many images go through the backbone at a time.
 BATCH = 64
 
 
-class Growing:
-    """Mixed into `ImprintedClassifier`, which brings `embed`, `head` and `device`.
+class Growing(LightningModule):
+    """The part of `ImprintedClassifier` that adds and removes classes.
 
     Attributes:
+        head: the classifier's.
         state: what was kept of the training set, by `fit` with `keep=` or by `load_state`.
     """
 
+    head: ImprintedHead
     state: State | None = None
 
+    def embed(self, images: Any) -> Tensor:
+        """A batch of images → embeddings `(B, d)`."""
+        raise NotImplementedError
+
     def add_class(self, name: str, images: Any, sources: Sequence[str] = ()) -> None:
-        """Adds a class, as the last label; the head is that of all samples at once.
+        """Adds a class as the last label. The head becomes that of all samples at once.
 
         Args:
             name: its name.
@@ -43,13 +51,13 @@ class Growing:
             ImprintError: nothing was kept, or what was kept does not suffice (it says what would);
                 the class is there already; no image.
         """
-        grown = self._kept().add_class(name, self._embedded(images), sources=sources)
+        grown = self.kept_state().add_class(name, self._embedded(images), sources=sources)
         self._become(grown)
         warn_of_alike(grown.class_names, "the head")
 
     def add_examples(self, name: str, images: Any, sources: Sequence[str] = ()) -> None:
-        """Adds images to a class. Arguments and errors as of `add_class`."""
-        self._become(self._kept().add_examples(name, self._embedded(images), sources))
+        """Adds images to a class. Arguments and errors as for `add_class`."""
+        self._become(self.kept_state().add_examples(name, self._embedded(images), sources))
 
     def remove_class(self, name: str, images: Any = None) -> None:
         """Removes a class; the labels above it move down by one.
@@ -62,17 +70,22 @@ class Growing:
             ImprintError: nothing was kept, or it does not suffice; no such class; the last one.
         """
         x = None if images is None else self._embedded(images)
-        self._become(self._kept().remove_class(name, x))
+        self._become(self.kept_state().remove_class(name, x))
 
     def save_state(self, checkpoint: str | Path) -> Path:
         """Writes the state beside a checkpoint, `NAME.state.safetensors`."""
-        return write_state(self._kept(), state_path(checkpoint))
+        return write_state(self.kept_state(), state_path(checkpoint))
 
     def load_state(self, checkpoint: str | Path) -> None:
         """Reads the state beside a checkpoint."""
         self.state = read_state(state_path(checkpoint))
 
-    def _kept(self) -> State:
+    def kept_state(self) -> State:
+        """Returns what was kept of the training set.
+
+        Raises:
+            ImprintError: nothing was kept.
+        """
         if self.state is None:
             raise ImprintError(
                 'nothing was kept of the training set: fit with keep="embeddings" (suffices for '
@@ -81,34 +94,25 @@ class Growing:
         return self.state
 
     def _become(self, state: State) -> None:
-        # Made before anything changes: a step that fails leaves the classifier as it was.
+        # The head comes first: a step that fails leaves the classifier as it was.
         head = state.head()
         self.head.load_state_dict(head.state_dict())
         self.state = state
 
     def _embedded(self, images: Any) -> Tensor:
-        if isinstance(images, Tensor):
-            batches = images.split(BATCH) if len(images) else []
-        elif isinstance(images, list) and all(
-            isinstance(i, Tensor) and i.ndim == 3 for i in images
-        ):
-            batches = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
-        else:
-            batches = (_readable(batch) for batch in images)
-        rows = []
-        for batch in batches:
-            single = isinstance(batch, Tensor)
-            if not len(batch):
-                continue
-            batch = batch.to(self.device) if single else [image.to(self.device) for image in batch]
-            rows.append(self.embed(batch).cpu())
-        if not rows:
-            raise ImprintError("no image was given: add some")
-        return torch.cat(rows)
+        def transfer(batch: Any) -> Any:
+            return move_data_to_device(batch, self.device)
+
+        x, _ = embed_loader(self.embed, _batches(images), transfer=transfer, unpack=unlabelled)
+        return x.cpu()
 
 
-def _readable(batch: Any) -> Any:
-    """The images of a batch, without the black ones in the place of files that were skipped."""
-    images = images_of(batch)
-    skipped = batch.get("skipped", {}) if isinstance(batch, dict) else {}
-    return [image for i, image in enumerate(images) if i not in skipped] if skipped else images
+def _batches(images: Any) -> Iterator[Any]:
+    """Images, or embeddings, a batch at a time: `BATCH` of a tensor or a list of images; anything
+    else has batches of its own."""
+    if isinstance(images, list) and all(isinstance(i, Tensor) and i.ndim == 3 for i in images):
+        yield from (images[i : i + BATCH] for i in range(0, len(images), BATCH))
+    elif isinstance(images, Tensor):
+        yield from images.split(BATCH) if len(images) else ()
+    else:
+        yield from (found for batch in images if len(found := readable(batch)))

@@ -8,7 +8,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
@@ -26,16 +26,14 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from imprint_pl.data.batch import split_batch
 from imprint_pl.data.batch_hooks import batch_hooks, in_training
 from imprint_pl.data.lightning_packages import both, overrides
+from imprint_pl.embedding.batches import Unpack, run_batches
 from imprint_pl.errors import ImprintError, did_you_mean
 from imprint_pl.training_set.store import RowStore
 
 # Samples that go through the module at a time where the data came as two tensors.
 BATCH = 256
-
-Unpack = Callable[[Any], tuple[Any, Tensor]]
 
 
 def averaged_copies(
@@ -95,7 +93,7 @@ def _show(module: nn.Module, layer: str) -> None:
     """Lets `module.<layer>` find a layer that a class attribute hides: `fc = None` in the class, of
     a layer that is made in `configure_model`, is what Python finds first."""
     for part in layer.split("."):
-        hidden = module._modules[part]
+        hidden = cast(nn.Module, module._modules[part])
         if getattr(module, part) is not hidden:
             module.__dict__[part] = hidden
         module = hidden
@@ -110,7 +108,7 @@ def configure(module: nn.Module, layer: str) -> None:
     """
     names = {name for name, _ in module.named_modules(remove_duplicate=False)}
     if layer not in names and overrides("configure_model", module):
-        module.configure_model()
+        cast(LightningModule, module).configure_model()
     layer_of(module, layer)
 
 
@@ -148,7 +146,13 @@ def gather_embeddings(
             stack.enter_context(trainer.precision_plugin.forward_context())
         loader = in_data_order(loader_of(data))
         embed_batches(store, module, layer, loader, unpack, transfer)
-    return store.gather()
+    gathered = store.gather()
+    if gathered is None:
+        raise ImprintError(
+            "attach and extend gather the embeddings of all processes in the first one: call them "
+            "before the Trainer starts others, or use ImprintCallback"
+        )
+    return gathered
 
 
 def embed_batches(
@@ -157,7 +161,7 @@ def embed_batches(
     layer: str,
     batches: Iterable[Any],
     unpack: Unpack | None = None,
-    transfer: Callable[[Any], Any] = lambda batch: batch,
+    transfer: Callable[[Any], Any] | None = None,
     go_on: Callable[[int, Tensor], bool] = lambda index, labels: True,
 ) -> None:
     """Adds what goes into a layer to a store, batch by batch, while `go_on(index, labels)`.
@@ -166,10 +170,14 @@ def embed_batches(
         ImprintError: no batch, labels that do not fit, a layer that does not run once a batch.
     """
     forward, index = _entry(module, layer), -1
-    for index, batch in enumerate(batches):
-        inputs, labels = (unpack or split_batch)(transfer(batch))
+
+    def run(inputs: Any) -> list[Any]:
         with inputs_of(module, layer) as seen:
             forward(inputs)
+        return seen
+
+    passes = run_batches(run, batches, transfer=transfer, unpack=unpack)
+    for index, (seen, labels) in enumerate(passes):
         store.add(the_embedding(seen, layer, labels), labels)
         if not go_on(index, labels):
             break
@@ -181,9 +189,9 @@ def embed_batches(
 def inputs_of(module: nn.Module, layer: str) -> Iterator[list[Any]]:
     """A list to which each run of the layer adds its input. Meanwhile nothing runs as
     `torch.compile` has made it: that would not see a new hook."""
-    seen = []
+    seen: list[Any] = []
 
-    def keep(_, args, kwargs):
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(args[0] if args else next(iter(kwargs.values())))
 
     handle = layer_of(module, layer).register_forward_pre_hook(keep, with_kwargs=True)
@@ -237,9 +245,10 @@ def at_rest(module: nn.Module, layer: str) -> Iterator[None]:
 def loader_of(data: Any) -> Iterable[Any]:
     """The batches of `attach`'s `data`."""
     if isinstance(data, both(LightningDataModule)):
-        data.prepare_data()
-        data.setup("fit")
-        return data.train_dataloader()
+        module = cast(LightningDataModule, data)
+        module.prepare_data()
+        module.setup("fit")
+        return module.train_dataloader()
     if isinstance(data, tuple):
         if len(data) != 2 or len(data[0]) != len(data[1]):
             sizes = [len(part) for part in data]
@@ -259,7 +268,7 @@ def in_data_order(loader: Any, ranks: int = 1, rank: int = 0) -> Any:
             "from as data="
         )
     batch_sampler = getattr(loader, "batch_sampler", None)
-    sampler = getattr(loader, "sampler", None)
+    sampler: Any = getattr(loader, "sampler", None)
     if not hasattr(sampler, "__len__") or type(batch_sampler) not in (BatchSampler, type(None)):
         return loader
     if isinstance(sampler, RandomSampler | DistributedSampler):
@@ -283,7 +292,7 @@ def in_data_order(loader: Any, ranks: int = 1, rank: int = 0) -> Any:
 
 def _entry(module: nn.Module, layer: str) -> nn.Module:
     """The module, or the first on the way to the layer, that has a forward of its own."""
-    missing = (nn.Module.forward, *(cls.forward for cls in both(LightningModule)))
+    missing = [cls.forward for cls in cast(Any, (nn.Module, *both(LightningModule)))]
     parts = layer.split(".")
     for depth in range(len(parts)):
         part = module.get_submodule(".".join(parts[:depth]))

@@ -5,15 +5,15 @@ others (AUROC), and how many of each pass the head's threshold (`method/threshol
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
-from imprint_pl.data.batch import images_of
 from imprint_pl.data.batch_hooks import in_training, transfer_of
+from imprint_pl.embedding.batches import run_batches, unlabelled
 from imprint_pl.method.head import ImprintedHead
 
 
@@ -38,7 +38,7 @@ class Outsiders(Callback):
 
     `val/outsiders_auroc` and, where the head has a threshold, `val/accepted` (share of the stage's
     own images that pass) and `val/rejected` (share of outsiders that do not); `test/…` likewise.
-    Of several loaders each has its own, `val/accepted/dataloader_idx_0`, ….
+    With several loaders each has its own: `val/accepted/dataloader_idx_0`, ….
 
     Args:
         data: images that belong to no class; its test split is used, with its own batch hooks.
@@ -47,6 +47,9 @@ class Outsiders(Callback):
     def __init__(self, data: LightningDataModule) -> None:
         self.data = data
         self._undo = ExitStack()
+        # The loader whose batch is on its way, and the best scores of each loader's batches.
+        self._loader: int | str = 0
+        self._scores: dict[int | str, list[Tensor]] = {}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen(pl_module)
@@ -55,12 +58,16 @@ class Outsiders(Callback):
         self._listen(pl_module)
 
     def on_validation_batch_start(
-        self, trainer, pl_module, batch, batch_idx, dataloader_idx=0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._loader = dataloader_idx
 
-    def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
-        self._loader = dataloader_idx
+    on_test_batch_start = on_validation_batch_start
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log("val", trainer, pl_module)
@@ -74,9 +81,9 @@ class Outsiders(Callback):
         self._undo.close()
 
     def _listen(self, module: LightningModule) -> None:
-        # What the head gives for the stage's own images: they need not go through it twice.
-        self._scores: dict[Any, list[Tensor]] = {}
-        self._undo.callback(module.head.register_forward_hook(self._heard).remove)
+        # The stage's own images need not go through the head twice: its scores are kept.
+        self._scores = {}
+        self._undo.callback(_head_of(module).register_forward_hook(self._heard).remove)
 
     def _heard(self, head: ImprintedHead, inputs: Any, logits: Tensor) -> None:
         best = logits.detach().amax(1, keepdim=True).cpu()
@@ -94,20 +101,30 @@ class Outsiders(Callback):
             with (
                 in_training(module, self.data, trainer),
                 trainer.precision_plugin.forward_context(),
-                torch.no_grad(),
             ):
-                for batch in self.data.test_dataloader():
-                    module(images_of(transfer(batch)))
+                loader = self.data.test_dataloader()
+                for _ in run_batches(module, loader, transfer=transfer, unpack=unlabelled):
+                    pass  # `_heard` keeps the scores.
         outside = torch.cat(self._scores.pop("outside"))
         for number, scores in insiders.items():
             inside = torch.cat(scores)
             values = {"outsiders_auroc": auroc(inside, outside)}
-            if module.head.threshold is not None:
-                least = module.head.threshold / module.head.temperature
+            head = _head_of(module)
+            if head.threshold is not None:
+                least = head.threshold / head.temperature
                 values["accepted"] = (inside >= least).double().mean().item()
                 values["rejected"] = (outside < least).double().mean().item()
-            # Lightning's own suffix, which it would add in a step alone.
+            # The suffix is Lightning's, which adds it inside a step only.
             suffix = f"/dataloader_idx_{number}" if len(insiders) > 1 else ""
-            options = dict(sync_dist=True, batch_size=1, add_dataloader_idx=not suffix)
             for name, value in values.items():
-                module.log(f"{stage}/{name}{suffix}", value, **options)
+                module.log(
+                    f"{stage}/{name}{suffix}",
+                    value,
+                    sync_dist=True,
+                    batch_size=1,
+                    add_dataloader_idx=not suffix,
+                )
+
+
+def _head_of(module: LightningModule) -> ImprintedHead:
+    return cast(ImprintedHead, module.head)

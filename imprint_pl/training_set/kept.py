@@ -1,19 +1,21 @@
-"""What is kept of the training set beside a head, so that classes and examples can come and go:
-embeddings, from which everything can be made anew, or sums, which say nothing of single samples.
+"""What is kept of the training set beside a head, so that classes and examples can come and go.
 
-A `State` never changes: each step gives a new one, and `head()` makes the head that imprinting its
-samples at once would give, whatever the order in which they came.
+`KeptRows` keeps the embeddings, from which every head can be made. `KeptSums` keeps their sums,
+which are smaller and suffice for some recipes. A `State` never changes: each step returns a new
+one, and `head()` gives the head that imprinting the same samples at once would give, whatever the
+order in which they came.
 """
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imprint_pl.errors import ImprintError, did_you_mean, warn
 from imprint_pl.method.head import ImprintedHead
@@ -21,6 +23,7 @@ from imprint_pl.method.imprinting import imprint_parts
 from imprint_pl.method.pipeline import head_of_sums, keywords_of
 from imprint_pl.method.recipes import Recipe, resolve
 from imprint_pl.method.selection import weibull_typical
+from imprint_pl.method.threshold import set_threshold
 from imprint_pl.numerics.labels import check_name, place_of
 from imprint_pl.numerics.moments import Moments
 from imprint_pl.numerics.order import in_order
@@ -32,47 +35,32 @@ from imprint_pl.parts.norm.random_projection import RandomProjection
 KEEP = ("moments", "embeddings")
 
 
-@dataclass(frozen=True)
-class State:
-    """The training set of a head, or its sums; on the CPU.
+@dataclass(frozen=True, kw_only=True)
+class State(ABC):
+    """What is kept of the training set of a head, on the CPU: `KeptRows` or `KeptSums`.
 
     Attributes:
+        keep: the word of `KEEP` for this kind.
         settings: the recipe and its keywords, as `resolve` takes them.
         seed: fixes every random choice.
         class_names: C names.
         embedding_dim: d.
-        x: `(N, d)` float32 (float16 in files of earlier versions), in an order that depends on the
-            rows alone, and `y` `(N,)`; or `None`.
-        sources: N words that name the samples, such as their files; empty where not asked for.
-        moments: the sums of NORM_pre(x), or `None`.
-        temperature, threshold: of the head; sums keep them, embeddings fit them anew.
-        calibrated: whether the temperature suits the head of these samples.
-        capped: whether `random_projection` has at most half as many features as there are samples:
-            the rule of earlier versions, by which a state that those have written goes on.
-        accept: share of training samples that the threshold is to let pass; see `threshold.py`.
-        weibull: as for `imprint`.
+        capped: whether `random_projection` has at most half as many features as there are samples.
+            Earlier versions had this rule, and the states that they wrote go on by it.
         classifier: the backbone's original classifier, where NORM_post is "quantile".
     """
+
+    keep: ClassVar[str]
 
     settings: dict[str, Any]
     seed: int
     class_names: list[str]
     embedding_dim: int
-    x: Tensor | None = None
-    y: Tensor | None = None
-    sources: tuple[str, ...] = ()
-    moments: Moments | None = None
-    temperature: float = 1.0
-    calibrated: bool = True
     capped: bool = False
-    threshold: float | None = None
-    accept: float | None = None
-    weibull: tuple[float, float] | None = None
     classifier: Tensor | None = None
 
-    @classmethod
+    @staticmethod
     def of(
-        cls,
         x: Tensor,
         y: Tensor,
         head: ImprintedHead,
@@ -83,14 +71,15 @@ class State:
         weibull: tuple[float, float] | None = None,
         classifier: Tensor | None = None,
     ) -> State:
-        """The state of a head that was imprinted from `x (N, d)`, `y (N,)`.
+        """Returns the state of a head that was imprinted from `x (N, d)`, `y (N,)`.
 
         Args:
-            x, y: as `imprint` took them, before any choice by `weibull`.
-            head: gives recipe, seed and class names.
+            x, y: as `imprint` took them, before `weibull` chose among them.
+            head: gives the recipe, the seed and the class names.
             keep: "moments" or "embeddings".
-            sources: what names the samples; embeddings only.
-            accept, weibull, classifier: see the attributes.
+            sources: see `KeptRows`; sums do not keep them.
+            accept, weibull: see `KeptRows`.
+            classifier: see the attributes.
 
         Raises:
             ImprintError: an unknown `keep`, or sums that do not suffice for the recipe.
@@ -101,78 +90,63 @@ class State:
             )
         settings = keywords_of(head)
         quantile = settings.get("norm_post") == "quantile"
-        state = cls(
+        shared: dict[str, Any] = dict(
             settings=json.loads(json.dumps(settings, default=to_json_value)),
             seed=int(head.settings.get("seed", 0)),
             class_names=[head.name_of(label) for label in range(head.num_classes)],
             embedding_dim=x.shape[1],
+            classifier=classifier.detach().cpu() if quantile and classifier is not None else None,
+        )
+        x, y = x.detach().cpu().float(), y.detach().cpu().long()
+        if keep == "embeddings":
+            return KeptRows(
+                x=x,
+                y=y,
+                sources=tuple(sources),
+                accept=accept,
+                weibull=None if weibull is None else (float(weibull[0]), float(weibull[1])),
+                **shared,
+            )._in_order()
+        parts = _parts_of(shared["settings"])
+        _refuse_moments(parts, weibull)
+        norm_pre, _ = _fresh(parts, x.shape[1], len(y), shared["seed"])
+        gram = "pooled" if parts.gen.needs_gram else "none"
+        return KeptSums(
+            moments=sums_of(norm_pre, x, y, head.num_classes, gram),
             temperature=head.temperature,
             calibrated=head.settings.get("calibrated", True),
             threshold=head.threshold,
-            accept=accept,
-            weibull=None if weibull is None else (float(weibull[0]), float(weibull[1])),
-            classifier=classifier.detach().cpu() if quantile and classifier is not None else None,
+            **shared,
         )
-        x, y = x.detach().cpu(), y.detach().cpu().long()
-        if keep == "embeddings":
-            return state._with_rows(x.float(), y, tuple(sources))
-        parts = state.parts
-        _refuse_moments(parts, weibull)
-        norm_pre = state._norm_pre(parts, len(y))[0]
-        gram = "pooled" if parts.gen.needs_gram else "none"
-        return replace(state, moments=sums_of(norm_pre, x.float(), y, head.num_classes, gram))
-
-    @property
-    def keep(self) -> str:
-        return "moments" if self.x is None else "embeddings"
 
     @property
     def parts(self) -> Recipe:
-        parts = resolve(**self.settings)
-        for step in steps_of(parts.norm_pre):
-            if isinstance(step, RandomProjection):
-                # NORM_inf "same" is the same object.
-                step.capped = self.capped
-        return parts
+        """The parts of the recipe, not fitted."""
+        return _parts_of(self.settings, self.capped)
 
     @property
+    @abstractmethod
     def counts(self) -> Tensor:
-        """`(C,)` int64, the samples of each class."""
-        if self.x is None:
-            return self.moments.counts.long()
-        return torch.bincount(self.y, minlength=len(self.class_names))
+        """`(C,)` int64, how many samples each class has."""
 
+    @abstractmethod
     def head(self) -> ImprintedHead:
-        """The head of these samples, on the CPU."""
-        parts, names = self.parts, list(self.class_names)
-        if self.x is None:
-            _, head = self._norm_pre(parts, int(self.counts.sum()))
-            head = head_of_sums(self.moments, parts, head, names, self.seed, self.classifier)
-            head.temperature, head.threshold = self.temperature, self.threshold
-            if not self.calibrated:
-                head.settings["calibrated"] = False
-            return head
-        x, y = self.x.float(), self.y
-        if self.weibull is not None:
-            rows = weibull_typical(x, y, *self.weibull)
-            x, y = x[rows], y[rows]
-        head = imprint_parts(
-            x, y, parts, len(names), names, self.seed, self.classifier, allow_empty=True
-        )
-        if self.accept is not None:
-            from imprint_pl.method.threshold import set_threshold
-
-            set_threshold(head, x, y, self.accept, self.classifier)
-        return head
+        """Returns the head of these samples, on the CPU."""
 
     def add_class(
         self, name: str, x: Tensor, place: int | None = None, sources: Sequence[str] = ()
-    ) -> State:
-        """With a new class of embeddings `x (n, d)`, as label `place`; the last by default.
+    ) -> Self:
+        """Returns the state with a new class.
+
+        Args:
+            name: the new class.
+            x: its embeddings `(n, d)`.
+            place: its label; the last one by default.
+            sources: see `KeptRows`; sums do not keep them.
 
         Raises:
-            ImprintError: the class is there already, no sample, other dimensions, or sums that do
-                not suffice.
+            ImprintError: the class is there already, there is no sample, d is another one, or sums
+                do not suffice.
         """
         check_name(name)
         if place_of(name, self.class_names) is not None:
@@ -183,107 +157,45 @@ class State:
         names, label = list(self.class_names), len(self.class_names) if place is None else place
         names.insert(label, name)
         places = torch.arange(len(names) - 1)
-        return self._renamed(names, places + (places >= label)).add_examples(name, x, sources)
+        grown = self._relabelled(names, places + (places >= label))
+        return grown.add_examples(name, x, sources)
 
-    def add_examples(self, name: str, x: Tensor, sources: Sequence[str] = ()) -> State:
-        """With more samples `x (n, d)` of a class. Errors as of `add_class`."""
+    def add_examples(self, name: str, x: Tensor, sources: Sequence[str] = ()) -> Self:
+        """Returns the state with more samples of a class. Arguments and errors as `add_class`."""
         label, x = self._label(name), self._checked(x, name)
-        y = torch.full((len(x),), label)
-        if self.x is not None:
-            sources = tuple(sources) or ("",) * len(x)
-            known = self.sources or ("",) * len(self.x)
-            sources = (*known, *sources) if any(sources) or self.sources else ()
-            rows = torch.cat([self.x.float(), x.float()])
-            return self._with_rows(rows, torch.cat([self.y, y]), sources)
-        return self._with_sums(self.moments + self._sums(x, y, len(x)))
+        return self._with(x, torch.full((len(x),), label), tuple(sources))
 
-    def remove_class(self, name: str, x: Tensor | None = None) -> State:
-        """Without a class.
+    def remove_class(self, name: str, x: Tensor | None = None) -> Self:
+        """Returns the state without a class.
 
         Args:
             name: the class.
-            x: its embeddings `(n, d)`, all of them: sums with a Gram matrix, which is one for all
-                classes, ask for them.
+            x: all its embeddings `(n, d)`. Only sums with a Gram matrix need them, since that
+                matrix is one for all classes.
 
         Raises:
-            ImprintError: no such class, the last class, or sums that do not suffice.
+            ImprintError: there is no such class, it is the last one, or sums do not suffice.
         """
         label = self._label(name)
         if len(self.class_names) == 1:
             raise ImprintError(f"class {name!r} is the last one: a head needs a class")
         names = [*self.class_names[:label], *self.class_names[label + 1 :]]
-        places = torch.arange(len(names) + 1)
+        places = torch.arange(len(self.class_names))
         places = torch.where(places == label, -1, places - (places > label).long())
-        if self.x is not None:
-            rows = self.y != label
-            sources = tuple(s for s, kept in zip(self.sources, rows.tolist(), strict=False) if kept)
-            left = replace(self, x=self.x[rows], y=self.y[rows], sources=sources)
-            return left._renamed(names, places)
-        moments = self.moments
-        if moments.gram is not None:
-            moments = self._less(moments, label, name, x)
-        else:
-            self._check_features(int(self.counts.sum() - self.counts[label]))
-        return self._with_sums(moments)._renamed(names, places)
+        return self._without(label, x)._relabelled(names, places)
 
-    def _with_sums(self, moments: Moments) -> State:
-        """With other sums: none of the samples is there to fit a temperature on."""
-        if self.calibrated and len(self.class_names) > 1:
-            kept = "temperature" if self.threshold is None else "temperature and the threshold"
-            warn(
-                f'the probabilities are not calibrated: keep="moments" has no samples to fit the '
-                f'{kept} of another head on, which stay as they were; keep="embeddings" fits them '
-                "anew"
-            )
-        return replace(self, moments=moments, calibrated=False)
+    @abstractmethod
+    def _with(self, x: Tensor, y: Tensor, sources: tuple[str, ...]) -> Self:
+        """Adds samples `x (n, d)` of the class that `y (n,)` repeats."""
 
-    def _less(self, moments: Moments, label: int, name: str, x: Tensor | None) -> Moments:
-        count = int(self.counts[label])
-        if x is None:
-            raise ImprintError(
-                f"cannot remove class {name!r} from sums: gen={self.settings['gen']!r} needs the "
-                "Gram matrix, which is one for all classes. Give the class's own images (all "
-                f'{count}), or keep="embeddings" from the start, which suffices for every step'
-            )
-        x = self._checked(x, name)
-        own = self._sums(x, torch.full((len(x),), label), -count)
-        scale = moments.sums[label].abs().max().clamp(min=1e-12)
-        far = (own.sums[label] - moments.sums[label]).abs().max() / scale
-        if len(x) != count or far > 1e-3:
-            raise ImprintError(
-                f"the {len(x)} images given for class {name!r} are not the {count} that its sums "
-                "were made of: give exactly those"
-            )
-        return moments - own
+    @abstractmethod
+    def _without(self, label: int, x: Tensor | None) -> Self:
+        """Removes the samples of a class, which `_relabelled` then leaves out."""
 
-    def _sums(self, x: Tensor, y: Tensor, more: int) -> Moments:
-        before = int(self.counts.sum())
-        self._check_features(before + more)
-        norm_pre = self._norm_pre(self.parts, before)[0]
-        gram = "none" if self.moments.gram is None else "pooled"
-        return sums_of(norm_pre, x.float(), y, len(self.class_names), gram)
-
-    def _norm_pre(self, parts: Recipe, samples: int) -> tuple[Any, ImprintedHead]:
-        """NORM_pre, and an empty head with its NORM_inf, as they are for so many samples."""
-        norm_pre, head = parts.fresh()
-        for step in steps_of(norm_pre):
-            if isinstance(step, RandomProjection):
-                step.draw(torch.empty(0, self.embedding_dim), samples, self.seed)
-        return norm_pre, head
-
-    def _check_features(self, samples: int) -> None:
-        """Raises where another number of samples would draw another random projection."""
-        before = int(self.counts.sum())
-        for step in steps_of(self.parts.norm_pre):
-            if not isinstance(step, RandomProjection):
-                continue
-            then, now = (step.features(self.embedding_dim, n) for n in (before, samples))
-            if then != now:
-                raise ImprintError(
-                    f"{before} samples had {then} random features, {samples} would have {now}, "
-                    f'others, which sums of the old ones cannot give: keep="embeddings" suffices, '
-                    f"or projection_dim of at most {min(then, now)}"
-                )
+    @abstractmethod
+    def _relabelled(self, names: list[str], places: Tensor) -> Self:
+        """Renames the classes: label c becomes `places[c]`, and −1 leaves class c out, whose
+        samples were removed before. A label that no place names is a class without samples."""
 
     def _label(self, name: str) -> int:
         label = place_of(name, self.class_names)
@@ -310,34 +222,199 @@ class State:
         if not len(x):
             raise ImprintError(f"class {name!r}: no sample was given; add some")
         check_values(x, f"class {name!r}: ")
-        return x
+        return x.float()
 
-    def _renamed(self, names: list[str], places: Tensor) -> State:
-        """With other classes, where label c becomes `places[c]`, or goes where that is −1: its rows
-        went before. New classes are empty."""
-        if self.x is not None:
-            return replace(self, class_names=names, y=places[self.y])
-        kept = places >= 0
-        counts = self.moments.counts.new_zeros(len(names))
-        sums = self.moments.sums.new_zeros(len(names), self.moments.sums.shape[1])
-        counts[places[kept]] = self.moments.counts[kept]
-        sums[places[kept]] = self.moments.sums[kept]
-        moments = Moments(counts, sums, self.moments.gram)
+
+@dataclass(frozen=True, kw_only=True)
+class KeptRows(State):
+    """The training embeddings: every head can be made from them, its temperature included.
+
+    Attributes:
+        x: `(N, d)` float32 (float16 in files of earlier versions), in an order that depends on the
+            rows alone, so that a file does not depend on the order in which they came.
+        y: `(N,)` int64, their labels.
+        sources: N words that name the samples, such as their files; empty where nobody asked for
+            names.
+        accept: share of training samples that the threshold lets pass; see `method/threshold.py`.
+        weibull: as for `imprint`.
+    """
+
+    keep: ClassVar[str] = "embeddings"
+
+    x: Tensor
+    y: Tensor
+    sources: tuple[str, ...] = ()
+    accept: float | None = None
+    weibull: tuple[float, float] | None = None
+
+    @property
+    def counts(self) -> Tensor:
+        return torch.bincount(self.y, minlength=len(self.class_names))
+
+    def head(self) -> ImprintedHead:
+        names, x, y = list(self.class_names), self.x.float(), self.y
+        if self.weibull is not None:
+            rows = weibull_typical(x, y, *self.weibull)
+            x, y = x[rows], y[rows]
+        head = imprint_parts(
+            x, y, self.parts, len(names), names, self.seed, self.classifier, allow_empty=True
+        )
+        if self.accept is not None:
+            set_threshold(head, x, y, self.accept, self.classifier)
+        return head
+
+    def _with(self, x: Tensor, y: Tensor, sources: tuple[str, ...]) -> Self:
+        named = (self.sources or ("",) * len(self.x)) + (sources or ("",) * len(x))
+        return replace(
+            self,
+            x=torch.cat([self.x.float(), x]),
+            y=torch.cat([self.y, y]),
+            sources=named if any(named) else (),
+        )._in_order()
+
+    def _without(self, label: int, x: Tensor | None) -> Self:
+        return self._taking((self.y != label).nonzero().flatten())
+
+    def _relabelled(self, names: list[str], places: Tensor) -> Self:
+        return replace(self, class_names=names, y=places[self.y])
+
+    def _in_order(self) -> Self:
+        return self._taking(in_order(self.x, self.y))
+
+    def _taking(self, rows: Tensor) -> Self:
+        """Keeps the rows at these places `(n,)`, in this order."""
+        sources = tuple(self.sources[row] for row in rows.tolist()) if self.sources else ()
+        return replace(self, x=self.x[rows], y=self.y[rows], sources=sources)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptSums(State):
+    """The sums of the training embeddings after NORM_pre: they tell nothing of single samples.
+
+    Attributes:
+        moments: the sums, with a pooled Gram matrix where GEN needs one.
+        temperature, threshold: the head's. Sums cannot fit them anew, so they stay.
+        calibrated: whether the temperature was fitted on these very samples.
+    """
+
+    keep: ClassVar[str] = "moments"
+
+    moments: Moments
+    temperature: float = 1.0
+    calibrated: bool = True
+    threshold: float | None = None
+
+    @property
+    def counts(self) -> Tensor:
+        return self.moments.counts.long()
+
+    def head(self) -> ImprintedHead:
+        parts, names = self.parts, list(self.class_names)
+        _, head = _fresh(parts, self.embedding_dim, int(self.counts.sum()), self.seed)
+        head = head_of_sums(self.moments, parts, head, names, self.seed, self.classifier)
+        head.temperature, head.threshold = self.temperature, self.threshold
+        if not self.calibrated:
+            head.settings["calibrated"] = False
+        return head
+
+    def _with(self, x: Tensor, y: Tensor, sources: tuple[str, ...]) -> Self:
+        return self._changed(self.moments + self._sums(x, y, len(x)))
+
+    def _without(self, label: int, x: Tensor | None) -> Self:
+        if self.moments.gram is not None:
+            return self._changed(self.moments - self._own_sums(label, x))
+        # Counts and sums of a class are its own: `_relabelled` leaves them out.
+        self._check_features(-int(self.counts[label]))
+        return self._changed(self.moments)
+
+    def _relabelled(self, names: list[str], places: Tensor) -> Self:
+        moments = self.moments.relabelled(places, len(names))
         return replace(self, class_names=names, moments=moments)
 
-    def _with_rows(self, x: Tensor, y: Tensor, sources: tuple[str, ...]) -> State:
-        # As a head sees them: a file does not depend on the order in which they came, either.
-        order = in_order(x, y)
-        sources = tuple(sources[i] for i in order.tolist()) if sources else ()
-        return replace(self, x=x[order], y=y[order], sources=sources)
+    def _changed(self, moments: Moments) -> Self:
+        """Takes other sums, and warns that they come without samples to fit a temperature on."""
+        if self.calibrated and len(self.class_names) > 1:
+            kept = "temperature" if self.threshold is None else "temperature and the threshold"
+            warn(
+                f'the probabilities are not calibrated: keep="moments" has no samples to fit the '
+                f'{kept} of another head on, which stay as they were; keep="embeddings" fits them '
+                "anew"
+            )
+        return replace(self, moments=moments, calibrated=False)
+
+    def _own_sums(self, label: int, x: Tensor | None) -> Moments:
+        """The sums of a class, from all its embeddings, which are compared with what is kept."""
+        name, count = self.class_names[label], int(self.counts[label])
+        if x is None:
+            raise ImprintError(
+                f"cannot remove class {name!r} from sums: gen={self.settings['gen']!r} needs the "
+                "Gram matrix, which is one for all classes. Give the class's own images (all "
+                f'{count}), or keep="embeddings" from the start, which suffices for every step'
+            )
+        x = self._checked(x, name)
+        own = self._sums(x, torch.full((len(x),), label), -count)
+        scale = self.moments.sums[label].abs().max().clamp(min=1e-12)
+        far = (own.sums[label] - self.moments.sums[label]).abs().max() / scale
+        if len(x) != count or far > 1e-3:
+            raise ImprintError(
+                f"the {len(x)} images given for class {name!r} are not the {count} that its sums "
+                "were made of: give exactly those"
+            )
+        return own
+
+    def _sums(self, x: Tensor, y: Tensor, more: int) -> Moments:
+        """The sums of samples that come (or go, where `more` is negative)."""
+        self._check_features(more)
+        samples = int(self.counts.sum())
+        norm_pre, _ = _fresh(self.parts, self.embedding_dim, samples, self.seed)
+        gram = "none" if self.moments.gram is None else "pooled"
+        return sums_of(norm_pre, x, y, len(self.class_names), gram)
+
+    def _check_features(self, more: int) -> None:
+        """Raises where `more` samples would change the number of random features."""
+        before = int(self.counts.sum())
+        for step in _projections(self.parts.norm_pre):
+            then, now = (step.features(self.embedding_dim, n) for n in (before, before + more))
+            if then != now:
+                raise ImprintError(
+                    f"{before} samples had {then} random features, {before + more} would have "
+                    f'{now}, others, which sums of the old ones cannot give: keep="embeddings" '
+                    f"suffices, or projection_dim of at most {min(then, now)}"
+                )
 
 
-def _refuse_moments(parts: Recipe, weibull: Any) -> None:
+def _projections(norm_pre: nn.Module) -> list[RandomProjection]:
+    """The steps that are drawn by the seed, d and N alone: of all that `fit` something, only these
+    need no samples, so that sums suffice."""
+    return [step for step in steps_of(norm_pre) if isinstance(step, RandomProjection)]
+
+
+def _parts_of(settings: dict[str, Any], capped: bool = False) -> Recipe:
+    parts = resolve(**settings)
+    if not isinstance(parts, Recipe):
+        raise ValueError("the settings of a head name the recipe that auto chose, not auto")
+    for step in _projections(parts.norm_pre):
+        # NORM_inf "same" is the same object.
+        step.capped = capped
+    return parts
+
+
+def _fresh(parts: Recipe, dim: int, samples: int, seed: int) -> tuple[nn.Module, ImprintedHead]:
+    """NORM_pre, and an empty head with its NORM_inf, as they are after a fit on `samples` of `dim`
+    numbers, where sums suffice."""
+    norm_pre, head = parts.fresh()
+    for step in _projections(norm_pre):
+        step.draw(torch.empty(0, dim), samples, seed)
+    return norm_pre, head
+
+
+def _refuse_moments(parts: Recipe, weibull: tuple[float, float] | None) -> None:
     """Raises where sums of the samples do not suffice to make the head of more samples."""
+    drawn = _projections(parts.norm_pre)
     learned = [
         step.name
         for step in steps_of(parts.norm_pre)
-        if getattr(step, "learns", False) and not isinstance(step, RandomProjection)
+        if getattr(step, "learns", False) and step not in drawn
     ]
     reason = None
     if not parts.gen.from_moments:

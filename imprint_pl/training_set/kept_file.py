@@ -1,10 +1,11 @@
-"""A `State` as a safetensors file beside its checkpoint: written whole, and believed only where its
-parts fit each other.
+"""A `State` as a safetensors file beside its checkpoint. It is written whole, and read only where
+its parts fit each other.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from imprint_pl.method.selection import checked_bounds
 from imprint_pl.numerics.labels import checked_names
 from imprint_pl.numerics.moments import Moments
 from imprint_pl.numerics.values import check_classes, checked_seed, is_count, to_json_value
-from imprint_pl.training_set.kept import State
+from imprint_pl.training_set.kept import KeptRows, KeptSums, State
 
 FORMAT = "imprint_pl state 1"
-# Of a state, what is neither a tensor nor sums.
-PLAIN = ("settings", "seed", "class_names", "embedding_dim", "sources", "temperature")
-PLAIN += ("threshold", "accept", "weibull", "calibrated", "capped")
-# What files of earlier versions leave out.
+SUMS = ("counts", "sums", "gram")
+TENSORS = ("x", "y", "classifier", "moments")
+# The plain fields of each kind; files of earlier versions have those of both.
+PLAIN: dict[type[State], set[str]] = {
+    kind: {field.name for field in fields(kind)} - set(TENSORS) for kind in (KeptRows, KeptSums)
+}
+# What stands for fields that files of earlier versions leave out.
 EARLIER = {"calibrated": True, "capped": True}
 
 
@@ -34,20 +38,22 @@ def state_path(checkpoint: str | Path) -> Path:
 
 def write_state(state: State, path: str | Path) -> Path:
     """Writes a safetensors file, which appears whole or not at all."""
-    tensors = {"x": state.x, "y": state.y, "classifier": state.classifier}
-    if state.moments is not None:
-        tensors |= {name: getattr(state.moments, name) for name in ("counts", "sums", "gram")}
-    tensors = {n: t.contiguous().clone() for n, t in tensors.items() if t is not None}
-    plain = {name: getattr(state, name) for name in PLAIN}
-    text = json.dumps(plain, default=to_json_value)
-    return save_tensors(path, tensors, {"format": FORMAT, "state": text})
+    holder = state.moments if isinstance(state, KeptSums) else state
+    tensors = {name: getattr(holder, name, None) for name in ("x", "y", *SUMS)}
+    tensors["classifier"] = state.classifier
+    plain = {name: getattr(state, name) for name in PLAIN[type(state)]}
+    return save_tensors(
+        path,
+        {name: t.contiguous().clone() for name, t in tensors.items() if t is not None},
+        {"format": FORMAT, "state": json.dumps(plain, default=to_json_value, sort_keys=True)},
+    )
 
 
 def read_state(path: str | Path) -> State:
     """Reads what `write_state` wrote.
 
     Raises:
-        ImprintError: no such file, or not one of these.
+        ImprintError: there is no such file, or it is not a state.
     """
     if not Path(path).is_file():
         raise ImprintError(
@@ -59,44 +65,63 @@ def read_state(path: str | Path) -> State:
         if metadata.get("format") != FORMAT:
             raise ValueError("not a state")
         state = _state_of(json.loads(metadata["state"]), tensors)
-        _check(state)
+        # Raises for a recipe that is not ours.
+        _ = state.parts
     return state
 
 
 def _state_of(plain: dict[str, Any], tensors: dict[str, Tensor]) -> State:
-    moments, plain = None, EARLIER | plain
-    if "counts" in tensors:
-        moments = Moments(tensors["counts"], tensors["sums"], tensors.get("gram"))
-    plain["sources"] = tuple(plain["sources"])
-    plain["weibull"] = plain["weibull"] and checked_bounds(plain["weibull"])
-    rest = {name: tensors.get(name) for name in ("x", "y", "classifier")}
-    return State(**plain, **rest, moments=moments)
-
-
-def _check(state: State) -> None:
-    """Raises where the parts of a file do not fit each other."""
-    names, d = checked_names(state.class_names), state.embedding_dim
+    """Builds a state from what a file holds; raises where its parts do not fit each other."""
+    plain = EARLIER | plain
+    if unknown := plain.keys() - set.union(*PLAIN.values()):
+        raise ValueError(f"unknown fields: {', '.join(sorted(unknown))}")
+    kind = KeptRows if "x" in tensors else KeptSums
+    given = {name: plain[name] for name in PLAIN[kind]}
+    given["classifier"] = tensors.get("classifier")
+    state: KeptRows | KeptSums
+    if kind is KeptRows:
+        given["sources"] = tuple(given["sources"])
+        given["weibull"] = given["weibull"] and checked_bounds(given["weibull"])
+        state = KeptRows(x=tensors["x"], y=tensors["y"], **given)
+    else:
+        sums = Moments(tensors["counts"], tensors["sums"], tensors.get("gram"))
+        state = KeptSums(moments=sums, **given)
+    names = checked_names(state.class_names)
     check_classes(len(names))
     checked_seed(state.seed)
-    fits = len(set(names)) == len(names) and is_count(d)
-    fits &= all(isinstance(source, str) for source in state.sources)
-    fits &= isinstance(state.calibrated, bool) and isinstance(state.capped, bool)
-    if state.x is not None:
-        n = len(state.x)
-        fits &= state.x.is_floating_point() and tuple(state.x.shape) == (n, d)
-        fits &= state.y.dtype == torch.int64 and tuple(state.y.shape) == (n,)
-        fits &= bool(((state.y >= 0) & (state.y < len(names))).all())
-        fits &= len(state.sources) in (0, n)
-    else:
-        counts, sums, gram = state.moments.counts, state.moments.sums, state.moments.gram
-        features = sums.shape[1]
-        fits &= tuple(counts.shape) == (len(names),) == tuple(sums.shape[:1])
-        fits &= gram is None or tuple(gram.shape) == (features, features)
-        fits &= all(t is None or t.dtype == torch.float64 for t in (counts, sums, gram))
-        fits &= bool((counts >= 0).all())
-    given = (state.x, state.classifier) if state.moments is None else (state.moments.sums, None)
-    fits &= all(t is None or bool(t.isfinite().all()) for t in given)
-    if not fits:
+    fits = [
+        len(set(names)) == len(names),
+        is_count(state.embedding_dim),
+        isinstance(state.capped, bool),
+        state.classifier is None or bool(state.classifier.isfinite().all()),
+        _rows_fit(state) if isinstance(state, KeptRows) else _sums_fit(state),
+    ]
+    if not all(fits):
         raise ValueError("parts of different sizes")
-    # The recipe by its names; raises for one that is not ours.
-    _ = state.parts
+    return state
+
+
+def _rows_fit(state: KeptRows) -> bool:
+    x, y, samples = state.x, state.y, len(state.x)
+    return (
+        x.is_floating_point()
+        and tuple(x.shape) == (samples, state.embedding_dim)
+        and bool(x.isfinite().all())
+        and y.dtype == torch.int64
+        and tuple(y.shape) == (samples,)
+        and bool(((y >= 0) & (y < len(state.class_names))).all())
+        and len(state.sources) in (0, samples)
+        and all(isinstance(source, str) for source in state.sources)
+    )
+
+
+def _sums_fit(state: KeptSums) -> bool:
+    counts, sums, gram = state.moments.counts, state.moments.sums, state.moments.gram
+    classes, features = len(state.class_names), sums.shape[1]
+    return (
+        tuple(counts.shape) == (classes,) == tuple(sums.shape[:1])
+        and (gram is None or tuple(gram.shape) == (features, features))
+        and all(t is None or t.dtype == torch.float64 for t in (counts, sums, gram))
+        and bool((counts >= 0).all() and sums.isfinite().all())
+        and isinstance(state.calibrated, bool)
+    )

@@ -343,6 +343,26 @@ def test_without_old_data_new_rows_find_their_place(seven):
     assert harmonic(module(test_x), test_y, 7) > 0.75
 
 
+class Pictures(nn.Module):
+    """Takes a list of images `(1, 1, 2)`, as they come from files of any size."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+
+    def forward(self, images):
+        return self.fc(torch.stack(images).flatten(1))
+
+
+def test_images_in_the_place_of_skipped_files_are_no_samples_of_a_new_class():
+    torch.manual_seed(0)
+    module = Pictures()
+    images = list(POINTS[:3].view(-1, 1, 1, 2))
+    with_black = {"images": [*images, torch.zeros(1, 1, 2)], "skipped": {3: "damaged"}}
+    expected = extend(copy.deepcopy(module), "fc", {"new": [images]}).weight
+    torch.testing.assert_close(extend(module, "fc", {"new": [with_black]}).weight, expected)
+
+
 def test_one_sample_of_a_new_class_is_enough():
     module = trained(POINTS, LABELS, epochs=200, bias=False)
     extend(module, "0", {"up-left": torch.tensor([[-30.0, 30.0]])})

@@ -12,7 +12,7 @@ import torch
 from imprint_pl import ImprintedClassifier, ImprintError, ImprintEstimator, imprint
 from imprint_pl.files import read_tensors, save_tensors
 from imprint_pl.numerics.order import in_order
-from imprint_pl.training_set.kept import State
+from imprint_pl.training_set.kept import KeptRows, KeptSums, State
 from imprint_pl.training_set.kept_file import FORMAT, read_state, write_state
 
 RECIPES = {
@@ -130,13 +130,17 @@ def test_removal_from_a_gram_matrix_asks_for_the_images_and_refuses_others():
 
 
 def earlier(state, path):
-    """The state as an earlier version would have written it: float16, and no word on the rest."""
+    """The state as an earlier version would have written it: float16, the fields of both kinds, and
+    none of those that came later."""
     write_state(state, path)
     tensors, metadata = read_tensors(path)
     plain = json.loads(metadata["state"])
     if "x" in tensors:
         tensors["x"] = tensors["x"].half()
-    del plain["capped"], plain["calibrated"]
+    plain = {"sources": [], "temperature": 1.0, "threshold": None} | plain
+    plain = {"accept": None, "weibull": None} | plain
+    for later in ("capped", "calibrated"):
+        plain.pop(later, None)
     save_tensors(path, tensors, {"format": FORMAT, "state": json.dumps(plain)})
     return read_state(path)
 
@@ -173,6 +177,31 @@ def test_a_state_of_an_earlier_version_goes_on_with_its_own_number_of_random_fea
 def test_a_step_that_makes_no_sense_names_it(step, message):
     with pytest.raises(ImprintError, match=message):
         step(start("qi", "embeddings")[0])
+
+
+@pytest.mark.parametrize(
+    ("keep", "kind", "foreign"),
+    [("embeddings", KeptRows, "moments"), ("moments", KeptSums, "x")],
+)
+def test_a_state_is_of_the_kind_that_was_asked_for_and_stays_of_it(tmp_path, keep, kind, foreign):
+    state, _ = start("qi", keep)
+    read = read_state(write_state(state, tmp_path / "it.state.safetensors"))
+    steps = (state, read, state.add_class("d", POOL["d"]), state.remove_class("a"))
+    for one in steps:
+        assert type(one) is kind
+        assert one.keep == keep
+        assert not hasattr(one, foreign)
+
+
+@pytest.mark.parametrize("keep", ["moments", "embeddings"])
+def test_a_file_with_a_field_that_nobody_knows_is_refused(tmp_path, keep):
+    path = tmp_path / "it.state.safetensors"
+    write_state(start("qi", keep)[0], path)
+    tensors, metadata = read_tensors(path)
+    plain = json.loads(metadata["state"]) | {"later": 1}
+    save_tensors(path, tensors, {"format": FORMAT, "state": json.dumps(plain)})
+    with pytest.raises(ImprintError, match="not a state file"):
+        read_state(path)
 
 
 @pytest.mark.parametrize("keep", ["moments", "embeddings"])
