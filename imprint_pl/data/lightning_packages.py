@@ -36,11 +36,9 @@ def both(*classes: type) -> tuple[type, ...]:
 
 
 def averaging_callbacks(trainer: Trainer) -> list[Callback]:
-    """Return the callbacks of a Trainer that keep a copy of the module and average its weights."""
+    """Those of a Trainer's callbacks that keep a copy of the module, and average its weights."""
     kinds = both(WeightAveraging, StochasticWeightAveraging)
-    # Lightning sets this attribute without declaring it.
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, kinds)]
+    return [callback for callback in trainer.callbacks if isinstance(callback, kinds)]
 
 
 def overrides(method: str, owner: Any) -> bool:
