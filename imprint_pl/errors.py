@@ -1,4 +1,4 @@
-"""The exception whose message is for users, and its wording: commands print it without a traceback."""
+"""Errors and warnings for users; commands print an `ImprintError` without a traceback."""
 
 import difflib
 import os

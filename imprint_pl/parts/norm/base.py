@@ -28,7 +28,10 @@ class Norm(nn.Module):
     learns = False
     uses_labels = False
     maps = False
-    input_dim: int | None = None
+
+    @property
+    def input_dim(self) -> int | None:
+        return None
 
     def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Norm:
         """Learn from the training embeddings (as NORM_pre).
