@@ -181,7 +181,7 @@ class CachedDataset(SplitDataset):
         else:
             wanted = [(self._parts[0], self.source, positions)]
         rows = [self._filler.rows(*one) for one in wanted]
-        selected: Any = ArrayDataset(rows[0] if len(rows) == 1 else torch.cat(rows), labels)
+        selected = ArrayDataset(rows[0] if len(rows) == 1 else torch.cat(rows), labels)
         paths = getattr(self.source, "paths", None)
         if paths is not None:
             selected.paths = [paths[position] for position in positions.tolist()]
