@@ -1,12 +1,14 @@
-"""Neural collapse: how tightly each class huddles around its mean, as functions and as metrics.
+"""Neural collapse: how tightly the samples of each class lie around their mean.
 
-NC1 says how multimodal the classes of a task are, and so how many proxies a class deserves
-(Westerhoff et al., TMLR 2025, Section 5.4). Low is collapsed.
+NC1 shows how multimodal the classes of a task are, and so how many proxies a class needs
+(Westerhoff et al., TMLR 2025, Section 5.4). Low values mean collapsed classes. There are functions
+and torchmetrics metrics.
 """
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,24 +16,25 @@ from torchmetrics import Metric
 
 from imprint_pl.numerics.moments import CHUNK, Moments
 
-# Relative to the largest eigenvalue. Without a tolerance rounding makes NC1 explode.
+# Smallest eigenvalue that counts, relative to the largest one. The rounding errors of smaller ones
+# would make NC1 explode.
 TOLERANCE = 1e-10
 LARGEST_STATE = 4 * 2**30
 
 
 def nc1(x: Tensor, y: Tensor, *, average: str = "macro", as_published: bool = False) -> float:
-    """Within-class over between-class variability of embeddings.
+    """Compute NC1, the within-class over the between-class variability of embeddings.
 
     NC1 = tr(Σ_W Σ_B⁺) / C, with μ_c the mean of class c, μ_G the mean of all samples,
-    Σ_B = (1/C) Σ_c (μ_c − μ_G)(μ_c − μ_G)ᵀ and Σ_W the average of the classes' covariances. In
-    float64. The paper takes it on l2-normalised embeddings; pass what you want measured.
+    Σ_B = (1/C) Σ_c (μ_c − μ_G)(μ_c − μ_G)ᵀ and Σ_W the average of the classes' covariances, in
+    float64. The paper measures l2-normalised embeddings; this function normalises nothing.
 
     Args:
-        x: `(N, d)`, embeddings.
-        y: `(N,)`, integer labels; only the classes that occur count.
+        x: Embeddings `(N, d)`.
+        y: Integer labels `(N,)`; only the classes that occur count.
         average: "macro" gives each class the same weight, "micro" each sample.
-        as_published: centre class samples by μ_c − μ_G as the paper's code does, which adds
-            μ_Gᵀ Σ_B⁺ μ_G / C.
+        as_published: Subtract μ_c − μ_G from the samples of class c as the paper's code does, which
+            adds μ_Gᵀ Σ_B⁺ μ_G / C.
 
     Returns:
         NC1, a float; NaN with a warning for fewer than two classes.
@@ -50,7 +53,8 @@ def nc1(x: Tensor, y: Tensor, *, average: str = "macro", as_published: bool = Fa
     moments = Moments.of(x, y, len(classes), gram="none")
     projector = _between_pseudo_root(moments)
     weights = torch.ones_like(moments.counts) if average == "micro" else 1 / moments.counts
-    # Only the part of Σ_W inside the span of the class means counts: C numbers a sample, not d².
+    # Only the part of Σ_W inside the span of the class means counts: C numbers for each sample, not
+    # d².
     trace = 0.0
     for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
         centred = (rows.to(projector.dtype) - moments.means[labels]) @ projector
@@ -62,10 +66,10 @@ def nc1(x: Tensor, y: Tensor, *, average: str = "macro", as_published: bool = Fa
 
 
 def vci(x: Tensor, y: Tensor, *, average: str = "macro", as_published: bool = False) -> float:
-    """Variability collapse index: 1 − tr(Σ_T⁺ Σ_B) / rank(Σ_B), with Σ_T = Σ_W + Σ_B.
+    """Compute the variability collapse index: 1 − tr(Σ_T⁺ Σ_B) / rank(Σ_B), Σ_T = Σ_W + Σ_B.
 
-    0 when the classes are collapsed to their means, 1 when the means tell nothing. Arguments,
-    average and warning as in `nc1`; float64.
+    It is 0 if the classes are collapsed to their means, 1 if the means tell nothing. Arguments,
+    averages, warning and float64 are as in `nc1`.
 
     Source: Xu and Liu 2023, "Quantifying the Variability Collapse of Neural Networks".
 
@@ -83,9 +87,13 @@ def vci(x: Tensor, y: Tensor, *, average: str = "macro", as_published: bool = Fa
 
 
 def nc1_of(moments: Moments, *, average: str = "macro", as_published: bool = False) -> float:
-    """As `nc1`, from sums of embeddings instead of the embeddings.
+    """Compute `nc1` from sums of embeddings.
 
-    `moments` holds what `Moments.within(average)` asks for; only classes with samples count.
+    Args:
+        moments: Sums with the Gram matrix that `Moments.within(average)` needs; only classes with
+            samples count.
+        average: As in `nc1`.
+        as_published: As in `nc1`.
     """
     moments = moments.present()
     if moments.num_classes < 2:
@@ -98,16 +106,21 @@ def nc1_of(moments: Moments, *, average: str = "macro", as_published: bool = Fal
 
 
 class _CollapseMetric(Metric):
-    """Sums over batches and ranks; the value is the same however the samples are dealt out.
+    """Adds up over batches and ranks; how samples are distributed does not change the value.
 
     Args:
         num_classes: C; classes that never occur do not count.
         embedding_dim: d.
         average: "macro" or "micro", as in `nc1`.
-        class_counts: `(C,)`, the samples of each class, if known beforehand. Without them "macro"
-            keeps a Gram matrix a class, `8 C d²` bytes; with them one, `8 d²`.
-        as_published: as in `nc1`.
+        class_counts: Number of samples of each class, `(C,)`, if known beforehand. Without them
+            "macro" keeps a Gram matrix for each class, `8 C d²` bytes; with them one, `8 d²`.
+        as_published: As in `nc1`.
     """
+
+    counts: Tensor
+    sums: Tensor
+    gram: Tensor
+    class_weights: Tensor | None
 
     is_differentiable = False
     higher_is_better = False
@@ -121,7 +134,7 @@ class _CollapseMetric(Metric):
         average: str = "macro",
         class_counts: Tensor | None = None,
         as_published: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         _check_average(average)
@@ -143,13 +156,12 @@ class _CollapseMetric(Metric):
             gram="per_class" if per_class else "pooled",
             class_weights=weights,
         )
-        self.add_state("counts", zeros.counts, dist_reduce_fx="sum")
-        self.add_state("sums", zeros.sums, dist_reduce_fx="sum")
-        self.add_state("gram", zeros.gram, dist_reduce_fx="sum")
+        for name in ("counts", "sums", "gram"):
+            self.add_state(name, getattr(zeros, name), dist_reduce_fx="sum")
         self.class_weights = zeros.class_weights
 
     def update(self, x: Tensor, y: Tensor) -> None:
-        """Adds embeddings `x (B, d)` with labels `y (B,)` in 0..C−1."""
+        """Add embeddings `x (B, d)` with labels `y (B,)` in 0..C−1."""
         self._moments().add(x.to(self.sums.device), y.to(self.sums.device))
 
     def _moments(self) -> Moments:
@@ -163,6 +175,9 @@ class _CollapseMetric(Metric):
         if moments.num_classes < 2:
             return torch.tensor(_too_few_classes(moments.num_classes))
         return torch.tensor(self._value(moments), dtype=torch.float64)
+
+    def _value(self, moments: Moments) -> float:
+        raise NotImplementedError
 
 
 class NC1(_CollapseMetric):
@@ -180,7 +195,7 @@ class VCI(_CollapseMetric):
 
 
 def vci_of_moments(moments: Moments, average: str = "macro", as_published: bool = False) -> float:
-    """`vci`, from sums with a Gram matrix; every class has a sample."""
+    """Compute `vci` from sums with a Gram matrix, where every class has a sample."""
     deviations = (moments.means - moments.global_mean) / moments.num_classes**0.5
     within = moments.within(average)
     if as_published:
@@ -195,7 +210,7 @@ def vci_of_moments(moments: Moments, average: str = "macro", as_published: bool 
 
 
 def _between_pseudo_root(moments: Moments) -> Tensor:
-    """`(d, rank)`: R with Σ_B⁺ = R Rᵀ, from the singular vectors of the class means."""
+    """Return R `(d, rank)` with Σ_B⁺ = R Rᵀ, from the singular vectors of the class means."""
     deviations = (moments.means - moments.global_mean) / moments.num_classes**0.5
     _, values, rows = torch.linalg.svd(deviations, full_matrices=False)
     kept = values.square() > TOLERANCE * values[:1].square()

@@ -1,15 +1,14 @@
-"""What all pictures share: matplotlib's settings, and text that is broken into lines where it would
-leave its place. It knows nothing of what is drawn.
-"""
+"""Matplotlib's settings for all pictures, and the breaking of text into lines that fit."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-# Fonts that draw what DejaVu does not have, such as Chinese; those are asked that are there.
+# Fonts for characters that DejaVu does not have, such as Chinese; the installed ones are used.
 FALLBACKS = (
     *("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans JP", "Noto Sans SC", "Source Han Sans"),
     *("WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "IPAGothic", "Droid Sans Fallback"),
@@ -17,7 +16,7 @@ FALLBACKS = (
     *("Arial Unicode MS", "Noto Sans", "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Thai"),
     *("Noto Sans Devanagari", "Noto Sans Bengali", "Noto Sans Tamil", "Noto Emoji", "Symbola"),
 )
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -27,23 +26,23 @@ STYLE = {
     "legend.frameon": False,
     "svg.fonttype": "path",
     "svg.hashsalt": "imprint_pl",
-    # A dollar in a name from a stranger is a dollar.
+    # A dollar sign in a stranger's class name does not start a formula.
     "text.parse_math": False,
 }
-# Of the height of a line over the size of its font.
+# Height of a line over the size of its font.
 LINE = 1.25
 
 
 @contextmanager
-def style():
-    """matplotlib's settings while figures are drawn and saved; the user's come back."""
+def style() -> Iterator[None]:
+    """Use these settings while figures are drawn and saved, then restore the user's."""
     import matplotlib
     from matplotlib import font_manager
 
     there = {font.name for font in font_manager.fontManager.ttflist}
     families = ["DejaVu Sans", *(name for name in FALLBACKS if name in there)]
     with matplotlib.rc_context(STYLE | {"font.family": families}), warnings.catch_warnings():
-        # A character that no font has is drawn as a box: one warning each would say no more.
+        # A character that no font has is drawn as a box, which says enough.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 
@@ -51,15 +50,16 @@ def style():
 def wrapped(
     text: str, width: float, size: float, most: int | None = None, weight: str = "normal"
 ) -> str:
-    """The text in lines that fit a width, broken after spaces and `_`, `-`, `/` where that is
-    possible; inside `style`.
+    """Break a text into lines that fit a width, after spaces, `_`, `-` and `/` where possible.
+
+    Call it inside `style`.
 
     Args:
-        text: line breaks in it count as spaces.
-        width: in inches.
-        size: of the font, in points.
-        most: how many lines; "…" ends the last where there would be more.
-        weight: of the font.
+        text: The text; line breaks in it count as spaces.
+        width: Inches.
+        size: Size of the font in points.
+        most: Most lines; where there would be more, "…" ends the last one.
+        weight: Weight of the font.
     """
     measure = _measure(size, weight)
 
@@ -87,22 +87,22 @@ def wrapped(
 
 
 def _measure(size: float, weight: str = "normal") -> Callable[[str], float]:
-    """A function from a line of text to the inches that it takes."""
+    """Return a function from a line of text to its width in inches."""
     from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.font_manager import FontProperties
 
     renderer, font = RendererAgg(1, 1, 72), FontProperties(size=size, weight=weight)
-    # And 3 %: at another resolution letters are rounded to other pixels.
+    # Add 3 %: at another resolution letters are rounded to other pixels.
     return lambda line: (
         1.03 / 72 * renderer.get_text_width_height_descent(line, font, ismath=False)[0]
     )
 
 
 def width(text: str, size: float) -> float:
-    """Inches that the longest line of a text takes; inside `style`."""
+    """Return the width in inches of a text's longest line; call it inside `style`."""
     return max(map(_measure(size), text.split("\n")))
 
 
 def height(text: str, size: float) -> float:
-    """Inches that lines of text take, without the space around them."""
+    """Return the height in inches of lines of text, without the space around them."""
     return LINE * size / 72 * (text.count("\n") + 1)

@@ -1,4 +1,4 @@
-"""The one exception that users are meant to read: the commands print it without a traceback."""
+"""Errors and warnings for users; commands print an `ImprintError` without a traceback."""
 
 import difflib
 import os
@@ -13,12 +13,12 @@ class ImprintError(ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean …?` with the known names that are near, or nothing.
+    """Return `; did you mean …?` with the known names that are near, or an empty text.
 
     >>> did_you_mean("robst", ["qi", "robust"])
     "; did you mean 'robust'?"
     """
-    # Without regard to case: CAT shares no letter with cat.
+    # Ignore case: CAT shares no letter with cat.
     folded = {str(other).casefold(): other for other in known}
     close = difflib.get_close_matches(str(name).casefold(), folded, n=3, cutoff=0.5)
     found = [folded[other] for other in close]
@@ -26,10 +26,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def shown(path: str | os.PathLike) -> str:
-    r"""A file's name as a message shows it: what a terminal cannot print as backslashes.
+    r"""Return a file's name for a message, with backslash escapes for unprintable characters.
 
-    A name that is not UTF-8 keeps its bytes in Python's text (`surrogateescape`), which no stream
-    prints; a line break or an escape in a name would break the message.
+    Python keeps bytes of a name that are not UTF-8 as surrogates (`surrogateescape`), which cannot
+    be printed. A line break or an escape in a name would break the message.
 
     >>> shown("caf\udce9\n.png")
     'caf\\xe9\\n.png'
@@ -42,7 +42,7 @@ def shown(path: str | os.PathLike) -> str:
 
 
 def warn(text: str) -> None:
-    """Warns, and names as its place the line that called this package, however deep it arose."""
+    """Warn at the line that called this package, however deep in the package the cause is."""
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == "imprint_pl":
         frame, level = frame.f_back, level + 1

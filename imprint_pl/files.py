@@ -1,5 +1,6 @@
-"""Files that a stranger may have forged, or a fault cut short: checked before anything is made of
-them, and written so that they appear whole or not at all. Nothing in a file names code to run.
+"""Reads files that may be forged or cut short, and writes files that appear whole or not at all.
+
+What is read is checked before it is used, and never names code to run.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from imprint_pl.errors import ImprintError
 
 
 def digest(key: dict) -> str:
-    """The sha256 of plain values."""
+    """Return the sha256 of plain values."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
-# In the metadata of safetensors files: a hash of their tensors.
+# Key in the metadata of safetensors files, for the hash of their tensors.
 HASH = "sha256"
 
 
 def local_path(place: str | os.PathLike) -> str:
-    """A path as a shell would read it: `~`, `$NAME` of the environment and `file://` at its start
-    are resolved; what exists under the very name is that.
+    """Resolve `~`, an environment variable `$NAME` or `file://` at the start of a path.
 
-    No shell does so for `--data.root=~/photos` or for what stands in a YAML file or in quotes.
+    Shells do not resolve them in `--data.root=~/photos`, in quotes or in YAML files. A path that
+    exists as it is written is returned unchanged.
     """
     path = os.fspath(place)
     if os.path.exists(path):
@@ -48,9 +49,18 @@ def local_path(place: str | os.PathLike) -> str:
 
 
 @contextmanager
-def damaged(path: Any, what: str, errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator:
-    """Around the reading of foreign bytes, which raises whatever it stumbles over: turns it into an
-    `ImprintError` that `path` is damaged, or not `what`. Those of ours pass."""
+def damaged(
+    path: Any, what: str, errors: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """Turn errors of reading a file into an `ImprintError` that says it is damaged.
+
+    Parsers raise errors of many kinds for damaged files.
+
+    Args:
+        path: The file.
+        what: What the file should be.
+        errors: The errors to turn; an `ImprintError` stays as it is.
+    """
     try:
         yield
     except ImprintError:
@@ -60,10 +70,10 @@ def damaged(path: Any, what: str, errors: tuple[type[Exception], ...] = (Excepti
 
 
 def write_whole(path: str | Path, content: bytes) -> Path:
-    """Writes a file that appears whole or not at all: what was there stays until then.
+    """Write a file that appears whole or not at all; an old file stays until then.
 
     Raises:
-        ImprintError: it cannot be written there, or the disk is full.
+        ImprintError: If it cannot be written there, or the disk is full.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.unfinished")
@@ -79,15 +89,15 @@ def write_whole(path: str | Path, content: bytes) -> Path:
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
-    """A safetensors file, written whole, with a hash of its tensors."""
+    """Write a safetensors file, whole or not at all, with a hash of its tensors."""
     return write_whole(path, save(tensors, metadata | {HASH: content_hash(tensors)}))
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file, compared with its hash where it has one.
+    """Read the tensors and the metadata of a safetensors file, and check its hash if it has one.
 
     Raises:
-        ValueError, OSError, SafetensorError: it is damaged.
+        ValueError, OSError, SafetensorError: If the file is damaged.
     """
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
@@ -98,7 +108,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def content_hash(tensors: dict[str, Tensor]) -> str:
-    """The sha256 of names, types, shapes and values."""
+    """Return the sha256 of the tensors' names, types, shapes and values."""
     content = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -108,8 +118,10 @@ def content_hash(tensors: dict[str, Tensor]) -> str:
 
 
 def check_tensor(name: str, tensor: Any) -> None:
-    """Raises an `ImprintError` for what is not a plain tensor with all its numbers in memory: views
-    that repeat a few numbers, and tensors without any, may claim every size."""
+    """Raise an `ImprintError` unless a value is a plain tensor with all its numbers in memory.
+
+    A view that repeats a few numbers, or a tensor without memory, may claim any size.
+    """
     if isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_quantized:
         size = tensor.numel() * tensor.element_size()
         if tensor.device.type != "meta" and size <= tensor.untyped_storage().nbytes():

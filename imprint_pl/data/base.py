@@ -1,19 +1,20 @@
 """The base of the image data modules: classes, shots, held-out validation, and the loaders.
 
-A data set only says how its splits are read (`load`); what a task needs is done here, once. Batches
+A data set only says how its splits are read (`load`); this file does all that a task needs. Batches
 are `(images, labels)` with uint8 images at their native size, in the data set's own order.
 """
 
 import os
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from imprint_pl.data import tasks
 from imprint_pl.data.image_files import ImageFileLoader, pack
+from imprint_pl.data.splits import SplitDataset, Splits
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import local_path
 
@@ -21,32 +22,8 @@ MOST_WORKERS = 16
 INDICES_SHOWN = 10
 
 
-@dataclass
-class Splits:
-    """What `ImageDataModule.load` returns: the whole splits of a data set, before any selection.
-
-    Each data set has `labels` `(N,)` int64 that index `class_names`, `select(positions, labels)`,
-    which returns the samples at `positions` under new labels, and `__getitems__(indices)`, which
-    returns a whole batch.
-
-    Args:
-        class_names: the names in label order.
-        train: the training split.
-        test: the test split.
-        val: a validation split of its own, where the data set has one.
-        original_class_names: where the classes are merged already: names for the data sets'
-            `original_labels` `(N,)`.
-    """
-
-    class_names: list[str]
-    train: Dataset
-    test: Dataset
-    val: Dataset | None = None
-    original_class_names: list[str] | None = None
-
-
-def as_it_is(batch):
-    """Collate nothing: the data sets fetch whole batches."""
+def as_it_is(batch: Any) -> Any:
+    """Collate nothing: the data sets return whole batches."""
     return batch
 
 
@@ -54,36 +31,44 @@ class ImageDataModule(LightningDataModule):
     """Images and labels of a task, ready for one pass in a fixed order.
 
     Train batches are neither shuffled nor dropped: imprinting looks at each image once. Validation
-    is the test split, as in the paper, unless the data set has one of its own or `val_fraction`
-    holds a part of train out.
+    is the test split, as in the paper, unless the data set has a validation split or `val_fraction`
+    holds out a part of train.
 
-    After `setup`: `class_names` (list of str, the chosen classes in the order given; merged ones
-    are joined, as in `"0+3"`), `num_classes`, `task` (short name, such as `"mnist"` or
-    `"mnist (classes 0,1,2)"`), and `train_dataset`, `val_dataset`, `test_dataset`, each with
-    `labels` `(N,)` int64 in 0..C-1 and `original_labels` `(N,)`, each sample's own class before
-    anything was merged, named by `original_class_names`. `unreadable` holds the files that
-    `on_error="skip"` left out, each with its reason.
+    A subclass sets `name` and writes `load`, and `prepare_data` where files have to be fetched
+    first. A constructor of its own passes what it does not know on to this one, as `**task`.
 
-    A subclass sets `name` and writes `load`; `prepare_data` where files have to be fetched first.
+    After `setup` there are `train_dataset`, `val_dataset` and `test_dataset`, each with `labels`
+    `(N,)`, int64 in 0..C-1, and `original_labels` `(N,)`, the classes before they were merged.
 
     Args:
         root: Folder that holds the data set's files.
         classes: Classes to keep, as indices or names (where all names are numbers, a number is a
             name); they become labels 0..C-1 in this order. An inner list is merged into one label,
-            as in [[0, 3], 1]. Or a subset by name: "all", "even", "odd", "short" (the first three).
-            All of them where left out.
+            as in [[0, 3], 1] or [[cat, dog], bird]. Or a subset by name: "all", "even", "odd",
+            "short" (the first three); for ImageNet also one of the paper's hundred d-in-1 tasks,
+            "paper-1in1-0" to "paper-10in1-9" (d, then the shuffle). Default: all classes.
         d: Makes a d-in-1 task: each label merges d of the classes, drawn with `task_seed`.
-        num_labels: Of the d-in-1 task; as many as the classes suffice for where left out.
-        task_seed: Of the d-in-1 task.
-        shots: Training images a label, drawn at random; all of them where left out. A label with
-            fewer is an error. With the same seed fewer shots are a subset of more.
+        num_labels: Number of labels of the d-in-1 task. Default: as many as the classes suffice
+            for.
+        task_seed: Seed of the d-in-1 task.
+        shots: Training images for each label, drawn at random. A label with fewer is an error. With
+            the same seed fewer shots are a subset of more. Default: all training images.
         val_fraction: Part of each class's training images to hold out for validation (at least one
-            image); 0 validates on the test split, as in the paper.
-        batch_size: Images a batch (and a process).
-        num_workers: Processes that decode image files; where left out, one for each processor core
-            that this process has (16 at most), and none for sets in memory, which need none.
-        download: Whether to fetch files that are missing.
-        seed: Of the shots and of the held-out part.
+            image), for data sets without a validation split; 0 validates on the test split, as in
+            the paper.
+        batch_size: Images in a batch (of each process).
+        num_workers: Processes that decode image files. Default: one for each processor core that
+            this process may use (16 at most), and none for data sets in memory.
+        download: Whether to fetch missing files.
+        seed: Seed of the shots and of the held-out part.
+
+    Attributes:
+        class_names: Names of the chosen classes, in the order given; names of merged classes are
+            joined, as in `"0+3"`.
+        num_classes: Number of labels, C.
+        original_class_names: Names of `original_labels`.
+        task: Short name, such as `"mnist"` or `"mnist (classes 0,1,2)"`.
+        unreadable: Files that `on_error="skip"` left out, each with the reason.
     """
 
     name = "images"
@@ -125,25 +110,24 @@ class ImageDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.download = download
         self.seed = seed
-        # File → why it cannot be read: what on_error="skip" has left out.
         self.unreadable: dict[str, str] = {}
         self._is_set_up = False
 
     def load(self) -> Splits:
-        """Read the whole splits from disk, without any network."""
+        """Read the whole splits from disk, without a network."""
         raise NotImplementedError(f"{type(self).__name__} must say how its splits are read: load()")
 
     def setup(self, stage: str | None = None) -> None:
         """Read the splits and select the task's samples; further calls do nothing.
 
         Args:
-            stage: Lightning's; ignored, since validation is the test split and the classes come
-                from train.
+            stage: Ignored: each stage needs train for the classes, and validation may be the test
+                split.
         """
         if self._is_set_up:
             return
         if self.trainer is None:
-            # In plain Python nobody else calls it, and setup alone should be enough.
+            # Without a Trainer nobody else calls it, and calling setup alone should be enough.
             self.prepare_data()
         splits = self.load()
         names = splits.class_names
@@ -206,12 +190,12 @@ class ImageDataModule(LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        """The test split, labels included."""
+        """Load the test split, with its labels."""
         return self._loader("predict")
 
     @property
     def class_counts(self) -> Tensor:
-        """`(C,)` int64, training images of each class, known before any is read."""
+        """Number of training images of each class, `(C,)` int64, known before any is read."""
         return torch.bincount(self.train_dataset.labels, minlength=self.num_classes)
 
     def sample_names(self, split: str = "predict") -> list[str] | None:
@@ -221,11 +205,11 @@ class ImageDataModule(LightningDataModule):
             split: `train`, `val`, `test` or `predict` (the test split).
 
         Returns:
-            One path a sample, or None where the images come from arrays: count them instead.
+            One path for each sample, or None where the images come from arrays.
         """
         return getattr(self._dataset(split), "paths", None)
 
-    def _dataset(self, split: str) -> Dataset:
+    def _dataset(self, split: str) -> SplitDataset:
         if split not in ("train", "val", "test", "predict"):
             raise ImprintError(f"unknown split {split!r}: it is train, val, test or predict")
         self.setup()
@@ -233,16 +217,18 @@ class ImageDataModule(LightningDataModule):
 
     def _loader(self, split: str) -> DataLoader:
         dataset = self._dataset(split)
-        sampler = None
+        sampler: DistributedSampler | None = None
         if self.trainer is not None and self.trainer.world_size > 1:
-            # Lightning would shuffle a sampler of its own making; it leaves this one alone.
+            # Lightning's own sampler would shuffle; Lightning does not replace this one.
             sampler = DistributedSampler(
                 dataset, self.trainer.world_size, self.trainer.global_rank, shuffle=False
             )
         return self.loader(dataset, sampler)
 
-    def loader(self, dataset: Dataset, sampler: DistributedSampler | None = None) -> DataLoader:
-        """Batches of a data set that `load` or `setup` made, in its order or the sampler's."""
+    def loader(
+        self, dataset: SplitDataset, sampler: DistributedSampler | None = None
+    ) -> DataLoader:
+        """Load batches of a data set of `load` or `setup`, in its order or the sampler's."""
         from_files = getattr(dataset, "from_files", False)
         workers = self.num_workers
         if workers is None:
@@ -254,9 +240,9 @@ class ImageDataModule(LightningDataModule):
             sampler=sampler,
             num_workers=workers,
             collate_fn=pack if from_files else as_it_is,
-            # From other memory a GPU takes a batch only when it has done all before it.
+            # A copy from unpinned memory waits until the GPU has finished all earlier work.
             pin_memory=torch.cuda.is_available() and self._device_type() != "cpu",
-            # Without one, each pass over a loader would draw a number from the global generator.
+            # Without a generator each pass over a loader draws from the global one.
             generator=torch.Generator().manual_seed(self.seed),
         )
 
@@ -271,7 +257,9 @@ class ImageDataModule(LightningDataModule):
         return min(max((available or 1) // processes, 1), MOST_WORKERS)
 
 
-def _select(dataset: Dataset, chosen: list[list[int]], positions: Tensor | None = None) -> Dataset:
+def _select(
+    dataset: SplitDataset, chosen: list[list[int]], positions: Tensor | None = None
+) -> SplitDataset:
     if positions is None:
         positions = torch.arange(len(dataset.labels))
     kept, labels = tasks.relabel(dataset.labels[positions], chosen)

@@ -1,4 +1,4 @@
-"""What a batch is, whichever DataModule it comes from: images (or embeddings) and labels."""
+"""Images (or embeddings) and labels of a batch, whichever DataModule it comes from."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ LABEL_KEYS = ("label", "labels", "y", "target", "targets")
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor]:
-    """`(images, labels)` of a batch: a tuple `(x, y, …)`, or a dict with the usual keys.
+    """Take a batch apart.
+
+    Args:
+        batch: A tuple `(images, labels, …)`, or a dict with the usual keys.
+
+    Returns:
+        The images, as they are, and the labels `(B,)`, int64.
 
     Raises:
-        ImprintError: neither shape, or labels that are not one integer a sample.
+        ImprintError: If the batch has another form, or its labels are not one integer for each
+            sample.
     """
     images, labels = images_of(batch), None
     if isinstance(batch, Mapping):
@@ -47,7 +54,10 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
 
 
 def images_of(batch: Any) -> Any:
-    """The images of a batch, with or without labels: a tensor, or a list of `(C, H, W)` tensors."""
+    """Return the images of a batch, with or without labels.
+
+    The images are a tensor or a list of `(C, H, W)` tensors.
+    """
     if isinstance(batch, Mapping):
         for key in IMAGE_KEYS:
             if key in batch:
@@ -61,8 +71,8 @@ def images_of(batch: Any) -> Any:
 def _is_pair(batch: Any) -> bool:
     if not isinstance(batch, (tuple, list)) or not batch:
         return False
-    # A list of single images (image files of any sizes) is not a pair; `[x]` of a `TensorDataset`
-    # has no second.
+    # A list of single images (image files of any sizes) is not a pair. The `[x]` that a
+    # `TensorDataset` returns has no second entry.
     last = batch[:2][-1]
     return not (isinstance(last, Tensor) and last.ndim == 3)
 

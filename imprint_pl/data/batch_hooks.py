@@ -1,5 +1,7 @@
-"""What a Trainer does with a batch between loader and module, for passes of ours: it calls batch
-hooks of the DataModule or of the module, and these may ask the Trainer.
+"""What a Trainer does with a batch between loader and module, for passes without its loops.
+
+A Trainer calls the batch hooks of the DataModule or of the module, and the hooks may use the
+Trainer.
 """
 
 from __future__ import annotations
@@ -23,8 +25,17 @@ BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after
 
 
 def batch_hooks(module: nn.Module, data: Any) -> Callable[[Any, torch.device], Any]:
-    """What a Trainer does with a batch before the module sees it: a function of a batch and the
-    device. As there, a hook of the DataModule takes the place of the module's."""
+    """Return a function that does with a batch what a Trainer does before the module sees it.
+
+    A hook of the DataModule takes precedence over the module's, as in a Trainer.
+
+    Args:
+        module: A LightningModule, or any other module, which has no hooks.
+        data: A DataModule; anything else has no hooks.
+
+    Returns:
+        A function of a batch and the device to move it to.
+    """
 
     def hook(name: str) -> Callable | None:
         owner = next((owner for owner in (data, module) if overrides(name, owner)), None)
@@ -42,15 +53,18 @@ def batch_hooks(module: nn.Module, data: Any) -> Callable[[Any, torch.device], A
 
 @contextmanager
 def in_training(module: nn.Module, data: Any, trainer: Trainer | None = None) -> Iterator[None]:
-    """Module and DataModule with a Trainer that trains, for hooks that ask `self.trainer.training`
-    or skip their work without a Trainer: their own, `trainer`, or a new one for the time."""
+    """Give module and DataModule a Trainer that trains, until the context ends.
+
+    Some hooks ask `self.trainer.training`, or skip their work without a Trainer. A module or
+    DataModule that has a Trainer keeps it; otherwise it gets `trainer` or, without that, a new one.
+    """
     is_data = isinstance(data, both(LightningDataModule))
     hooked = any(overrides(name, module) for name in BATCH_HOOKS)
     if not is_data and not hooked:
         yield
         return
     kinds = both(LightningModule, LightningDataModule)
-    owners = [owner for owner in (module, data) if isinstance(owner, kinds)]
+    owners: list[Any] = [owner for owner in (module, data) if isinstance(owner, kinds)]
     theirs = [_trainer_of(owner) for owner in owners]
     trainer = trainer or next(filter(None, theirs), None) or _new_trainer()
     without = [owner for owner, own in zip(owners, theirs, strict=True) if own is None]
@@ -69,15 +83,15 @@ def in_training(module: nn.Module, data: Any, trainer: Trainer | None = None) ->
 
 
 def _trainer_of(owner: Any) -> Trainer | None:
-    """The Trainer of a LightningModule, which raises where it has none, or of a DataModule."""
+    # The `trainer` of a LightningModule raises where there is none; that of a DataModule is None.
     return owner._trainer if hasattr(owner, "_trainer") else owner.trainer
 
 
 def _new_trainer() -> Trainer:
-    # What it says of this machine's devices and of settings concerns a fit, and there is none.
-    speaker = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = speaker.level
-    speaker.setLevel(logging.ERROR)
+    # A new Trainer reports devices and settings, which concern a fit only; silence it.
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -91,14 +105,19 @@ def _new_trainer() -> Trainer:
                 plugins=[LightningEnvironment()],
             )
     finally:
-        speaker.setLevel(level)
+        logger.setLevel(level)
 
 
 def transfer_of(
     trainer: Trainer, pl_module: LightningModule, data: Any = None
 ) -> Callable[[Any], Any]:
-    """What the loops of a Trainer do with a batch of `data`, or else of the Trainer's DataModule,
-    before the module sees it."""
+    """Return a function that does with a batch what a Trainer's loops do before the module sees it.
+
+    Args:
+        trainer: The Trainer, whose precision and device apply.
+        pl_module: The module that may have batch hooks.
+        data: The DataModule that may have batch hooks. Default: the Trainer's.
+    """
     is_data = isinstance(data, both(LightningDataModule))
     hooked = batch_hooks(pl_module, data if is_data else datamodule_of(trainer))
     device = trainer.strategy.root_device
@@ -106,5 +125,6 @@ def transfer_of(
 
 
 def datamodule_of(trainer: Trainer) -> LightningDataModule | None:
-    """The DataModule of this run; `trainer.datamodule` may be that of a run before."""
-    return trainer._data_connector._datahook_selector.datamodule
+    """Return the DataModule of this run; `trainer.datamodule` may be that of an earlier run."""
+    selector = trainer._data_connector._datahook_selector
+    return None if selector is None else selector.datamodule

@@ -1,18 +1,20 @@
-"""CIFAR-10 and CIFAR-100 from their own "python version" files, which are pickles.
+"""CIFAR-10 and CIFAR-100 from the "python version" of their files, which are pickles.
 
-torchvision checks the published checksums and then unpickles without restriction. Here any files
-of the format are read, and nothing is unpickled but arrays of numbers, lists and strings.
+torchvision checks the published checksums and then unpickles without restriction. This reader takes
+any files of the format, and unpickles only arrays of numbers, lists and strings.
 """
 
 import pickle
 import re
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 from imprint_pl.data.arrays import ArrayDataset, fetch, missing_files
-from imprint_pl.data.base import ImageDataModule, Splits
+from imprint_pl.data.base import ImageDataModule
+from imprint_pl.data.splits import Splits
 from imprint_pl.errors import ImprintError
 
 SHAPE = (3, 32, 32)
@@ -22,8 +24,8 @@ class CIFAR10(ImageDataModule):
     """CIFAR-10, 3 x 32 x 32: 50,000 train and 10,000 test images.
 
     Reads `<root>/cifar-10-batches-py/`: `data_batch_1` to `data_batch_5`, `test_batch` and
-    `batches.meta`, each with any number of images. Only where none of them is there the published
-    archive is fetched, so that files of one's own are never overwritten.
+    `batches.meta`, each with any number of images. The published archive is fetched only where none
+    of these files is there, so your own files are never overwritten.
     """
 
     name = "cifar10"
@@ -45,7 +47,10 @@ class CIFAR10(ImageDataModule):
         if self._missing():
             raise missing_files(self.root, self.folder, self._missing())
         path = self._folder() / self.names_file
-        class_names = [_text(name) for name in _entry(read_pickle(path), self.names_key, path)]
+        names = _entry(read_pickle(path), self.names_key, path)
+        if not isinstance(names, list) or not all(isinstance(name, str | bytes) for name in names):
+            raise ImprintError(f"{path}: {self.names_key!r} is not a list of names")
+        class_names = [_text(name) for name in names]
         train = [self._read_batch(file, len(class_names)) for file in self.train_files]
         images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
         test_images, test_labels = self._read_batch(self.test_file, len(class_names))
@@ -73,8 +78,10 @@ class CIFAR10(ImageDataModule):
             raise ImprintError(
                 f"{path}: 'data' must be uint8 of shape (n, {width}), but is {found}"
             )
-        if isinstance(labels, StoredArray):
+        if isinstance(labels, StoredArray) and labels.values is not None:
             labels = labels.values.tolist()
+        if not isinstance(labels, list):
+            raise ImprintError(f"{path}: {self.labels_key!r} is not a list of labels")
         if len(labels) != len(pixels):
             raise ImprintError(f"{path} has {len(pixels)} images but {len(labels)} labels")
         for label in labels:
@@ -89,8 +96,8 @@ class CIFAR10(ImageDataModule):
 class CIFAR100(CIFAR10):
     """CIFAR-100, 3 x 32 x 32: 50,000 train and 10,000 test images of a hundred classes.
 
-    Reads `<root>/cifar-100-python/`: `train`, `test` and `meta`, with the fine labels. Only where
-    none of them is there the published archive is fetched.
+    Reads `<root>/cifar-100-python/`: `train`, `test` and `meta`, with the fine labels. The
+    published archive is fetched only where none of these files is there.
     """
 
     name = "cifar100"
@@ -102,20 +109,20 @@ class CIFAR100(CIFAR10):
     names_key, labels_key = "fine_label_names", "fine_labels"
 
 
-def read_pickle(path: Path):
+def read_pickle(path: Path) -> Any:
     """Read a pickle of arrays of numbers, lists, dictionaries, strings and numbers.
 
-    Arrays come back as `StoredArray`, and strings of Python 2 as Latin-1 text.
+    Nothing that the file names is imported or called.
+
+    Returns:
+        The pickled object, with arrays as `StoredArray` and strings of Python 2 as Latin-1 text.
 
     Raises:
-        ImprintError: naming the file, and the forbidden global if it asks for one; nothing that the
-            file names is imported or called.
+        ImprintError: If the file is damaged, or asks for anything else, which the message names.
     """
     try:
         with open(path, "rb") as file:
-            unpickler = _ArraysOnly(file, encoding="latin1")
-            unpickler.path = path
-            return unpickler.load()
+            return _ArraysOnly(file, path).load()
     except ImprintError:
         raise
     # A damaged pickle can raise nearly anything.
@@ -127,39 +134,41 @@ def read_pickle(path: Path):
 
 
 class StoredArray:
-    """Stands in for numpy's array while a pickle is read: numpy's own would trust the file."""
+    """Replaces NumPy's array while a pickle is read, since NumPy's unpickling trusts the file."""
 
-    def __init__(self, *_) -> None:
-        self.values = None
+    def __init__(self, *_: Any) -> None:
+        self.values: np.ndarray | None = None
 
-    def __setstate__(self, state) -> None:
+    def __setstate__(self, state: Any) -> None:
         _version, shape, dtype, is_fortran, content = state
         self._fill(content, dtype, shape, "F" if is_fortran else "C")
 
     @classmethod
-    def from_buffer(cls, content, dtype, shape, order) -> "StoredArray":
+    def from_buffer(cls, content: Any, dtype: Any, shape: Any, order: Any) -> "StoredArray":
         array = cls()
         array._fill(content, dtype, shape, order)
         return array
 
-    def _fill(self, content, dtype, shape, order) -> None:
+    def _fill(self, content: Any, dtype: Any, shape: Any, order: Any) -> None:
         if isinstance(content, str):
             content = content.encode("latin1")
         self.values = np.frombuffer(content, dtype.numpy()).reshape(shape, order=order)
 
 
 class _StoredDtype:
-    def __init__(self, name, *_) -> None:
+    def __init__(self, name: Any, *_: Any) -> None:
         self.name = _text(name)
         self.byte_order = "="
         if not re.fullmatch(r"[biu][1248]", self.name):
             raise ValueError(f"the array type {self.name!r} is not one of whole numbers")
 
-    def __setstate__(self, state) -> None:
+    def __setstate__(self, state: Any) -> None:
         self.byte_order = _text(state[1])
+        if not re.fullmatch(r"[<>=|]", self.byte_order):
+            raise ValueError(f"{self.byte_order!r} is not a byte order")
 
     def numpy(self) -> np.dtype:
-        return np.dtype(self.name).newbyteorder(self.byte_order)
+        return np.dtype(self.byte_order + self.name)
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -173,7 +182,8 @@ def _no_bytes() -> bytes:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    # What Python 2, old and new numpy write for arrays and bytes, with stand-ins of our own.
+    # The globals that Python 2 and old and new NumPy write for arrays and bytes, each with our
+    # replacement.
     ALLOWED = {  # noqa: RUF012
         ("numpy.core.multiarray", "_reconstruct"): StoredArray,
         ("numpy._core.multiarray", "_reconstruct"): StoredArray,
@@ -186,7 +196,11 @@ class _ArraysOnly(pickle.Unpickler):
         ("__builtin__", "bytes"): _no_bytes,
     }
 
-    def find_class(self, module: str, name: str):
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        super().__init__(file, encoding="latin1")
+        self.path = path
+
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
             raise ImprintError(
                 f"{self.path} asks for {module}.{name}, which a data file has no use for and which "
@@ -195,7 +209,7 @@ class _ArraysOnly(pickle.Unpickler):
         return self.ALLOWED[module, name]
 
 
-def _entry(content, key: str, path: Path):
+def _entry(content: Any, key: str, path: Path) -> Any:
     if isinstance(content, dict):
         by_text = {_text(name): value for name, value in content.items()}
         if key in by_text:
@@ -203,5 +217,5 @@ def _entry(content, key: str, path: Path):
     raise ImprintError(f"{path} has no entry {key!r}: it is no file of CIFAR's python version")
 
 
-def _text(value) -> str:
+def _text(value: Any) -> str:
     return value.decode("latin1") if isinstance(value, bytes) else value

@@ -1,11 +1,12 @@
-"""From an image file to a uint8 tensor of the channels that the file has.
+"""Decodes an image file to a uint8 tensor with the channels that the file has.
 
-The workers of the image folders run this; resizing for a backbone is not done here. Whatever goes
-wrong with a file comes out as one error that names the file.
+The workers of image folders run this code. Backbones do the resizing. Every fault of a file becomes
+one error that names the file.
 """
 
 import functools
 import os
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,14 +19,14 @@ EXTENSIONS = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm"),
     *(".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 )
-# What a phone writes; read where pillow-heif is installed.
+# Photos of phones; they are read where pillow-heif is installed.
 HEIF_EXTENSIONS = (".heic", ".heif", ".hif")
 HEIF_CURE = "pip install 'imprint-pl[heif]'"
 
-# Pillow's names. It knows more, but hands some of them to other programs (EPS to Ghostscript).
+# Pillow's names. It knows more formats, but some start other programs (EPS starts Ghostscript).
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
-# Tag value -> what turns the stored pixels upright (EXIF 2.32, tag 0x0112).
+# For each value of the orientation tag, how to turn the stored pixels upright (EXIF 2.32, 0x0112).
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -45,7 +46,7 @@ EIGHT_BIT = {
     "RGBA": "RGBA",
     "RGBa": "RGBA",
 }
-# Tags of TIFF: how many bits a value has, and whether it has a sign (TIFF 6.0).
+# Tags of TIFF 6.0 that tell how many bits a value has and whether it has a sign.
 BITS_PER_SAMPLE, SAMPLE_FORMAT, UNSIGNED = 258, 339, 1
 
 
@@ -53,29 +54,29 @@ def read_image(path: str | os.PathLike, max_side: int | None = None) -> Tensor:
     """Decode an image file, upright.
 
     Args:
-        path: the file, of one of `FORMATS`, or HEIF where pillow-heif is installed, whatever its
-            name; of several frames the first.
-        max_side: shrink the image so that neither side exceeds this many pixels; never enlarges.
+        path: A file of one of `FORMATS`, or HEIF where pillow-heif is installed, whatever its name.
+            The first of several frames is read.
+        max_side: Shrink the image so that neither side exceeds this many pixels; never enlarges.
             JPEG files are then decoded at a fraction of their size, which is also faster.
 
     Returns:
         uint8 `(C, H, W)`: one channel for grey and bilevel files, two for grey with alpha, four for
         RGB with alpha and palettes with transparency, three for everything else. 16-bit grey is
-        scaled to 8 bit (65535 becomes 255). No file says the range of 32-bit grey: values in 0..255
-        stay as they are, floats in 0..1 are multiplied by 255, all others are stretched so that
-        the image's largest value becomes 255 and 0, or its smallest if negative, becomes 0.
+        scaled to 8 bit (65535 becomes 255). Files do not tell the range of 32-bit grey: values in
+        0..255 stay as they are, floats in 0..1 are multiplied by 255, all others are stretched so
+        that the largest value becomes 255 and 0, or the smallest if it is negative, becomes 0.
 
     Raises:
-        ImprintError: naming the file, if it is missing, truncated, no image, or larger than
-            Pillow's decompression-bomb limit.
+        ImprintError: If the file is missing, truncated, no image, or larger than Pillow's
+            decompression-bomb limit; the message names the file.
     """
     try:
-        with Image.open(path, formats=_formats()) as image:
+        with Image.open(path, formats=_formats()) as opened:
             if max_side is not None:
-                image.draft(None, (max_side, max_side))
-            image.load()
-            orientation = _orientation(image)
-            image = _to_eight_bit(image)
+                opened.draft(None, (max_side, max_side))
+            opened.load()
+            orientation = _orientation(opened)
+            image = _to_eight_bit(opened)
         if max_side is not None:
             image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC, reducing_gap=None)
         if orientation in UPRIGHT:
@@ -86,28 +87,28 @@ def read_image(path: str | os.PathLike, max_side: int | None = None) -> Tensor:
             f"will not decode the image {shown(path)}: {error} Shrink the file, or raise "
             "PIL.Image.MAX_IMAGE_PIXELS if you trust it."
         ) from error
-    # Decoders of foreign bytes raise whatever their parsers stumble over.
+    # Decoders raise errors of many kinds for damaged files.
     except Exception as error:
         raise ImprintError(
             f"cannot read the image {shown(path)}: {_reason(error, path)}. "
             "Replace or remove the file."
         ) from error
     channels_first = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
-    # By numpy: torch would wake all its threads for so small a copy, which is slower.
+    # NumPy is faster here: torch would wake all its threads for so small a copy.
     return torch.from_numpy(np.ascontiguousarray(channels_first))
 
 
 def extensions() -> tuple[str, ...]:
-    """The endings of names, in lower case, whose files are read here."""
+    """Return the endings of file names, in lower case, that are read as images."""
     return EXTENSIONS + (HEIF_EXTENSIONS if "HEIF" in _formats() else ())
 
 
 def holds_image(path: str | os.PathLike) -> bool:
-    """Whether a file begins as an image does, for names that do not say it."""
+    """Return whether a file's first bytes are an image's, for names without an ending."""
     if not os.path.isfile(path):
         return False
     try:
-        # TGA has no mark that it could be known by.
+        # TGA files have no mark that would tell them from other files.
         with Image.open(path, formats=[name for name in _formats() if name != "TGA"]):
             return True
     except Image.DecompressionBombError:
@@ -117,7 +118,7 @@ def holds_image(path: str | os.PathLike) -> bool:
 
 
 def is_heif(path: str | os.PathLike) -> bool:
-    """Whether a file begins as HEIC and HEIF files do (ISO/IEC 23008-12)."""
+    """Return whether a file's first bytes are those of HEIC and HEIF (ISO/IEC 23008-12)."""
     try:
         with open(path, "rb") as file:
             head = file.read(12)
@@ -128,7 +129,7 @@ def is_heif(path: str | os.PathLike) -> bool:
 
 @functools.cache
 def _formats() -> list[str]:
-    """Those of `FORMATS` that Pillow was built with here, and HEIF where pillow-heif is there."""
+    """Return the `FORMATS` that this Pillow can read, and HEIF where pillow-heif is installed."""
     Image.init()
     try:
         import pillow_heif
@@ -144,7 +145,7 @@ def _reason(error: Exception, path: str | os.PathLike) -> str:
             return f"it is an HEIC or HEIF file, which pillow-heif reads ({HEIF_CURE})"
         return "cannot identify an image in it: it is damaged, or of a kind that is not read here"
     if isinstance(error, OSError) and error.errno is not None:
-        # Without the name, which the message has already.
+        # Leave the file name out: the message has it already.
         return f"[Errno {error.errno}] {error.strerror}"
     return str(error) or type(error).__name__
 
@@ -152,7 +153,7 @@ def _reason(error: Exception, path: str | os.PathLike) -> str:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    # A damaged tag block says nothing about the pixels, which have been decoded.
+    # The pixels are decoded already, so a damaged tag block is no reason to refuse the file.
     except Exception:
         return 1
 
@@ -166,20 +167,21 @@ def _to_eight_bit(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         values = np.asarray(image)
         if image.mode == "I" and tags.get(SAMPLE_FORMAT, UNSIGNED) in (UNSIGNED, (UNSIGNED,)):
-            # Pillow has no mode for them: the largest come out as negative.
+            # Pillow has no mode for unsigned values: it returns large ones as negative numbers.
             values = values.view(np.uint32)
         return Image.fromarray(_eight_bit_of_32(values))
     if image.mode == "P":
         return image.convert("RGBA" if "transparency" in image.info else "RGB")
     if image.mode == "LAB":
-        # convert() refuses it.
+        # convert() refuses this mode.
         lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+        # None is returned only for inPlace=True.
+        return cast(Image.Image, ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB"))
     return image.convert(EIGHT_BIT.get(image.mode, "RGB"))
 
 
 def _eight_bit_of_32(values: np.ndarray) -> np.ndarray:
-    """32-bit values `(H, W)` as uint8, in the range that `read_image` says."""
+    """Scale 32-bit values `(H, W)` to uint8, as `read_image` describes."""
     is_float, values = values.dtype.kind == "f", values.astype(np.float64)
     finite = values[np.isfinite(values)]
     if not finite.size:

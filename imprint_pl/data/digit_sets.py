@@ -1,16 +1,18 @@
-"""Digits of other hands than MNIST's: USPS, SVHN and MNIST-M, the paper's CombiDigits with MNIST.
+"""USPS, SVHN and MNIST-M: with MNIST they are the paper's CombiDigits.
 
-Each reads the files that are usually passed around; nothing in them is executed.
+Each class reads the files in which its data set is published, and executes nothing in them.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from imprint_pl.data.arrays import ArrayDataset, fetch, missing_files
-from imprint_pl.data.base import ImageDataModule, Splits
+from imprint_pl.data.base import ImageDataModule
 from imprint_pl.data.image_files import ImageFileDataset
+from imprint_pl.data.splits import SplitDataset, Splits
 from imprint_pl.errors import ImprintError
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -51,10 +53,10 @@ class USPS(ImageDataModule):
                 read = datasets.USPS(self.root, train=train)
                 images, labels = torch.from_numpy(read.data), torch.tensor(read.targets)
                 splits.append(_digits(images.unsqueeze(1), labels))
-            # torchvision's parser asserts and indexes its way through damaged files.
+            # torchvision's parser raises errors of many kinds for damaged files.
             except Exception as error:
                 raise _damaged(Path(self.root, file), error) from error
-        return Splits(DIGITS, *splits)
+        return Splits(DIGITS, train=splits[0], test=splits[1])
 
 
 class SVHN(ImageDataModule):
@@ -84,24 +86,25 @@ class SVHN(ImageDataModule):
         for file in self.files:
             try:
                 read = loadmat(Path(self.root, file), variable_names=("X", "y"))
-                # Stored (height, width, channel, image), as Matlab likes it.
+                # Matlab's order is (height, width, channel, image).
                 images = np.ascontiguousarray(read["X"].transpose(3, 2, 0, 1))
                 labels = torch.from_numpy(read["y"].astype(np.int64).reshape(-1)) % 10
                 splits.append(_digits(torch.from_numpy(images), labels))
-            # Foreign bytes: scipy raises whatever its parser stumbles over.
+            # SciPy's parser raises errors of many kinds for damaged files.
             except Exception as error:
                 raise _damaged(Path(self.root, file), error) from error
-        return Splits(DIGITS, *splits)
+        return Splits(DIGITS, train=splits[0], test=splits[1])
 
 
 class MNISTM(ImageDataModule):
     """MNIST-M, MNIST's digits blended with patches of photos (Ganin et al. 2016), in colour.
 
-    Reads, in `<root>/mnist_m/` or in `<root>/`, either of its two usual forms: the images as files,
-    `mnist_m_train/`, `mnist_m_train_labels.txt` (a line an image: name, label), `mnist_m_test/`,
-    `mnist_m_test_labels.txt` (59,001 and 9,001 images, 3 x 32 x 32); or as tensors,
-    `mnist_m_train.pt` and `mnist_m_test.pt` (60,000 and 10,000 images, 3 x 28 x 28), which are the
-    ones fetched where neither is there. Pickled arrays are not read: they could run any code.
+    Reads either of its two usual forms from `<root>/mnist_m/` or `<root>/`: images as files in
+    `mnist_m_train/` and `mnist_m_test/`, with `mnist_m_train_labels.txt` and
+    `mnist_m_test_labels.txt`, a line for each image with its name and label (59,001 and 9,001
+    images, 3 x 32 x 32); or tensors in `mnist_m_train.pt` and `mnist_m_test.pt` (60,000 and 10,000
+    images, 3 x 28 x 28), which are fetched where neither form is there. Pickled arrays are not
+    read: they could run any code.
     """
 
     name = "mnist_m"
@@ -119,7 +122,7 @@ class MNISTM(ImageDataModule):
         folder, read = found
         return Splits(DIGITS, read(folder, "train"), read(folder, "test"))
 
-    def _find(self):
+    def _find(self) -> tuple[Path, Callable[[Path, str], SplitDataset]] | None:
         for folder in (Path(self.root, "mnist_m"), Path(self.root)):
             if (folder / "mnist_m_train_labels.txt").is_file():
                 return folder, _read_listed
@@ -139,7 +142,7 @@ class MNISTM(ImageDataModule):
                 folder = str(Path(self.root, "mnist_m"))
                 address = f"{MNIST_M_ADDRESS}/{file}.tar.gz"
                 download_and_extract_archive(address, folder, md5=md5, remove_finished=True)
-        # No network, a full disk, a read-only folder, a wrong checksum: the caller names the cure.
+        # No network, a full disk, a read-only folder, a wrong checksum: the caller says what to do.
         except Exception as error:
             return f"the download failed: {' '.join(str(error).split()) or type(error).__name__}"
         return "the archive does not hold it"
@@ -170,6 +173,7 @@ def _read_tensors(folder: Path, split: str) -> ArrayDataset:
 
 
 def _digits(images: torch.Tensor, labels: torch.Tensor) -> ArrayDataset:
+    """Return the data set, or raise `ValueError` where the arrays are not images and digits."""
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}")
     return ArrayDataset(images, _checked(labels, len(images)))

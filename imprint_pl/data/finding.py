@@ -1,4 +1,4 @@
-"""Which files of a folder are images, which are left out, and what is said of these."""
+"""Finds the image files of a folder, and reports the files that are left out."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from imprint_pl.errors import ImprintError, shown
 from imprint_pl.files import local_path
 from imprint_pl.numerics.labels import composed
 
-# What systems and programs put beside images: macOS's zips, NAS thumbnails and bins, Windows.
+# Folders that systems and programs put beside images: macOS's zips, NAS thumbnails, bins, Windows.
 NOT_OURS = (
     *("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "__pycache__"),
     "system volume information",
 )
 
-# Files that nobody takes for a picture: left out without a word.
+# Files that nobody takes for a picture: they are left out without a warning.
 LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
 
 COMPANIONS = (
@@ -30,7 +30,7 @@ COMPANIONS = (
     *(".xml", ".xmp", ".yaml", ".yml"),
 )
 
-# Of what is left out, named in a message.
+# How many folders and kinds of files a message names.
 FOLDERS_SHOWN, KINDS_SHOWN = 5, 6
 
 
@@ -38,23 +38,23 @@ def find_images(folder: str | Path, left_out: Counter | None = None) -> Iterator
     """Yield the image files below a folder, sorted, without hidden files and folders.
 
     Args:
-        folder: to search, with its subfolders.
-        left_out: counts the kinds of files that are left out, see `_kind_left_out`.
+        folder: The folder to search, with its subfolders.
+        left_out: Gets the numbers of files that are left out, by kind (see `_kind_left_out`).
 
     Raises:
-        ImprintError: a folder that may not be listed.
+        ImprintError: If a folder may not be listed.
     """
     seen = set()
     for place, folders, files in os.walk(folder, followlinks=True, onerror=_not_listed):
-        # A link that leads back up would be followed dozens of times.
+        # Without this check a link to a folder further up would be followed dozens of times.
         real = os.path.realpath(place)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
         folders[:] = sorted((name for name in folders if not _is_foreign(name)), key=composed)
-        # By their composed names: the draws depend on the order, and are to be the same for a copy
-        # of the folder on another system.
+        # Sort composed names: random draws depend on the order, and must be the same for a copy of
+        # the folder on another system.
         for name in sorted(files, key=composed):
             path = os.path.join(place, name)
             if _is_image(path):
@@ -80,7 +80,7 @@ def _is_image(path: str) -> bool:
 
 
 def _kind_left_out(path: str) -> str:
-    """The ending of a file's name that is no image here; empty where the file deserves no word."""
+    """Return the ending of a file that is not read; empty where a warning need not count it."""
     name = os.path.basename(path)
     kind = os.path.splitext(name)[1].lower()
     if name.startswith(".") or name.lower() in LITTER or kind in COMPANIONS:
@@ -90,8 +90,8 @@ def _kind_left_out(path: str) -> str:
     return kind
 
 
-def _tell_left_out(left_out: dict[str, Counter]) -> None:
-    """Warns of the files that are left out, counted by folder and kind."""
+def warn_of_left_out(left_out: dict[str, Counter]) -> None:
+    """Warn of the files that are left out, counted by folder and kind."""
     left_out = {place: counts for place, counts in left_out.items() if counts}
     if not left_out:
         return
@@ -109,8 +109,8 @@ def _tell_left_out(left_out: dict[str, Counter]) -> None:
     )
 
 
-def _but(left_out: Counter) -> str:
-    """What an error adds where files of other kinds are all that is there."""
+def other_kinds(left_out: Counter) -> str:
+    """Return an error's addition where a folder holds only files of other kinds."""
     return f" that is read here ({_kinds(left_out)})" if left_out else ""
 
 
@@ -118,14 +118,14 @@ def _kinds(counts: Counter) -> str:
     named = [f"{count} {shown(kind)}" for kind, count in counts.most_common(KINDS_SHOWN)]
     if len(counts) > KINDS_SHOWN:
         named.append(f"{len(counts) - KINDS_SHOWN} more kinds")
-    # Where pillow-heif is installed these are not left out.
+    # HEIC is counted only where pillow-heif is not installed.
     cure = f"; HEIC needs pillow-heif: {HEIF_CURE}" if set(counts) & set(HEIF_EXTENSIONS) else ""
     verb = "is" if counts.total() == 1 else "are"
     return f"{', '.join(named)} {verb} not read here{cure}"
 
 
-def _tell_loose(folder: Path) -> None:
-    """Says how many images lie beside the class folders."""
+def tell_loose_images(folder: Path) -> None:
+    """Tell how many images lie beside the class folders."""
     with os.scandir(folder) as entries:
         loose = sum(entry.is_file() and _is_image(entry.path) for entry in entries)
     if loose:
@@ -135,7 +135,8 @@ def _tell_loose(folder: Path) -> None:
         )
 
 
-def _subfolders(folder: Path) -> list[str]:
+def subfolders(folder: Path) -> list[str]:
+    """Return the names of a folder's subfolders, sorted, without hidden and system folders."""
     if not folder.is_dir():
         raise ImprintError(
             f"the folder {folder} does not exist or is no folder: set root to the folder that "
@@ -147,33 +148,43 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _is_foreign(folder: str) -> bool:
-    """Whether a folder of this name is hidden, or a system's and not the user's."""
+    """Return whether a folder of this name is hidden or belongs to the system."""
     return folder.startswith(".") or folder.lower() in NOT_OURS
 
 
-def _holds_images(folder: Path) -> bool:
+def holds_images(folder: Path) -> bool:
+    """Return whether there are images in the folder or below it."""
     return next(find_images(folder), None) is not None
 
 
-def _list(folders: Iterable[str | Path]) -> str:
-    """Folders for a message, as in `cat/, dog/ and fox/`; at most six."""
+def listed(folders: Iterable[str | Path]) -> str:
+    """Name folders in a message, as in `cat/, dog/ and fox/`; at most six."""
     names = [f"{Path(folder).name}/" for folder in folders]
     if len(names) > 6:
         names = [*names[:6], f"{len(names) - 6} more"]
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def _has_own_images(folder: Path) -> bool:
-    """Whether there are images in the folder itself, not in its subfolders."""
+def has_own_images(folder: Path) -> bool:
+    """Return whether there are images in the folder itself, not only in its subfolders."""
     with os.scandir(folder) as entries:
         return any(e.is_file() and _is_image(e.path) for e in entries)
 
 
-def _files_at(place: str, left_out: dict[str, Counter]) -> Sequence[str]:
+def files_at(place: str, left_out: dict[str, Counter]) -> Sequence[str]:
+    """Return the image files that a path or pattern names.
+
+    Args:
+        place: A file, a folder, or a pattern.
+        left_out: Gets the numbers of files that are left out, by kind, under the path.
+
+    Raises:
+        ImprintError: If there is no image file.
+    """
     path = local_path(place)
     if os.path.isfile(path):
         return [path]
-    counts = Counter()
+    counts: Counter[str] = Counter()
     if os.path.isdir(path):
         found = list(find_images(path, counts))
     else:
@@ -188,8 +199,8 @@ def _files_at(place: str, left_out: dict[str, Counter]) -> Sequence[str]:
     if not found:
         exists = "holds no image" if os.path.isdir(path) else "matches no image file"
         raise ImprintError(
-            f"'{shown(place)}' {exists}{_but(counts)} ({', '.join(extensions())}): check the path, "
-            f"which is relative to {shown(os.getcwd())}"
+            f"'{shown(place)}' {exists}{other_kinds(counts)} ({', '.join(extensions())}): check "
+            f"the path, which is relative to {shown(os.getcwd())}"
         )
     left_out[path] = counts
     return found

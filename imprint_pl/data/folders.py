@@ -1,6 +1,6 @@
-"""Image files of one's own: a folder a class, or any files to predict.
+"""Your own image files: a folder for each class, or any files to predict.
 
-The files are found here, decoded by the workers (files.py, decode.py) and never kept.
+The workers decode the files (image_files.py, decode.py) for each batch; images are never kept.
 """
 
 from __future__ import annotations
@@ -8,26 +8,28 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from imprint_pl.data import tasks
-from imprint_pl.data.base import ImageDataModule, Splits
+from imprint_pl.data.base import ImageDataModule
 from imprint_pl.data.decode import extensions
 from imprint_pl.data.finding import (
-    _but,
-    _files_at,
-    _has_own_images,
-    _holds_images,
-    _list,
-    _subfolders,
-    _tell_left_out,
-    _tell_loose,
+    files_at,
     find_images,
+    has_own_images,
+    holds_images,
+    listed,
+    other_kinds,
+    subfolders,
+    tell_loose_images,
+    warn_of_left_out,
 )
 from imprint_pl.data.image_files import SKIP_ADVICE, ImageFileDataset, unreadable
+from imprint_pl.data.splits import SplitDataset, Splits
 from imprint_pl.errors import ImprintError, shown
 from imprint_pl.numerics.labels import check_composition, composed, place_of, warn_of_alike
 from imprint_pl.ranks import ranks
@@ -39,47 +41,34 @@ SPLIT_NAMES = {
 }
 
 TEST_SEED = 0
-# Of images that cannot be read, named in a message.
+# How many unreadable images a message names.
 UNREADABLE_SHOWN = 10
 
 
 class ImageFolder(ImageDataModule):
-    """Images in a folder a class; the folders' names, sorted, are the classes.
+    """Images in a folder for each class; the folders' names, sorted, are the classes.
 
-    Either `<root>/train/<class>/` with `<root>/val/`, `<root>/test/` or both (one alone serves as
+    Reads `<root>/train/<class>/` with `<root>/val/`, `<root>/test/` or both (one alone serves as
     validation and test), or `<root>/<class>/` alone: then `test_fraction` of each class is held
-    out as validation and test. Beside other folders of images, and without val and test, "train" is
-    a class like them. Folders may be nested. What is read is known by the endings of the names, and
-    by content where a name has none. Hidden files, texts and folders of systems, such as
-    `__MACOSX`, are ignored; a warning counts all else that is left out. A batch's images are a list
-    of uint8 `(C, H, W)` of the files' own sizes.
+    out as validation and test. A folder "train" beside other folders of images, without val and
+    test, is a class. Folders may be nested. Images are recognised by the endings of their names,
+    and by content where a name has none. Hidden files, texts and system folders such as `__MACOSX`
+    are ignored; a warning counts all other files that are left out. The images of a batch are a
+    list of uint8 `(C, H, W)` of the files' own sizes.
 
     Args:
         root: The folder.
         test_fraction: Part of each class held out as the test split where the folder has no split
             of its own. It depends on no seed, so that a later test never sees training images.
-        max_side: Longest side in pixels; larger images are shrunk in the workers. Left out, images
+        max_side: Longest side in pixels; larger images are shrunk in the workers. By default images
             keep their size: a photo of 12 megapixels takes 36 MB, a batch of 64 of them 2.3 GB, and
             each worker has two batches under way.
-        classes: Classes to keep, as names or as indices into the sorted names (where all names are
-            numbers, a number is a name); they become labels 0..C-1 in this order. An inner list is
-            merged into one label, as in [[cat, dog], bird]. Or a subset by name: "all", "even",
-            "odd", "short" (the first three). All of them where left out.
-        d: Makes a d-in-1 task: each label merges d of the classes, drawn with `task_seed`.
-        num_labels: Of the d-in-1 task; as many as the classes suffice for where left out.
-        task_seed: Of the d-in-1 task.
-        shots: Training images a label, drawn at random; all of them where left out. A label with
-            fewer is an error.
-        val_fraction: Part of each class's training images to hold out for validation, where the
-            folder has no `val`; 0 validates on the test split.
-        batch_size: Images a batch (and a process); smaller than for sets in memory, since photos
-            are large.
-        num_workers: Processes that decode image files; where left out, one for each processor core
-            that this process has (16 at most).
-        seed: Of the shots and of the held-out validation part.
+        batch_size: Images in a batch (of each process); smaller than for sets in memory, since
+            photos are large.
         on_error: "fail" at the first image that cannot be read, or "skip": before anything else,
             each image is decoded once, and those that cannot be read are named in a warning and
             left out, as if they were not there (`unreadable`).
+        task: Further keywords of `ImageDataModule` but `download`.
     """
 
     def __init__(
@@ -87,30 +76,11 @@ class ImageFolder(ImageDataModule):
         root: str,
         test_fraction: float = 0.2,
         max_side: int | None = None,
-        classes: list[int | str | list[int | str]] | str | None = None,
-        d: int | None = None,
-        num_labels: int | None = None,
-        task_seed: int = 0,
-        shots: int | None = None,
-        val_fraction: float = 0.0,
         batch_size: int = 64,
-        num_workers: int | None = None,
-        seed: int = 0,
         on_error: str = "fail",
+        **task: Any,
     ) -> None:
-        super().__init__(
-            root=root,
-            classes=classes,
-            d=d,
-            num_labels=num_labels,
-            task_seed=task_seed,
-            shots=shots,
-            val_fraction=val_fraction,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            download=False,
-            seed=seed,
-        )
+        super().__init__(root=root, batch_size=batch_size, download=False, **task)
         if not 0 < test_fraction < 1:
             raise ImprintError(
                 f"test_fraction={test_fraction} is not between 0 and 1: it is the part of each "
@@ -121,7 +91,7 @@ class ImageFolder(ImageDataModule):
         self.test_fraction = test_fraction
         self.max_side = max_side
         self.on_error = _checked_on_error(on_error)
-        # Files that are known to be readable or not.
+        # Files that were decoded once, to see whether they can be read.
         self._looked_at: set[str] = set()
 
     def load(self) -> Splits:
@@ -135,7 +105,7 @@ class ImageFolder(ImageDataModule):
             if split in folders
         }
         if others:
-            test = others.get("test", others.get("val"))
+            test = others["test"] if "test" in others else others["val"]
             return Splits(class_names, train, test, others.get("val"))
         every_class = range(len(class_names))
         staying, held = tasks.draw(
@@ -154,7 +124,7 @@ class ImageFolder(ImageDataModule):
     def _read(
         self, folder: Path, class_names: list[str] | None = None
     ) -> tuple[list[str], ImageFileDataset]:
-        found = _subfolders(folder)
+        found = subfolders(folder)
         lost = [path for path in folder.iterdir() if not path.exists()]
         if lost:
             rank_zero_warn(f"{lost[0]} is a link that leads nowhere: it is not read")
@@ -163,7 +133,7 @@ class ImageFolder(ImageDataModule):
                 f"{folder} has no class folders: put the images of each class into a folder of "
                 "the class's name; images without classes are for ImageFiles (predict)"
             )
-        # A class's name is printed and written into checkpoints: never bytes that are no text.
+        # A class's name is printed and written into checkpoints, so it must be text.
         folder_of = {shown(name): folder / name for name in found}
         if len(folder_of) < len(found):
             raise ImprintError(
@@ -173,14 +143,16 @@ class ImageFolder(ImageDataModule):
         is_test = class_names is not None
         if class_names is None:
             class_names = [composed(name) for name in found]
-        places = [place_of(name, class_names) for name in found]
-        for name, place in zip(found, places, strict=True):
+        places = []
+        for name in found:
+            place = place_of(name, class_names)
             if place is None:
                 raise ImprintError(
                     f"the class folder {folder / name} has no counterpart among the training "
                     f"classes ({tasks.near_names(name, class_names)}): rename or remove it, or "
                     "add training images"
                 )
+            places.append(place)
         absent = [name for place, name in enumerate(class_names) if place not in places]
         if absent:
             rank_zero_warn(f"{folder} has no folder for {', '.join(absent)}: not evaluated")
@@ -188,36 +160,37 @@ class ImageFolder(ImageDataModule):
         labels: list[int] = []
         left_out: dict[str, Counter] = {}
         for name, place in zip(found, places, strict=True):
-            left_out[str(folder_of[name])] = counts = Counter()
+            counts: Counter[str] = Counter()
+            left_out[str(folder_of[name])] = counts
             images = list(find_images(folder_of[name], counts))
             if not images:
                 raise ImprintError(
-                    f"the class folder {folder / name} holds no image{_but(counts)}: add images "
-                    f"({', '.join(extensions())}) or remove the folder"
+                    f"the class folder {folder / name} holds no image{other_kinds(counts)}: add "
+                    f"images ({', '.join(extensions())}) or remove the folder"
                 )
             paths += images
             labels += [place] * len(images)
-        _tell_left_out(left_out)
-        _tell_loose(folder)
+        warn_of_left_out(left_out)
+        tell_loose_images(folder)
         dataset = ImageFileDataset(paths, torch.tensor(labels), self.max_side, advice=SKIP_ADVICE)
         if self.on_error == "skip":
             self._look_at(paths, folder)
-            kept = [i for i, path in enumerate(paths) if path not in self.unreadable]
-            kept = torch.tensor(kept, dtype=torch.int64)
+            readable = [i for i, path in enumerate(paths) if path not in self.unreadable]
+            kept = torch.tensor(readable, dtype=torch.int64)
             dataset = dataset.select(kept, dataset.labels[kept])
-            absent = [] if is_test else sorted(set(labels) - set(dataset.labels.tolist()))
-            if absent:
+            empty = [] if is_test else sorted(set(labels) - set(dataset.labels.tolist()))
+            if empty:
                 raise ImprintError(
-                    f"no image of the class folder {folder / class_names[absent[0]]} can be read: "
+                    f"no image of the class folder {folder / class_names[empty[0]]} can be read: "
                     "replace the images, or remove the folder"
                 )
         return class_names, dataset
 
     def _look_at(self, paths: list[str], folder: Path) -> None:
-        """Adds those of `paths` that cannot be read to `unreadable`."""
+        """Add the files that cannot be read to `unreadable`."""
         new = [path for path in paths if path not in self._looked_at]
         workers = self._free_processors() if self.num_workers is None else self.num_workers
-        # Each rank looks at its share. Without a Trainer there may be no other that waits.
+        # Each rank decodes a share. Without a Trainer the other ranks may not be here to take part.
         shares = ranks() if self.trainer is not None else 1
         own = new[dist.get_rank() :: shares] if shares > 1 else new
         found = [unreadable(own, self.max_side, workers)] * shares
@@ -225,7 +198,7 @@ class ImageFolder(ImageDataModule):
             dist.all_gather_object(found, found[0])
         faults = {path: reason for share in found for path, reason in share.items()}
         self._looked_at.update(new)
-        # In the order of the data set.
+        # Keep the order of the data set.
         self.unreadable |= {path: faults[path] for path in new if path in faults}
         if faults:
             names = [shown(path) for path in new if path in faults]
@@ -246,14 +219,14 @@ class ImageFiles(ImageDataModule):
     Args:
         paths: Files, folders (searched with their subfolders, sorted) and patterns such as
             `photos/*.jpg` or `photos/**/*.png`; each file is taken once, in the order given.
-        batch_size: Images a batch (and a process).
-        num_workers: Processes that decode image files; where left out, one for each processor core
-            that this process has (16 at most).
+        batch_size: Images in a batch (of each process).
+        num_workers: Processes that decode image files. Default: one for each processor core that
+            this process may use (16 at most).
         max_side: Longest side in pixels; larger images are shrunk in the workers.
         on_error: What to do with a file that cannot be read: "fail", or "skip" and name it.
 
-    A warning counts the files of folders and patterns that are left out, as `ImageFolder` does; a
-    file that is given by its own name is read whatever the name.
+    A warning counts the files of folders and patterns that are left out, as for `ImageFolder`. A
+    file that is given by its own name is read whatever its ending.
     """
 
     name = "files"
@@ -270,8 +243,8 @@ class ImageFiles(ImageDataModule):
         _check_max_side(max_side)
         given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
         left_out: dict[str, Counter] = {}
-        found = [path for place in given for path in _files_at(os.fspath(place), left_out)]
-        _tell_left_out(left_out)
+        found = [path for place in given for path in files_at(os.fspath(place), left_out)]
+        warn_of_left_out(left_out)
         if not found:
             raise ImprintError("paths is empty: name image files, folders or patterns")
         self.paths = list(dict.fromkeys(found))
@@ -284,10 +257,13 @@ class ImageFiles(ImageDataModule):
         )
 
     def leave_out_unreadable(self) -> str:
-        """Takes what cannot be read out of `paths`; returns lines that name it, or nothing.
+        """Remove the files that cannot be read from `paths`.
+
+        Returns:
+            Lines that name these files; empty where all can be read.
 
         Raises:
-            ImprintError: nothing is left.
+            ImprintError: If no file can be read.
         """
         workers = self._free_processors() if self.num_workers is None else self.num_workers
         self.unreadable = unreadable(self.paths, self.max_side, workers)
@@ -299,7 +275,7 @@ class ImageFiles(ImageDataModule):
         self.paths = [path for path in self.paths if path not in self.unreadable]
         return f"skipped {len(lines)} that cannot be read:\n{''.join(lines)}"
 
-    def _dataset(self, split: str) -> ImageFileDataset:
+    def _dataset(self, split: str) -> SplitDataset:
         if split != "predict":
             raise ImprintError(
                 f"ImageFiles has no labels and so no {split} split: it serves predict only; "
@@ -309,19 +285,24 @@ class ImageFiles(ImageDataModule):
 
 
 def _check_classes(folder: Path) -> None:
-    """Raises an `ImprintError` where all images lie in one folder that has class folders of its
-    own, or one class is there in two compositions of its name; says so where there is a single
-    class, or two names differ in case alone."""
-    names = _subfolders(folder)
+    """Check the class folders of a folder.
+
+    A single class is reported, and names that differ in case alone cause a warning.
+
+    Raises:
+        ImprintError: If all images lie in one folder that has class folders itself, or two names
+            differ in Unicode composition alone.
+    """
+    names = subfolders(folder)
     check_composition(names)
     warn_of_alike(names, str(folder))
     if len(names) != 1:
         return
     only = folder / names[0]
-    inner = [name for name in _subfolders(only) if _holds_images(only / name)]
-    if len(inner) > 1 and not _has_own_images(only):
+    inner = [name for name in subfolders(only) if holds_images(only / name)]
+    if len(inner) > 1 and not has_own_images(only):
         raise ImprintError(
-            f"{folder} has a single class folder, {only}, with {_list(inner)} in it: set root to "
+            f"{folder} has a single class folder, {only}, with {listed(inner)} in it: set root to "
             f"{only} if you mean these; if {names[0]!r} is the one class, put its images into it "
             "without folders"
         )
@@ -332,16 +313,20 @@ def _check_classes(folder: Path) -> None:
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """The folders "train", "val" and "test" that a folder has, however they are spelt; empty where
-    its folders are classes, one of which may be called "train".
+    """Find the folders of the splits "train", "val" and "test", in any of their spellings.
+
+    Returns:
+        The folder of each split; empty where the folders are classes, one of which may be called
+        "train".
 
     Raises:
-        ImprintError: no train/, or folders that may be either; the message names them.
+        ImprintError: If there is no train/, or folders may be splits or classes; the message names
+            them.
     """
     folders: dict[str, Path] = {}
     others = []
-    for name in _subfolders(root):
-        # Without regard to case: "Train" and "Test" taken for two classes would be a bad joke.
+    for name in subfolders(root):
+        # Ignore case, so that "Train" and "Test" are not taken for two classes.
         splits = [split for split, names in SPLIT_NAMES.items() if name.lower() in names]
         if not splits:
             others.append(root / name)
@@ -352,33 +337,36 @@ def split_folders(root: Path) -> dict[str, Path]:
             )
         else:
             folders[splits[0]] = root / name
-    # Not deeper, where runs and caches lie.
+    # Do not look deeper, since runs and caches hold images there.
     others = [
         other
         for other in others
-        if folders and any(map(_has_own_images, [other, *map(other.joinpath, _subfolders(other))]))
+        if folders and any(map(has_own_images, [other, *map(other.joinpath, subfolders(other))]))
     ]
     if not folders or (not others and "train" in folders):
         return folders
-    names, beside = _list(folders.values()), f" beside {_list(others)}" if others else ""
+    names, beside = (
+        listed(folders.values()),
+        f" beside {listed(others)}" if others else "",
+    )
     if "train" not in folders:
         raise ImprintError(
             f"{root} has {names} but no train/{beside}: add train/<class>/, or rename the folder "
             "if it is a class"
         )
     train = folders["train"]
-    holds_classes = bool(_subfolders(train)) and not _has_own_images(train)
+    holds_classes = bool(subfolders(train)) and not has_own_images(train)
     if len(folders) > 1:
         if not holds_classes:
             raise ImprintError(
                 f"{root} has {names}{beside}, and {train.name}/ has images but no class folders: "
                 "move the class folders into it, or rename it if it is a class"
             )
-        rank_zero_warn(f"{root} has {names}: the images of {_list(others)} are not read")
+        rank_zero_warn(f"{root} has {names}: the images of {listed(others)} are not read")
         return folders
-    if holds_classes and not (len(others) > 1 and all(map(_has_own_images, others))):
+    if holds_classes and not (len(others) > 1 and all(map(has_own_images, others))):
         raise ImprintError(
-            f"{root} has {names}, with {_list(_subfolders(train))} in it, beside {_list(others)}: "
+            f"{root} has {names}, with {listed(subfolders(train))} in it, beside {listed(others)}: "
             f"if {train.name}/ holds the classes, set root to {train}; if it is a class itself, "
             "rename it"
         )

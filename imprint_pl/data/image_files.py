@@ -1,13 +1,13 @@
-"""Image files as a data set, and the loader that brings them from the workers.
+"""Image files as a data set, and the loader that receives their batches from the workers.
 
-A batch is a list of images of different sizes. Between a worker and the main process it travels as
-one flat tensor, since a shared-memory file for each image would soon exhaust the open files.
+A batch is a list of images of different sizes. A worker sends it to the main process as one flat
+tensor, since a shared-memory file for each image would soon exhaust the number of open files.
 """
 
 import hashlib
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,30 +15,31 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from imprint_pl.data.decode import read_image
+from imprint_pl.data.splits import SplitDataset
 from imprint_pl.errors import ImprintError, shown
 
 SKIP_ADVICE = 'Or leave out what cannot be read: on_error="skip" (--on_error skip).'
 
 
-class ImageFileDataset(Dataset):
-    """Images decoded from files when asked for.
+class ImageFileDataset(SplitDataset):
+    """Images that are decoded from their files for each batch.
 
     A batch, `__getitems__(indices)`, is `(images, labels)`: a list of uint8 `(C, H, W)` tensors and
-    int64 `(B,)`; without labels the list alone. Inside a DataLoader's worker a file that cannot be
-    read makes the batch an `ImprintError` object, which `ImageFileLoader` raises: torch would wrap
-    an exception in the worker's traceback.
+    int64 `(B,)`; without labels the list alone. If a DataLoader's worker cannot read a file, the
+    batch is an `ImprintError`, which `ImageFileLoader` raises: torch would wrap an exception in the
+    worker's traceback.
 
     Args:
-        paths: one file a sample.
-        labels: `(N,)` int64; None for images to predict.
-        max_side: longest side in pixels; larger images are shrunk.
-        on_error: "fail", or "skip" for images to predict: a file that cannot be read leaves a black
-            image, and its batch is a dict, `images` and `skipped`: place in the batch → reason.
-            Images with labels are looked at before instead, see `unreadable`.
-        advice: a sentence that ends the error of a file that cannot be read.
+        paths: One file for each sample.
+        labels: `(N,)` int64; None for images to predict, which then have no attribute `labels`.
+        max_side: Longest side in pixels; larger images are shrunk.
+        on_error: "fail", or "skip" for images to predict: a file that cannot be read is replaced by
+            a black image, and its batch is a dict of `images` and of `skipped`, which maps the
+            place in the batch to the reason. Use `unreadable` for images with labels.
+        advice: A sentence that ends the error of a file that cannot be read.
     """
 
-    # Tells the loaders to decode in workers.
+    paths: list[str]
     from_files = True
 
     def __init__(
@@ -50,7 +51,9 @@ class ImageFileDataset(Dataset):
         advice: str = "",
     ) -> None:
         self.paths = list(paths)
-        self.labels = labels
+        self.has_labels = labels is not None
+        if labels is not None:
+            self.labels = labels
         self.max_side = max_side
         self.on_error = on_error
         self.advice = advice
@@ -60,22 +63,23 @@ class ImageFileDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | Tensor:
         image = read_image(self.paths[index], self.max_side)
-        return image if self.labels is None else (image, self.labels[index])
+        return (image, self.labels[index]) if self.has_labels else image
 
-    def __getitems__(self, indices: Sequence[int]):
+    def __getitems__(self, indices: Sequence[int]) -> Any:
         if self.on_error == "skip":
             return self._readable(indices)
         try:
             images = [read_image(self.paths[index], self.max_side) for index in indices]
         except ImprintError as error:
-            error = ImprintError(f"{error} {self.advice}".rstrip())
+            advised = ImprintError(f"{error} {self.advice}".rstrip())
             if get_worker_info() is None:
-                raise error from None
-            return error
-        return images if self.labels is None else (images, self.labels[list(indices)])
+                raise advised from None
+            return advised
+        return (images, self.labels[list(indices)]) if self.has_labels else images
 
-    def _readable(self, indices: Sequence[int]):
-        images, skipped = [], {}
+    def _readable(self, indices: Sequence[int]) -> dict[str, Any] | list[Tensor]:
+        images: list[Tensor] = []
+        skipped: dict[int, str] = {}
         for place, index in enumerate(indices):
             try:
                 images.append(read_image(self.paths[index], self.max_side))
@@ -85,14 +89,14 @@ class ImageFileDataset(Dataset):
         return {"images": images, "skipped": skipped} if skipped else images
 
     def select(self, positions: Tensor, labels: Tensor) -> "ImageFileDataset":
-        """The samples at `positions` `(M,)`, under new labels `(M,)`."""
+        """Return the samples at `positions` `(M,)`, with new labels `(M,)`."""
         paths = [self.paths[position] for position in positions.tolist()]
         return ImageFileDataset(paths, labels, self.max_side, advice=self.advice)
 
     def fingerprint(self) -> str:
-        """What tells these images from others: names below their folder, sizes, times, `max_side`.
+        """Return a hash of the files' names below their folder, sizes and times, and of `max_side`.
 
-        The files are not read: of a million images that would take longer than embedding them.
+        The files are not read: for a million images that would take longer than embedding them.
         """
         digest = hashlib.sha256(f"files {self.max_side}".encode())
         root = os.path.commonpath(self.paths) if len(self.paths) > 1 else ""
@@ -112,7 +116,7 @@ class ImageFileDataset(Dataset):
 
 
 class _Reasons(Dataset):
-    """In the place of each image the reason why it cannot be read, or None."""
+    """For each image file the reason why it cannot be read, or None."""
 
     def __init__(self, paths: Sequence[str], max_side: int | None) -> None:
         self.paths, self.max_side = paths, max_side
@@ -131,15 +135,19 @@ class _Reasons(Dataset):
 def unreadable(
     paths: Sequence[str], max_side: int | None = None, num_workers: int = 0
 ) -> dict[str, str]:
-    """The files that cannot be read, with the reasons. Each is decoded whole: a header says nothing
-    of the pixels behind it.
+    """Find the files that cannot be read.
+
+    Each file is decoded whole: the pixels may be damaged behind a good header.
 
     Args:
-        paths: image files.
-        max_side: as for `read_image`.
-        num_workers: processes that decode.
+        paths: Image files.
+        max_side: As for `read_image`.
+        num_workers: Processes that decode.
+
+    Returns:
+        The reason for each file that cannot be read.
     """
-    # Two batches a worker at least, so that each has work.
+    # At least two batches for each worker, so that none is idle.
     size = max(1, min(64, len(paths) // (2 * num_workers) if num_workers else 64))
     reasons: list[str | None] = []
     with tqdm(
@@ -159,7 +167,14 @@ def unreadable(
 
 
 class PackedBatch(NamedTuple):
-    """A batch laid end to end: the bytes `(sum of C*H*W,)`, shapes, labels, what was skipped."""
+    """A batch of images as one tensor.
+
+    Args:
+        flat: The images' bytes one after the other, `(sum of C*H*W,)` uint8.
+        shapes: The images' shapes.
+        labels: `(B,)` int64, or None without labels.
+        skipped: The reasons for files that cannot be read, by place in the batch.
+    """
 
     flat: Tensor
     shapes: list[torch.Size]
@@ -167,8 +182,8 @@ class PackedBatch(NamedTuple):
     skipped: dict[int, str] | None = None
 
 
-def pack(batch):
-    """Collate for `ImageFileLoader`: pack a worker's batch, and leave one that need not travel."""
+def pack(batch: Any) -> Any:
+    """Collate for `ImageFileLoader`: pack the batch in a worker, but not in the main process."""
     if get_worker_info() is None or isinstance(batch, ImprintError):
         return batch
     skipped = None
@@ -179,8 +194,8 @@ def pack(batch):
     return PackedBatch(flat, [image.shape for image in images], labels, skipped)
 
 
-def unpack(batch):
-    """Undo `pack`; the images are views of the flat bytes."""
+def unpack(batch: Any) -> Any:
+    """Undo `pack`; the images are views of the flat tensor."""
     if not isinstance(batch, PackedBatch):
         return batch
     parts = batch.flat.split([shape.numel() for shape in batch.shapes])
@@ -193,11 +208,10 @@ def unpack(batch):
 class ImageFileLoader(DataLoader):
     """A DataLoader over image files, mostly an `ImageFileDataset` with `collate_fn=pack`.
 
-    It raises what went wrong in a worker as the plain `ImprintError` it was, when the batch's turn
-    comes.
+    It raises a worker's `ImprintError` without the worker's traceback, when the batch is due.
     """
 
-    def __iter__(self):
+    def __iter__(self) -> Any:
         batches = super().__iter__()
         failure = None
         try:
@@ -214,8 +228,8 @@ class ImageFileLoader(DataLoader):
                 "shared memory (/dev/shm), ran out: lower batch_size or num_workers, or set "
                 "max_side to shrink the images."
             )
-        # Before raising: workers that a traceback keeps alive are left to the garbage collector,
-        # which then waits five seconds for each of them.
+        # Stop the workers before raising: a traceback would keep them alive for the garbage
+        # collector, which waits five seconds for each of them.
         del batches
         if failure is not None:
             raise failure

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from imprint_pl.data.base import Splits
 from imprint_pl.data.folders import ImageFolder, split_folders
+from imprint_pl.data.splits import Splits
 from imprint_pl.errors import ImprintError, did_you_mean
 
 INDEX_FILE = "imagenet_class_index.json"
@@ -15,62 +16,20 @@ INDEX_FILE = "imagenet_class_index.json"
 class ImageNet(ImageFolder):
     """ImageNet (ILSVRC 2012), 1,281,167 train and 50,000 validation images of 1,000 classes.
 
-    Reads `<root>/train/<synset>/` and `<root>/val/<synset>/`, with synsets such as `n01440764`; as
-    in the paper, the validation images measure. Class numbers are ImageNet's 0..999, also where
-    only some of the folders are there, so that a task needs no more than its own classes. Names are
-    those of `<root>/imagenet_class_index.json` where there is one (`{"0": ["n01440764", "tench"],
-    ...}`), else torchvision's. Nothing is fetched: the images are given out by image-net.org only.
+    Reads `<root>/train/<synset>/` and `<root>/val/<synset>/`, with synsets such as `n01440764`. The
+    validation images are validation and test, as in the paper. Class numbers are ImageNet's 0..999,
+    also where some folders are missing, so a task needs the folders of its own classes only. Names
+    come from `<root>/imagenet_class_index.json` where there is one (`{"0": ["n01440764", "tench"],
+    ...}`), else from torchvision. Nothing is fetched: only image-net.org gives the images out.
 
     Args:
         root: The folder that holds train/ and val/.
-        max_side: Longest side in pixels; larger images are shrunk in the workers.
-        classes: Classes to keep, as numbers or names; they become labels 0..C-1 in this order. An
-            inner list is merged into one label. Or by name: "all", "even", "odd", "short", or one
-            of the paper's hundred d-in-1 tasks, "paper-1in1-0" to "paper-10in1-9" (d, then the
-            shuffle). All of them where left out.
-        d: Makes a d-in-1 task: each label merges d of the classes, drawn with `task_seed`.
-        num_labels: Of the d-in-1 task; as many as the classes suffice for where left out.
-        task_seed: Of the d-in-1 task.
-        shots: Training images a label, drawn at random; all of them where left out. A label with
-            fewer is an error.
-        val_fraction: Part of each class's training images to hold out for validation; 0 validates
-            on the validation images, which are also the test.
-        batch_size: Images a batch (and a process).
-        num_workers: Processes that decode image files; where left out, one for each processor core
-            that this process has (16 at most).
-        seed: Of the shots and of the held-out validation part.
-        on_error: "fail" at the first image that cannot be read, or "skip", as for `ImageFolder`.
+        options: Further keywords of `ImageFolder` but `test_fraction`.
     """
 
-    def __init__(
-        self,
-        root: str = "data/imagenet",
-        max_side: int | None = None,
-        classes: list[int | str | list[int | str]] | str | None = None,
-        d: int | None = None,
-        num_labels: int | None = None,
-        task_seed: int = 0,
-        shots: int | None = None,
-        val_fraction: float = 0.0,
-        batch_size: int = 64,
-        num_workers: int | None = None,
-        seed: int = 0,
-        on_error: str = "fail",
-    ) -> None:
-        super().__init__(
-            root=root,
-            max_side=max_side,
-            classes=classes,
-            d=d,
-            num_labels=num_labels,
-            task_seed=task_seed,
-            shots=shots,
-            val_fraction=val_fraction,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            on_error=on_error,
-        )
+    def __init__(self, root: str = "data/imagenet", **options: Any) -> None:
+        # ImageNet has a test split, so the fraction is not used.
+        super().__init__(root=root, test_fraction=0.2, **options)
         self.name = "imagenet"
 
     def load(self) -> Splits:
@@ -98,7 +57,7 @@ class ImageNet(ImageFolder):
 
 
 def _class_index(root: Path) -> tuple[list[str], list[str]]:
-    """The synsets and the names in the order of the class numbers."""
+    """Return the synsets and the names in the order of the class numbers."""
     path = root / INDEX_FILE
     if not path.is_file():
         from timm.data import ImageNetInfo
@@ -109,13 +68,13 @@ def _class_index(root: Path) -> tuple[list[str], list[str]]:
         index = json.loads(path.read_text())
         rows = [tuple(map(str, index[str(number)])) for number in range(len(index))]
         synsets, names = (list(column) for column in zip(*rows, strict=True))
-    # Any JSON may stand there.
+    # The file may hold any JSON.
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ImprintError(
             f"cannot read {path} ({type(error).__name__}: {error}): expected "
             '{"0": ["n01440764", "tench"], "1": …} with numbers from 0 without a gap'
         ) from error
-    # The usual index has two cranes and two maillots.
+    # The usual index has two classes named crane and two named maillot.
     names = [
         f"{name} ({synset})" if names.count(name) > 1 else name
         for synset, name in zip(synsets, names, strict=True)

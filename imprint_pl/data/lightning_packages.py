@@ -1,5 +1,7 @@
-"""Lightning's classes as projects have them: `import lightning.pytorch` and `import
-pytorch_lightning` are one code in two packages, whose classes do not know each other.
+"""Lightning's classes under both of its names.
+
+`lightning.pytorch` and `pytorch_lightning` are two packages with the same code, so an object of one
+package is no instance of the other's class.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ TWINS = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightnin
 
 
 def both(*classes: type) -> tuple[type, ...]:
-    """The classes of `lightning`, and after each its twin where that package is loaded: without,
-    nothing can be an instance of it.
+    """Return classes of `lightning`, each followed by its twin of `pytorch_lightning`.
+
+    Twins are left out where `pytorch_lightning` is not loaded: nothing can be an instance of them.
 
     >>> class Mine(both(Callback)[0]): ...
     >>> isinstance(Mine(), both(Callback))
@@ -39,6 +42,6 @@ def averaging_callbacks(trainer: Trainer) -> list[Callback]:
 
 
 def overrides(method: str, owner: Any) -> bool:
-    """Whether a LightningModule or DataModule has a method of its own instead of Lightning's."""
+    """Return whether a LightningModule or DataModule overrides a method of Lightning's."""
     parents = both(LightningModule, LightningDataModule)
     return any(isinstance(owner, p) and is_overridden(method, owner, p) for p in parents)

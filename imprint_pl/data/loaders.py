@@ -1,43 +1,61 @@
-"""What a loader will give: how many samples, and which a `DistributedSampler` deals to a rank."""
+"""How many samples a loader will return, and how many of them a `DistributedSampler` repeats."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sized
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.data import DistributedSampler
 
 
 def loader_at(index: int, loaders: Any) -> Any:
-    """Of the loaders that a Trainer has, one or a collection, that of a `dataloader_idx`."""
+    """Return the loader of a `dataloader_idx`.
+
+    Args:
+        index: Lightning's `dataloader_idx`.
+        loaders: A Trainer's loader, or a list or dict of several.
+    """
     loaders = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
     return loaders[index] if isinstance(loaders, list | tuple) else loaders
 
 
 def sampler_length(loader: Any) -> int | None:
-    """How many samples a `DistributedSampler` deals to the ranks, or `None` without one.
+    """Return how many samples a `DistributedSampler` distributes over the ranks.
 
-    It gives rank r the positions r, r + ranks, r + 2 · ranks, … and starts again at the first
-    samples to make the ranks even: a position from this number on is a repetition. A collection of
-    one loader is that loader.
+    The sampler gives rank r the positions r, r + ranks, r + 2 · ranks, … and repeats the first
+    samples until all ranks have equally many: positions from this number on are repetitions.
+
+    Args:
+        loader: A loader, or a collection of one loader.
+
+    Returns:
+        The number, or None without a `DistributedSampler`.
     """
     if isinstance(loader, list | tuple | Mapping) and len(loader) == 1:
         loader = loader_at(0, loader)
     sampler = getattr(loader, "sampler", None)
-    return len(sampler.dataset) if isinstance(sampler, DistributedSampler) else None
+    if not isinstance(sampler, DistributedSampler):
+        return None
+    return len(cast(Sized, sampler.dataset))
 
 
 def expected_samples(loader: Any, batches: float, processes: int) -> int | None:
-    """How many different samples all ranks together will see in `batches` batches of each rank.
+    """Return how many different samples all ranks together will see.
 
-    `None` where nobody can know: no `DataLoader` of a data set with a length and a batch size, or
-    several ranks whose samples no `DistributedSampler` deals.
+    Args:
+        loader: A rank's loader.
+        batches: Batches of each rank.
+        processes: Number of ranks.
+
+    Returns:
+        The number, or None if it cannot be known: the loader is no `DataLoader` with a length and a
+        batch size, or several ranks have no `DistributedSampler`.
     """
     size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
     if size is None or not isinstance(sampler, Sized):
         return None
     own = int(min(len(sampler), batches * size))
-    dealt = sampler_length(loader)
-    if dealt is None:
+    distributed = sampler_length(loader)
+    if distributed is None:
         return own if processes == 1 else None
-    return min(dealt, own * processes)
+    return min(distributed, own * processes)

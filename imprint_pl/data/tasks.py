@@ -1,9 +1,8 @@
 """Which samples belong to a task: choosing and merging classes, drawing shots, holding a part out.
 
-Plain functions from labels to positions, in data-set order; they never touch an image. All chance
-comes from one seeded order of each class, in which the held-out part stands first and the shots
-follow: so a class's draw does not depend on which other classes were chosen, and with one seed
-5 shots are among its 10 shots.
+Plain functions from labels to positions, in data-set order; they never touch an image. The seed
+shuffles each class: the first samples are held out, the next ones are the shots. So the draw from a
+class does not depend on the other chosen classes, and with the same seed 5 shots are among 10.
 """
 
 import difflib
@@ -11,6 +10,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ SUBSETS = {
 PAPER_TASK = re.compile(r"paper-(\d+)in1-(\d+)")
 PAPER_SEED, PAPER_LABELS, PAPER_SHUFFLES, IMAGENET_CLASSES = 420, 10, 10, 1000
 
-# One label of a task: the original classes that it merges; mostly a single one.
+# One label of a task: the original classes that it merges, mostly a single one.
 Group = int | Sequence[int]
 
 
@@ -42,51 +42,51 @@ def resolve_task(
     num_labels: int | None = None,
     seed: int = 0,
 ) -> list[list[int]]:
-    """Turn what a user asked for into the labels of a task.
+    """Turn a user's choice of classes into the labels of a task.
 
     Args:
-        classes: a list of classes (see `resolve_classes`), in which an inner list is merged into
+        classes: A list of classes (see `resolve_classes`), in which an inner list is merged into
             one label; or a name: "all", "even", "odd", "short" (the first three), or
             "paper-3in1-0", see `paper_d_in_1`. None takes all.
-        class_names: the names of all classes, in label order.
-        d: makes a d-in-1 task of the classes, see `d_in_1`.
-        num_labels: of the d-in-1 task.
-        seed: of the d-in-1 task.
+        class_names: The names of all classes, in label order.
+        d: Makes a d-in-1 task of the classes, see `d_in_1`.
+        num_labels: Number of labels of the d-in-1 task.
+        seed: Seed of the d-in-1 task.
 
     Returns:
         One list of indices into `class_names` for each label.
 
     Raises:
-        ImprintError: for unknown or repeated classes, or too few of them for the task.
+        ImprintError: If classes are unknown or repeated, or too few for the task.
 
     >>> resolve_task([["Cat", 2], "Bird"], ["Cat", "Bird", "Dog"])
     [[0, 2], [1]]
     """
-    classes = _as_list(classes)
+    given = _as_list(classes)
     if d is None and num_labels is not None:
         raise ImprintError(f"num_labels={num_labels} is for d-in-1 tasks: give d too, as in d=3")
-    merges = not isinstance(classes, str) and any(_is_inner(entry) for entry in classes or ())
-    paper = PAPER_TASK.fullmatch(classes) if isinstance(classes, str) else None
+    merges = not isinstance(given, str) and any(_is_inner(entry) for entry in given or ())
+    paper = PAPER_TASK.fullmatch(given) if isinstance(given, str) else None
     if d is not None and (merges or paper):
-        raise ImprintError(f"d={d} and classes={classes!r} both merge classes: give one of the two")
+        raise ImprintError(f"d={d} and classes={given!r} both merge classes: give one of the two")
     if paper:
         return paper_d_in_1(int(paper[1]), int(paper[2]), len(class_names))
     if not merges:
-        chosen = resolve_classes(classes, class_names)
+        chosen = resolve_classes(given, class_names)
         return [[c] for c in chosen] if d is None else d_in_1(chosen, d, num_labels, seed)
-    inner = [list(entry) if _is_inner(entry) else [entry] for entry in classes]
+    inner = [list(entry) if _is_inner(entry) else [entry] for entry in given]
     if [] in inner:
-        raise ImprintError(f"classes={classes!r} has an empty list: name the classes to merge")
+        raise ImprintError(f"classes={given!r} has an empty list: name the classes to merge")
     flat = iter(resolve_classes([entry for group in inner for entry in group], class_names))
     return [[next(flat) for _ in group] for group in inner]
 
 
-def _is_inner(entry) -> bool:
+def _is_inner(entry: Any) -> bool:
     return isinstance(entry, Sequence) and not isinstance(entry, str)
 
 
-def _as_list(classes):
-    """Classes as plain values, where they came as an array, a tensor or a series."""
+def _as_list(classes: Any) -> Any:
+    """Turn an array, a tensor or a series of classes into a list of plain values."""
     if isinstance(classes, set | frozenset | Mapping):
         raise ImprintError(
             f"classes={classes!r} have no order, and labels need one: give a list, as in "
@@ -98,17 +98,17 @@ def _as_list(classes):
 def d_in_1(
     classes: Sequence[int], d: int, num_labels: int | None = None, seed: int = 0
 ) -> list[list[int]]:
-    """A d-in-1 task: labels that each merge `d` original classes, multimodal on purpose.
+    """Draw a d-in-1 task: labels that each merge `d` original classes, multimodal on purpose.
 
     The classes are shuffled and cut into `num_labels` blocks; label j takes the first d of block j.
-    So with one seed and number of labels the classes of a 2-in-1 label are among those of the
+    So with the same seed and number of labels the classes of a 2-in-1 label are among those of the
     3-in-1 label.
 
     Args:
-        classes: the original classes to draw from.
-        d: original classes a label.
-        num_labels: labels; None makes as many as the classes suffice for.
-        seed: of the shuffle.
+        classes: The original classes to draw from.
+        d: Number of original classes of each label.
+        num_labels: Number of labels; None makes as many as the classes suffice for.
+        seed: Seed of the shuffle.
 
     Returns:
         `num_labels` lists of d classes, each ascending.
@@ -130,12 +130,12 @@ def d_in_1(
 
 
 def paper_d_in_1(d: int, shuffle: int, num_classes: int) -> list[list[int]]:
-    """One of the paper's hundred d-in-1 tasks on ImageNet, "paper-<d>in1-<shuffle>".
+    """Return one of the paper's hundred d-in-1 tasks on ImageNet, "paper-<d>in1-<shuffle>".
 
     Args:
-        d: 1 to 10, original classes a label.
-        shuffle: 0 to 9, which of the ten shuffles of the same hundred classes.
-        num_classes: of the data set, for the error: the tasks are ImageNet's.
+        d: Number of original classes of each label, 1 to 10.
+        shuffle: Which of the ten shuffles of the same hundred classes, 0 to 9.
+        num_classes: Number of classes of the data set; the tasks need ImageNet's.
 
     Returns:
         10 lists of d ImageNet classes, each ascending (Westerhoff et al. 2025, section 4).
@@ -158,26 +158,26 @@ def paper_d_in_1(d: int, shuffle: int, num_classes: int) -> list[list[int]]:
 
 
 def merged_name(group: Sequence[int], class_names: Sequence[str]) -> str:
-    """The name of a label: its classes' names, as in "0+3"."""
+    """Return the name of a label: its classes' names, as in "0+3"."""
     return "+".join(class_names[index] for index in group)
 
 
 def resolve_classes(
     classes: Sequence[int | str] | str | None, class_names: Sequence[str]
 ) -> list[int]:
-    """Turn the classes a user asked for into indices, in the order given.
+    """Turn classes that a user named into indices, in the order given.
 
     Args:
-        classes: indices into `class_names`, names, or a mixture; None takes all. Where all names
+        classes: Indices into `class_names`, names, or a mixture; None takes all. Where all names
             are numbers, a number is a name. Or the name of a subset: "all", "even", "odd" or
             "short" (the first three), by index.
-        class_names: the names of all classes, in label order.
+        class_names: The names of all classes, in label order.
 
     Returns:
         Indices into `class_names`, without repetition.
 
     Raises:
-        ImprintError: for an unknown or repeated class, or an empty list.
+        ImprintError: If a class is unknown or repeated, or the list is empty.
 
     >>> resolve_classes(["Dog", 0], ["Cat", "Bird", "Dog"])
     [2, 0]
@@ -237,8 +237,8 @@ def _class_index(requested: int | str, class_names: Sequence[str]) -> int:
 
 
 def _by_number(class_names: Sequence[str]) -> dict[int, int]:
-    # Folders named 1, 2, 10 sort as text: index 1 is the folder 10, and a command line cannot tell
-    # the number 1 from the name "1". So numbers are names where all names are numbers.
+    # If all names are numbers, numbers are names: a command line cannot tell the number 1 from the
+    # name "1", and index 1 would be the folder 10, since folders 1, 2, 10 are sorted as text.
     if not all(name.isdecimal() for name in class_names):
         return {}
     by_number = {int(name): index for index, name in enumerate(class_names)}
@@ -246,7 +246,7 @@ def _by_number(class_names: Sequence[str]) -> dict[int, int]:
 
 
 def near_names(requested: str, class_names: Sequence[str]) -> str:
-    """Say which classes a misspelt name may have meant, or which there are."""
+    """Name the classes that a misspelt name may mean, or else all classes."""
     by_lower_case = {name.lower(): name for name in class_names}
     near = difflib.get_close_matches(requested.lower(), by_lower_case, n=3, cutoff=0.6)
     if near:
@@ -261,7 +261,7 @@ def relabel(labels: Tensor, chosen: Sequence[Group]) -> tuple[Tensor, Tensor]:
 
     Args:
         labels: `(N,)` int64, the original labels.
-        chosen: the original labels to keep; those of `chosen[j]` (one or several) become label j.
+        chosen: The original labels to keep; those of `chosen[j]` (one or several) become label j.
 
     Returns:
         Positions `(M,)` of the samples kept, ascending, and their new labels `(M,)`, both int64.
@@ -280,7 +280,7 @@ def relabel(labels: Tensor, chosen: Sequence[Group]) -> tuple[Tensor, Tensor]:
 
 
 def _groups(chosen: Sequence[Group]) -> list[list[int]]:
-    return [[group] if isinstance(group, Integral) else list(group) for group in chosen]
+    return [list(group) if isinstance(group, Sequence) else [group] for group in chosen]
 
 
 def draw(
@@ -294,22 +294,21 @@ def draw(
     """Hold a part of each original class out and draw the shots of each label from the rest.
 
     Args:
-        labels: `(N,)` int64, of the whole split: the draw of a class must not depend on `chosen`.
-        class_names: names of all classes by label, for the errors.
-        chosen: the classes to draw from, as original labels, or lists of those that are merged.
-        held_fraction: of each class's samples, rounded, but at least one and not all of them;
-            0 holds nothing out.
-        shots: samples to draw of each entry of `chosen`, at random among its classes; None takes
+        labels: `(N,)` int64 of the whole split: the draw from a class must not depend on `chosen`.
+        class_names: Names of all classes by label, for the errors.
+        chosen: The classes to draw from, as original labels, or lists of labels that are merged.
+        held_fraction: Part of each class's samples to hold out, rounded, but at least one sample
+            and not all of them; 0 holds nothing out.
+        shots: Samples to draw from each entry of `chosen`, at random among its classes; None takes
             all that are not held out.
-        seed: of both draws.
+        seed: Seed of the draws.
 
     Returns:
-        Positions of the samples drawn and of those held out, both int64 and ascending: the data
-        set's order stays.
+        Positions of the drawn and of the held-out samples, both int64 and ascending.
 
     Raises:
-        ImprintError: if a class has a single sample and a part is to be held out, or a label fewer
-            samples than `shots`: taking what there is would silently make the labels unequal.
+        ImprintError: If a part is to be held out of a class with a single sample, or a label has
+            fewer samples than `shots`: using all of them would silently make the labels unequal.
     """
     orders = _class_orders(labels, len(class_names), seed)
     drawn, held = [], []

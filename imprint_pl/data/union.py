@@ -1,71 +1,78 @@
-"""Several data sets as one, under one label set; CombiDigits is the paper's.
+"""Several data sets as one, with one set of labels; CombiDigits is the paper's.
 
-Classes of the same name are one class. Images keep their own sizes and channels, so a batch is a
-list.
+Classes of the same name are one class. Images keep their sizes and channels, so a batch is a list.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from imprint_pl.data.arrays import MNIST
-from imprint_pl.data.base import ImageDataModule, Splits
+from imprint_pl.data.base import ImageDataModule
 from imprint_pl.data.digit_sets import DIGITS, MNISTM, SVHN, USPS
+from imprint_pl.data.splits import SplitDataset, Splits
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import local_path
 from imprint_pl.numerics.labels import composed, warn_of_alike
 
 
-class UnionDataset(Dataset):
+class Share(NamedTuple):
+    """The samples that one part of a union holds.
+
+    Args:
+        part: The data set.
+        places: Indices `(M,)` into the requested positions.
+        own: The samples' positions `(M,)` in `part`.
+    """
+
+    part: SplitDataset
+    places: Tensor
+    own: Tensor
+
+
+class UnionDataset(SplitDataset):
     """Data sets one after the other.
 
     A batch, `__getitems__(indices)`, is `(images, labels)`: a list of uint8 `(C, H, W)`, int64
     `(B,)`.
 
     Args:
-        parts: the data sets, each with `__getitems__` and `select`; their labels are not used.
-        labels: `(N,)` int64, N the samples of all parts.
+        parts: The data sets, each with `__getitems__` and `select`; their labels are not used.
+        labels: `(N,)` int64, where N counts the samples of all parts.
     """
 
-    def __init__(self, parts: Sequence[Dataset], labels: Tensor) -> None:
+    def __init__(self, parts: Sequence[SplitDataset], labels: Tensor) -> None:
         self.parts = list(parts)
         self.labels = labels
         self.from_files = any(getattr(part, "from_files", False) for part in parts)
         ends = torch.tensor([len(part) for part in parts]).cumsum(0)
         self._starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends])
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        images, labels = self.__getitems__([index])
-        return images[0], labels[0]
-
-    def __getitems__(self, indices: Sequence[int]):
+    def __getitems__(self, indices: Sequence[int]) -> Any:
         positions = torch.as_tensor(indices)
         images: list = [None] * len(positions)
         for part, places, own in self.split(positions):
             batch = part.__getitems__(own.tolist())
-            if isinstance(batch, ImprintError):  # of a file, inside a worker
+            if isinstance(batch, ImprintError):  # a worker could not read a file
                 return batch
             for place, image in zip(places.tolist(), batch[0], strict=True):
                 images[place] = image
         return images, self.labels[positions]
 
-    def split(self, positions: Tensor) -> list[tuple[Dataset, Tensor, Tensor]]:
-        """Parts that hold samples of `positions` `(M,)`: the part, where in `positions` they stand,
-        and their positions in the part."""
+    def split(self, positions: Tensor) -> list[Share]:
+        """Return the parts that hold the samples at `positions` `(M,)`."""
         number = torch.bucketize(positions, self._starts[1:], right=True)
         found = []
         for index in number.unique().tolist():
             places = (number == index).nonzero().flatten()
-            found.append((self.parts[index], places, positions[places] - self._starts[index]))
+            own = positions[places] - self._starts[index]
+            found.append(Share(self.parts[index], places, own))
         return found
 
     def select(self, positions: Tensor, labels: Tensor) -> "UnionDataset":
-        """The samples at `positions` `(M,)`, ascending, under new labels `(M,)`."""
+        """Return the samples at `positions` `(M,)`, ascending, with new labels `(M,)`."""
         parts = [part.select(own, labels[places]) for part, places, own in self.split(positions)]
         return UnionDataset(parts, labels)
 
@@ -73,52 +80,18 @@ class UnionDataset(Dataset):
 class Union(ImageDataModule):
     """Several data sets as one: their classes in order of appearance, those of one name merged.
 
-    Each sample's `original_labels` tell its source too: `original_class_names` are such as
-    `"svhn: 3"`. Where the sources have validation splits of their own, these are not used.
+    The `original_labels` also say which source a sample comes from: `original_class_names` are such
+    as `"svhn: 3"`. Validation splits of the sources are not used.
 
     Args:
         sources: The data sets, whole: options that select samples are given to the union.
-        classes: Classes to keep, as indices or names; they become labels 0..C-1 in this order. An
-            inner list is merged into one label, as in [[0, 3], 1]. Or a subset by name: "all",
-            "even", "odd", "short" (the first three). All of them where left out.
-        d: Makes a d-in-1 task: each label merges d of the classes, drawn with `task_seed`.
-        num_labels: Of the d-in-1 task; as many as the classes suffice for where left out.
-        task_seed: Of the d-in-1 task.
-        shots: Training images a label, drawn at random among all sources; all of them where left
-            out. A label with fewer is an error.
-        val_fraction: Part of each class's training images to hold out for validation.
-        batch_size: Images a batch (and a process).
-        num_workers: Processes that decode image files; where left out, one for each processor core
-            that this process has (16 at most), and none for sets in memory, which need none.
-        seed: Of the shots and of the held-out part.
+        task: Keywords of `ImageDataModule` but `root` and `download`.
     """
 
     name = "union"
 
-    def __init__(
-        self,
-        sources: list[ImageDataModule],
-        classes: list[int | str | list[int | str]] | str | None = None,
-        d: int | None = None,
-        num_labels: int | None = None,
-        task_seed: int = 0,
-        shots: int | None = None,
-        val_fraction: float = 0.0,
-        batch_size: int = 256,
-        num_workers: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            classes=classes,
-            d=d,
-            num_labels=num_labels,
-            task_seed=task_seed,
-            shots=shots,
-            val_fraction=val_fraction,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-        )
+    def __init__(self, sources: list[ImageDataModule], **task: Any) -> None:
+        super().__init__(root="data", download=False, **task)
         if not sources:
             raise ImprintError("sources is empty: name the data sets to unite")
         for source in sources:
@@ -156,7 +129,7 @@ class Union(ImageDataModule):
         )
 
     def rename(self, class_name: str) -> str:
-        """The name of a source's class in the union."""
+        """Return the name that a source's class has in the union."""
         return class_name
 
 
@@ -164,57 +137,27 @@ class CombiDigits(Union):
     """MNIST, MNIST-M, USPS and SVHN as one set of ten digits: the paper's multimodal classes.
 
     Args:
-        root: The folder that holds the files of all four, as MNIST, MNISTM, USPS and SVHN say.
-        classes: Digits to keep; they become labels 0..C-1 in this order. An inner list is merged
-            into one label, as in [[0, 3], 1]. Or "all", "even", "odd", "short" (0, 1, 2). All of
-            them where left out.
-        d: Makes a d-in-1 task: each label merges d of the digits, drawn with `task_seed`.
-        num_labels: Of the d-in-1 task; as many as the digits suffice for where left out.
-        task_seed: Of the d-in-1 task.
-        shots: Training images a label, drawn at random among all four; all of them where left out.
-        val_fraction: Part of each digit's training images to hold out for validation.
-        batch_size: Images a batch (and a process).
-        num_workers: Processes that decode MNIST-M where it comes as image files.
-        download: Whether to fetch files that are missing.
-        seed: Of the shots and of the held-out part.
+        root: Folder that holds the files of all four, in the layouts of MNIST, MNISTM, USPS and
+            SVHN.
+        download: Whether to fetch missing files.
+        task: Keywords of `ImageDataModule`.
     """
 
     name = "combi_digits"
 
-    def __init__(
-        self,
-        root: str = "data",
-        classes: list[int | str | list[int | str]] | str | None = None,
-        d: int | None = None,
-        num_labels: int | None = None,
-        task_seed: int = 0,
-        shots: int | None = None,
-        val_fraction: float = 0.0,
-        batch_size: int = 256,
-        num_workers: int | None = None,
-        download: bool = True,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, root: str = "data", download: bool = True, **task: Any) -> None:
         super().__init__(
-            [source(root=root, download=download) for source in (MNIST, MNISTM, USPS, SVHN)],
-            classes=classes,
-            d=d,
-            num_labels=num_labels,
-            task_seed=task_seed,
-            shots=shots,
-            val_fraction=val_fraction,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
+            [source(root=root, download=download) for source in (MNIST, MNISTM, USPS, SVHN)], **task
         )
         self.root = local_path(root)
+        self.download = download
 
     def rename(self, class_name: str) -> str:
-        """The digit: MNIST's classes are called `"0 - zero"`."""
+        """Return the digit: MNIST calls its classes `"0 - zero"` and so on."""
         return class_name[0] if class_name[0] in DIGITS else class_name
 
 
-def _unite(parts: list[tuple[Dataset, list[str]]], names: list[str]) -> UnionDataset:
+def _unite(parts: list[tuple[SplitDataset, list[str]]], names: list[str]) -> UnionDataset:
     labels, original, first = [], [], 0
     for dataset, own_names in parts:
         numbers = torch.tensor([names.index(name) for name in own_names])

@@ -1,4 +1,4 @@
-"""A name, or any `nn.Module`, becomes a frozen embedder of images: the box "FM" of the figure.
+"""Turns a name or any `nn.Module` into a frozen embedder of images: the box "FM" of the figure.
 
 A `Backbone` carries its own preprocessing, so data modules hand out uint8 images of any size and
 never ask which backbone will read them. It knows nothing of tasks, labels or Lightning.
@@ -7,6 +7,7 @@ never ask which backbone will read them. It knows nothing of tasks, labels or Li
 import hashlib
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,17 @@ PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
 
 
 class Backbone(nn.Module):
-    """A frozen model with its own preprocessing; made by `load_backbone`.
+    """A frozen model with its own preprocessing, as `load_backbone` returns it.
 
-    Attributes: `name`; `embedding_dim` (d, None where only a first forward pass can tell);
-    `image_size` (pixels, (height, width) where not square, None for embeddings and for modules
-    without `preprocess`); `preprocess` (`Preprocess` or None); `model`; `classifier` (the weights
-    `(classes, d)` of the classifier that was removed, or None where they are not known).
+    Attributes:
+        name: The name, or the class of a module.
+        model: The model.
+        preprocess: Images to the model's input, or None.
+        embedding_dim: d, or None where only a first forward pass can tell.
+        image_size: Pixels, or (height, width) where they differ; None for embeddings and for
+            modules without `preprocess`.
+        classifier: Weights `(classes, d)` of the removed classifier, or None where they are not
+            known.
     """
 
     def __init__(
@@ -39,8 +45,8 @@ class Backbone(nn.Module):
         pretrained: bool | None = None,
         weights: str | None = None,
         precision: str = "32",
-        classifier: torch.Tensor | None = None,
-    ):
+        classifier: Tensor | None = None,
+    ) -> None:
         super().__init__()
         if precision not in PRECISIONS:
             raise ImprintError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
@@ -52,19 +58,20 @@ class Backbone(nn.Module):
         size = preprocess.size if preprocess else None
         self.image_size = size[0] if size and size[0] == size[1] else size
         if not own:
-            # Convolutions run up to 1.5 times faster so, transformers at the same speed.
+            # Channels last makes convolutions up to 1.5 times faster; transformers stay as fast.
             model.to(memory_format=torch.channels_last)
         self.train()
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Stays in eval mode: a frozen model's BatchNorm statistics must not move."""
+        """Stay in eval mode: the BatchNorm statistics of a frozen model must not change."""
         return super().train(False)
 
-    def source(self) -> dict:
-        """What names the embeddings, as plain values without paths: for checkpoints and caches.
+    def source(self) -> dict[str, Any]:
+        """Describe what the embeddings depend on, for checkpoints and caches.
 
-        `sha256` is of the model's state dict (names, types, shapes, values), of what it is now:
-        weights change in place without a word.
+        Returns:
+            Plain values without paths. `sha256` is the hash of the model's state dict (names,
+            types, shapes, values), computed at each call, since weights may change in place.
         """
         digest = hashlib.sha256()
         for key, value in sorted(self.model.state_dict().items()):
@@ -86,25 +93,26 @@ class Backbone(nn.Module):
 
         Args:
             images: uint8 `(B, C, H, W)`, or a list of uint8 `(C, H, W)` of any sizes; or floats,
-                `(B, C, H, W)` as already preprocessed or `(B, d)` as already embedded. All floats
-                go straight to a module of the user's own.
+                preprocessed images `(B, C, H, W)` or embeddings `(B, d)`. A module of the user's
+                own gets all floats as they are.
 
         Returns:
             float32 `(B, d)`.
 
         Raises:
-            ImprintError: a batch of another shape or type; a model whose output is not `(B, d)`.
+            ImprintError: If the batch has another shape or type, or the model's output is not
+                `(B, d)`.
         """
-        images = self._prepare(images)
-        if images.ndim == 2 and not self._own:
-            return images.float()
+        batch = self._prepare(images)
+        if batch.ndim == 2 and not self._own:
+            return batch.float()
         parameter = next((p for p in self.model.parameters() if p.is_floating_point()), None)
-        images = images.to(torch.float32 if parameter is None else parameter.dtype)
+        batch = batch.to(torch.float32 if parameter is None else parameter.dtype)
         if not self._own:
-            images = images.contiguous(memory_format=torch.channels_last)
+            batch = batch.contiguous(memory_format=torch.channels_last)
         dtype = PRECISIONS[self.precision]
-        with torch.autocast(images.device.type, dtype) if dtype else nullcontext():
-            embeddings = self.model(images)
+        with torch.autocast(batch.device.type, dtype) if dtype else nullcontext():
+            embeddings = self.model(batch)
         if not isinstance(embeddings, Tensor):
             raise ImprintError(
                 f"backbone {self.name!r} returned a {type(embeddings).__name__}: "
@@ -115,23 +123,25 @@ class Backbone(nn.Module):
         if embeddings.ndim != 2:
             raise ImprintError(
                 f"backbone {self.name!r} returned the shape {tuple(embeddings.shape)} for images "
-                f"{tuple(images.shape)}: expected (B, d); pool or flatten its features first"
+                f"{tuple(batch.shape)}: expected (B, d); pool or flatten its features first"
             )
         if self.embedding_dim is None:
             self.embedding_dim = embeddings.shape[1]
         return embeddings.float()
 
     def _prepare(self, images: Tensor | list[Tensor]) -> Tensor:
-        single = isinstance(images, Tensor)
-        tensors, ndim = ([images], 4) if single else (list(images), 3)
-        if single and images.is_floating_point() and (self._own or images.ndim in (2, 4)):
-            return images
+        if isinstance(images, Tensor):
+            if images.is_floating_point() and (self._own or images.ndim in (2, 4)):
+                return images
+            tensors, ndim = [images], 4
+        else:
+            tensors, ndim = list(images), 3
         if not tensors:
             raise ImprintError("the batch is an empty list: give at least one image")
         for index, image in enumerate(tensors):
             kind = image.dtype if isinstance(image, Tensor) else type(image)
             if kind != torch.uint8 or image.ndim != ndim or 0 in image.shape[1:]:
-                place = "a batch" if single else f"image {index} of a list"
+                place = "a batch" if ndim == 4 else f"image {index} of a list"
                 shape = tuple(getattr(image, "shape", ()))
                 raise ImprintError(
                     f"{place} is {kind} of shape {shape}: expected uint8 (B, C, H, W), a list of "
@@ -142,7 +152,7 @@ class Backbone(nn.Module):
                 f"backbone {self.name!r} got uint8 images but has no preprocessing: pass "
                 "preprocess=dict(size=…, mean=…, std=…), or float batches"
             )
-        return self.preprocess(images if single else tensors)
+        return self.preprocess(images if isinstance(images, Tensor) else tensors)
 
 
 def load_backbone(
@@ -151,73 +161,84 @@ def load_backbone(
     pretrained: bool = True,
     weights: str | None = None,
     image_size: int | None = None,
-    preprocess: dict | None = None,
+    preprocess: dict[str, Any] | None = None,
     compile: bool = False,
     precision: str = "32",
 ) -> Backbone:
-    """A frozen embedder from a name, a module or None.
+    """Load a frozen embedder.
 
     Args:
-        backbone: "efficientnet_lite0", "efficientnet_lite2" (their weights are installed with this
-            package), lite1 (with its own); "torchvision/<name>"; "timm/<name>", also
-            "timm/<name>.<tag>"; any `nn.Module`, which is used as it is, frozen and put into eval
-            mode in place; None, or "identity", where batches are embeddings already.
+        backbone: "efficientnet_lite0" or "efficientnet_lite2", whose weights are installed with
+            this package; "efficientnet_lite1", whose weights are a package of their own;
+            "torchvision/<name>"; "timm/<name>" or "timm/<name>.<tag>"; any `nn.Module`, which is
+            frozen and put into eval mode in place; None or "identity" where batches are embeddings
+            already.
         pretrained: False gives random weights, the same at every call.
-        weights: a state dict (.pth, .safetensors) that fits the model, with its classifier or
-            without; for torchvision also an entry as "IMAGENET1K_V1" (default: its `DEFAULT`).
-        image_size: pixels, instead of the model's own; its resize-to-crop ratio is kept.
-        preprocess: keywords of `Preprocess`, with which a module of your own reads uint8 images.
-        compile: compile the model with `torch.compile`.
-        precision: "32", or "bf16", "16": autocast around the model. Embeddings are float32 always.
+        weights: A state dict (.pth, .safetensors) that fits the model, with or without the
+            classifier; for torchvision also an entry such as "IMAGENET1K_V1" (default: its
+            `DEFAULT`).
+        image_size: Pixels, instead of the model's own; its resize-to-crop ratio is kept.
+        preprocess: Keywords of `Preprocess`, so that a module of your own can read uint8 images.
+        compile: Whether to compile the model with `torch.compile`.
+        precision: "32", or "bf16" or "16" for autocast around the model. Embeddings are always
+            float32.
 
     Raises:
-        ImprintError: an unknown name, weights that are missing or do not fit, a useless setting.
+        ImprintError: If the name is unknown, weights are missing or do not fit, or a setting has
+            no effect.
     """
     if isinstance(backbone, Backbone):
         return backbone
-    named = isinstance(backbone, str) and backbone != "identity"
-    if named and preprocess is not None:
+    full_name = backbone if isinstance(backbone, str) and backbone != "identity" else None
+    if full_name is not None and preprocess is not None:
         raise ImprintError(f"backbone {backbone!r} has its own preprocessing: drop preprocess=")
-    if not named and image_size is not None:
+    if full_name is None and image_size is not None:
         raise ImprintError(f"image_size={image_size} needs a named backbone: use preprocess=")
     if image_size is not None:
         pair_of_sides(image_size, "image_size")
-    prefix, _, name = backbone.rpartition("/") if named else ("", "", "")
+    prefix, _, name = (full_name or "").rpartition("/")
     is_entry = prefix == "torchvision" and str(weights).isidentifier()
     entry, file = (weights, None) if is_entry else (None, weights)
     if file and not pretrained:
         raise ImprintError(f"weights={str(file)!r} and pretrained=False: give one of the two")
-    if named:
+    if full_name is None:
+        result = _own(backbone, preprocess, file, precision)
+    else:
         if prefix not in SOURCES or not (prefix or name in EMBEDDED):
-            raise unknown(backbone)
-        # Random weights that are overwritten or not: neither may move the global generator.
+            raise unknown(full_name)
+        # Models draw random weights even where they are overwritten; the global generator must not
+        # notice.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            built = SOURCES[prefix](name, image_size, pretrained, file, entry)
+            source = SOURCES[prefix](name, image_size, pretrained, file, entry)
         result = Backbone(
-            built["model"],
-            backbone,
-            Preprocess(**built["preprocess"]),
-            embedding_dim=built["embedding_dim"],
+            source.model,
+            full_name,
+            Preprocess(**source.preprocess),
+            embedding_dim=source.embedding_dim,
             pretrained=pretrained,
-            weights=Path(file).name if file else built.get("entry"),
+            weights=Path(file).name if file else source.entry,
             precision=precision,
-            classifier=built.get("classifier"),
+            classifier=source.classifier,
         )
-    else:
-        result = _own(backbone, preprocess, file, precision)
     if compile:
-        # In place: the keys of the state dict stay the same.
+        # Module.compile works in place, so the keys of the state dict stay the same.
         result.model.compile()
     return result
 
 
-def _own(backbone, preprocess: dict | None, file, precision: str) -> Backbone:
+def _own(
+    backbone: str | nn.Module | None,
+    preprocess: dict[str, Any] | None,
+    file: str | None,
+    precision: str,
+) -> Backbone:
     if backbone is not None and backbone != "identity" and not isinstance(backbone, nn.Module):
         raise ImprintError(f"backbone {backbone!r}: expected a name, an nn.Module or None")
     model = backbone if isinstance(backbone, nn.Module) else nn.Identity()
     if file:
         load_fitting(model, read_state_dict(file), file)
+    prepare = None
     if preprocess is not None:
         unknown = sorted(set(preprocess) - set(PREPROCESS_KEYS))
         missing = [key for key in PREPROCESS_KEYS[:3] if key not in preprocess]
@@ -226,7 +247,7 @@ def _own(backbone, preprocess: dict | None, file, precision: str) -> Backbone:
                 f"preprocess: unknown keys {unknown}, missing keys {missing}; "
                 f"it takes {', '.join(PREPROCESS_KEYS)}"
             )
-        preprocess = Preprocess(**preprocess)
+        prepare = Preprocess(**preprocess)
     name = type(model).__name__ if model is backbone else "identity"
     weights = Path(file).name if file else None
-    return Backbone(model, name, preprocess, own=True, weights=weights, precision=precision)
+    return Backbone(model, name, prepare, own=True, weights=weights, precision=precision)

@@ -25,6 +25,7 @@ from imprint_pl.data.base import ImageDataModule, Splits
 from imprint_pl.data.batch_hooks import BATCH_HOOKS
 from imprint_pl.data.embeddings import TASK_OPTIONS, EmbeddingDataModule
 from imprint_pl.data.lightning_packages import overrides
+from imprint_pl.data.splits import SplitDataset
 from imprint_pl.data.union import UnionDataset
 from imprint_pl.embedding.backbone import Backbone, load_backbone
 from imprint_pl.embedding.batches import run_batches
@@ -154,7 +155,7 @@ def embed(
     return embedded
 
 
-class CachedDataset(Dataset):
+class CachedDataset(SplitDataset):
     """The embeddings of a split, read or made when `select` asks for them.
 
     Args:
@@ -170,9 +171,6 @@ class CachedDataset(Dataset):
             self.original_labels = source.original_labels
         self._parts, self._filler = parts, filler
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def select(self, positions: Tensor, labels: Tensor) -> ArrayDataset:
         """The embeddings at `positions` `(M,)`, ascending, under new labels `(M,)`."""
         if isinstance(self.source, UnionDataset):
@@ -183,7 +181,7 @@ class CachedDataset(Dataset):
         else:
             wanted = [(self._parts[0], self.source, positions)]
         rows = [self._filler.rows(*one) for one in wanted]
-        selected: Any = ArrayDataset(rows[0] if len(rows) == 1 else torch.cat(rows), labels)
+        selected = ArrayDataset(rows[0] if len(rows) == 1 else torch.cat(rows), labels)
         paths = getattr(self.source, "paths", None)
         if paths is not None:
             selected.paths = [paths[position] for position in positions.tolist()]

@@ -9,14 +9,17 @@ from imprint_pl.embedding.preprocess import Preprocess
 
 
 class MatrixResize(nn.Module):
-    """`Preprocess` as two matrix products, one a side: `(B, 3, H, W)` → `(B, 3, *size)`.
+    """`Preprocess` as two matrix products, one for each side: `(B, 3, H, W)` → `(B, 3, *size)`.
 
     Row i of a matrix holds the weights of the antialiased filter for output pixel i; crop and
     padding only choose the rows. So H and W may stay open in an exported file, whatever the crop.
 
     Args:
-        preprocess: whose settings and numbers it takes over; they agree to float32 rounding.
+        preprocess: The preprocessing to copy; the results agree up to float32 rounding.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, preprocess: Preprocess) -> None:
         super().__init__()
@@ -27,7 +30,7 @@ class MatrixResize(nn.Module):
         self.register_buffer("std", preprocess.std.detach().cpu().float().clone())
 
     def forward(self, images: Tensor) -> Tensor:
-        # In float64: float32 is not enough to place the pixels of large images.
+        # Float32 is not exact enough to place the pixels of large images.
         sides = [torch.arange(images.shape[axis]).double() for axis in (2, 3)]
         lengths = [side.max() + 1 for side in sides]
         down, across = (
@@ -37,7 +40,7 @@ class MatrixResize(nn.Module):
             )
         )
         fill = (255 * self.mean).round() if self.crop_mode == "border" else 0 * self.mean
-        # With the fill taken off, rows outside the image come out as the fill.
+        # Rows outside the image become 0, so subtract the fill first and add it at the end.
         images = images[:, : self.mean.shape[1]].float() - fill
         images = self._clipped(images @ across.T, fill)
         images = self._clipped(down @ images, fill) + fill
@@ -49,7 +52,7 @@ class MatrixResize(nn.Module):
         return torch.minimum(torch.maximum(images, -fill), 255 - fill)
 
     def _targets(self, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
-        """Sides of the resized image, before the crop; as `Preprocess` has them."""
+        """Return the sides of the resized image, before the crop, as `Preprocess` does."""
         rows, columns = self.target
         if self.crop_mode == "squash":
             return torch.full_like(height, rows), torch.full_like(width, columns)
@@ -62,8 +65,8 @@ class MatrixResize(nn.Module):
         return (height / ratio).round().clamp(min=1), (width / ratio).round().clamp(min=1)
 
     def _matrix(self, side: Tensor, length: Tensor, target: Tensor, size: int) -> Tensor:
-        """`(size, length)`: the part of the resize to `target` that the crop keeps."""
-        # Python rounds to even, as torch does, and pads at the front by the smaller half.
+        """Return `(size, length)`: the part of the resize to `target` that the crop keeps."""
+        # `Preprocess` rounds to even, as torch does, and pads the smaller half at the front.
         missing = (size - target).clamp(min=0)
         cut = ((target - size).clamp(min=0) / 2).round()
         place = torch.arange(size).double() + cut - (missing / 2).floor()
@@ -79,7 +82,7 @@ class MatrixResize(nn.Module):
 
 
 def _cubic(far: Tensor) -> Tensor:
-    """Keys' cubic convolution with a = −½, which PIL and torch use where they antialias."""
+    """Keys' cubic convolution with a = −½, which PIL and torch use for antialiasing."""
     near = (1.5 * far - 2.5) * far * far + 1
     outer = ((-0.5 * far + 2.5) * far - 4) * far + 2
     return near.where(far < 1, outer.where(far < 2, 0.0))

@@ -1,9 +1,11 @@
-"""From uint8 images of any size to a backbone's input, on the device where the images are.
+"""Turns uint8 images of any size into a backbone's input, on the backbone's device.
 
-The same numbers as the model's own transform of a PIL image, to about one step of 255.
+The result equals the model's own transform of a PIL image, to about one step of 255.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +13,9 @@ from torch.nn import functional
 
 from imprint_pl.errors import ImprintError
 
-# The keywords of `Preprocess`; the first three are needed.
+# The keywords of `Preprocess`; the first three are required.
 PREPROCESS_KEYS = ("size", "mean", "std", "interpolation", "resize", "crop_pct", "crop_mode")
-# An image is a strip where it is so many times longer than what the centre crop can see.
+# An image is a strip if it is so many times longer than the part that the centre crop keeps.
 STRIP = 4
 
 
@@ -22,28 +24,42 @@ class Preprocess(nn.Module):
 
     Agrees with the usual transforms on PIL images to about 1/255 before normalisation.
 
-    Args:
-        size: side of the output in pixels, or (height, width).
-        mean, std: a number for each channel, for values in [0, 1].
-        interpolation: "bilinear" or "bicubic", always with antialiasing.
-        resize: side in pixels before the crop (what it is the side of, `crop_mode` says).
-        crop_pct: size / resize, instead of `resize` (timm's word; rounded down as there).
-        crop_mode: "center" makes the shorter side `resize`, "border" the longer one (the rest is
-            filled with the mean), "squash" both; then the centre is cut out. The default is
-            "center" where `resize` or `crop_pct` is given, else the whole image is squashed.
+    Input is `(B, C, H, W)`, or a list of `(C, H, W)` of any sizes; output `(B, len(mean), *size)`.
+    Grey is repeated for three means, alpha (of 2 or 4 channels) is dropped.
 
-    Shapes: `(B, C, H, W)`, or a list of `(C, H, W)` of any sizes, to `(B, len(mean), *size)`.
-    Channels: grey is repeated for three means, alpha (of 2 or 4 channels) is dropped.
-    `config` holds the settings as plain values: `Preprocess(**config)` makes an equal one.
+    Args:
+        size: Side of the output in pixels, or (height, width).
+        mean: A number for each channel, for values in [0, 1].
+        std: A number for each channel, for values in [0, 1].
+        interpolation: "bilinear" or "bicubic", always with antialiasing.
+        resize: Side in pixels before the crop; `crop_mode` says which side.
+        crop_pct: size / resize, instead of `resize` (timm's word; `resize` is rounded down as
+            there).
+        crop_mode: "center" makes the shorter side `resize`, "border" the longer one (the rest is
+            filled with the mean), "squash" both; then the centre is cut out. Default: "center"
+            where `resize` or `crop_pct` is given, else "squash".
+
+    Attributes:
+        config: The settings as plain values: `Preprocess(**config)` is equal to this one.
 
     >>> Preprocess(2, [0.5], [0.5])(torch.tensor([[[[0, 255], [51, 255]]]], dtype=torch.uint8))
     tensor([[[[-1.0000,  1.0000],
               [-0.6000,  1.0000]]]])
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
-        self, size, mean, std, interpolation="bilinear", resize=None, crop_pct=None, crop_mode=None
-    ):
+        self,
+        size: int | Sequence[int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        interpolation: str = "bilinear",
+        resize: int | Sequence[int] | None = None,
+        crop_pct: float | None = None,
+        crop_mode: str | None = None,
+    ) -> None:
         super().__init__()
         crop_mode = crop_mode or ("squash" if resize is None and crop_pct is None else "center")
         if interpolation not in ("bilinear", "bicubic"):
@@ -59,7 +75,7 @@ class Preprocess(nn.Module):
         if resize is None:
             resize = [math.floor(side / (crop_pct or 1.0)) for side in self.size]
         self.resize = pair_of_sides(resize, "resize")
-        self.config = {
+        self.config: dict[str, Any] = {
             "size": list(self.size),
             "mean": [float(value) for value in mean],
             "std": [float(value) for value in std],
@@ -67,7 +83,7 @@ class Preprocess(nn.Module):
             "resize": list(self.resize),
             "crop_mode": crop_mode,
         }
-        # Not persistent: they belong to the settings, not to the weights.
+        # Not persistent, since they belong to the settings, not to the weights.
         for name in ("mean", "std"):
             values = torch.tensor(self.config[name]).view(1, -1, 1, 1)
             self.register_buffer(name, values, persistent=False)
@@ -75,7 +91,7 @@ class Preprocess(nn.Module):
     def forward(self, images: Tensor | list[Tensor]) -> Tensor:
         if isinstance(images, Tensor):
             return self._batch(images)
-        groups: dict = {}
+        groups: dict[torch.Size, list[int]] = {}
         for index, image in enumerate(images):
             groups.setdefault(image.shape, []).append(index)
         out = self.mean.new_empty(len(images), self.mean.shape[1], *self.size, dtype=torch.float32)
@@ -97,14 +113,16 @@ class Preprocess(nn.Module):
         return (images - 255 * self.mean.float()) / (255 * self.std.float())
 
     def _middle(self, images: Tensor) -> Tensor:
-        """Of a strip, the part that the centre crop sees: resized whole, one of 1 x 5000 pixels
-        would take gigabytes."""
+        """Cut the ends off a strip that the centre crop would drop anyway.
+
+        Resizing a whole image of 1 x 5000 pixels would take gigabytes.
+        """
         short, long = sorted(images.shape[-2:])
         squares = math.ceil(self.size[0] / self.resize[0]) + 4
         square = self.size[0] == self.size[1] and self.resize[0] == self.resize[1]
         if self.crop_mode != "center" or not square or long <= STRIP * squares * short:
             return images
-        # As odd or even as the whole, so that the centre stays where it is.
+        # Keep the parity of the length, so that the centre stays where it is.
         kept = squares * short + (squares * short + long) % 2
         return images.narrow(-2 if images.shape[-2] == long else -1, (long - kept) // 2, kept)
 
@@ -112,7 +130,7 @@ class Preprocess(nn.Module):
         if self.crop_mode == "squash":
             return self.resize
         if self.crop_mode == "center" and self.resize[0] == self.resize[1]:
-            # As torchvision: the longer side is rounded down.
+            # Round the longer side down, as torchvision does.
             side = self.resize[0]
             if width <= height:
                 return int(side * height / width), side
@@ -128,7 +146,8 @@ class Preprocess(nn.Module):
             return functional.interpolate(images, target, mode="bilinear", antialias=True)
         # Bicubic overshoots. PIL clips after the horizontal pass and again after the vertical one;
         # a single clamp at the end differs from it by up to 10/255 on photographs. (Pillow 13
-        # goes vertically first where the height shrinks more: only squashed portraits feel it.)
+        # goes vertically first where the height shrinks more, which matters for squashed portraits
+        # only.)
         for step in ((height, target[1]), target):
             images = functional.interpolate(images, step, mode="bicubic", antialias=True)
             images = images.clamp(0, 255)
@@ -146,10 +165,19 @@ class Preprocess(nn.Module):
         return images[..., top : top + height, left : left + width]
 
 
-def pair_of_sides(value, what: str) -> tuple[int, int]:
+def pair_of_sides(value: Any, what: str) -> tuple[int, int]:
+    """Return (height, width) in pixels.
+
+    Args:
+        value: A side, or (height, width).
+        what: What the error calls it.
+
+    Raises:
+        ImprintError: If a side is no whole number from 1 to 2^14.
+    """
     sides = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(sides) != 2 or not all(isinstance(side, int) and 0 < side <= 2**14 for side in sides):
         raise ImprintError(
             f"{what}={value!r}: expected pixels above 0, at most {2**14}, or (height, width)"
         )
-    return sides
+    return sides[0], sides[1]

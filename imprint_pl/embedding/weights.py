@@ -1,10 +1,11 @@
-"""Weights of backbones: read safely from files, fetched from where their libraries keep them, and
-compared with the model that they are for, so that a mistake ends in a message with a cure.
+"""Weights of backbones: read safely from files, fetched as their libraries do, and compared with
+the model, so that a mistake ends in a message that says what to do.
 """
 
 import re
 import socket
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +13,21 @@ from torch import Tensor, nn
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import local_path
 
-# What timm looks for in a repository of the hub, in this order.
+# The files that timm looks for in a repository of the hub, in this order.
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def read_state_dict(file) -> dict[str, Tensor]:
-    """A state dict from a file, never through pickle's code execution."""
+def read_state_dict(file: str | Path) -> dict[str, Tensor]:
+    """Read a state dict from a file, without executing code from a pickle.
+
+    Raises:
+        ImprintError: If the file is missing, cannot be read safely, or is no state dict.
+    """
     path = Path(local_path(file))
     if not path.is_file():
         raise ImprintError(f"weights {str(file)!r}: no such file")
     try:
+        state: Any
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
@@ -42,17 +48,27 @@ def read_state_dict(file) -> dict[str, Tensor]:
 
 
 def load_fitting(
-    model: nn.Module, state: dict[str, Tensor], file, head: tuple[str, ...] = ()
+    model: nn.Module, state: dict[str, Tensor], file: str | Path, head: tuple[str, ...] = ()
 ) -> Tensor | None:
-    """Load all of the state dict but the classifier, or say what does not fit.
+    """Load a state dict without its classifier.
 
-    Returns the classifier's weights `(classes, d)` where the state dict has them.
+    Args:
+        model: The model to load into.
+        state: The state dict.
+        file: Its file, for the error.
+        head: Names of the classifier's modules.
+
+    Returns:
+        The classifier's weights `(classes, d)` where the state dict has them.
+
+    Raises:
+        ImprintError: If names or shapes do not fit; the message says which.
     """
     own = model.state_dict()
     classifier = next((state[f"{h}.weight"] for h in head if f"{h}.weight" in state), None)
     state = {k: v for k, v in state.items() if not k.startswith(tuple(f"{h}." for h in head))}
     faults = [f"{key} is missing" for key in own if key not in state]
-    # Files older than this counter lack it, and eval mode does not read it.
+    # Older files lack this counter, and eval mode does not use it.
     faults = [fault for fault in faults if "num_batches_tracked" not in fault]
     faults += [
         f"{key} is {tuple(value.shape)} instead of {tuple(own[key].shape)}"
@@ -70,6 +86,11 @@ def load_fitting(
 
 
 def download(name: str, url: str) -> Path:
+    """Return the file of torchvision's weights, fetched where it is not in torch's cache.
+
+    Raises:
+        ImprintError: If it cannot be fetched.
+    """
     folder = Path(torch.hub.get_dir(), "checkpoints")
     path = folder / url.rpartition("/")[2]
     if path.is_file():
@@ -87,8 +108,20 @@ def download(name: str, url: str) -> Path:
     return path
 
 
-def find_timm_weights(name: str, cfg) -> tuple[str, str]:
-    """The file of the pretrained weights and its folder; fails where neither it nor a hub is."""
+def find_timm_weights(name: str, cfg: Any) -> tuple[str, str]:
+    """Find the file of a timm model's pretrained weights.
+
+    Args:
+        name: The backbone's name, for the error.
+        cfg: timm's `PretrainedCfg`.
+
+    Returns:
+        The file's name, and its folder in words.
+
+    Raises:
+        ImprintError: If there are no weights, or they are not in the cache and the hub cannot be
+            reached.
+    """
     if not (cfg.hf_hub_id or cfg.url):
         raise ImprintError(f"backbone {name!r} has no pretrained weights: use weights=<file>")
     if not cfg.hf_hub_id:
@@ -101,14 +134,15 @@ def find_timm_weights(name: str, cfg) -> tuple[str, str]:
     cached = [try_to_load_from_cache(repository, f, revision=revision or None) for f in files]
     if not any(isinstance(path, str) for path in cached):
         try:
-            # Without a network timm would go on trying for most of a minute.
+            # Without a network timm would retry for most of a minute.
             get_session().head(constants.ENDPOINT, timeout=10)
         except Exception as error:
             raise not_fetched(name, files[0], folder, error) from error
     return files[0], folder
 
 
-def not_fetched(name, file, place, error) -> ImprintError:
+def not_fetched(name: str, file: str, place: str | Path, error: Exception) -> ImprintError:
+    """Return the error for weights that could not be fetched; it says where to put the file."""
     return ImprintError(
         f"backbone {name!r}: its pretrained weights could not be fetched ({error}). Put the file "
         f"{file} into {place}, or give weights=<that file>, or pretrained=False for random weights"

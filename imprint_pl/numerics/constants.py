@@ -1,5 +1,7 @@
-"""Tensors that belong to a module and never change once it is made: they travel with it like
-buffers, but are none, since tools that average models average buffers, too.
+"""Tensors of a module that never change.
+
+They move with the module like buffers, but are none: tools that average models would average
+buffers, too.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from imprint_pl.files import check_tensor
 class Constants(nn.Module):
     """A module with constants, the tensors that `constants` names.
 
-    An average of integers is truncated: class 7 becomes class 6. An average of a constant with
-    itself gathers rounding, up to a percent at a decay of 0.99999. Neither parameters nor buffers
-    are averaged here (EMA and SWA of Lightning, torch, timm), yet constants move with the module
-    (`.to`), are copied and pickled with it, and stand in its state dict under their names. Their
-    sizes are those of the state dict that is loaded.
+    EMA and SWA (of Lightning, torch and timm) average parameters and buffers. Averages of integers
+    are truncated: class 7 becomes class 6. Averages of a tensor with itself collect rounding
+    errors, up to a percent at a decay of 0.99999. So constants are neither, yet they move with the
+    module (`.to`), are copied and pickled with it, and are in its state dict under their names.
+    Loading a state dict gives them the sizes that they have there.
     """
 
     constants: tuple[str, ...] = ()
@@ -35,7 +37,7 @@ class Constants(nn.Module):
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.constants:
-            # A copy: timm's ModelEmaV2 writes averages into the tensors of a state dict.
+            # Copy them: timm's ModelEmaV2 writes averages into the tensors of a state dict.
             destination[prefix + name] = getattr(self, name).clone()
 
     def _load_from_state_dict(
@@ -73,6 +75,6 @@ class Constants(nn.Module):
             unexpected_keys,
             error_msgs,
         )
-        # They are neither parameters nor buffers, which is all that torch expects.
+        # torch expects parameters and buffers only, and reports the constants as unexpected.
         own = {prefix + name for name in self.constants}
         unexpected_keys[:] = [key for key in unexpected_keys if key not in own]

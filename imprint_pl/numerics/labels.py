@@ -1,5 +1,7 @@
-"""Labels and class names, compared by value and not by spelling: pandas' 1 is NumPy's 1 but not the
-text "1", and "é" is one letter, whether it is written as one character or as two.
+"""Labels and class names, compared by value and not by spelling.
+
+pandas' 1 is NumPy's 1 but not the text "1", and "é" is one letter, whether it is written as one
+character or as two.
 """
 
 from __future__ import annotations
@@ -17,15 +19,15 @@ from imprint_pl.errors import ImprintError
 
 
 def composed(name: str) -> str:
-    """The name with each letter and its accent as one character (NFC).
+    """Return a name with each letter and its accent as one character (NFC).
 
-    File systems and archives of macOS write them as two.
+    File systems and archives of macOS write them as two characters.
     """
     return unicodedata.normalize("NFC", name)
 
 
 def place_of(name: str, names: Sequence[str]) -> int | None:
-    """Index of a name among others, as people read them; `None` where it is not there.
+    """Return the index of a name among others, as people read them, or None.
 
     >>> place_of("cafe\\u0301", ["bar", "caf\\u00e9"])
     1
@@ -39,7 +41,11 @@ def place_of(name: str, names: Sequence[str]) -> int | None:
 
 
 def checked_names(names: Any) -> list[str]:
-    """The class names as a list; an `ImprintError` for what is none."""
+    """Return class names as a list.
+
+    Raises:
+        ImprintError: If they are not a collection of texts.
+    """
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise ImprintError(f"class_names={names!r}: give a list of names")
     names = list(names)
@@ -50,7 +56,7 @@ def checked_names(names: Any) -> list[str]:
 
 
 def names_of(data: Any) -> list[str]:
-    """The class names that a DataModule knows, as a list; empty where it knows none."""
+    """Return the class names that a DataModule knows, as a list; empty where it knows none."""
     names = getattr(data, "class_names", None)
     if isinstance(names, Mapping):
         names = [names[label] for label in sorted(names)]
@@ -58,13 +64,13 @@ def names_of(data: Any) -> list[str]:
 
 
 def check_name(name: Any) -> None:
-    """Raises an `ImprintError` for what cannot be a class's name."""
+    """Raise an `ImprintError` if a value cannot be a class's name."""
     if not isinstance(name, str) or not name.strip():
         raise ImprintError(f"class name {name!r}: give a text, such as 'fox'")
 
 
 def check_composition(names: Sequence[str]) -> None:
-    """Raises an `ImprintError` where two of the names differ in their Unicode composition alone."""
+    """Raise an `ImprintError` if two names differ in their Unicode composition alone."""
     first: dict[str, str] = {}
     for name in names:
         other = first.setdefault(composed(name), name)
@@ -76,7 +82,12 @@ def check_composition(names: Sequence[str]) -> None:
 
 
 def warn_of_alike(names: Sequence[str], place: str) -> None:
-    """Warns of classes whose names differ in case or spaces alone; the place begins the message."""
+    """Warn of classes whose names differ in case or spaces alone.
+
+    Args:
+        names: The class names.
+        place: Where they come from; the message begins with it.
+    """
     first: dict[str, str] = {}
     for name in names:
         other = first.setdefault(" ".join(composed(name).casefold().split()), name)
@@ -89,11 +100,14 @@ def warn_of_alike(names: Sequence[str], place: str) -> None:
 
 
 def plain_labels(y: Any) -> Any:
-    """Labels in NumPy's own types, where they came as objects: of pandas' `Int64` or `boolean`, of
-    a list. All else comes back as it is.
+    """Turn labels that are objects into NumPy's own types.
+
+    Such labels come from lists and from pandas' `Int64` or `boolean`. All others are returned as
+    they are.
 
     Raises:
-        ImprintError: a missing label, or texts beside numbers, which would become texts, too.
+        ImprintError: If a label is missing, or texts are mixed with numbers, which NumPy would turn
+            into texts, too.
     """
     if isinstance(y, Tensor):
         return y
@@ -102,7 +116,7 @@ def plain_labels(y: Any) -> Any:
         if isinstance(y, list | tuple) and values.dtype.kind in "SU":
             values = np.asarray(y, dtype=object)
     except (TypeError, ValueError):
-        return y  # ragged: whoever checks the shape says so
+        return y  # ragged: a later check of the shape reports it
     if values.ndim == 0 or not values.size:
         return y
     if values.dtype.kind == "M" and np.isnat(values).any():
@@ -133,16 +147,19 @@ def plain_labels(y: Any) -> Any:
 
 
 def find_label(label: Any, known: np.ndarray) -> tuple[Any, int | None]:
-    """A label as one of the type of `known`, and its index there, or `None`.
+    """Find a label among others.
 
     Numbers are compared by value, so that 1, 1.0 and True are one label; a text is never a number.
 
     Args:
-        label: of any type, also NumPy's.
-        known: `(C,)`, all labels so far.
+        label: A label of any type, also NumPy's.
+        known: All labels so far, `(C,)`.
+
+    Returns:
+        The label in the type of `known`, and its index there, or None where it is new.
 
     Raises:
-        ImprintError: no label, or one of another type than those known.
+        ImprintError: If the label is missing, or of another type than the known ones.
     """
     value = label.item() if getattr(label, "ndim", None) == 0 else label
     if _is_missing(value):
@@ -174,16 +191,16 @@ def find_label(label: Any, known: np.ndarray) -> tuple[Any, int | None]:
 
 
 def with_label(known: np.ndarray, label: Any) -> np.ndarray:
-    """`known (C,)` with one more label of its type, sorted."""
+    """Return `known (C,)` with one more label of its type, sorted."""
     try:
         dtype = known.dtype if known.dtype.kind in "biuf" else None
         return np.sort(np.append(known, np.array([label], dtype)))
-    except OverflowError:  # 300 beside those of one byte
+    except OverflowError:  # such as 300 beside labels of one byte
         return np.sort(np.array([*known.tolist(), label]))
 
 
 def some(labels: np.ndarray) -> str:
-    """The first ten of them, for messages."""
+    """Return the first ten labels, for messages."""
     more = f" and {len(labels) - 10} more" if len(labels) > 10 else ""
     return f"{labels[:10].tolist()}{more}"
 

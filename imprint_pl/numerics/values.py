@@ -1,10 +1,12 @@
-"""Which values the arithmetic can take: embeddings that are finite and of a size whose squares
-float32 can hold, counts that are whole, numbers that are numbers. Whoever lets values in
-asks here.
+"""Checks of values that enter the package.
+
+Embeddings must be finite, with squares that float32 can hold; counts must be whole numbers, and
+numbers must not be texts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
 
@@ -15,7 +17,8 @@ from torch import Tensor
 from imprint_pl.errors import ImprintError, did_you_mean
 
 
-def _one_of(keyword: str, value: str, known) -> str:
+def _one_of(keyword: str, value: str, known: Collection[str]) -> str:
+    """Return the value, or raise an `ImprintError` if it is not known."""
     if value not in known:
         raise ImprintError(
             f"unknown {keyword}={value!r}{did_you_mean(value, known)} (known: {', '.join(known)})"
@@ -24,6 +27,7 @@ def _one_of(keyword: str, value: str, known) -> str:
 
 
 def _positive(keyword: str, value: float) -> float:
+    """Return the value, or raise an `ImprintError` if it is no number from 1e-12 to 1e12."""
     if not is_number(value) or not value > 0:
         raise ImprintError(f"{keyword}={value!r}: give a number above 0")
     if not SMALLEST <= value <= LARGEST:
@@ -35,28 +39,27 @@ def _positive(keyword: str, value: float) -> float:
 # both must stay within float32, from 1e-38 to 3e38.
 LARGEST, SMALLEST = 1e12, 1e-12
 
-# Of a vector that l2 makes one of length 1: the square of a shorter one is lost in float32.
+# Shortest vector that l2 scales to length 1: the square of a shorter one is lost in float32.
 SMALLEST_LENGTH = 1e-18
 
-# A label above says that there are more classes than anybody has; room is made for all of them.
+# Memory is allocated for all classes, so a single wrong label could claim gigabytes.
 MAX_CLASSES = 2**20
 
 
 def check_values(x: Tensor, place: str = "") -> float:
-    """Checks embeddings `(N, d)`, one pass over them.
+    """Check embeddings, in one pass over them.
 
     Args:
-        x: of any float type.
-        place: where they come from, such as "batch 3: "; before "2 of 7 embeddings".
+        x: `(N, d)` of any float type.
+        place: Where they come from, such as "batch 3: "; the message begins with it.
 
     Returns:
         The largest absolute value, 0 without samples.
 
     Raises:
-        ImprintError: NaN, infinity, or a value above 1e12; names the first such sample.
+        ImprintError: If values are NaN, infinite, or above 1e12; names the first such sample.
     """
-    # The maximum hands NaN on.
-    # In float32, since in float16 the bound itself is infinite.
+    # The maximum of a row with NaN is NaN. Compare in float32: in float16 the bound is infinite.
     sizes = torch.linalg.vector_norm(x, torch.inf, dim=1).float()
     bad = ~(sizes <= LARGEST)
     if not bad.any():
@@ -75,38 +78,43 @@ def check_values(x: Tensor, place: str = "") -> float:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a real number, of Python or NumPy; not a text, nor a truth value."""
+    """Return whether a value is a real number of Python or NumPy, and no truth value."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_count(value: Any) -> bool:
-    """Whether it is a whole number of at least 1."""
-    return isinstance(value, Integral) and is_number(value) and value >= 1
+    """Return whether a value is a whole number of at least 1."""
+    return isinstance(value, Integral) and is_number(value) and int(value) >= 1
 
 
 def to_json_value(value: Any) -> Any:
-    """For JSON, which knows numbers of Python alone: that in a number of NumPy or in a tensor of
-    one; of anything else its text."""
+    """Convert a value for JSON, which knows Python's numbers only.
+
+    Returns:
+        The number of a NumPy scalar or a tensor with one element; the text of anything else.
+    """
     single = isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1)
     return value.item() if single else repr(value)
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raises an `ImprintError` unless `value` is a whole number of at least 1."""
+    """Raise an `ImprintError` unless `value` is a whole number of at least 1."""
     if not is_count(value):
         raise ImprintError(f"{name}={value!r}: give a whole number of at least 1")
 
 
 def checked_seed(seed: Any) -> int:
-    """The seed; an `ImprintError` unless it is a whole number from 0 that 63 bits hold."""
-    if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
+    """Return the seed, or raise an `ImprintError` unless it is a whole number in 0..2^63 − 1."""
+    if not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
         raise ImprintError(f"seed={seed!r}: give an integer of at least 0, below 2^63")
     return int(seed)
 
 
 def check_classes(num_classes: int) -> None:
-    """Raises an `ImprintError` for no number of classes, or more of them than 2^20, before room is
-    made for them."""
+    """Raise an `ImprintError` unless the number of classes is from 1 to 2^20.
+
+    Call it before memory is allocated for the classes.
+    """
     check_count("num_classes", num_classes)
     if num_classes > MAX_CLASSES:
         raise ImprintError(
@@ -116,10 +124,10 @@ def check_classes(num_classes: int) -> None:
 
 
 def check_size(largest: float) -> None:
-    """Checks the largest absolute value of all embeddings; zeros alone are fine.
+    """Check the largest absolute value of all embeddings; zeros alone are fine.
 
     Raises:
-        ImprintError: it is below 1e-12.
+        ImprintError: If it is above 0 and below 1e-12.
     """
     if 0 < largest < SMALLEST:
         raise ImprintError(

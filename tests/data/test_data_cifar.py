@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import struct
 
 import numpy as np
@@ -218,3 +219,19 @@ def test_labels_may_be_an_array(tmp_path):
     module = CIFAR10(root=str(tmp_path))
     module.setup()
     assert module.test_dataset.labels.tolist() == [2, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("batches.meta", {"label_names": 3}, "batches.meta: 'label_names' is not a list of names"),
+        ("batches.meta", {"label_names": [1, 2]}, "'label_names' is not a list of names"),
+        ("test_batch", {"labels": 7}, "test_batch: 'labels' is not a list of labels"),
+        ("test_batch", {"labels": None}, "test_batch: 'labels' is not a list of labels"),
+    ],
+)
+def test_lists_of_another_type_are_named_with_the_file(tmp_path, file, content, message):
+    folder, rows = write_cifar(tmp_path)
+    write(folder / file, {"data": rows["test_batch"]} | content)
+    with pytest.raises(ImprintError, match=re.escape(message)):
+        CIFAR10(root=str(tmp_path), download=False).setup()

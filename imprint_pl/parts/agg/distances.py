@@ -1,4 +1,4 @@
-"""Distances between samples and proxies, as the m-nearest-proxies aggregation needs them."""
+"""Distances between samples and proxies, for the aggregation of the m nearest proxies."""
 
 from __future__ import annotations
 
@@ -13,15 +13,24 @@ REGULARISATION = 1e-6
 
 
 def distances(z: Tensor, proxies: Tensor, distance: str) -> Tensor:
-    """`z (B, d)`, `proxies (P, d)` → `(B, P)`; all of `DISTANCES` but "mahalanobis"."""
+    """Compute the distances between samples and proxies.
+
+    Args:
+        z: Samples `(B, d)`.
+        proxies: Proxies `(P, d)`.
+        distance: One of `DISTANCES` but "mahalanobis".
+
+    Returns:
+        `(B, P)`.
+    """
     if distance == "cosine":
         z, proxies = (
             functional.normalize(rows, dim=1, eps=SMALLEST_LENGTH) for rows in (z, proxies)
         )
-        # Rounding puts a vector a little beyond itself, where a vote by distance is negative.
+        # Rounding can make a distance negative, and with it a vote by distance.
         return (1 - z @ proxies.T).clamp(min=0)
     if distance == "euclidean":
-        # Around the proxies' mean there are fewer digits to lose in |z|² − 2 z·p + |p|².
+        # Near the origin |z|² − 2 z·p + |p|² loses fewer digits.
         centre = proxies.mean(0)
         return _euclidean(z - centre, proxies - centre)
     if torch.compiler.is_exporting():
@@ -41,10 +50,10 @@ def _euclidean(z: Tensor, proxies: Tensor) -> Tensor:
 class Mahalanobis:
     """Distances under S = Cov(proxies) + 1e-6 I, in float64.
 
-    With u_i, λ_i the eigenvectors and eigenvalues of the covariance other than 0,
-    d²(z, p) = |z_⊥|² / 1e-6 + Σ_i (u_i · (z − p))² / (λ_i + 1e-6), z_⊥ the part of z − mean outside
-    the span of the u_i: with fewer proxies than dimensions all distances share that large offset,
-    and the inverse of the d × d matrix is never formed.
+    With the eigenvectors u_i and eigenvalues λ_i of the covariance that are not 0,
+    d²(z, p) = |z_⊥|² / 1e-6 + Σ_i (u_i · (z − p))² / (λ_i + 1e-6); z_⊥ is the part of z − mean
+    outside the span of the u_i. With fewer proxies than dimensions all distances share this large
+    first term, and the inverse of the d × d matrix is not needed.
 
     Args:
         proxies: `(P, d)`.

@@ -1,4 +1,4 @@
-"""AGG `logsumexp`: all proxies of a class count, the best ones most."""
+"""AGG `logsumexp`: all proxies of a class count, the best one most."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from imprint_pl.numerics.values import _positive
 
 
 class LogSumExp(nn.Module):
-    """logsumexp: all proxies of a class speak, the best the loudest.
+    """logsumexp: all proxies of a class count, the best one most.
 
-    score_c(z) = T log Σ over proxies p of class c of exp((w_p · z + b_p) / T). Near `max` for small
-    T; −∞ for a class without proxies.
+    score_c(z) = T log Σ over proxies p of class c of exp((w_p · z + b_p) / T). Close to `max` for
+    small T; −∞ for a class without proxies.
 
     Args:
         temperature: T > 0, in units of the inner product.

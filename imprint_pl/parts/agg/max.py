@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Max(nn.Module):
-    """max: a class scores as its best proxy does, by inner product.
+    """max: the score of a class is that of its best proxy, by inner product.
 
     score_c(z) = max over proxies p of class c of (w_p · z + b_p); −∞ for a class without
     proxies.
@@ -18,7 +18,18 @@ class Max(nn.Module):
     def forward(
         self, z: Tensor, proxies: Tensor, bias: Tensor, proxy_classes: Tensor, num_classes: int
     ) -> Tensor:
-        """Embeddings `z (B, d)`, proxies `(P, d)`, bias `(P,)`, proxy_classes `(P,)` → `(B, C)`."""
+        """Compute the scores of the classes.
+
+        Args:
+            z: Embeddings `(B, d)`.
+            proxies: `(P, d)`.
+            bias: `(P,)`.
+            proxy_classes: The proxies' classes `(P,)`.
+            num_classes: C.
+
+        Returns:
+            `(B, C)`.
+        """
         scores = torch.addmm(bias, z, proxies.T)
         classes = proxy_classes.expand_as(scores)
         lowest = scores.new_full((scores.shape[0], num_classes), -torch.inf)

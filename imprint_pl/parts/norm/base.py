@@ -1,11 +1,14 @@
 """NORM: normalisation of embeddings before GEN (NORM_pre), of proxies (NORM_post) and of embeddings
-at inference (NORM_inf). Each is a small module on the last dimension; `Chain` applies several.
-`learned.py` is the base of those that learn from the training embeddings.
+at inference (NORM_inf).
+
+Each NORM is a small module on the last dimension; `Chain` applies several. `learned.py` has the
+base class of NORMs that learn from the training embeddings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -25,48 +28,67 @@ class Norm(nn.Module):
     learns = False
     uses_labels = False
     maps = False
-    input_dim: int | None = None
+
+    @property
+    def input_dim(self) -> int | None:
+        return None
 
     def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Norm:
-        """NORM_pre: learns from embeddings `x (N, d)`, labels `y (N,)` in 0..C−1; returns itself.
+        """Learn from the training embeddings (as NORM_pre).
 
-        Every class has a sample. Random choices follow the seed.
+        Args:
+            x: Embeddings `(N, d)`; every class has a sample.
+            y: Labels `(N,)` in 0..C−1.
+            num_classes: C.
+            seed: Seed of all random choices.
+
+        Returns:
+            Itself.
         """
         return self
 
     def fit_sums(
         self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, gram: str = "pooled"
     ) -> Moments:
-        """As `fit`, and the sums of what it then makes of `x`, which is never kept: it may be many
-        times the size of `x`."""
+        """Learn as `fit` does, and return the sums of the normalised `x`.
+
+        The normalised `x` is never kept whole: it may be many times the size of `x`.
+        """
         if self.learns:
             self.fit(x, y, num_classes, seed)
         return sums_of(self, x, y, num_classes, gram)
 
     def features(self, dim: int, samples: int) -> int:
-        """How many numbers it makes of embeddings of `dim`, once fitted on `samples` of them."""
+        """Return the output dimension for embeddings of `dim`, once fitted on `samples` of them."""
         return dim
 
     def of_many(self, x: Tensor) -> Tensor:
-        """As `forward`, of training embeddings: rounded alike, however many rows come at a time."""
+        """Normalise training embeddings, with the same rounding for any number of rows."""
         return self(x)
 
     def clear(self) -> None:
-        """Forgets what it has learned."""
+        """Forget what was learned."""
 
     def of_proxies(
         self, weights: Tensor, classes: Tensor, classifier: Tensor | None = None
     ) -> Tensor:
-        """NORM_post: proxies `(P, d)` of the classes `(P,)`, sorted → `(P, d)`.
+        """Normalise proxies (as NORM_post).
 
-        `classifier` `(·, d)` is the backbone's original classifier, where there is one, or `(d,)`
-        its `quantiles`, for who asks many times: they take longer than all else.
+        Args:
+            weights: Proxies `(P, d)`.
+            classes: Their classes `(P,)`, ascending.
+            classifier: Weights `(·, d)` of the backbone's original classifier, where there is one.
+                Pass its `quantiles` `(d,)` when calling repeatedly: computing them takes most of
+                the time.
+
+        Returns:
+            `(P, d)`.
         """
         return self(weights)
 
 
 class NoNorm(Norm):
-    """none: leaves its input as it is."""
+    """none: returns its input unchanged."""
 
     name = "none"
 
@@ -76,10 +98,10 @@ class NoNorm(Norm):
 
 
 class Chain(Norm):
-    """Several norms, one after the other, each fitted on what those before it give.
+    """Several norms, one after the other, each fitted on the output of the ones before.
 
     Args:
-        steps: norms in the order of their application.
+        steps: Norms in the order of their application.
 
     >>> import torch
     >>> from imprint_pl.parts.norm.l2 import L2
@@ -91,28 +113,25 @@ class Chain(Norm):
     def __init__(self, steps: Iterable[Norm]) -> None:
         super().__init__()
         self.steps = nn.ModuleList(steps)
+        # `resolve` takes names that are joined like this, too.
+        self.name = "+".join(step.name for step in self.norms)
+        # A step may be a module of the user's own, without these attributes.
+        self.learns = any(getattr(step, "learns", False) for step in self.norms)
+        self.uses_labels = any(getattr(step, "uses_labels", False) for step in self.norms)
 
     @property
-    def name(self) -> str:
-        """The steps' names, joined by `+`; `resolve` takes them so, too."""
-        return "+".join(step.name for step in self.steps)
-
-    @property
-    def learns(self) -> bool:
-        return any(step.learns for step in self.steps)
-
-    @property
-    def uses_labels(self) -> bool:
-        return any(step.uses_labels for step in self.steps)
+    def norms(self) -> list[Norm]:
+        """The steps, with their type."""
+        return cast(list[Norm], list(self.steps))
 
     @property
     def input_dim(self) -> int | None:
         # The steps before the first that learned keep the dimension.
-        return next((step.input_dim for step in self.steps if step.input_dim is not None), None)
+        return next((step.input_dim for step in self.norms if step.input_dim is not None), None)
 
     def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Chain:
-        last = max((i for i, step in enumerate(self.steps) if step.learns), default=-1)
-        for i, step in enumerate(self.steps[: last + 1]):
+        last = max((i for i, step in enumerate(self.norms) if step.learns), default=-1)
+        for i, step in enumerate(self.norms[: last + 1]):
             step.fit(x, y, num_classes, seed)
             if i < last:
                 x = transform(step, x)
@@ -121,20 +140,19 @@ class Chain(Norm):
     def fit_sums(
         self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, gram: str = "pooled"
     ) -> Moments:
-        *first, last = self.steps
+        *others, last = self.norms
         if not last.learns:
             return super().fit_sums(x, y, num_classes, seed, gram)
-        first = Chain(first)
-        first.fit(x, y, num_classes, seed)
+        first = Chain(others).fit(x, y, num_classes, seed)
         return last.fit_sums(transform(first, x), y, num_classes, seed, gram)
 
     def features(self, dim: int, samples: int) -> int:
-        for step in self.steps:
+        for step in self.norms:
             dim = step.features(dim, samples)
         return dim
 
     def clear(self) -> None:
-        for step in self.steps:
+        for step in self.norms:
             step.clear()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,38 +161,37 @@ class Chain(Norm):
         return x
 
     def of_many(self, x: Tensor) -> Tensor:
-        for step in self.steps:
+        for step in self.norms:
             x = step.of_many(x)
         return x
 
     def of_proxies(
         self, weights: Tensor, classes: Tensor, classifier: Tensor | None = None
     ) -> Tensor:
-        for step in self.steps:
+        for step in self.norms:
             weights = step.of_proxies(weights, classes, classifier)
         return weights
 
 
 def transform(norm: nn.Module, x: Tensor) -> Tensor:
-    """`norm(x)` of many rows `(N, d)`, a chunk at a time: nothing else of the result's size."""
-    norm = getattr(norm, "of_many", norm)
+    """Normalise many rows `(N, d)` by chunks, so that only the result takes memory of its size."""
+    apply = getattr(norm, "of_many", norm)
+    first = apply(x[:CHUNK])
     if len(x) <= CHUNK:
-        return norm(x)
-    result = None
-    for i in range(0, len(x), CHUNK):
-        rows = norm(x[i : i + CHUNK])
-        if result is None:
-            result = rows.new_empty(len(x), rows.shape[1])
-        result[i : i + CHUNK] = rows
+        return first
+    result = first.new_empty(len(x), first.shape[1])
+    result[:CHUNK] = first
+    for i in range(CHUNK, len(x), CHUNK):
+        result[i : i + CHUNK] = apply(x[i : i + CHUNK])
     return result
 
 
 def sums_of(norm: nn.Module, x: Tensor, y: Tensor, num_classes: int, gram: str) -> Moments:
-    """The sums of `norm(x)`, a chunk at a time. `gram` as in `Moments.zeros`."""
-    norm, moments = getattr(norm, "of_many", norm), None
-    for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-        z = norm(rows)
-        if moments is None:
-            moments = Moments.zeros(num_classes, z.shape[1], gram=gram, device=z.device)
-        moments.add(z, labels)
+    """Add up `norm(x)` by chunks; `gram` is as in `Moments.zeros`."""
+    apply = getattr(norm, "of_many", norm)
+    first = apply(x[:CHUNK])
+    moments = Moments.zeros(num_classes, first.shape[1], gram=gram, device=first.device)
+    moments.add(first, y[:CHUNK])
+    for i in range(CHUNK, len(x), CHUNK):
+        moments.add(apply(x[i : i + CHUNK]), y[i : i + CHUNK])
     return moments

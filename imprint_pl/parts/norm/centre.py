@@ -1,4 +1,4 @@
-"""NORM `centre`: the mean of the training embeddings taken away."""
+"""NORM `centre`: subtracts the mean of the training embeddings."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ class Centre(Learned):
 
     name = "centre"
     constants = ("mean",)
+    mean: Tensor
 
     def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Centre:
         self._set(x, mean=Moments.of(x, y, num_classes, gram="none").global_mean)

@@ -1,5 +1,7 @@
-"""The base of the NORMs that learn from the training embeddings (`centre`, `whiten`, `nystrom`,
-`random_projection`): a shift or a map, fitted once and kept in the head as constants.
+"""The base of the NORMs that learn from the training embeddings: `centre`, `whiten`, `nystrom` and
+`random_projection`.
+
+Each is a shift or a map, fitted once and kept in the head as constants.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ MOST_FEATURES = 2**20
 
 
 class Learned(Norm, Constants):
-    """A NORM with fitted state: constants, empty until `fit` or until a state dict fills them.
+    """A NORM with fitted state: constants, empty until `fit` or a state dict sets them.
 
-    Subclasses name them, the first with the input dimension as its first size.
+    A subclass names its `constants`; the first size of the first one is the input dimension.
     """
 
     learns = True
@@ -42,7 +44,7 @@ class Learned(Norm, Constants):
         """`(..., d)` → `(..., p)`.
 
         Raises:
-            ImprintError: not fitted yet.
+            ImprintError: If it has not been fitted.
         """
         if self.input_dim is None:
             raise ImprintError(
@@ -51,17 +53,18 @@ class Learned(Norm, Constants):
         return self.apply_fitted(x)
 
     def apply_fitted(self, x: Tensor) -> Tensor:
+        """`(..., d)` → `(..., p)`, with the constants in place."""
         raise NotImplementedError
 
     def _set(self, like: Tensor, **values: Tensor) -> None:
-        # Copied outside inference mode: a head must still be trainable through its norm.
+        # Leave inference mode, since a head must stay trainable through its norm.
         with torch.inference_mode(False):
             for name, value in values.items():
                 setattr(self, name, value.detach().to(like.device, torch.float32).clone())
 
 
 def check_projection_dim(projection_dim: int) -> None:
-    """Raises an `ImprintError` for what is no whole number from 1 to `MOST_FEATURES`."""
+    """Raise an `ImprintError` unless a value is a whole number from 1 to `MOST_FEATURES`."""
     if not is_count(projection_dim) or projection_dim > MOST_FEATURES:
         raise ImprintError(
             f"projection_dim={projection_dim!r}: give at least one dimension, a whole number, and "

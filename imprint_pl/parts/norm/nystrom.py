@@ -1,4 +1,4 @@
-"""NORM `nystrom`: features of an RBF kernel by landmarks."""
+"""NORM `nystrom`: features of an RBF kernel, from landmarks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from imprint_pl.parts.norm.base import sums_of
 from imprint_pl.parts.norm.learned import Learned, check_projection_dim
 
 # Added to the diagonal of the landmarks' kernel, which is 1 there. Inference is in float32: along
-# directions of the kernel below this, features would be amplified rounding.
+# eigenvectors with smaller eigenvalues, features would be amplified rounding errors.
 JITTER = 1e-6
 
-# Rows up to which nystrom is in float64, as in exported files: in float32 it would move the
-# probabilities of an image by up to 6e-5, by other rounding on every machine. Of more rows, as in a
-# fit, that would be a third of the time.
+# Most rows that are computed in float64, as in exported files: the rounding of float32 differs
+# between machines and would move the probabilities of an image by up to 6e-5. For more rows, as in
+# a fit, float64 would take a third of the time.
 EXACT_ROWS = 512
 
 # Columns of a triangular product computed at a time.
@@ -39,12 +39,12 @@ class Nystrom(Learned):
     the kernel method.
 
     Args:
-        projection_dim: p, capped by the number of training samples as k is by those of a class.
-            The head shows the p in use as `head.feature_dim`.
-        width: σ over the median of the distances between landmarks (of those above 0).
+        projection_dim: p, at most the number of training samples. `head.feature_dim` is the p in
+            use.
+        width: σ over the median of the distances above 0 between landmarks.
 
     Raises:
-        ImprintError: a parameter is not positive; the factorisation fails.
+        ImprintError: If a parameter is not positive, or the factorisation fails.
 
     Source: Williams & Seeger 2001, "Using the Nyström Method to Speed Up Kernel Machines".
     """
@@ -54,6 +54,7 @@ class Nystrom(Learned):
     # The landmarks are kept relative to `shift`, their mean: embeddings far from the origin would
     # lose digits in ‖x‖² + ‖z‖² − 2xz. `gamma` is 1 / (2σ²).
     constants = ("shift", "landmarks", "gamma", "matrix", "mean")
+    mean: Tensor
 
     def __init__(self, projection_dim: int = 2000, width: float = 1.0) -> None:
         check_projection_dim(projection_dim)
@@ -73,14 +74,14 @@ class Nystrom(Learned):
     def fit_sums(
         self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, gram: str = "pooled"
     ) -> Moments:
-        # One pass: the mean is taken from the sums, and then out of them.
+        # One pass is enough: compute the sums without the shift, then shift them by their mean.
         self._place(x, seed)
         moments = sums_of(self, x, y, num_classes, gram)
         self._set(x, mean=moments.global_mean)
         return moments.shifted(self.mean)
 
     def _place(self, x: Tensor, seed: int) -> None:
-        """Draws the landmarks; sets all but the mean, which stays 0."""
+        """Draw the landmarks and set all constants; the mean is 0."""
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randperm(len(x), generator=generator)[: self.projection_dim]
         landmarks = double(x[drawn.sort().values.to(x.device)])
@@ -89,7 +90,7 @@ class Nystrom(Learned):
         squared = _squared_distances(landmarks, landmarks)
         squared.fill_diagonal_(0)
         apart = squared[squared > 1e-12 * squared.max()]
-        # Without two landmarks that differ the kernel is 1 everywhere, whatever the width.
+        # If all landmarks are equal, the kernel is 1 everywhere for any width.
         sigma = self.width * apart.median().sqrt() if len(apart) else squared.new_ones(())
         gamma = (0.5 / sigma.square()).reshape(1)
         kernel = torch.exp(-gamma * squared)
@@ -104,8 +105,8 @@ class Nystrom(Learned):
         return self._mapped(x, torch.float64 if exact and x.device.type != "mps" else x.dtype)
 
     def of_many(self, x: Tensor) -> Tensor:
-        # In one type whatever their number: rows that are taken out of sums again would leave the
-        # difference of roundings behind, which a small λ does not bear.
+        # Use one type for any number of rows: rows that are subtracted from sums again would leave
+        # the difference of roundings behind, which a small λ amplifies.
         return self._mapped(x, x.dtype)
 
     def _mapped(self, x: Tensor, dtype: torch.dtype) -> Tensor:

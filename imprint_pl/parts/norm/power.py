@@ -10,7 +10,7 @@ from imprint_pl.parts.norm.base import Norm
 class Power(Norm):
     """power: the signed square root of each feature, sign(z) √|z|.
 
-    Evens out features that few large values rule.
+    Evens out features that are dominated by a few large values.
 
     Source: Perronnin et al. 2010, "Improving the Fisher Kernel for Large-Scale Image
     Classification".
@@ -24,6 +24,6 @@ class Power(Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., d)` → `(..., d)`."""
-        # The root of 1 where x is 0: that of 0 has an infinite slope, which fine-tuning would
-        # hand on as NaN.
+        # Take the root of 1 where x is 0: the root of 0 has an infinite slope, which would become
+        # NaN in fine-tuning.
         return x.sign() * x.abs().where(x != 0, 1.0).sqrt()

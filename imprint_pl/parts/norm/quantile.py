@@ -1,4 +1,4 @@
-"""NORM_post `quantile`: the values of a proxy become quantiles of a reference distribution."""
+"""NORM_post `quantile`: turns the values of a proxy into quantiles of a reference distribution."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Quantile(Norm):
 
     The i-th smallest weight of a proxy becomes the quantile (i + ½) / d, i = 0..d−1, of the
     reference, linearly interpolated. The reference is the weights of the backbone's original
-    classifier, or, where there is none, of all proxies pooled; the order of the classes does not
+    classifier or, without one, the pooled weights of all proxies; the order of the classes does not
     matter.
 
     Args:
-        as_published: take as reference the already normalised proxies of the classes before, and
-            leave the first class as it is, as the paper's code does.
+        as_published: Use the normalised proxies of the classes before as the reference, and leave
+            the first class unchanged, as the paper's code does.
 
     Source: Hosoda et al. 2024; Westerhoff et al. 2025, Section 3.3.
 
@@ -53,10 +53,10 @@ class Quantile(Norm):
 
 
 def quantiles(reference: Tensor) -> Tensor:
-    """The quantiles (i + ½) / d, i = 0..d−1, of all values of `(·, d)`: `(d,)`, ascending."""
+    """Return `(d,)`, the quantiles (i + ½) / d, i = 0..d−1, of all values of `(·, d)`."""
     d = reference.shape[1]
     values = reference.double().flatten().sort().values
-    # torch.quantile stops at 16 million values.
+    # torch.quantile takes at most 16 million values.
     position = (torch.arange(d, device=values.device, dtype=values.dtype) + 0.5) / d
     position = position * (len(values) - 1)
     below = position.long()
@@ -65,6 +65,6 @@ def quantiles(reference: Tensor) -> Tensor:
 
 
 def _with_values(x: Tensor, ascending: Tensor) -> Tensor:
-    """Each row of `x (P, d)` with its i-th smallest value replaced by `ascending[i]`."""
+    """Replace the i-th smallest value of each row of `x (P, d)` by `ascending[i]`."""
     order = x.argsort(dim=1, stable=True)
     return torch.zeros_like(x).scatter(1, order, ascending.expand_as(x))

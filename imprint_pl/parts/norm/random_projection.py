@@ -14,12 +14,12 @@ class RandomProjection(Learned):
     A fixed random layer, after which linear methods see products of features.
 
     Args:
-        projection_dim: p, whatever the number of training samples: with one image a class, too, as
-            many features are best.
+        projection_dim: p. It does not depend on the number of training samples: this many features
+            are best even with one image for each class.
 
     Attributes:
-        capped: p is at most half the training samples (one at the least), as it was in earlier
-            versions: for states that those have written.
+        capped: Whether p is at most half the training samples (but at least 1), as in earlier
+            versions; used for the states that they wrote.
 
     Source: McDonnell et al. 2023, "RanPAC: Random Projections and Pre-trained Models for Continual
     Learning".
@@ -28,6 +28,7 @@ class RandomProjection(Learned):
     name = "random_projection"
     maps = True
     constants = ("projection",)
+    projection: Tensor
 
     def __init__(self, projection_dim: int = 5000) -> None:
         check_projection_dim(projection_dim)
@@ -44,7 +45,7 @@ class RandomProjection(Learned):
         return self.draw(x, len(x), seed)
 
     def draw(self, like: Tensor, samples: int, seed: int = 0) -> RandomProjection:
-        """As `fit`, which needs of the data only `d` (here of `like (…, d)`) and N, `samples`."""
+        """Fit without data: `fit` only needs d, as in `like (…, d)`, and the number of samples."""
         d = like.shape[-1]
         p = self.features(d, samples)
         generator = torch.Generator().manual_seed(seed)

@@ -13,7 +13,7 @@ from imprint_pl.parts.norm.whiten import Whiten
 
 NORMS = {part.name: part for part in (NoNorm, L2, Power)}
 
-# Of proxies only: a single embedding at inference has no reference distribution.
+# Quantile is for proxies only: a single embedding at inference has no reference distribution.
 PROXY_NORMS = NORMS | {Quantile.name: Quantile}
 
 LEARNED = {part.name: part for part in (Centre, Whiten, RandomProjection, Nystrom)}

@@ -1,4 +1,4 @@
-"""NORM `whiten`: the within-class covariance becomes round."""
+"""NORM `whiten`: makes the within-class covariance round."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ class Whiten(Learned):
 
     z ↦ L⁻¹ (z − μ_G), with L Lᵀ = (1−s) Σ_W + s (tr Σ_W / d) I; μ_G `(d,)` is the mean of all
     training embeddings, Σ_W `(d, d)` their within-class covariance pooled over all samples.
-    Euclidean distances after it are Mahalanobis distances before it. In float64, by Cholesky.
+    Euclidean distances after it are Mahalanobis distances before it. Computed in float64, by
+    Cholesky.
 
     Args:
-        shrinkage: s, from 0 (Σ_W as it is, which asks for more samples than dimensions) to 1 (all
-            directions alike), or "oas", which chooses s from Σ_W and the number of samples: about
-            0.6 at five samples a class of 1,280 numbers, 0.01 at a thousand. See `factor.oas`.
+        shrinkage: s, from 0 (Σ_W unchanged, which needs more samples than dimensions) to 1 (all
+            directions equal), or "oas", which chooses s from Σ_W and the number of samples: with
+            1,280 dimensions about 0.6 at five samples for each class, 0.01 at a thousand. See
+            `factorisations.oas`.
 
     Raises:
-        ImprintError: the shrinkage is out of range; the matrix is singular to rounding.
+        ImprintError: If the shrinkage is out of range, or the matrix is singular up to rounding.
 
     Source: Fisher 1936 (the metric of linear discriminants); Ledoit & Wolf 2004 (shrinkage towards
     a multiple of the identity).
@@ -36,6 +38,8 @@ class Whiten(Learned):
     name = "whiten"
     uses_labels = True
     constants = ("mean", "matrix")
+    mean: Tensor
+    matrix: Tensor
 
     def __init__(self, shrinkage: float | str = OAS) -> None:
         super().__init__()
@@ -45,7 +49,7 @@ class Whiten(Learned):
         return self.fit_moments(Moments.of(x, y, num_classes), x)
 
     def fit_moments(self, moments: Moments, like: Tensor) -> Whiten:
-        """As `fit`, from sums with a pooled Gram matrix; the state goes to the device of `like`."""
+        """Fit from sums with a pooled Gram matrix; the state goes to the device of `like`."""
         inverse = inverse_factor(*shrunk_within(moments, self.shrinkage))
         self._set(like, mean=moments.global_mean, matrix=inverse.T)
         return self
