@@ -1,6 +1,7 @@
 """Fixtures that several test files use."""
 
 import logging
+import sys
 
 import pytest
 import torch
@@ -20,7 +21,15 @@ def acceptance():
 
 @pytest.fixture(autouse=True)
 def lightning_speaks():
-    """A command that a test runs may quieten Lightning for its process: the next test hears it."""
+    """Lightning's log messages go to this test's stderr, at their usual level.
+
+    A handler keeps the stderr of the test in which Lightning was imported, which is closed by now;
+    and a command that a test runs may quieten Lightning for its process.
+    """
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.stream = sys.stderr
     yield
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.NOTSET)
 
