@@ -291,8 +291,8 @@ def test_nc1_without_class_counts_is_exact_while_there_is_room_for_them():
     counts = torch.bincount(y)
     assert summed(x, y, class_counts=counts).nc1() == pytest.approx(expected, rel=1e-10)
     # Four classes that ask for one matrix each, or for a single one.
-    assert summed(x, y).unit_moments.gram.shape == (4, 6, 6)
-    assert summed(x, y, class_counts=counts).unit_moments.gram.shape == (6, 6)
+    assert summed(x, y).kept.unit.moments.gram.shape == (4, 6, 6)
+    assert summed(x, y, class_counts=counts).kept.unit.moments.gram.shape == (6, 6)
 
 
 @pytest.mark.parametrize("num_classes", [None, 4])
