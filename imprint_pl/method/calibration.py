@@ -173,20 +173,19 @@ def fit_temperature(scores: Tensor, y: Tensor) -> float:
     """
     if not len(y):
         return 1.0
-    scores = scores.detach().double().cpu().numpy()
-    y = y.cpu().numpy()
-    live = np.isfinite(scores)
+    values, labels = scores.detach().double().cpu().numpy(), y.cpu().numpy()
+    live = np.isfinite(values)
     # A sample whose class had no proxy says nothing.
-    rows = live[np.arange(len(y)), y]
-    scores, y, live = scores[rows], y[rows], live[rows]
-    highest = scores.max(axis=1, keepdims=True, initial=-np.inf) if len(y) else scores
-    gaps = np.where(live, scores - highest, 0.0)
+    rows = live[np.arange(len(labels)), labels]
+    values, labels, live = values[rows], labels[rows], live[rows]
+    highest = values.max(axis=1, keepdims=True, initial=-np.inf) if len(labels) else values
+    gaps = np.where(live, values - highest, 0.0)
     spread = -gaps.min(initial=0.0)
     if not spread > 0:
         return 1.0
-    smoothing = 1 / (len(y) + 2)
+    smoothing = 1 / (len(labels) + 2)
     target = live * (smoothing / live.sum(axis=1, keepdims=True))
-    target[np.arange(len(y)), y] += 1 - smoothing
+    target[np.arange(len(labels)), labels] += 1 - smoothing
     expected = (target * gaps).sum()
 
     def slope(inverse: float) -> float:

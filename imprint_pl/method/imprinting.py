@@ -125,12 +125,11 @@ def imprint_parts(
     x, y = x[rows], y[rows]
     classifier = None if classifier is None else checked_classifier(classifier)
     request = Request(num_classes, class_names, seed, classifier, progress)
-    chosen = choose(x, y, request) if isinstance(parts, Auto) else None
-    recipe = parts if chosen is None else chosen.parts
+    recipe, tried = choose(x, y, request) if isinstance(parts, Auto) else (parts, [])
     head, sums = make_head(x, y, recipe, request)
     if calibrate:
         calibrate_head(head, x, y, recipe, request, sums)
-    if chosen is not None:
-        head.tried = chosen.tried
+    if isinstance(parts, Auto):
+        head.tried = tried
         head.settings["chosen_by"] = "auto"
     return head

@@ -36,6 +36,7 @@ class PerClass:
     has in a task and whatever the other classes are.
     """
 
+    name: str
     from_moments = False
     # Whether the processes of a run take a share of the classes each: it pays where a class takes
     # longer than to send it.

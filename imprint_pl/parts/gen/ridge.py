@@ -233,10 +233,8 @@ def _check_lam_beside(trace: float, lam: float) -> None:
 
 def normal_equations(moments: Moments, intercept: bool) -> tuple[Tensor, Tensor]:
     """G and Q of `Ridge`, `(p, p)` and `(p, C)`, float64, new memory."""
-    if moments.gram is None or moments.gram.ndim != 2 or moments.class_weights is not None:
-        raise ValueError('ridge asks for Moments with gram="pooled" and no class_weights')
     samples = double(moments.counts).sum()
-    gram, cross = double(moments.gram) / samples, double(moments.sums).T / samples
+    gram, cross = double(moments.pooled_gram) / samples, double(moments.sums).T / samples
     if not intercept:
         return gram, cross
     mean, share = cross.sum(1), double(moments.counts) / samples
@@ -250,7 +248,7 @@ def constant(moments: Moments) -> float:
     """What is appended to each sample for the intercept: 1, or, where samples are so short or so
     long that one of the two would be lost beside the other, a number that keeps them in proportion:
     the labels of a head then do not depend on the scale of its embeddings."""
-    length = double(moments.gram).trace().item() / double(moments.counts).sum().item()
+    length = double(moments.pooled_gram).trace().item() / double(moments.counts).sum().item()
     if not length > 0:
         return 1.0
     return math.sqrt(max(1.0, length / LARGE) * min(1.0, length / SMALL))
