@@ -76,11 +76,9 @@ def checked(
             f"labels of shape {tuple(y.shape)} and type {y.dtype} for {len(x)} embeddings: "
             f"expected integers ({len(x)},)"
         )
-    if not values_checked:
-        # In the type that they came in: float64 may hold what float32 cannot.
-        check_values(x)
-    # A batch may have small values alone, the whole set may not.
-    check_size(torch.linalg.vector_norm(x, torch.inf).item())
+    # In the type that they came in: float64 may hold what float32 cannot. A batch may have small
+    # values alone, the whole set may not: its largest is needed either way.
+    check_size(torch.linalg.vector_norm(x, torch.inf).item() if values_checked else check_values(x))
     x, y = x.float(), y.long().to(x.device)
     if num_classes is None:
         num_classes = len(class_names) if class_names else int(y.max()) + 1
