@@ -1,7 +1,7 @@
 """ImprintEstimator: imprinting as a scikit-learn classifier, on arrays, with labels of any kind.
 
 A thin shell over `imprint`: it checks arrays as scikit-learn does, maps labels to 0..C−1 and back,
-and imprints batch after batch by `partial_fit`, from what `training_set/partial_fit.py` keeps.
+and imprints batch after batch by `partial_fit`, from the sums or rows that `training_set/` keeps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from imprint_pl.numerics.labels import check_composition, find_label, plain_labe
 from imprint_pl.numerics.values import check_values, checked_seed
 from imprint_pl.parts.norm.base import transform
 from imprint_pl.training_set.kept import State
-from imprint_pl.training_set.partial_fit import Rows, Sums
+from imprint_pl.training_set.partial_fit import TrainingRows
+from imprint_pl.training_set.sums import TrainingSums
 
 DEFAULT_RECIPE = "auto"
 
@@ -226,14 +227,18 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         check_values(x)
         known, closed = self._known(y, classes, first)
         labels = torch.from_numpy(np.searchsorted(known, y))
+        kept: TrainingRows | TrainingSums
         if first:
-            parts, tried = self._settle(x, labels)
-            kept = (Sums if parts.gen.from_moments else Rows)(parts, x, labels, self._seed(), tried)
+            parts, self._tried = self._settle(x, labels)
+            if parts.gen.from_moments:
+                kept = TrainingSums(parts, x, labels, len(known), self._seed())
+            else:
+                kept = TrainingRows(parts, self._seed(), x.device)
         else:
             kept = self._kept
             if len(known) > len(self.classes_):
-                kept.renumber(torch.from_numpy(np.searchsorted(known, self.classes_)), len(known))
-        kept.add(x, labels, len(known))
+                kept.relabel(torch.from_numpy(np.searchsorted(known, self.classes_)), len(known))
+        kept.add(x, labels)
         self._kept, self._head, self.classes_, self._closed = kept, None, known, closed
         self._state = None
         return self
@@ -242,8 +247,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
     def head_(self) -> ImprintedHead:
         check_is_fitted(self)
         if self._head is None:
-            names = [str(label) for label in self.classes_]
-            self._head = self._kept.head(names, torch.device(self.device or "cpu"))
+            self._head = self._kept.head([str(label) for label in self.classes_])
+            self._head.tried = self._tried
         return self._head
 
     def decision_function(self, X) -> np.ndarray:
@@ -347,7 +352,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         if self.device is not None and hasattr(self, "classes_"):
             # What was fitted on a GPU is read on machines without one.
             head, kept = copy.deepcopy((self._head, self._kept))
-            state = state | {"_head": head and head.cpu(), "_kept": kept and kept.cpu()}
+            for name, part in {"_head": head, "_kept": kept}.items():
+                state[name] = None if part is None else part.cpu()
         return state
 
 

@@ -22,7 +22,7 @@ from imprint_pl.method.calibration import fit_temperature, folds
 from imprint_pl.method.recipes import RECIPES
 from imprint_pl.numerics.order import in_order
 from imprint_pl.parts.gen import KMeans
-from imprint_pl.training_set import partial_fit as incremental
+from imprint_pl.training_set import sums
 
 X = np.array([[3.0, 4.0], [4.0, 3.0], [-3.0, 4.0], [-4.0, 3.0]])
 # Of two features the quantiles keep the order alone, by which scikit-learn's blobs cannot be told.
@@ -261,14 +261,15 @@ def test_the_temperature_is_that_of_held_out_rows(digits):
 
 
 def test_the_sample_is_bounded_and_the_same_however_rows_are_batched(monkeypatch, digits):
-    monkeypatch.setattr(incremental, "HELD", 100)
+    monkeypatch.setattr(sums, "HELD", 100)
     monkeypatch.setattr(holdout, "HELD", 100)
     x, y, *_ = digits
     one, other = (in_batches(ImprintEstimator("qi"), x, y, size=size) for size in (37, 500))
-    assert one._kept.x.shape == (100, 64)
-    assert torch.equal(one._kept.x, other._kept.x)
-    assert torch.equal(one._kept.labels, other._kept.labels)
-    rows = (torch.tensor(x)[:, None] == one._kept.x).all(2).any(1)
+    (sample, labels), (again, labels_again) = one._kept.sample(), other._kept.sample()
+    assert sample.shape == (100, 64)
+    assert torch.equal(sample, again)
+    assert torch.equal(labels, labels_again)
+    rows = (torch.tensor(x)[:, None] == sample).all(2).any(1)
     assert 500 < rows.nonzero().double().mean() < 930
     # All of it is held out at once, where it is at most a tenth.
     assert one.head_.temperature == pytest.approx(other.head_.temperature, rel=1e-6)

@@ -232,6 +232,7 @@ class ImprintEpoch:
             classifier=classifier,
             progress=self.progress,
             allow_empty=self.shortened,
+            values_checked=True,
         )
         if self.accept is not None:
             set_threshold(head, x, y, self.accept, classifier)

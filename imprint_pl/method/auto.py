@@ -7,16 +7,17 @@ imprinted on all.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from imprint_pl.method.calibration import ENOUGH, folds
-from imprint_pl.method.head import ImprintedHead
-from imprint_pl.method.pipeline import held_out_scores, make_head
-from imprint_pl.method.recipes import resolve
+from imprint_pl.method.holdout import held_out_scores
+from imprint_pl.method.pipeline import Request
+from imprint_pl.method.recipes import Recipe, resolve
+from imprint_pl.numerics.draws import place_in_class, sample
 
 # In the order of preference. `kernel` comes first: from two samples a class to thousands, on
 # features that are positive and on ones that have a sign, nothing else was the best so often, or so
@@ -41,17 +42,15 @@ LABELLED = 3000
 CLEARLY = 2.0
 
 
-def imprint_auto(
-    x: Tensor,
-    y: Tensor,
-    num_classes: int,
-    class_names: list[str] | None = None,
-    seed: int = 0,
-    classifier: Tensor | None = None,
-    progress: bool = False,
-    calibrate: bool = True,
-) -> ImprintedHead:
-    """Embeddings `x (N, d)`, labels `y (N,)`, checked → the chosen recipe's head.
+class Chosen(NamedTuple):
+    """The recipe that `auto` chose, and a row for each candidate, for `head.tried`."""
+
+    parts: Recipe
+    tried: list[dict[str, Any]]
+
+
+def choose(x: Tensor, y: Tensor, request: Request) -> Chosen:
+    """Chooses the recipe for embeddings `x (N, d)`, labels `y (N,)` that were checked.
 
     With fewer than 3,000 samples candidates are compared by cross-validation, over two to five
     stratified folds; so, too, with so many classes that two samples of each are nearly all. With
@@ -62,90 +61,72 @@ def imprint_auto(
     class), it is `kernel`.
 
     Returns:
-        The head, with `head.tried`, a row a candidate: its keywords, `accuracy`, `difference` from
-        the first and its `standard_error` (all fractions), `chosen`; and in
-        `head.settings` the recipe that was chosen.
+        The recipe, and for each candidate its keywords, `accuracy`, `difference` from the first and
+        its `standard_error` (all fractions), and `chosen`.
 
     Source: Agresti & Min 2005, "Simple improved confidence intervals for comparing matched
     proportions" (the standard error).
     """
-    sample, held = _comparison(y, seed)
-    rows, right = [], []
-    shown = tqdm(CANDIDATES, "auto", leave=False, disable=not progress, delay=2)
+    rows, held = _comparison(y, request.seed)
+    x, y = x[rows], y[rows]
+    tried: list[dict[str, Any]] = []
+    first: Tensor | None = None
+    shown = tqdm(CANDIDATES, "auto", leave=False, disable=not request.progress, delay=2)
     for candidate in shown if held else []:
         shown.set_postfix_str(candidate["recipe"], refresh=False)
-        correct = _labelled(x[sample], y[sample], candidate, num_classes, held, seed, classifier)
-        rows.append(dict(candidate) | _compared(correct, right))
-        right.append(correct)
-    clear = [i for i, row in enumerate(rows) if _is_clearly_better(row)]
-    best = max(clear, key=lambda i: rows[i]["accuracy"], default=0)
-    head = make_head(
-        x,
-        y,
-        resolve(**CANDIDATES[best]),
-        num_classes,
-        class_names,
-        seed,
-        classifier,
-        progress,
-        calibrate,
-    )
-    for i, row in enumerate(rows):
+        correct = _labelled(x, y, candidate, request, held)
+        first = first if tried else correct
+        tried.append(dict(candidate) | _compared(correct, first))
+    clear = [i for i, row in enumerate(tried) if _is_clearly_better(row)]
+    best = max(clear, key=lambda i: tried[i]["accuracy"], default=0)
+    for i, row in enumerate(tried):
         row["chosen"] = i == best
-    head.tried = rows
-    head.settings["chosen_by"] = "auto"
-    return head
+    return Chosen(_parts(CANDIDATES[best]), tried)
 
 
 def _comparison(y: Tensor, seed: int) -> tuple[Tensor, list[Tensor]]:
-    """The samples `(n,)` to compare on, and the places among them of those to be held out."""
+    """The samples `(n,)` to compare on, and the places among them of those to hold out."""
     everything = torch.arange(len(y), device=y.device)
     if len(y) < 1.5 * TRAINED:
         return everything, _places(folds(y, seed, enough=len(y)))
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
+    order = sample(len(y), len(y), seed).to(y.device)
     # Two samples of each class come first: every candidate then knows every class.
-    by_class = order[y[order].argsort(stable=True)]
-    counts = torch.bincount(y)
-    place = torch.arange(len(y), device=y.device) - (counts.cumsum(0) - counts)[y[by_class]]
-    first = torch.zeros(len(y), dtype=torch.bool, device=y.device)
-    first[by_class[place < 2]] = True
+    first = place_in_class(y, order) < 2
     order = torch.cat([order[first[order]], order[~first[order]]])
     trained = max(TRAINED, int(first.sum()))
     if len(y) - trained < ENOUGH:
         # So many classes that their first samples leave none to label.
         return everything, _places(folds(y, seed, enough=LABELLED))
-    sample = order[: trained + LABELLED]
-    return sample, [torch.arange(trained, len(sample), device=y.device)]
+    rows = order[: trained + LABELLED]
+    return rows, [torch.arange(trained, len(rows), device=y.device)]
 
 
 def _places(masks: list[Tensor]) -> list[Tensor]:
     return [mask.nonzero().flatten() for mask in masks]
 
 
+def _parts(keywords: dict[str, Any]) -> Recipe:
+    parts = resolve(**keywords)
+    assert isinstance(parts, Recipe)  # no candidate is "auto"
+    return parts
+
+
 def _labelled(
-    x: Tensor,
-    y: Tensor,
-    candidate: dict[str, Any],
-    num_classes: int,
-    held: list[Tensor],
-    seed: int,
-    classifier: Tensor | None,
+    x: Tensor, y: Tensor, candidate: dict[str, Any], request: Request, held: list[Tensor]
 ) -> Tensor | None:
     """Which held-out samples the candidate labels right; `None` if it cannot be imprinted."""
     keywords = dict(candidate)
     if keywords["recipe"] == "kernel":
         keywords["projection_dim"] = LANDMARKS
-    parts = resolve(**keywords)
-    held_out = held_out_scores(x, y, parts, num_classes, held, seed, classifier)
-    # A fold that fails, such as a within-class covariance of one sample a class: the others would
-    # be compared on other samples than its own.
+    held_out = held_out_scores(x, y, _parts(keywords), request, held)
+    # Where a fold fails (such as a within-class covariance of one sample a class), the candidate
+    # would be compared on other samples than the first.
     return None if held_out.error else held_out.scores.argmax(1) == held_out.y
 
 
-def _compared(correct: Tensor | None, before: list[Tensor | None]) -> dict[str, float | None]:
-    if correct is None or (before and before[0] is None):
+def _compared(correct: Tensor | None, first: Tensor | None) -> dict[str, float | None]:
+    if correct is None or first is None:
         return {"accuracy": None, "difference": None, "standard_error": None}
-    first = before[0] if before else correct
     n, gained, lost = len(correct), int((correct & ~first).sum()), int((first & ~correct).sum())
     # Half a sample more on both sides: four gained and none lost, of fifty, is no clear case.
     error = (gained + lost + 1 - (gained - lost) ** 2 / (n + 2)) ** 0.5 / (n + 2)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from imprint_pl.errors import ImprintError, warn
+from imprint_pl.numerics.draws import place_in_class
 
 # Held-out samples that a temperature, or a choice between recipes, should rest on.
 ENOUGH = 500
@@ -33,24 +34,21 @@ def folds(
     Without a class of two samples there is no fold. With `spare` the folds that are not needed come
     after them, in case one of them fails.
     """
-    counts = torch.bincount(y.cpu())
+    labels = y.cpu()
+    counts = torch.bincount(labels)
     repeated = counts[counts > 1]
     if not len(repeated):
         return []
     number = int(repeated.median().clamp(2, 10 if len(y) >= 10 * enough else most))
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(y), generator=generator)
-    labels, by_class = y.cpu()[order].sort(stable=True)
-    place = torch.arange(len(y)) - (counts.cumsum(0) - counts)[labels]
+    place = place_in_class(labels, torch.randperm(len(y), generator=generator))
     # Small classes start at different folds, so that folds are of one size.
     start = torch.randint(number, (len(counts),), generator=generator)
     fold = (place + start[labels]) % number
     fold[counts[labels] < 2] = -1
-    of_sample = torch.empty_like(fold)
-    of_sample[order[by_class]] = fold
     masks, held = [], 0
     for i in range(number):
-        mask = of_sample == i
+        mask = fold == i
         if mask.any():
             masks.append(mask.to(y.device))
             held += int(mask.sum())
@@ -59,8 +57,22 @@ def folds(
     return masks
 
 
+class Fold(NamedTuple):
+    """What a head says of the samples that were held out for it.
+
+    Attributes:
+        scores: `(n, C)`.
+        y: `(n,)`, their labels.
+        classes: `(P,)`, the classes of the head's proxies.
+    """
+
+    scores: Tensor
+    y: Tensor
+    classes: Tensor
+
+
 class HeldOut(NamedTuple):
-    """What heads made without some samples say of them.
+    """What heads made without some samples say of them, all folds together.
 
     Attributes:
         scores: `(n, C)`, of the samples whose class the head knows.
@@ -81,24 +93,26 @@ def rows_to_score(rows: Tensor, num_classes: int) -> Tensor:
 
 def score_folds(
     held: Iterable[Any],
-    score: Callable[[Any], tuple[Tensor, Tensor, Tensor]],
+    score: Callable[[Any], Fold],
     enough: float = math.inf,
 ) -> HeldOut:
     """Scores the folds one after the other until `enough` samples have a score.
 
     Args:
         held: folds.
-        score: fold → scores `(n, C)`, labels `(n,)`, and the classes of the head's proxies. A fold
-            without which there is no head (it raises an `ImprintError`) is left out.
+        score: called with a fold. Where it raises an `ImprintError`, since there is no head
+            without that fold, the fold is left out.
     """
-    scores, labels, number, error = [], [], 0, None
+    scores: list[Tensor] = []
+    labels: list[Tensor] = []
+    number, error = 0, None
     for fold in held:
         try:
             of_fold, y, classes = score(fold)
         except ImprintError as failed:
             error = failed
             continue
-        # Of a class that was held out whole there is no proxy, nor anything to learn.
+        # Skip classes whose samples were all held out: they have no proxy to score.
         known = torch.isin(y, classes)
         scores.append(of_fold[known])
         labels.append(y[known])
@@ -159,20 +173,19 @@ def fit_temperature(scores: Tensor, y: Tensor) -> float:
     """
     if not len(y):
         return 1.0
-    scores = scores.detach().double().cpu().numpy()
-    y = y.cpu().numpy()
-    live = np.isfinite(scores)
-    # Of a class that had no proxy nothing can be learned.
-    rows = live[np.arange(len(y)), y]
-    scores, y, live = scores[rows], y[rows], live[rows]
-    highest = scores.max(axis=1, keepdims=True, initial=-np.inf) if len(y) else scores
-    gaps = np.where(live, scores - highest, 0.0)
+    values, labels = scores.detach().double().cpu().numpy(), y.cpu().numpy()
+    live = np.isfinite(values)
+    # A sample whose class had no proxy says nothing.
+    rows = live[np.arange(len(labels)), labels]
+    values, labels, live = values[rows], labels[rows], live[rows]
+    highest = values.max(axis=1, keepdims=True, initial=-np.inf) if len(labels) else values
+    gaps = np.where(live, values - highest, 0.0)
     spread = -gaps.min(initial=0.0)
     if not spread > 0:
         return 1.0
-    smoothing = 1 / (len(y) + 2)
+    smoothing = 1 / (len(labels) + 2)
     target = live * (smoothing / live.sum(axis=1, keepdims=True))
-    target[np.arange(len(y)), y] += 1 - smoothing
+    target[np.arange(len(labels)), labels] += 1 - smoothing
     expected = (target * gaps).sum()
 
     def slope(inverse: float) -> float:

@@ -1,27 +1,86 @@
-"""Which training samples are held out to fit a temperature: the same whether all are there
-(`pipeline.py`) or a bounded sample, drawn while they went by (`training_set/`).
+"""Heads that have not seen some training samples, and what they say of those: the temperature of a
+head, the threshold of `threshold.py` and the choice of `auto.py` rest on it.
 """
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
 from torch import Tensor
 
-from imprint_pl.method.calibration import folds
+from imprint_pl.errors import ImprintError
+from imprint_pl.method.calibration import (
+    ENOUGH,
+    Fold,
+    HeldOut,
+    folds,
+    rows_to_score,
+    score_folds,
+    set_temperature,
+)
+from imprint_pl.method.head import ImprintedHead
+from imprint_pl.method.pipeline import Request, Sums, gram_of, holds_out_of_sums, make_head
+from imprint_pl.method.recipes import Recipe
 from imprint_pl.numerics.draws import random_keys
+from imprint_pl.numerics.moments import Moments
 from imprint_pl.numerics.order import keys
+from imprint_pl.parts.gen.ridge import CHOICES
+from imprint_pl.parts.norm.base import transform
 
+# Samples that may be held out to fit a temperature; of more, a random sample of so many.
 HELD = 2000
+
+# Samples to hold out of sums at a time, and in all.
+OF_SUMS = ENOUGH, 2 * ENOUGH
+
+# What λ is multiplied by where the samples that are left do not suffice for it.
+LARGER = (10.0, 100.0, 1e3, 1e4)
+
+Result = TypeVar("Result")
+
+
+def calibrate_head(
+    head: ImprintedHead,
+    x: Tensor,
+    y: Tensor,
+    parts: Recipe,
+    request: Request,
+    sums: Sums | None = None,
+    samples: int | None = None,
+) -> None:
+    """Fits the temperature of a head on samples that were held out for it, or warns that there is
+    none.
+
+    Args:
+        head: made of all samples; gives the λ that its GEN chose.
+        x, y: embeddings and labels in the order of `in_order`: all samples, or a sample of them as
+            `held_out_rows` takes it.
+        parts, request: of the head.
+        sums: of all samples, where these are to be held out of them.
+        samples: number of all samples; `len(y)` by default.
+    """
+    most, enough = (HELD, ENOUGH) if sums is None else OF_SUMS
+    held = held_out_rows(x, y, len(y) if samples is None else samples, request.seed, most)
+    lam = head.settings.get("chosen_lam")
+    parts = parts if lam is None else with_lam(parts, lam)
+    set_temperature(head, held_out_scores(x, y, parts, request, held, sums, enough))
 
 
 def held_out_rows(x: Tensor, y: Tensor, samples: int, seed: int, most: int = HELD) -> list[Tensor]:
     """Places of the rows to hold out, fold by fold; the first folds are the first to take.
 
-    Of at most `HELD` samples, the folds of `calibration.folds`; of more, a tenth of all samples
-    each, at most `most`, drawn by what the rows hold.
+    They are the same whether all samples are there or a bounded sample, drawn while they went by.
+    At most `HELD` samples are divided by `folds`. Of more, each fold is a tenth of all samples, at
+    most `most`, drawn by what the rows hold.
 
     Args:
         x, y: embeddings and labels in the order of `in_order`: all samples, or a sample of them
-            that has the `HELD` with the first turns.
+            that has the `HELD` which come first by `random_keys`.
         samples: number of all samples.
         seed: fixes the draw.
         most: up to `HELD`. Where another fold is cheap, smaller ones leave heads that are nearer to
@@ -32,3 +91,93 @@ def held_out_rows(x: Tensor, y: Tensor, samples: int, seed: int, most: int = HEL
     first = random_keys(keys(x), seed).argsort()[:HELD].to(x.device)
     size = min(most, HELD, samples // 10)
     return [first[i : i + size] for i in range(0, HELD - size + 1, size)]
+
+
+@torch.no_grad()
+def held_out_scores(
+    x: Tensor,
+    y: Tensor,
+    parts: Recipe,
+    request: Request,
+    held: list[Tensor],
+    sums: Sums | None = None,
+    enough: float = math.inf,
+) -> HeldOut:
+    """Scores of held-out samples by a head that is made of the others, fold by fold of `held`.
+
+    Where `holds_out_of_sums`, the held-out samples are taken out of the sums of all: NORM_pre is
+    fitted once, on all samples, and λ is chosen once. Where a fold has no head, it is tried with a
+    larger λ.
+
+    Args:
+        x, y, parts, request: as for `make_head`; with `sums`, x and y may be a part of the samples.
+        held: places `(n,)` of the samples to hold out.
+        sums: of all samples, where these are to be held out of them.
+        enough: samples with a score, after which no further fold is looked at.
+    """
+    # Rows to add up: each time the others, or once all of them and then the held-out ones.
+    out = sum(map(len, held))
+    fewer = len(held) * len(y) - out > len(y) + out
+    if sums is None and not (fewer and holds_out_of_sums(parts)):
+        return score_folds(held, lambda rows: _without_rows(x, y, rows, parts, request), enough)
+    if sums is None:
+        norm_pre, head = parts.fresh()
+        sums = Sums.fitted(norm_pre, head.norm_inf, parts.gen, x, y, request)
+        if getattr(parts.gen, "lam", None) in CHOICES:
+            parts = with_lam(parts, parts.gen(sums.moments.present()).chosen["lam"])
+    known = sums
+    return score_folds(held, lambda rows: _out_of_sums(known, x, y, rows, parts, request), enough)
+
+
+def _without_rows(x: Tensor, y: Tensor, rows: Tensor, parts: Recipe, request: Request) -> Fold:
+    """Scores samples by a head that is made of the other rows."""
+    others = torch.ones(len(y), dtype=torch.bool, device=y.device)
+    others[rows] = False
+    # No names in messages of a head that nobody asked for, nor a bar.
+    request = Request(request.num_classes, seed=request.seed, classifier=request.classifier)
+    head = with_larger_lam(
+        parts, lambda changed: make_head(x[others], y[others], changed, request).head
+    )
+    rows = rows_to_score(rows, request.num_classes)
+    return Fold(head.scores(x[rows]), y[rows], head.proxy_classes)
+
+
+def _out_of_sums(
+    sums: Sums, x: Tensor, y: Tensor, rows: Tensor, parts: Recipe, request: Request
+) -> Fold:
+    """Scores samples by a head of the sums of all less those of the samples."""
+    z = transform(sums.norm_pre, x[rows])
+    own = z if sums.coordinates is None else sums.coordinates[rows.to(sums.coordinates.device)]
+    C = request.num_classes
+    held = Moments.of(own, y[rows].to(own.device), C, gram=gram_of(parts.gen))
+    others = sums.moments - held
+    proxies = with_larger_lam(parts, lambda changed: sums.proxies(others, changed, request))
+    shown = rows_to_score(rows, C)
+    if sums.norm_inf is not sums.norm_pre:
+        z = transform(sums.norm_inf, x[shown])
+    elif len(shown) < len(rows):
+        z = transform(sums.norm_pre, x[shown])
+    scores = parts.agg(z, proxies.weights, proxies.bias, proxies.classes, C)
+    return Fold(scores, y[shown], proxies.classes)
+
+
+def with_larger_lam(parts: Recipe, make: Callable[[Recipe], Result]) -> Result:
+    """`make(parts)`, or where that fails with a λ that is larger, up to ten thousand times."""
+    lam = getattr(parts.gen, "lam", None)
+    larger = [factor * lam for factor in LARGER] if isinstance(lam, int | float) and lam > 0 else []
+    try:
+        return make(parts)
+    except ImprintError as error:
+        for value in larger:
+            try:
+                return make(with_lam(parts, value))
+            except ImprintError:
+                continue
+        raise error
+
+
+def with_lam(parts: Recipe, lam: float) -> Recipe:
+    """The recipe with a given λ, which GEN then need not choose: that takes as long as the head."""
+    gen = copy.copy(parts.gen)
+    gen.lam = lam
+    return replace(parts, gen=gen)

@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from imprint_pl.method.auto import imprint_auto
+from imprint_pl.method.auto import choose
 from imprint_pl.method.head import ImprintedHead
+from imprint_pl.method.holdout import calibrate_head
 from imprint_pl.method.inputs import checked, checked_classifier
-from imprint_pl.method.pipeline import make_head
+from imprint_pl.method.pipeline import Request, make_head
 from imprint_pl.method.recipes import AUTO, Auto, Recipe, resolve
 from imprint_pl.method.selection import checked_bounds, draw_shots, weibull_typical
 from imprint_pl.numerics.labels import checked_names
@@ -74,7 +75,8 @@ def imprint(
     """
     parts, seed = resolve(recipe, **overrides), checked_seed(seed)
     class_names = None if class_names is None else checked_names(class_names)
-    if shots is not None or weibull is not None:
+    chooses = shots is not None or weibull is not None
+    if chooses:
         x, y, num_classes = checked(x, y, num_classes, class_names, allow_empty=False)
     if shots is not None:
         rows = draw_shots(y, shots, seed)
@@ -92,6 +94,7 @@ def imprint(
         classifier,
         progress,
         calibrate=calibrate,
+        values_checked=chooses,
     )
 
 
@@ -106,18 +109,27 @@ def imprint_parts(
     progress: bool = False,
     allow_empty: bool = False,
     calibrate: bool = True,
+    values_checked: bool = False,
 ) -> ImprintedHead:
-    """As `imprint`, from parts that `resolve` built.
+    """Imprints a head as `imprint` does, from parts that `resolve` built.
 
-    `allow_empty` accepts classes without samples, which get no proxy and the score −∞: for an
-    epoch that was cut short on purpose.
+    Args:
+        allow_empty: accept classes without samples, which get no proxy and the score −∞: for an
+            epoch that was cut short on purpose.
+        values_checked: the values of `x` were checked on their way, batch by batch, by
+            `check_values`.
     """
-    x, y, num_classes = checked(x, y, num_classes, class_names, allow_empty)
+    x, y, num_classes = checked(x, y, num_classes, class_names, allow_empty, values_checked)
     # Draws and folds then depend on the set of samples alone, not on the order in which they came.
     rows = in_order(x, y)
     x, y = x[rows], y[rows]
     classifier = None if classifier is None else checked_classifier(classifier)
-    rest = (num_classes, class_names, seed, classifier, progress, calibrate)
+    request = Request(num_classes, class_names, seed, classifier, progress)
+    recipe, tried = choose(x, y, request) if isinstance(parts, Auto) else (parts, [])
+    head, sums = make_head(x, y, recipe, request)
+    if calibrate:
+        calibrate_head(head, x, y, recipe, request, sums)
     if isinstance(parts, Auto):
-        return imprint_auto(x, y, *rest)
-    return make_head(x, y, parts, *rest)
+        head.tried = tried
+        head.settings["chosen_by"] = "auto"
+    return head

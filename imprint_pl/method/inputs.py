@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,14 @@ from torch import Tensor
 from imprint_pl.errors import ImprintError
 from imprint_pl.numerics.labels import plain_labels
 from imprint_pl.numerics.values import check_classes, check_size, check_values
+
+
+class Checked(NamedTuple):
+    """Embeddings `x (N, d)` in float32, labels `y (N,)` in int64 on their device, and C."""
+
+    x: Tensor
+    y: Tensor
+    num_classes: int
 
 
 def _tensor(values: Any, what: str) -> Tensor:
@@ -46,10 +54,17 @@ def checked(
     num_classes: int | None,
     class_names: list[str] | None,
     allow_empty: bool,
-) -> tuple[Tensor, Tensor, int]:
-    """`x (N, d)` in float32, `y (N,)` in int64 on its device, and C; or an `ImprintError`.
+    values_checked: bool = False,
+) -> Checked:
+    """Checks embeddings and labels, and that they fit each other, C and the names.
 
-    `allow_empty` accepts classes without samples.
+    Args:
+        x, y, num_classes, class_names: as for `imprint`.
+        allow_empty: accept classes without samples.
+        values_checked: the values were checked on their way, batch by batch, by `check_values`.
+
+    Raises:
+        ImprintError: they do not fit, or have values that the arithmetic cannot take.
     """
     x, y = _tensor(x, "embeddings"), _tensor(plain_labels(y), "labels")
     if x.ndim != 2 or not x.is_floating_point() or 0 in x.shape:
@@ -61,8 +76,9 @@ def checked(
             f"labels of shape {tuple(y.shape)} and type {y.dtype} for {len(x)} embeddings: "
             f"expected integers ({len(x)},)"
         )
-    # In the type that they came in: float64 may hold what float32 cannot.
-    check_size(check_values(x))
+    # In the type that they came in: float64 may hold what float32 cannot. A batch may have small
+    # values alone, the whole set may not: its largest is needed either way.
+    check_size(torch.linalg.vector_norm(x, torch.inf).item() if values_checked else check_values(x))
     x, y = x.float(), y.long().to(x.device)
     if num_classes is None:
         num_classes = len(class_names) if class_names else int(y.max()) + 1
@@ -88,4 +104,4 @@ def checked(
             f"class {', '.join(names)}{more} has no training sample: add samples, "
             "or leave the class out and number the labels without gaps"
         )
-    return x, y, num_classes
+    return Checked(x, y, num_classes)

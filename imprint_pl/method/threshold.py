@@ -7,13 +7,14 @@ from torch import Tensor
 from imprint_pl.errors import ImprintError
 from imprint_pl.method.calibration import folds
 from imprint_pl.method.head import ImprintedHead
+from imprint_pl.method.holdout import held_out_scores
 from imprint_pl.method.inputs import checked
-from imprint_pl.method.pipeline import held_out_scores, holds_out_of_sums, keywords_of
-from imprint_pl.method.recipes import resolve
+from imprint_pl.method.pipeline import Request, holds_out_of_sums, keywords_of
+from imprint_pl.method.recipes import Recipe, resolve
 from imprint_pl.numerics.order import in_order
 
-# Heads that hold out a part each: many where that is cheap. Scores of `lda` shrink with the number
-# of samples, so that a head of four fifths of them scores like no head of all.
+# How many parts are held out, one a head: many where that is cheap. Scores of `lda` shrink with
+# the number of samples, so that those of a head of four fifths of them are too small.
 FOLDS, FOLDS_OF_SUMS = 5, 20
 
 
@@ -24,19 +25,21 @@ def set_threshold(
     accept: float,
     classifier: Tensor | None = None,
 ) -> ImprintedHead:
-    """Sets `head.threshold`, so that `accept` of the training samples have a best score of at least
-    that much; returns the head.
+    """Sets `head.threshold` to a best score that `accept` of the training samples reach.
 
-    Each sample is scored by a head that has not seen it, made of four fifths of the samples, or
-    where sums suffice of 95 %: its own proxy would say nothing. That takes one to five times as
-    long as imprinting.
+    Each sample is scored by a head that has not seen it, made of four fifths of the samples, or of
+    95 % where sums suffice: its own proxy would say nothing. That takes one to five times as long
+    as imprinting.
 
     Args:
-        head: imprinted from x and y; gives the recipe and the seed.
+        head: imprinted from x and y, whose values were checked then; gives the recipe and the seed.
         x: `(N, d)`, the training embeddings.
         y: `(N,)`, their labels 0..C−1.
         accept: a share in (0, 1], such as 0.95.
         classifier: as for `imprint`.
+
+    Returns:
+        The head.
 
     Raises:
         ImprintError: a share out of range, or no class with two samples.
@@ -56,12 +59,13 @@ def _held_out(
             f"accept={accept}: give the share of training samples to accept, above 0 and at most "
             "1, such as 0.95"
         )
-    x, y, _ = checked(x, y, head.num_classes, None, allow_empty=True)
+    x, y, _ = checked(x, y, head.num_classes, None, allow_empty=True, values_checked=True)
     seed, chosen = head.settings.get("seed", 0), head.settings.get("chosen_lam")
     settings = keywords_of(head)
     if chosen is not None and settings.get("lam") in ("gcv", "holdout"):
         settings["lam"] = chosen
     parts = resolve(**settings)
+    assert isinstance(parts, Recipe)  # a head's settings name the recipe that auto has chosen
     most = FOLDS_OF_SUMS if holds_out_of_sums(parts) else FOLDS
     rows = in_order(x, y)
     x, y = x[rows], y[rows]
@@ -71,7 +75,8 @@ def _held_out(
             "accept: no class has two samples, so that none can be held out to set a threshold; "
             "add samples, or set head.threshold yourself"
         )
-    held_out = held_out_scores(x, y, parts, head.num_classes, held, seed, classifier)
+    request = Request(head.num_classes, seed=seed, classifier=classifier)
+    held_out = held_out_scores(x, y, parts, request, held)
     if not len(held_out.y):
         raise ImprintError(
             "accept: without the held-out samples there is no head to set a threshold by "

@@ -8,7 +8,16 @@ from torch import Tensor
 
 
 def random_keys(positions: Tensor, seed: int) -> Tensor:
-    """The turn of each position `(n,)` in a random order of all, int64; the others' are not drawn.
+    """A random number for each position: sorted by it, all positions are in a random order.
+
+    A position's number depends on itself and the seed alone, so that the others need not be known.
+
+    Args:
+        positions: `(n,)` int64, such as places in a data set or keys of rows.
+        seed: fixes the order.
+
+    Returns:
+        `(n,)` int64.
 
     Source: Steele, Lea & Flood 2014, "Fast Splittable Pseudorandom Number Generators".
     """
@@ -28,3 +37,24 @@ def sample(n: int, count: int, seed: int) -> Tensor:
     """`(min(n, count),)` different positions in 0..n−1, on the CPU; fewer are a prefix of more."""
     # On the CPU on purpose: the draws are the same on every device.
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count]
+
+
+def place_in_class(y: Tensor, order: Tensor) -> Tensor:
+    """Numbers the samples of each class in a given order: the base of every stratified draw.
+
+    Args:
+        y: `(N,)`, labels from 0.
+        order: `(N,)`, all positions 0..N−1 in that order, such as `sample(N, N, seed)`.
+
+    Returns:
+        `(N,)` int64: 0 for the first sample of its class in the order, then 1, 2, …
+
+    >>> place_in_class(torch.tensor([0, 0, 1, 0]), torch.tensor([3, 2, 1, 0]))
+    tensor([2, 1, 0, 0])
+    """
+    by_class = order[y[order].argsort(stable=True)]
+    counts = torch.bincount(y)
+    starts = counts.cumsum(0) - counts
+    places = torch.empty_like(by_class)
+    places[by_class] = torch.arange(len(y), device=y.device) - starts[y[by_class]]
+    return places

@@ -99,13 +99,13 @@ class Tridiagonal:
         return torch.from_numpy(solution)
 
     def _reflected(self, columns: Tensor, transposed: str) -> Tensor:
-        columns = columns.double().cpu().numpy().copy(order="F")
-        if len(columns) > 1:
-            size = 64 * columns.shape[1]
-            columns[1:], _, _ = self._lapack.dormqr(
-                "L", transposed, self._reflections, self._scale, columns[1:], lwork=size
+        result = columns.double().cpu().numpy().copy(order="F")
+        if len(result) > 1:
+            size = 64 * result.shape[1]
+            result[1:], _, _ = self._lapack.dormqr(
+                "L", transposed, self._reflections, self._scale, result[1:], lwork=size
             )
-        return torch.from_numpy(columns)
+        return torch.from_numpy(result)
 
 
 @contextmanager
@@ -135,7 +135,7 @@ def shrunk_within(moments: Moments, shrinkage: float | str) -> tuple[Tensor, str
     within = double(moments.within("micro"))
     variance = within.diagonal().mean()
     # Sums of squares leave rounding behind where the samples of each class are alike.
-    size = (double(moments.gram).diagonal() / double(moments.counts).sum()).mean()
+    size = (double(moments.pooled_gram).diagonal() / double(moments.counts).sum()).mean()
     if not variance > 1e-13 * size:
         raise ImprintError(
             f"shrinkage={shrinkage}: the samples of each class do not differ (one sample a "
@@ -144,6 +144,7 @@ def shrunk_within(moments: Moments, shrinkage: float | str) -> tuple[Tensor, str
         )
     if shrinkage == OAS:
         shrinkage = oas(within, int(moments.counts.sum()) - int((moments.counts > 0).sum()))
+    shrinkage = float(shrinkage)
     matrix = (1 - shrinkage) * within
     matrix.diagonal().add_(shrinkage * variance)
     return matrix, f"shrinkage={shrinkage}: give a larger one, such as 0.01, or 'oas'"

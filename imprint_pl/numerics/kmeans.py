@@ -7,6 +7,7 @@ accuracy; its traps are closed here. `kmeans_torch.py` holds the other engine.
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,7 +120,7 @@ def _resolved(engine: str, device: torch.device) -> str:
     return "faiss" if _sees_gpu(_import_faiss()) else "torch"
 
 
-def _faiss(x: Tensor, k: int, seed: int, index) -> Tensor:
+def _faiss(x: Tensor, k: int, seed: int, index: Any) -> Tensor:
     faiss = _import_faiss()
     parameters = faiss.ClusteringParameters()
     parameters.niter = FAISS_ITERATIONS
@@ -135,7 +136,7 @@ def _faiss(x: Tensor, k: int, seed: int, index) -> Tensor:
     return torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(k, -1))
 
 
-def _import_faiss():
+def _import_faiss() -> Any:
     try:
         import faiss  # here, not above: a second to import, and not needed by every recipe
     except ImportError as error:
@@ -146,11 +147,11 @@ def _import_faiss():
     return faiss
 
 
-def _sees_gpu(faiss) -> bool:
+def _sees_gpu(faiss: Any) -> bool:
     return hasattr(faiss, "GpuIndexFlatL2") and faiss.get_num_gpus() > 0
 
 
-def _index(faiss, dim: int, device: torch.device):
+def _index(faiss: Any, dim: int, device: torch.device) -> Any:
     if device.type != "cuda" or not _sees_gpu(faiss):
         return faiss.IndexFlatL2(dim)
     config = faiss.GpuIndexFlatConfig()

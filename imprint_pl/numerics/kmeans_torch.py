@@ -16,6 +16,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -297,7 +298,8 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
     It is the whole process's: one thread at a time, or one would put back what another had set.
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    mkldnn: Any = torch.backends.mkldnn  # torch's types do not know its matmul
+    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
     with _ALONE, torch.autocast(device.type, enabled=False):
         before = [backend.fp32_precision for backend in backends]
         for backend in backends:

@@ -6,7 +6,9 @@ Sums add up over batches, ranks and files, and a class can be subtracted again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,26 +56,36 @@ class Moments:
         device: torch.device | str = "cpu",
     ) -> Moments:
         """Empty sums. `gram` is "none", "pooled" `(d, d)` or "per_class" `(C, d, d)`."""
-        options = {"dtype": sum_dtype(torch.device(device)), "device": device}
-        shapes = {"none": None, "pooled": (dim, dim), "per_class": (num_classes, dim, dim)}
+        shapes = {"none": (), "pooled": (dim, dim), "per_class": (num_classes, dim, dim)}
         if gram not in shapes:
             raise ValueError(f"gram={gram!r}: expected one of {list(shapes)}")
-        shape = shapes[gram]
+        dtype = sum_dtype(torch.device(device))
+
+        def empty(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
         return cls(
-            counts=torch.zeros(num_classes, **options),
-            sums=torch.zeros(num_classes, dim, **options),
-            gram=None if shape is None else torch.zeros(shape, **options),
-            class_weights=None if class_weights is None else class_weights.to(**options),
+            counts=empty(num_classes),
+            sums=empty(num_classes, dim),
+            gram=None if gram == "none" else empty(*shapes[gram]),
+            class_weights=None if class_weights is None else class_weights.to(device, dtype),
         )
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor, num_classes: int, **kwargs) -> Moments:
-        """The sums of embeddings `x (N, d)` with labels `y (N,)` in 0..C−1."""
-        return cls.zeros(num_classes, x.shape[1], device=x.device, **kwargs).add(x, y)
+    def of(cls, x: Tensor, y: Tensor, num_classes: int, **options: Any) -> Moments:
+        """The sums of embeddings `x (N, d)` with labels `y (N,)` in 0..C−1; options as `zeros`."""
+        return cls.zeros(num_classes, x.shape[1], device=x.device, **options).add(x, y)
 
     @property
     def num_classes(self) -> int:
         return self.counts.shape[0]
+
+    @property
+    def pooled_gram(self) -> Tensor:
+        """`(d, d)`, Σ z zᵀ over all samples, unweighted; a `ValueError` where it was not kept."""
+        if self.gram is None or self.gram.ndim != 2 or self.class_weights is not None:
+            raise ValueError('this asks for Moments with gram="pooled" and no class_weights')
+        return self.gram
 
     @property
     def means(self) -> Tensor:
@@ -109,13 +121,11 @@ class Moments:
             result[places] = rows[kept]
             return result
 
-        per_class = self.gram is not None and self.gram.ndim == 3
-        return Moments(
-            moved(self.counts),
-            moved(self.sums),
-            moved(self.gram) if per_class else self.gram,
-            None if self.class_weights is None else moved(self.class_weights, 1.0),
-        )
+        gram = self.gram
+        if gram is not None and gram.ndim == 3:
+            gram = moved(gram)
+        weights = None if self.class_weights is None else moved(self.class_weights, 1.0)
+        return Moments(moved(self.counts), moved(self.sums), gram, weights)
 
     def padded(self, num_classes: int) -> Moments:
         """With empty classes at the end, up to `num_classes`."""
@@ -126,9 +136,8 @@ class Moments:
 
         Where they are there already, the memory is shared.
         """
-        options = {"device": device, "dtype": sum_dtype(torch.device(device))}
-        tensors = (self.counts, self.sums, self.gram, self.class_weights)
-        return Moments(*(None if t is None else t.to(**options) for t in tensors))
+        dtype = sum_dtype(torch.device(device))
+        return self._each(lambda tensor: tensor.to(device, dtype))
 
     def all_reduce(self) -> Moments:
         """The sums over all processes, on each of them; itself where there is one process.
@@ -137,14 +146,22 @@ class Moments:
         """
         if ranks() == 1:
             return self
-        totals = []
-        for own in (self.counts, self.sums, self.gram):
-            total = None if own is None else own.to(travelling_device(), copy=True)
-            if total is not None:
-                dist.all_reduce(total)
-                total = total.to(own)
-            totals.append(total)
-        return Moments(*totals, self.class_weights)
+
+        def total(own: Tensor) -> Tensor:
+            sent = own.to(travelling_device(), copy=True)
+            dist.all_reduce(sent)
+            return sent.to(own)
+
+        totals = replace(self, class_weights=None)._each(total)
+        return replace(totals, class_weights=self.class_weights)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Moments:
+        return Moments(
+            function(self.counts),
+            function(self.sums),
+            None if self.gram is None else function(self.gram),
+            None if self.class_weights is None else function(self.class_weights),
+        )
 
     def add(self, x: Tensor, y: Tensor) -> Moments:
         """Adds a batch in place: `x (B, d)` of any float dtype, `y (B,)` in 0..C−1."""
@@ -193,8 +210,7 @@ class Moments:
         by = by.to(self.sums)
         gram = self.gram
         if gram is not None:
-            if gram.ndim != 2 or self.class_weights is not None:
-                raise ValueError("shifted asks for a pooled Gram matrix without class_weights")
+            gram = self.pooled_gram
             cross = torch.outer(self.sums.sum(0) - self.counts.sum() / 2 * by, by)
             gram = gram - cross - cross.T
         return Moments(self.counts, self.sums - torch.outer(self.counts, by), gram)

@@ -4,10 +4,12 @@ and the held-out sample of `sums.py`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from imprint_pl.numerics.draws import random_keys
+from imprint_pl.numerics.draws import place_in_class, random_keys
 from imprint_pl.ranks import gather_rows, positions_in_dataset
 from imprint_pl.training_set.store import Collector, check_batch, check_labels
 
@@ -17,19 +19,27 @@ BLOCK = 2048
 _NEVER = torch.iinfo(torch.int64).max
 
 
-class Reservoir:
-    """Keeps at most `size` samples, or `size` of each class: those that come first in a random
-    order of all positions in the data set.
+class Drawn(NamedTuple):
+    """Embeddings `x (n, d)`, labels `y (n,)`, and what they were drawn by, `positions (n,)`."""
 
-    The order follows from the seed: what is kept is the same in any batches and on any number of
-    ranks. Memory at most 2.5 times that of the kept samples and a block.
+    x: Tensor
+    y: Tensor
+    positions: Tensor
+
+
+class Reservoir:
+    """Keeps at most `size` samples, or `size` of each class, which come first in a random order.
+
+    The order is one of all positions in the data set (or of all keys of rows) and follows from the
+    seed: the same samples are kept in any batches and on any number of ranks. Memory is at most 2.5
+    times that of the kept samples and a block. They are kept on the CPU.
     """
 
     def __init__(self, size: int, seed: int, per_class: bool = False) -> None:
         self.size, self.seed, self.per_class = size, seed, per_class
-        self._parts: list[list[Tensor]] = []
+        self._parts: list[Drawn] = []
         self._chosen = self._waiting = 0
-        # The turn of the last that is kept of each class, once there are enough.
+        # For each class that has enough samples, the random number of the last one that is kept.
         self._last = torch.full((1,), _NEVER)
 
     def add(self, x: Tensor, y: Tensor, positions: Tensor) -> None:
@@ -37,49 +47,62 @@ class Reservoir:
         if not len(y):
             return
         y = y.cpu()
-        more = int(y.max()) + 1 - len(self._last)
-        if self.per_class and more > 0:
-            self._last = torch.cat([self._last, self._last.new_full((more,), _NEVER)])
-        soon = random_keys(positions, self.seed) < self._last[self._group(y)]
-        self._parts.append([x[soon.to(x.device)].cpu(), y[soon], positions[soon]])
+        group = self._group(y)
+        soon = random_keys(positions, self.seed) < self._last[group]
+        self._parts.append(Drawn(x[soon.to(x.device)].cpu(), y[soon], positions[soon]))
         self._waiting += int(soon.sum())
         if self._waiting >= max(BLOCK, self._chosen // 4):
             self._choose()
 
-    def gather(self, dim: int) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The kept samples of all ranks on rank 0, in the order of their positions: embeddings
-        `(n, d)`, labels and positions `(n,)`; `None` on the others. `dim` is d, for a rank that has
-        none."""
+    def relabel(self, places: Tensor) -> None:
+        """Label c becomes `places[c]`; the kept samples of one draw over all classes stay."""
+        if self.per_class:
+            raise ValueError("samples that were drawn for each class keep their labels")
+        self._parts = [part._replace(y=places[part.y]) for part in self._parts]
+
+    def drawn(self) -> Drawn | None:
+        """The kept samples, in the order of their positions; `None` before the first."""
         self._choose()
-        nothing = torch.zeros(0, dtype=torch.int64)
-        kept = self._parts[0] if self._parts else [torch.zeros(0, dim), nothing, nothing]
-        gathered = [gather_rows(part) for part in kept]
-        if gathered[0] is None:
+        if not self._parts:
             return None
-        self._parts = [gathered]
-        self._choose()
-        order = self._parts[0][2].argsort()
-        return tuple([part[order] for part in self._parts[0]])
+        order = self._parts[0].positions.argsort(stable=True)
+        return Drawn(*(part[order] for part in self._parts[0]))
+
+    def gather(self, dim: int) -> Drawn | None:
+        """The kept samples of all ranks, on rank 0; `None` on the others.
+
+        Args:
+            dim: d, for a rank that has no sample.
+        """
+        nothing = torch.zeros(0, dtype=torch.int64)
+        kept = self.drawn() or Drawn(torch.zeros(0, dim), nothing, nothing)
+        gathered = [gather_rows(part) for part in kept]
+        rows = [part for part in gathered if part is not None]
+        if not rows:
+            return None
+        self._parts = [Drawn(*rows)]
+        return self.drawn()
 
     def _group(self, y: Tensor) -> Tensor:
-        return y if self.per_class else torch.zeros_like(y)
+        """Which samples compete for the same `size` places; makes room for new classes."""
+        if not self.per_class:
+            return torch.zeros_like(y)
+        more = int(y.max()) + 1 - len(self._last)
+        if more > 0:
+            self._last = torch.cat([self._last, self._last.new_full((more,), _NEVER)])
+        return y
 
     def _choose(self) -> None:
-        if not self._parts:
+        if sum(len(part.y) for part in self._parts) == 0:
             return
-        x, y, positions = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
-        self._parts = []
-        turn, group = random_keys(positions, self.seed), self._group(y)
-        order = turn.argsort()
-        order = order[group[order].argsort(stable=True)]
-        counts = group.bincount()
-        starts = counts.cumsum(0) - counts
-        place = torch.arange(len(y)) - starts[group[order]]
-        full = (counts >= self.size).nonzero().flatten()
-        self._last[full] = turn[order[starts[full] + self.size - 1]]
-        order = order[place < self.size]
-        self._parts = [[x[order], y[order], positions[order]]]
-        self._chosen, self._waiting = len(order), 0
+        rows = Drawn(*(torch.cat(parts) for parts in zip(*self._parts, strict=True)))
+        turn, group = random_keys(rows.positions, self.seed), self._group(rows.y)
+        place = place_in_class(group, turn.argsort(stable=True))
+        last = place == self.size - 1
+        self._last[group[last]] = turn[last]
+        kept = place < self.size
+        self._parts = [Drawn(*(part[kept] for part in rows))]
+        self._chosen, self._waiting = int(kept.sum()), 0
 
 
 class EmbeddingReservoir(Collector):
@@ -88,7 +111,7 @@ class EmbeddingReservoir(Collector):
 
     Args:
         max_per_class: how many; with as many as the largest class has, all are kept.
-        seed: of the draw.
+        seed: fixes the draw.
         num_classes: C, where it is known.
         dealt: as for `EmbeddingSums`.
     """
@@ -107,7 +130,7 @@ class EmbeddingReservoir(Collector):
         self._dim: int | None = None
 
     def take(self, embeddings: Tensor, labels: Tensor) -> None:
-        """A batch `(B, d)` with labels `(B,)`.
+        """Takes a batch `(B, d)` with labels `(B,)`.
 
         Raises:
             ImprintError: see `check_batch`; a negative label.

@@ -77,10 +77,10 @@ class RowStore(Collector):
                 to make them even is dropped. `None` keeps every row.
         """
         self.take_waiting()
-        x, y = _concatenate(self._embeddings), _concatenate(self._labels)
+        embeddings, labels = _concatenate(self._embeddings), _concatenate(self._labels)
         self._embeddings, self._labels = [], []
-        x, y = gather_rows(x), gather_rows(y)
-        return None if x is None else (x[:samples], y[:samples])
+        x, y = gather_rows(embeddings), gather_rows(labels)
+        return None if x is None or y is None else (x[:samples], y[:samples])
 
 
 def on_gpu(x: Tensor, y: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,14 @@
-"""The embeddings of one epoch as sums, for GEN and for NC1, and a small held-out sample for the
-temperature: memory does not grow with the number of images. `store.py` keeps the embeddings, for
-the recipes that must see them all.
+"""Training embeddings as sums, from which a head with its temperature can be made: memory does not
+grow with the number of images. `store.py` keeps the embeddings, for the recipes that must see them
+all.
+
+`TrainingSums` serves `partial_fit` and, inside `EmbeddingSums`, an imprint epoch.
 """
 
 from __future__ import annotations
 
-import copy
 import warnings
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,28 +16,29 @@ from torch import Tensor, nn
 
 from imprint_pl.collapse import nc1_of
 from imprint_pl.method.head import ImprintedHead
-from imprint_pl.method.holdout import HELD
+from imprint_pl.method.holdout import HELD, calibrate_head
 from imprint_pl.method.inputs import checked
-from imprint_pl.method.pipeline import calibrate_from_sums, head_of_sums
+from imprint_pl.method.pipeline import Request, Sums, few_for, gram_of
 from imprint_pl.method.recipes import Auto, Recipe
-from imprint_pl.numerics.moments import Moments
+from imprint_pl.numerics.moments import CHUNK, Moments
 from imprint_pl.numerics.order import in_order, keys
 from imprint_pl.parts.by_name import steps_of
+from imprint_pl.parts.norm.base import transform
 from imprint_pl.ranks import positions_in_dataset, ranks, travelling_device
 from imprint_pl.training_set.reservoir import Reservoir
 from imprint_pl.training_set.store import Collector, check_batch, check_labels
 
 # Rows that are added to the sums at once: a product of a few rows wastes most of its time.
 BLOCK = 2048
-# Bytes of Gram matrices a class, which NC1 takes where the class counts are not known beforehand.
+# Bytes of the Gram matrices that NC1 may take where the class counts are not known beforehand.
 LARGEST_GRAMS = 2**30
 
 
 def needs_only_sums(parts: Recipe | Auto, samples: int | None) -> bool:
-    """Whether a recipe needs nothing but sums; `auto` has to see the embeddings.
+    """Whether an epoch can keep sums alone for a recipe; `auto` has to see the embeddings.
 
     Its GEN takes `Moments`, and its NORM_pre learns nothing from the embeddings: it may draw
-    (`random_projection`). Of fewer `samples` than it makes features, the rows are smaller than
+    (`random_projection`). Where there are fewer `samples` than features, the rows are smaller than
     their Gram matrix, and faster to solve.
     """
     if isinstance(parts, Auto):
@@ -46,13 +49,185 @@ def needs_only_sums(parts: Recipe | Auto, samples: int | None) -> bool:
     return parts.gen.from_moments and drawn and not few
 
 
+class TrainingSums:
+    """Sums of NORM_pre(x), and a bounded sample of the rows to hold out for the temperature.
+
+    NORM_pre is fitted on the first batch and stays. The sample is drawn by what the rows hold: the
+    same however they are ordered, batched and dealt to ranks. The head is the one that all rows at
+    once would give, but for what NORM_pre learned.
+
+    Args:
+        parts: of a recipe whose GEN takes sums.
+        x: `(n, d)`, the first batch, which is not added yet.
+        y: `(n,)`, its labels, from 0.
+        num_classes: C; labels above it make room for more classes.
+        seed: fixes every random choice.
+    """
+
+    def __init__(
+        self, parts: Recipe, x: Tensor, y: Tensor, num_classes: int = 1, seed: int = 0
+    ) -> None:
+        self.parts, self.seed, self.input_dim = parts, seed, x.shape[1]
+        self.norm_pre: Any
+        self.norm_pre, empty = parts.fresh()
+        self.norm_inf = empty.norm_inf
+        self.norm_pre.to(x.device)
+        if getattr(self.norm_pre, "learns", False):
+            rows = in_order(x, y)
+            present, labels = torch.unique(y.to(x.device)[rows], return_inverse=True)
+            self.norm_pre.fit(x[rows], labels, len(present), seed)
+        features = self.norm_pre(x[:1]).shape[1]
+        gram = gram_of(parts.gen)
+        device = _roomy_device(x, features)
+        self.moments = Moments.zeros(num_classes, features, gram=gram, device=device)
+        self._reservoir = Reservoir(HELD, seed)
+
+    def __len__(self) -> int:
+        """How many samples were added; those of all ranks after `gather`."""
+        return int(self.moments.counts.sum())
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Adds a batch `(B, d)` with labels `(B,)`, whose values were checked."""
+        if not len(y):
+            return
+        self._reservoir.add(x, y, keys(x))
+        if x.device != self.moments.sums.device:
+            self._to(_roomy_device(x, self.moments.sums.shape[1]))
+        classes = max(self.moments.num_classes, int(y.max()) + 1)
+        self.moments = _with_room(self.moments, classes)
+        device = self.moments.sums.device
+        norm_pre = self.norm_pre.to(device)
+        for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+            self.moments.add(transform(norm_pre, rows.to(device)), labels.to(device))
+
+    def relabel(self, places: Tensor, num_classes: int) -> None:
+        """Label c becomes `places[c]`, one of `num_classes` from now on."""
+        self.moments = self.moments.relabelled(places, num_classes)
+        self._reservoir.relabel(places)
+
+    def gather(self) -> None:
+        """Adds up the sums of all ranks; the sample comes to rank 0, which can make the head."""
+        self.moments = _with_room(self.moments, _most(self.moments.num_classes)).all_reduce()
+        self._reservoir.gather(self.input_dim)
+
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """At most `HELD` of the rows, `(n, d)`, and their labels `(n,)`, in the order of
+        `in_order`; on the CPU."""
+        drawn = self._reservoir.drawn()
+        if drawn is None:
+            return torch.zeros(0, self.input_dim), torch.zeros(0, dtype=torch.int64)
+        rows = in_order(drawn.x, drawn.y)
+        return drawn.x[rows], drawn.y[rows]
+
+    def head(
+        self, class_names: list[str] | None = None, classifier: Tensor | None = None
+    ) -> ImprintedHead:
+        """Makes the head of all samples so far, with its temperature.
+
+        A class without samples has no proxy. The heads share one NORM_inf, which never changes.
+        """
+        device = self.moments.sums.device
+        x, y = (part.to(device) for part in self.sample())
+        samples, C = len(self), self.moments.num_classes
+        request = Request(C, class_names, self.seed, classifier)
+        norm_pre, gen = self.norm_pre.to(device), self.parts.gen
+        if samples == len(y) and few_for(gen, norm_pre, x):
+            # All rows are there, and are solved faster than a Gram matrix of so many features.
+            sums = Sums.of(norm_pre, self.norm_inf, gen, x, y, C)
+        else:
+            sums = Sums(norm_pre, self.norm_inf, self.moments)
+        head = sums.head(self.parts, request)
+        calibrate_head(head, x, y, self.parts, request, sums, samples)
+        return head
+
+    def cpu(self) -> TrainingSums:
+        """Moves itself to the CPU, for a file; returns itself."""
+        self._to(torch.device("cpu"))
+        return self
+
+    def _to(self, device: torch.device) -> None:
+        self.moments = self.moments.to(device)
+        self.norm_pre.to(device)
+
+
+class UnitSums:
+    """Sums of unit vectors, for NC1.
+
+    They hold one Gram matrix where the class counts are known beforehand, otherwise one for each
+    class, or none where that would take too much.
+
+    Args:
+        x: `(n, d)`, the first batch, which is not added yet.
+        num_classes: C; labels above it make room for more classes.
+        class_counts: `(C,)`, samples of each class, where they are known beforehand.
+    """
+
+    def __init__(self, x: Tensor, num_classes: int, class_counts: Tensor | None) -> None:
+        self.class_counts, d = class_counts, x.shape[1]
+        weights, gram = None, "per_class"
+        if class_counts is not None:
+            weights, gram = 1 / class_counts.double().clamp(min=1), "pooled"
+        elif _gram_bytes(num_classes, d) > LARGEST_GRAMS:
+            gram = "none"
+        self.moments = Moments.zeros(
+            num_classes, d, gram=gram, class_weights=weights, device=_roomy_device(x, d)
+        )
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Adds a batch `(B, d)`, not of unit length yet, with labels `(B,)`."""
+        self._make_room(int(y.max()) + 1)
+        device = self.moments.sums.device
+        self.moments.add(nn.functional.normalize(x.to(device)), y.to(device))
+
+    def gather(self) -> None:
+        """Adds up the sums of all ranks."""
+        self._make_room(_most(self.moments.num_classes))
+        self.moments = self.moments.all_reduce()
+
+    def nc1(self) -> float:
+        """NC1 of the unit vectors, macro; NaN for fewer than two classes, or with a warning."""
+        counts = self.moments.counts
+        if (counts > 0).sum() < 2:
+            return float("nan")
+        reason = None
+        if self.moments.gram is None:
+            gigabytes = _gram_bytes(*self.moments.sums.shape) / 2**30
+            reason = f"without them it would keep {gigabytes:.1f} GiB of sums"
+        elif self.class_counts is not None and not torch.equal(
+            self.class_counts.to(counts), counts
+        ):
+            reason = "those that it gave are not those of the samples that came"
+        if reason is not None:
+            warnings.warn(
+                "train/nc1 is NaN: it needs the number of samples of each class before the epoch "
+                f"({reason}): let the data module have class_counts (C,) that are right, and do "
+                "not cut the epoch short",
+                stacklevel=2,
+            )
+            return float("nan")
+        return nc1_of(self.moments)
+
+    def _make_room(self, classes: int) -> None:
+        if classes <= self.moments.num_classes:
+            return
+        if _gram_bytes(classes, self.moments.sums.shape[1]) > LARGEST_GRAMS:
+            self.moments.gram = None
+        self.moments = self.moments.padded(classes)
+
+
+class _Started(NamedTuple):
+    """What `EmbeddingSums` keeps once the first batch has told d."""
+
+    sums: TrainingSums
+    unit: UnitSums
+
+
 class EmbeddingSums(Collector):
     """Collects rows with labels as `RowStore` does, but keeps sums; `gather` adds up those of
     all ranks on rank 0, where `imprint` makes the head.
 
-    Kept are the `Moments` of NORM_pre's output, those of unit vectors for NC1, and a held-out
-    sample. With C classes and embeddings of d numbers NC1 asks for 8 d² bytes, or 8 C d² where the
-    class counts are not known.
+    It keeps `TrainingSums` for the head and `UnitSums` for NC1. With C classes and embeddings of d
+    numbers NC1 takes 8 d² bytes, or 8 C d² where the class counts are not known.
 
     Args:
         parts: of a recipe for which `needs_only_sums` holds.
@@ -61,7 +236,7 @@ class EmbeddingSums(Collector):
         samples: how many samples will come; `None` where that is not known.
         dealt: how many samples a `DistributedSampler` deals to the ranks (see `sampler_length`);
             what it repeats is dropped.
-        seed: of NORM_pre's random choices and the held-out sample.
+        seed: fixes NORM_pre's random choices and the held-out sample.
     """
 
     def __init__(
@@ -76,7 +251,7 @@ class EmbeddingSums(Collector):
     ) -> None:
         super().__init__()
         self.parts, self.seed = parts, seed
-        self.num_classes, self.samples, self.dealt = num_classes, samples, dealt
+        self.num_classes, self.dealt = num_classes, dealt
         self.class_counts = None
         # Counts of another number of samples: the epoch is cut short.
         class_counts = None if class_counts is None else torch.as_tensor(class_counts)
@@ -84,56 +259,44 @@ class EmbeddingSums(Collector):
             self.num_classes = num_classes or len(class_counts)
             if self.num_classes == len(class_counts):
                 self.class_counts = class_counts
-        self.norm_pre, self.head = parts.fresh()
-        self.moments: Moments | None = None
-        self.unit_moments: Moments | None = None
+        self._started: _Started | None = None
         self._batches = self._seen = 0
         self._rows: list[tuple[Tensor, Tensor]] = []
-        self._held = Reservoir(HELD, seed)
-        self._sample: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         """Samples in the sums: of this rank before `gather`, of all ranks after it."""
-        counted = 0 if self.moments is None else int(self.moments.counts.sum())
+        counted = 0 if self._started is None else len(self._started.sums)
         return counted + sum(len(labels) for _, labels in self._rows)
 
     def take(self, embeddings: Tensor, labels: Tensor) -> None:
-        """A batch `(B, d)` with labels `(B,)`.
+        """Takes a batch `(B, d)` with labels `(B,)`.
 
         Raises:
             ImprintError: see `check_batch`; a label out of range.
         """
         x, labels = embeddings.float(), labels.to("cpu", torch.int64)
-        check_batch(x, self._batches, None if self.moments is None else self.input_dim)
+        dim = None if self._started is None else self._started.sums.input_dim
+        check_batch(x, self._batches, dim)
         check_labels(labels, self._batches, self.num_classes)
-        if self.moments is None:
-            self._start(x)
+        if self._started is None:
+            C = self.num_classes or 1
+            sums = TrainingSums(self.parts, x, labels, C, self.seed)
+            self._started = _Started(sums, UnitSums(x, C, self.class_counts))
         positions = positions_in_dataset(self._seen, len(labels))
         kept = slice(None) if self.dealt is None else positions < self.dealt
-        self._rows.append((x.to(self.device)[kept], labels[kept]))
+        self._rows.append((x[kept], labels[kept]))
         self._batches += 1
         self._seen += len(labels)
         if sum(len(labels) for _, labels in self._rows) >= BLOCK:
-            self._flush()
+            self._add_rows()
 
     def gather(self) -> EmbeddingSums | None:
         """The sums of all ranks on rank 0, `None` on the others."""
         self.take_waiting()
-        self._flush()
-        self._sample = self._held.gather(self.input_dim)
-        if self._sample is not None:
-            x, y, _ = self._sample
-            rows = in_order(x, y)
-            self._sample = x[rows], y[rows]
-        if ranks() == 1:
-            return self
-        device = travelling_device()
-        classes = torch.tensor(self.moments.num_classes, device=device)
-        dist.all_reduce(classes, dist.ReduceOp.MAX)
-        self._grow(int(classes))
-        for moments in (self.moments, self.unit_moments):
-            _reduce(moments, device)
-        return self if dist.get_rank() == 0 else None
+        self._add_rows()
+        for part in self.kept:
+            part.gather()
+        return self if ranks() == 1 or dist.get_rank() == 0 else None
 
     def imprint(
         self,
@@ -146,117 +309,52 @@ class EmbeddingSums(Collector):
         Raises:
             ImprintError: as `imprint_parts`.
         """
-        counts = self.moments.counts
+        counts = self.kept.sums.moments.counts
         seen = (counts > 0).nonzero().flatten()
         # One sample a class stands for all: C, names and classes without samples are checked.
         checked(torch.zeros(len(seen), 1), seen.cpu(), len(counts), class_names, allow_empty)
-        head = ImprintedHead(self.head.norm_inf, copy.deepcopy(self.head.agg))
-        head = head_of_sums(self.moments, self.parts, head, class_names, self.seed, classifier)
-        rest = (self.parts, self.norm_pre, self._sample, len(self), self.seed, classifier)
-        calibrate_from_sums(head, self.moments, *rest)
-        return head
+        return self.kept.sums.head(class_names, classifier)
 
     def nc1(self) -> float:
-        """NC1 of the unit vectors, macro; NaN for fewer than two classes, or with a warning."""
-        counts = self.moments.counts
-        if (counts > 0).sum() < 2:
-            return float("nan")
-        reason = None
-        if self.unit_moments.gram is None:
-            gigabytes = _gram_bytes(len(counts), self.input_dim) / 2**30
-            reason = f"without them it would keep {gigabytes:.1f} GiB of sums"
-        elif self.class_counts is not None and not torch.equal(
-            self.class_counts.to(counts), self.unit_moments.counts
-        ):
-            reason = "those that it gave are not those of the samples that came"
-        if reason is not None:
-            warnings.warn(
-                "train/nc1 is NaN: it needs the number of samples of each class before the epoch "
-                f"({reason}): let the data module have class_counts (C,) that are right, and do "
-                "not cut the epoch short",
-                stacklevel=2,
-            )
-            return float("nan")
-        return nc1_of(self.unit_moments)
+        """See `UnitSums.nc1`."""
+        return self.kept.unit.nc1()
 
     @property
-    def input_dim(self) -> int:
-        """d of the embeddings."""
-        return self.unit_moments.sums.shape[1]
+    def kept(self) -> _Started:
+        """The sums; there are none before the first batch."""
+        if self._started is None:
+            raise RuntimeError("no batch was added")
+        return self._started
 
-    # The sums.
-
-    def _start(self, x: Tensor) -> None:
-        gram = "pooled" if self.parts.gen.needs_gram else "none"
-        row = x[:1]
-        # The steps that learn draw; each sees what those before it give.
-        self.norm_pre.to(x.device)
-        for step in steps_of(self.norm_pre):
-            if getattr(step, "learns", False):
-                step.draw(row, self.samples, self.seed)
-            row = step(row)
-        d, features = x.shape[1], row.shape[1]
-        C = self.num_classes or 1
-        weights, unit_gram = None, "per_class"
-        if self.class_counts is not None:
-            weights, unit_gram = 1 / self.class_counts.double().clamp(min=1), "pooled"
-        elif _gram_bytes(C, d) > LARGEST_GRAMS:
-            unit_gram = "none"
-        self.device = _device(x, 8 * (d**2 + features**2))
-        self.norm_pre.to(self.device)
-        self.moments = Moments.zeros(C, features, gram=gram, device=self.device)
-        self.unit_moments = Moments.zeros(
-            C, d, gram=unit_gram, class_weights=weights, device=self.device
-        )
-
-    def _flush(self) -> None:
-        if not self._rows:
+    def _add_rows(self) -> None:
+        if not sum(len(labels) for _, labels in self._rows):
             return
         x, y = (torch.cat(parts) for parts in zip(*self._rows, strict=True))
         self._rows = []
-        if not len(y):
-            return
-        # By what the rows hold, not by their positions: the sample is that of the set of rows.
-        self._held.add(x, y, keys(x))
-        self._grow(int(y.max()) + 1)
-        y = y.to(self.device)
-        self.moments.add(self.norm_pre(x), y)
-        self.unit_moments.add(nn.functional.normalize(x), y)
-
-    def _grow(self, classes: int) -> None:
-        """Makes room for classes that nobody announced."""
-        if classes <= self.moments.num_classes:
-            return
-        if _gram_bytes(classes, self.input_dim) > LARGEST_GRAMS:
-            self.unit_moments.gram = None
-        for moments in (self.moments, self.unit_moments):
-            more = classes - moments.num_classes
-            moments.counts = _padded(moments.counts, more)
-            moments.sums = _padded(moments.sums, more)
-            if moments.gram is not None and moments.gram.ndim == 3:
-                moments.gram = _padded(moments.gram, more)
+        for part in self.kept:
+            part.add(x, y)
 
 
 def _gram_bytes(num_classes: int, dim: int) -> int:
     return 8 * num_classes * dim**2
 
 
-def _device(x: Tensor, gram_bytes: int) -> torch.device:
-    """The GPU of `x` where it has room for the sums and for solving, else the CPU."""
-    if x.device.type == "cuda" and 6 * gram_bytes < torch.cuda.mem_get_info(x.device)[0]:
+def _roomy_device(x: Tensor, dim: int) -> torch.device:
+    """The GPU of `x` where it has room for sums of `dim` numbers and for solving, else the CPU."""
+    room = 6 * _gram_bytes(1, dim)
+    if x.device.type == "cuda" and room < torch.cuda.mem_get_info(x.device)[0]:
         return x.device
     return torch.device("cpu")
 
 
-def _padded(rows: Tensor, more: int) -> Tensor:
-    return torch.cat([rows, rows.new_zeros(more, *rows.shape[1:])])
+def _with_room(moments: Moments, classes: int) -> Moments:
+    return moments if classes == moments.num_classes else moments.padded(classes)
 
 
-def _reduce(moments: Moments, device: torch.device) -> None:
-    """Adds up the sums of all ranks, on rank 0."""
-    for name in ("counts", "sums", "gram"):
-        own = getattr(moments, name)
-        if own is not None:
-            total = own.to(device)
-            dist.reduce(total, 0)
-            setattr(moments, name, total.to(own.device))
+def _most(number: int) -> int:
+    """The largest of the numbers of all ranks."""
+    if ranks() == 1:
+        return number
+    largest = torch.tensor(number, device=travelling_device())
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)

@@ -11,6 +11,7 @@ from threadpoolctl import threadpool_info
 from imprint_pl import imprint
 from imprint_pl.numerics import factorisations as factor
 from imprint_pl.numerics import kmeans_torch
+from imprint_pl.parts.gen.kridge import KRidge
 from imprint_pl.parts.gen.ridge import Ridge
 
 
@@ -44,6 +45,13 @@ def test_settings_of_the_process_are_as_before_after_two_threads_changed_them(ch
     leave.set()
     thread.join()
     assert setting() == before
+
+
+@pytest.mark.parametrize("gen", [Ridge(), Ridge("holdout"), KRidge(2)])
+def test_a_gen_keeps_nothing_of_a_fit(gen, blobs):
+    before = dict(vars(gen))
+    assert imprint(*blobs, "ridge", gen=gen).settings["chosen_lam"] > 0
+    assert vars(gen) == before
 
 
 def test_threads_that_share_a_gen_note_the_lambda_of_their_own_data(blobs):

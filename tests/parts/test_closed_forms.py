@@ -84,20 +84,17 @@ def test_gcv_prefers_a_lot_of_penalty_on_noise_and_little_on_signal():
     signal = noise * 0.01 + F.one_hot(y, 30)
     chosen = {}
     for name, x in dict(noise=noise, signal=signal).items():
-        gen = Ridge(lam="gcv")
-        gen(Moments.of(x, y, 2))
-        chosen[name] = gen.chosen_lam / x.square().sum(1).mean().item()
+        lam = Ridge(lam="gcv")(Moments.of(x, y, 2)).chosen["lam"]
+        chosen[name] = lam / x.square().sum(1).mean().item()
     assert chosen["noise"] > 100 * chosen["signal"]
 
 
 def test_the_grid_follows_the_scale_of_the_features(blobs):
     x, y = blobs
-    small, large = Ridge(intercept=False), Ridge(intercept=False)
-    weights = small(Moments.of(x, y, 3)).weights
-    torch.testing.assert_close(
-        large(Moments.of(100 * x, y, 3)).weights * 100, weights, rtol=1e-4, atol=1e-6
-    )
-    assert large.chosen_lam == pytest.approx(1e4 * small.chosen_lam)
+    gen = Ridge(intercept=False)
+    small, large = gen(Moments.of(x, y, 3)), gen(Moments.of(100 * x, y, 3))
+    torch.testing.assert_close(large.weights * 100, small.weights, rtol=1e-4, atol=1e-6)
+    assert large.chosen["lam"] == pytest.approx(1e4 * small.chosen["lam"])
 
 
 def test_a_held_out_tenth_is_stratified_and_follows_the_seed():
@@ -112,8 +109,8 @@ def test_a_held_out_tenth_is_stratified_and_follows_the_seed():
 def test_holdout_is_the_best_lambda_on_the_held_out_tenth_refitted_on_all(blobs):
     x, y = blobs
     x = x + 4 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    gen = Ridge(lam="holdout")
-    found = gen(x, y, 3, seed=5)
+    found = Ridge(lam="holdout")(x, y, 3, seed=5)
+    lam = found.chosen["lam"]
     held = held_out(y, 5)
     part = Moments.of(x[~held], y[~held], 3)
     targets = F.one_hot(y[held], 3)
@@ -124,10 +121,8 @@ def test_holdout_is_the_best_lambda_on_the_held_out_tenth_refitted_on_all(blobs)
         wrong = (scores.argmax(1) != y[held]).sum().item()
         return wrong, round((scores - targets).square().sum().item(), 4)
 
-    assert loss(gen.chosen_lam) == min(map(loss, Spectrum(part).grid[6:].tolist()))
-    torch.testing.assert_close(
-        found.weights, Ridge(lam=gen.chosen_lam)(Moments.of(x, y, 3)).weights
-    )
+    assert loss(lam) == min(map(loss, Spectrum(part).grid[6:].tolist()))
+    torch.testing.assert_close(found.weights, Ridge(lam=lam)(Moments.of(x, y, 3)).weights)
 
 
 def test_holdout_of_one_shot_a_class_says_what_else_to_do():

@@ -275,7 +275,8 @@ def test_proxies_are_finite_and_a_seed_gives_the_same_ones(name, data, k, seed):
     before = x.clone()
     first = generated(name, x, y, num_classes, k, seed)
     second = generated(name, x, y, num_classes, k, seed)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first[:3], second[:3], strict=True))
+    assert first.chosen == second.chosen
     assert first.weights.isfinite().all()
     assert torch.equal(x, before)
 

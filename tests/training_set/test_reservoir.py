@@ -85,6 +85,15 @@ def test_a_label_out_of_range_is_named(labels):
         held.add(torch.ones(len(labels), 2), torch.tensor(labels))
 
 
+def test_a_class_that_only_another_rank_has_seen_is_bounded_too(monkeypatch):
+    # The other rank has four samples of class 3.
+    others = iter([torch.ones(4, 2), torch.full((4,), 3), torch.arange(1, 5)])
+    held = Reservoir(2, 0, per_class=True)
+    held.add(torch.ones(1, 2), torch.tensor([0]), torch.tensor([0]))
+    monkeypatch.setattr(reservoir, "gather_rows", lambda rows: torch.cat([rows, next(others)]))
+    assert held.gather(2).y.tolist() == [0, 3, 3]
+
+
 def test_an_empty_batch_adds_nothing():
     held = EmbeddingReservoir(5, 0)
     held.add(torch.ones(0, 2), torch.zeros(0, dtype=torch.int64))

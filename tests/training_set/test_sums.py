@@ -21,9 +21,10 @@ from imprint_pl.method.holdout import HELD, held_out_rows
 from imprint_pl.method.imprinting import imprint_parts
 from imprint_pl.method.recipes import resolve
 from imprint_pl.numerics.order import in_order, keys
+from imprint_pl.numerics.values import check_values
 from imprint_pl.training_set.reservoir import Reservoir
 from imprint_pl.training_set.store import RowStore
-from imprint_pl.training_set.sums import EmbeddingSums, needs_only_sums
+from imprint_pl.training_set.sums import EmbeddingSums, TrainingSums, needs_only_sums
 
 # The recipes that need only sums, with fewer features than samples.
 STREAMED = {
@@ -291,8 +292,8 @@ def test_nc1_without_class_counts_is_exact_while_there_is_room_for_them():
     counts = torch.bincount(y)
     assert summed(x, y, class_counts=counts).nc1() == pytest.approx(expected, rel=1e-10)
     # Four classes that ask for one matrix each, or for a single one.
-    assert summed(x, y).unit_moments.gram.shape == (4, 6, 6)
-    assert summed(x, y, class_counts=counts).unit_moments.gram.shape == (6, 6)
+    assert summed(x, y).kept.unit.moments.gram.shape == (4, 6, 6)
+    assert summed(x, y, class_counts=counts).kept.unit.moments.gram.shape == (6, 6)
 
 
 @pytest.mark.parametrize("num_classes", [None, 4])
@@ -342,6 +343,36 @@ def test_bad_batches_are_named():
 def test_a_class_without_images_is_named(tmp_path):
     with pytest.raises(ImprintError, match=r"class 5 \('hat'\) has no training sample"):
         fit(tmp_path, "ridge", Images(class_names=["a", "b", "c", "d", "e", "hat"]))
+
+
+@pytest.mark.parametrize("recipe", ["ridge", "robust"])
+def test_an_epoch_checks_each_value_once(tmp_path, recipe, monkeypatch):
+    checked = []
+    for room in ("method.inputs", "training_set.store"):
+        monkeypatch.setattr(
+            f"imprint_pl.{room}.check_values",
+            lambda x, *_, check=check_values: (checked.append(x.numel()), check(x))[1],
+        )
+    data = Images(n=64)
+    fit(tmp_path, recipe, data, overrides={"k": 2} if recipe == "robust" else {})
+    # Sums are checked as one number for each of the five classes.
+    assert sum(checked) - 64 * 12 in (0, 5)
+
+
+# Labels that change, as those of `partial_fit` do.
+
+
+def test_sums_under_other_labels_give_the_head_of_the_rows_under_them():
+    x, y = points(n=300, classes=3)
+    sums = TrainingSums(resolve("ridge"), x[:100], y[:100], num_classes=3)
+    sums.add(x[:100], y[:100])
+    places = torch.tensor([3, 0, 1])
+    sums.relabel(places, 4)
+    sums.add(x[100:], places[y[100:]])
+    expected = imprint_parts(x, places[y], resolve("ridge"), num_classes=4, allow_empty=True)
+    head = sums.head()
+    assert_same_heads(head, expected)
+    assert head.temperature == pytest.approx(expected.temperature, rel=1e-5)
 
 
 # The temperature.

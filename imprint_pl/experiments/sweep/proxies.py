@@ -94,8 +94,7 @@ class SharedProxies:
             weights = ls.solve(moments, gen.lam)
             bias = weights.new_zeros(len(weights))
         else:
-            clusters = len(groups) < len(classes)
-            weights, bias, _ = ridge.solve(moments, gen.lam, gen.intercept, clusters)
+            weights, bias, *_ = ridge.solve(moments, gen.lam, gen.intercept, classes)
         seconds = gram_seconds + sum(s for _, s in found) + time.perf_counter() - start
         return Proxies(weights, bias, classes), seconds
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from imprint_pl.experiments.sweep.grid import Configuration
 from imprint_pl.experiments.sweep.plan import grouped
 from imprint_pl.experiments.sweep.samples import Group, Samples
-from imprint_pl.method.auto import imprint_auto
-from imprint_pl.method.pipeline import make_head
+from imprint_pl.method.auto import choose
+from imprint_pl.method.pipeline import Request, make_head
 from imprint_pl.method.recipes import AUTO, Auto
 from imprint_pl.method.selection import weibull_typical
 from imprint_pl.parts.by_name import describe
@@ -50,15 +50,13 @@ def alone(
         x, y = x[typical], y[typical]
     size = {"num_train": len(y)}
     seed, results = same[0].seed or 0, []
-    classifier = samples.classifier
+    request = Request(len(groups), seed=seed, classifier=samples.classifier)
     for of_inf in grouped(same, _norm_inf).values():
         parts = of_inf[0].variant.parts
         start = time.perf_counter()
         if isinstance(parts, Auto):
             # Not by `imprint`, which takes a classifier and not its quantiles.
-            head = imprint_auto(
-                x, y, len(groups), seed=seed, classifier=classifier, calibrate=False
-            )
+            head = make_head(x, y, choose(x, y, request).parts, request).head
             gen = time.perf_counter() - start
             start = time.perf_counter()
             labels = [
@@ -71,13 +69,13 @@ def alone(
             results.append((of_inf[0], torch.cat(labels), seconds, gen, chosen | size))
             continue
         raw = replace(parts, norm_post=NORMS["none"]())
-        head = make_head(x, y, raw, len(groups), seed=seed, classifier=classifier)
+        head = make_head(x, y, raw, request).head
         gen = time.perf_counter() - start
         proxies = Proxies(head.proxies.data, head.bias, head.proxy_classes)
         for c in of_inf:
             start = time.perf_counter()
             post = c.variant.parts.norm_post
-            weights = post.of_proxies(proxies.weights, proxies.classes, classifier)
+            weights = post.of_proxies(proxies.weights, proxies.classes, samples.classifier)
             labels = [
                 c.variant.parts.agg(
                     head.norm_inf(z),

@@ -1,8 +1,9 @@
 """GEN: makes the proxies of the classes from their embeddings. One small file a family.
 
 A generator is a class with a `name` whose constructor takes its own parameters. With
-`from_moments = True` it is called with `Moments`, otherwise with embeddings and labels; `Proxies`
-come out. To add one, write it in a file here and name it in the tuple below.
+`from_moments = True` it is called with `Moments`, otherwise with embeddings and labels. It returns
+`Proxies`, which hold what it chose by itself, such as λ; it keeps nothing of a fit. To add one,
+write it in a file here and name it in the tuple below.
 """
 
 from imprint_pl.parts.gen.all import All

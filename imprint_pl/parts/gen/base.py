@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -12,11 +13,20 @@ from imprint_pl.ranks import share
 
 
 class Proxies(NamedTuple):
-    """`weights (P, d)`, `bias (P,)` and `classes (P,)`, the class of each proxy, sorted."""
+    """What a generator returns.
+
+    Attributes:
+        weights: `(P, d)`, the proxies.
+        bias: `(P,)`, added to their scores.
+        classes: `(P,)` int64, the class of each proxy, sorted.
+        chosen: parameters that the generator chose by itself or was given, such as λ under "lam";
+            a head keeps them in its settings, as `chosen_lam`.
+    """
 
     weights: Tensor
     bias: Tensor
     classes: Tensor
+    chosen: Mapping[str, float] = {}
 
 
 class PerClass:
@@ -26,6 +36,7 @@ class PerClass:
     has in a task and whatever the other classes are.
     """
 
+    name: str
     from_moments = False
     # Whether the processes of a run take a share of the classes each: it pays where a class takes
     # longer than to send it.

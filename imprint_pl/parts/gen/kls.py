@@ -64,7 +64,8 @@ def pseudo_classes(
     members = order.split(torch.bincount(y, minlength=num_classes).tolist())
     xs = [x[rows] for rows in members]
     centroids = share(KMeans(k, engine).of_classes, xs, seed, progress)
-    cluster, classes = torch.empty_like(y), []
+    cluster = torch.empty_like(y)
+    classes: list[int] = []
     for c, (rows, of_class) in enumerate(zip(members, centroids, strict=True)):
         if len(rows):
             own, used = clusters_of(x[rows], of_class)

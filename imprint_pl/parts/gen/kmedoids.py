@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,34 +68,31 @@ class Medoids:
 
     def __init__(self, x: Tensor, smallest: int, largest: int) -> None:
         n = self.n = len(x)
-        self.matrix = self.centre = None
-        if largest == 1:
-            self.centre = torch.cat([rows.sum(1) for rows in _distances(x)]).argmin().cpu()
-        elif n > smallest:
-            self._fill(x, largest)
-
-    def _fill(self, x: Tensor, largest: int) -> None:
-        n = self.n
-        if n > MAX_SAMPLES:
+        if largest > 1 and n > max(smallest, MAX_SAMPLES):
             raise ImprintError(
                 f"gen='kmedoids', k={largest}: a class has {n:,} samples, whose distances would "
                 f"take {4 * n * n / 1e9:.1f} GB; at most {MAX_SAMPLES:,} are allowed: draw fewer "
                 f"with shots={MAX_SAMPLES}, or choose gen='kmeans'"
             )
-        self.matrix, sums = np.empty((n, n), np.float32), []
-        for rows in _distances(x):
-            done = sum(map(len, sums))
+        # No distances are needed where every k keeps all samples, and no matrix for k = 1.
+        needed = largest == 1 or n > smallest
+        size = n if needed and largest > 1 else 0
+        self.matrix, done = np.empty((size, size), np.float32), 0
+        sums: list[Tensor] = []
+        for rows in _distances(x) if needed else []:
             sums.append(rows.sum(1))
-            self.matrix[done : done + len(rows)] = rows.cpu().numpy()
+            if size:
+                self.matrix[done : done + len(rows)] = rows.cpu().numpy()
+            done += len(rows)
         np.fill_diagonal(self.matrix, 0)
-        self.centre = torch.cat(sums).argmin().cpu()
+        self.centre = int(torch.cat(sums).argmin()) if sums else 0
 
     def choose(self, k: int, seed: int) -> Tensor:
         """The positions of the medoids, `(min(n, k),)`, on the CPU."""
         if self.n <= k:
             return torch.arange(self.n)
         if k == 1:
-            return self.centre[None]
+            return torch.tensor([self.centre])
         package = _import_kmedoids()
         start = sample(self.n, k, seed).numpy()
         start = package.alternating(self.matrix, start, max_iter=MAX_ITERATIONS).medoids
@@ -115,7 +113,7 @@ def _distances(x: Tensor) -> Iterator[Tensor]:
         yield far.clamp_(min=0).sqrt_()
 
 
-def _import_kmedoids():
+def _import_kmedoids() -> Any:
     try:
         import kmedoids  # here, not above: not needed by every recipe
     except ImportError as error:

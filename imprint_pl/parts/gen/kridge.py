@@ -22,9 +22,6 @@ class KRidge:
         intercept: see `Ridge`.
         engine: what clusters, see `imprint_pl.numerics.kmeans.kmeans_classes`.
 
-    Attributes:
-        chosen_lam: λ of the last fit.
-
     Raises:
         ImprintError: `k < 1`, an unknown engine, and what `Ridge` raises.
 
@@ -42,14 +39,12 @@ class KRidge:
         self.lam = checked_lam(lam)
         self.intercept = intercept
         self.engine = engine
-        self.chosen_lam: float | None = None
 
     def __call__(
         self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, progress: bool = False
     ) -> Proxies:
-        """Embeddings `x (N, d)`, labels `y (N,)` in 0..C−1 → at most `k C` proxies."""
+        """Embeddings `x (N, d)`, labels `y (N,)` in 0..C−1 → at most `k C` proxies, and λ."""
         cluster, classes = pseudo_classes(
             x, y, num_classes, self.k, engine=self.engine, seed=seed, progress=progress
         )
-        weights, bias, self.chosen_lam = fit(x, cluster, classes, self.lam, self.intercept, seed)
-        return Proxies(weights, bias, classes)
+        return fit(x, cluster, classes, self.lam, self.intercept, seed)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from imprint_pl.errors import ImprintError
+from imprint_pl.numerics.factorisations import cholesky, double
 from imprint_pl.numerics.moments import Moments
 from imprint_pl.numerics.values import is_number
 from imprint_pl.parts.gen.base import Proxies
@@ -63,23 +64,10 @@ def check_lam(lam: float) -> None:
 
 def solve(moments: Moments, lam: float) -> Tensor:
     """`W (C, d)` of `LeastSquares`, float32. `moments` holds a pooled Gram matrix, unweighted."""
-    if moments.gram is None or moments.gram.ndim != 2 or moments.class_weights is not None:
-        raise ValueError('least squares asks for Moments with gram="pooled" and no class_weights')
-    device = moments.gram.device
-    # Where the device has no float64 the sums were added there, but the CPU solves.
-    where = torch.device("cpu") if device.type == "mps" else device
-    matrix = moments.gram.to(where).double() / moments.counts.sum().item()
+    matrix = double(moments.pooled_gram) / moments.counts.sum().item()
     matrix.diagonal().add_(lam)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    pivots = factor.diagonal().square()
-    # A singular matrix may slip through by rounding, with pivots that are nothing but rounding.
-    smallest = len(matrix) * torch.finfo(torch.float64).eps * matrix.diagonal().max()
-    if failed.item() or not pivots.min() > smallest:
-        raise ImprintError(
-            f"lam={lam}: the {len(matrix)} × {len(matrix)} matrix of least squares is singular to "
-            "rounding (fewer samples than dimensions, or features that depend on each other): give "
-            f"a larger lam, such as {max(1e-4, 1e-8 * matrix.diagonal().mean().item()):.0e}"
-        )
-    means = moments.means.to(where).double()
+    larger = max(1e-4, 1e-8 * matrix.diagonal().mean().item())
+    factor = cholesky(matrix, f"lam={lam}: give a larger lam, such as {larger:.0e}")
+    means = double(moments.means)
     weights = torch.cholesky_solve(means.T, factor).T / len(means)
-    return weights.float().to(device).contiguous()
+    return weights.float().to(moments.sums.device).contiguous()
