@@ -66,8 +66,9 @@ class ImprintedHead(Constants, Pretrained):
     def clear(self) -> None:
         """Empties the head; what its NORM_inf has learned is forgotten, too."""
         self._empty()
-        if hasattr(self.norm_inf, "clear"):
-            self.norm_inf.clear()
+        forget = getattr(self.norm_inf, "clear", None)
+        if callable(forget):
+            forget()
 
     def _empty(self) -> None:
         old = getattr(self, "proxies", None)
@@ -209,7 +210,9 @@ class ImprintedHead(Constants, Pretrained):
         # Heads of earlier versions have none.
         self.threshold = values.get("threshold")
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         extra = state_dict.get(prefix + "_extra_state")
         if self.takes_parts_of_file and extra is not None:
             values = _read(extra)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
@@ -18,12 +19,17 @@ FILE = "model.safetensors"
 
 class Pretrained(
     ModelHubMixin,
+    nn.Module,
     library_name="imprint_pl",
     tags=["weight-imprinting", "image-classification"],
 ):
     """Mixed into `ImprintedHead`, which takes parts and sizes from the file; never a pickle."""
 
-    def save_pretrained(self, save_directory: str | Path, **keywords) -> str | None:
+    def check(self) -> Self:
+        """Itself; a subclass raises where its parts do not fit each other."""
+        return self
+
+    def save_pretrained(self, save_directory: str | Path, **keywords: Any) -> str | None:
         """Writes the head into a folder; see `ModelHubMixin.save_pretrained`."""
         return super().save_pretrained(local_path(save_directory), **keywords)
 
@@ -37,7 +43,7 @@ class Pretrained(
         save_tensors(save_directory / FILE, state, {"format": "pt"})
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **keywords) -> nn.Module:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **keywords: Any) -> Self:
         """A head from a folder or the Hub; see `ModelHubMixin.from_pretrained`.
 
         Raises:
@@ -61,21 +67,22 @@ class Pretrained(
         token: str | bool | None,
         map_location: str = "cpu",
         strict: bool = True,
-        **keywords,
-    ) -> nn.Module:
-        if os.path.isdir(model_id):
-            path = Path(model_id) / FILE
-        else:
-            path = hf_hub_download(
-                model_id,
-                FILE,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                token=token,
-                local_files_only=local_files_only,
+        **keywords: Any,
+    ) -> Self:
+        path = Path(model_id) / FILE
+        if not os.path.isdir(model_id):
+            path = Path(
+                hf_hub_download(
+                    model_id,
+                    FILE,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    token=token,
+                    local_files_only=local_files_only,
+                )
             )
-        # Of config.json, which the mixin hands on, nothing is taken.
+        # The mixin passes on what stands in config.json; only parts given by the caller are used.
         head = cls(**{n: part for n, part in keywords.items() if isinstance(part, nn.Module)})
         with damaged(path, "a head that save_pretrained wrote"):
             head.load_state_dict(read_tensors(path)[0], strict=strict)
