@@ -155,5 +155,10 @@ def test_a_head_and_a_state_made_with_numbers_of_numpy_can_be_read_again(blobs, 
         assert read.agg.as_published is False
         state = State.of(x, y, head, "embeddings")
         state = read_state(write_state(state, tmp_path / "state.safetensors"))
-        assert (state.threshold, state.head().settings["m"]) == (0.5, 3)
+        assert state.head().settings["m"] == 3
+        sums = imprint(x, y, "qi", num_classes=np.int64(3))
+        sums.threshold = threshold
+        state = State.of(x, y, sums, "moments")
+        state = read_state(write_state(state, tmp_path / "state.safetensors"))
+        assert state.head().threshold == 0.5
         assert head_config(head)["threshold"] == 0.5
