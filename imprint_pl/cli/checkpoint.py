@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from imprint_pl.cli.arguments import ArgumentParser
+from imprint_pl.cli.arguments import PROGRAM, ArgumentParser
 from imprint_pl.data import Digits, ImageFiles
 from imprint_pl.errors import ImprintError
 from imprint_pl.export import FORMATS, check, export
@@ -109,7 +109,7 @@ def _images_to_check(places: list[str] | None) -> list[Tensor]:
     if not places:
         digits = Digits()
         digits.setup()
-        images, _ = digits.test_dataset.__getitems__(list(range(CHECKED)))
+        images = [digits.test_dataset[i][0] for i in range(CHECKED)]
     else:
         files = ImageFiles(places, num_workers=0)
         files.setup()
@@ -120,7 +120,7 @@ def _images_to_check(places: list[str] | None) -> list[Tensor]:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m imprint_pl")
+    parser = ArgumentParser(prog=PROGRAM)
     commands = parser.add_subparsers(dest="command", required=True)
     growing = {
         "add-class": "Add a class to a checkpoint that was fitted with --model.keep.",
