@@ -23,6 +23,7 @@ from imprint_pl.cli.fit_parser import Parser
 from imprint_pl.cli.predictions import PredictionWriter
 from imprint_pl.cli.summary import print_summary, summarise, write_summary
 from imprint_pl.cli.wandb_results import WandbResults
+from imprint_pl.data.lightning_packages import run_folder
 from imprint_pl.embedding import embed
 from imprint_pl.errors import ImprintError
 from imprint_pl.explain import explain_files
@@ -282,7 +283,7 @@ class ImprintCLI(LightningCLI):
         return bool(getattr(self.trainer, "fast_dev_run", False))
 
     def _finish(self, stage: str) -> None:
-        log_dir = self.trainer.log_dir
+        folder = run_folder(self.trainer)
         if not self.trainer.is_global_zero:
             return
         summary = summarise(self.trainer, self.model, stage)
@@ -298,7 +299,6 @@ class ImprintCLI(LightningCLI):
             print_summary(summary)
             print("run: none (fast_dev_run keeps nothing)")
             return
-        folder = Path(log_dir or self.trainer.default_root_dir)
         drawn = self.gallery.gallery if self.gallery is not None else None
         if drawn and drawn.purity is not None:
             summary["purity"], summary["purity_of_one_proxy"] = drawn.purity, drawn.chance

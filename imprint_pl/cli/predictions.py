@@ -22,6 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from imprint_pl.data.batch_hooks import datamodule_of
+from imprint_pl.data.lightning_packages import run_folder
 from imprint_pl.data.loaders import sampler_length
 from imprint_pl.errors import ImprintError, shown
 from imprint_pl.lightning.classifier import ImprintedClassifier
@@ -64,10 +65,9 @@ class PredictionWriter(Callback):
         self._file: PredictionFile | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Every rank asks: log_dir is a broadcast.
-        folder = trainer.log_dir
+        folder = run_folder(trainer)
         if self.path is None:
-            self.path = Path(folder or trainer.default_root_dir) / "predictions.csv"
+            self.path = folder / "predictions.csv"
         self.count, self.unread = 0, []
         self._reasons: dict[int, str] = {}
         self._store = RowStore()
