@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from imprint_pl.errors import ImprintError
@@ -51,8 +51,8 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    # On demand: whoever wants `--help` or the maths should not wait for Lightning.
+def __getattr__(name: str) -> Any:
+    # Imported on demand: `--help` and the maths should not wait for Lightning.
     if name in _HOMES:
         return getattr(importlib.import_module(f"imprint_pl.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

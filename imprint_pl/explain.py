@@ -69,10 +69,13 @@ def explain(
     """Explains the predictions for embeddings `x (B, d)`.
 
     Args:
-        head: the head.
-        x: embeddings.
+        head: the head that predicts.
+        x: embeddings, as they come from the backbone.
         state: kept with `keep="embeddings"`; gives the nearest training images.
-        neighbours: how many of them.
+        neighbours: how many of them to name.
+
+    Returns:
+        An explanation for each row.
 
     Raises:
         ImprintError: the state holds sums, which know no image.
@@ -110,9 +113,12 @@ def picture(
 
     Args:
         image: what was predicted.
-        explanation: of its prediction.
+        explanation: why it got its class.
         path: the file to write.
-        images: the neighbours' images; read from their sources, as files, where left out.
+        images: the neighbours' images; where left out, their sources are read as files.
+
+    Returns:
+        The path.
     """
     from matplotlib.figure import Figure
 
@@ -156,7 +162,7 @@ def _which_proxy(explanation: Explanation) -> str:
 
 
 def _pixels(image: Tensor | str) -> np.ndarray:
-    """`(H, W, 3)` for matplotlib."""
+    """Returns an image as `(H, W, 3)`, for matplotlib."""
     image = image if isinstance(image, Tensor) else read_image(image)
     return image[: 1 if len(image) < 3 else 3].expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
 
@@ -164,11 +170,20 @@ def _pixels(image: Tensor | str) -> np.ndarray:
 def explain_files(
     model: ImprintedClassifier, paths: list[str], folder: str | Path, state: State | None = None
 ) -> Path:
-    """Writes `explanations.json` and a PNG for each image file into a folder; returns it.
+    """Writes `explanations.json` and a PNG for each image file into a folder.
 
     Files that cannot be read are left out. Training images are drawn where the state names their
-    files and these can still be read. A file name that is not UTF-8 is written as in the JSON of
-    `predict`.
+    files and the files can still be read. A file name that is not UTF-8 is written as in the JSON
+    of `predict`.
+
+    Args:
+        model: the classifier that predicts.
+        paths: the image files.
+        folder: made where it does not exist.
+        state: kept with the classifier; without rows no training images are drawn.
+
+    Returns:
+        The folder.
     """
     folder = Path(local_path(folder))
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,7 +211,7 @@ def explain_files(
 
 
 def _image_at(source: str) -> Tensor | None:
-    """The pixels of a training image whose file is still there."""
+    """Reads a training image; `None` where its file is gone or cannot be read."""
     try:
         return read_image(source) if Path(source).is_file() else None
     except ImprintError:

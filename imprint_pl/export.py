@@ -1,5 +1,5 @@
-"""`export`: one file that takes uint8 images and gives probabilities and classes, as an ONNX model
-or an exported PyTorch program, compared with the classifier that it was made of.
+"""`export`: writes a classifier as one file that takes uint8 images and returns probabilities and
+classes (ONNX, or an exported PyTorch program), and compares the file with the classifier.
 """
 
 from __future__ import annotations
@@ -8,14 +8,16 @@ import copy
 import json
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from imprint_pl import __version__
 from imprint_pl.embedding.backbone import Backbone
@@ -24,29 +26,31 @@ from imprint_pl.errors import ImprintError, did_you_mean
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.numerics.values import to_json_value
 
-FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ""}
-
-# Resize and reductions in float64 and scatter with a maximum ask for 18.
+# The head's resize and reductions in float64, and scatter with a maximum, need 18 or later.
 OPSET = 20
 
-# Of the probabilities, between the file and the classifier.
+# Largest allowed difference in probability between the exported file and the model.
 TOLERANCE = 1e-4
 
-# Images whose time is taken, one by one.
+# How many images are timed, one at a time.
 TIMED = 30
+
+# A function from uint8 images `(B, 3, H, W)` to a file's outputs.
+Run = Callable[[Tensor], list[Tensor]]
 
 
 @dataclass
 class Check:
-    """An exported file beside the classifier that it was made of, on the same images.
+    """How an exported file compares with the classifier, on the same images.
 
     Attributes:
-        images: how many were compared.
-        same_class: how many got the same class.
-        difference: the largest difference of a probability.
-        megabytes, backbone_megabytes: size of the file, and of the backbone alone in its format.
-        milliseconds, backbone_milliseconds: median for one image, in the file's runtime on the CPU,
-            and of the backbone alone there.
+        images: how many images were compared.
+        same_class: how many of them got the same class.
+        difference: the largest difference in probability.
+        megabytes: size of the file.
+        backbone_megabytes: size of the backbone alone in the same format.
+        milliseconds: median time for one image, in the file's runtime on the CPU.
+        backbone_milliseconds: the same for the backbone alone.
     """
 
     images: int
@@ -67,6 +71,172 @@ class Check:
         )
 
 
+class Format(ABC):
+    """A format that a classifier is written in.
+
+    Attributes:
+        suffix: how the file's name ends; empty where the format is a folder.
+    """
+
+    suffix: ClassVar[str]
+
+    @abstractmethod
+    def write(self, backbone: Backbone, head: ImprintedHead, path: Path) -> None:
+        """Writes the classifier, or its head alone."""
+
+    @abstractmethod
+    def load(self, path: Path) -> Run:
+        """Loads a written file; it runs on the CPU."""
+
+
+class HeadFolder(Format):
+    """The head alone as safetensors, with a `config.json` that names its backbone."""
+
+    suffix = ""
+
+    def write(self, backbone: Backbone, head: ImprintedHead, path: Path) -> None:
+        head.save_pretrained(path, config=head_config(head, backbone))
+
+    def load(self, path: Path) -> Run:
+        raise ImprintError(
+            f"{path} holds a head, which takes embeddings instead of images: load it with "
+            "ImprintedHead.from_pretrained"
+        )
+
+
+class ProgramFile(Format):
+    """A file with a traced program. Subclasses say how it is saved and loaded.
+
+    Attributes:
+        name: the format's name in messages.
+    """
+
+    name: ClassVar[str]
+
+    def write(self, backbone: Backbone, head: ImprintedHead, path: Path) -> None:
+        texts = {"imprint_pl": json.dumps(head_config(head, backbone))}
+        self.write_module(Deployed(backbone, head), path, ("probabilities", "classes"), texts)
+
+    def write_module(
+        self, module: nn.Module, path: Path, outputs: Sequence[str], texts: dict[str, str]
+    ) -> None:
+        """Traces a module and writes the program; the file appears whole or not at all.
+
+        Args:
+            module: takes uint8 images `(B, 3, H, W)`.
+            path: the file.
+            outputs: names of the module's outputs.
+            texts: stored in the file, by name.
+
+        Raises:
+            ImprintError: the file cannot be written, a package is missing, or the exporter cannot
+                follow the module.
+        """
+        # The exporters look at the suffix, so that the temporary name keeps it.
+        temporary = path.with_name(f"unfinished-{path.name}")
+        # Three different sizes above 1: the exporter would take equal sizes for one size, and 1
+        # for a constant.
+        example = torch.zeros(2, 3, 37, 53, dtype=torch.uint8)
+        # A fault of the module itself shows here, and is not blamed on the exporter.
+        with torch.no_grad():
+            module.eval()(example)
+        try:
+            self._save(_program(module, example), temporary, outputs, texts)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise ImprintError(
+                f"cannot write {path} ({error}): give a place on a disk with room, where you may "
+                "write"
+            ) from error
+        # Every error of torch.export and torch.onnx is one, such as UserError of dynamo,
+        # GuardOnDataDependentSymNode, OnnxExporterError and SerializeError.
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()
+            raise ImprintError(
+                f"the exporter cannot follow this model into {self.name} ({type(error).__name__}: "
+                f"{reason[0] if reason else ''}): try another format, or ship the head alone "
+                "(safetensors) with your own backbone"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @abstractmethod
+    def _save(
+        self, program: ExportedProgram, path: Path, outputs: Sequence[str], texts: dict[str, str]
+    ) -> None:
+        """Saves a program, with the names of its outputs and texts about it."""
+
+
+class TorchExport(ProgramFile):
+    """A program of `torch.export`, a .pt2 file."""
+
+    name, suffix = "torch_export", ".pt2"
+
+    def load(self, path: Path) -> Run:
+        module = torch.export.load(path).module()
+
+        def run(images: Tensor) -> list[Tensor]:
+            with torch.no_grad():
+                outputs = module(images)
+            return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+
+        return run
+
+    def _save(
+        self, program: ExportedProgram, path: Path, outputs: Sequence[str], texts: dict[str, str]
+    ) -> None:
+        extra = {f"{name}.json": text for name, text in texts.items()}
+        torch.export.save(program, path, extra_files=extra)
+
+
+class Onnx(ProgramFile):
+    """An ONNX model with its weights in the same file."""
+
+    name, suffix = "onnx", ".onnx"
+
+    def load(self, path: Path) -> Run:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+
+        def run(images: Tensor) -> list[Tensor]:
+            return [torch.from_numpy(out) for out in session.run(None, {name: images.numpy()})]
+
+        return run
+
+    def _save(
+        self, program: ExportedProgram, path: Path, outputs: Sequence[str], texts: dict[str, str]
+    ) -> None:
+        try:
+            # Imported before the conversion, so that a missing package is named at once.
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise ImprintError(
+                f"format onnx needs a package that is missing ({error.name}): "
+                "pip install 'imprint-pl[export]'"
+            ) from error
+        model = torch.onnx.export(
+            program,
+            input_names=["images"],
+            output_names=outputs,
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+        assert model is not None  # only the old exporter, without dynamo, returns None
+        model.model.metadata_props.update(texts)
+        model.save(str(path), external_data=False)
+
+
+FORMATS: dict[str, Format] = {
+    "onnx": Onnx(),
+    "torch_export": TorchExport(),
+    "safetensors": HeadFolder(),
+}
+
+
 def export(
     backbone: Backbone,
     head: ImprintedHead,
@@ -75,32 +245,45 @@ def export(
 ) -> Path:
     """Writes the classifier as a file, or its head as a folder.
 
-    Args:
-        backbone, head: of the classifier.
-        path: the file; for "safetensors" the folder.
-        format: "onnx" or "torch_export": images in, probabilities and classes out, of any number
-            and size; "safetensors": the head alone, see `ImprintedHead.save_pretrained`.
+    The file has the input `images`, uint8 `(B, 3, H, W)`, and the outputs `probabilities`,
+    `(B, C)` float32, and `classes`, `(B,)` int64, where −1 is "none of these". The class names are
+    in its metadata, as JSON under "imprint_pl" (in a PyTorch program: the extra file
+    "imprint_pl.json").
 
-    In the file: input `images`, uint8 `(B, 3, H, W)`; outputs `probabilities` `(B, C)` float32 and
-    `classes` `(B,)` int64, −1 for "none of these". The class names are in the metadata, JSON under
-    "imprint_pl" (of a PyTorch program: the extra file "imprint_pl.json").
+    Args:
+        backbone: the classifier's backbone.
+        head: the classifier's head.
+        path: the file; for "safetensors" the folder.
+        format: "onnx" or "torch_export": a file that takes any number of images of any size;
+            "safetensors": the head alone, see `ImprintedHead.save_pretrained`.
+
+    Returns:
+        The path.
 
     Raises:
-        ImprintError: an unknown format, a package that is missing, a model that the exporter
-            cannot follow, a backbone without preprocessing, an empty head.
+        ImprintError: the format is unknown, a package is missing, the exporter cannot follow the
+            model, the backbone has no preprocessing, or the head is empty.
     """
     path = Path(path)
-    if format not in FORMATS:
-        raise ImprintError(
-            f"unknown format {format!r}{did_you_mean(format, FORMATS)}: {_formats()}"
-        )
+    written = _format(format)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if format == "safetensors":
-        head.save_pretrained(path, config=head_config(head, backbone))
-        return path
-    module = Deployed(backbone, head)
-    _write(module, path, format, ["probabilities", "classes"], _description(backbone, head))
+    written.write(backbone, head, path)
     return path
+
+
+def load(path: str | Path, format: str) -> Run:
+    """Returns a function from uint8 images `(B, 3, H, W)` to the file's outputs, on the CPU.
+
+    Use it for your own files only: `torch.export.load` unpickles the content of a .pt2 file.
+
+    Args:
+        path: the file.
+        format: "onnx" or "torch_export".
+
+    Raises:
+        ImprintError: the format is unknown, or holds no backbone.
+    """
+    return _format(format).load(Path(path))
 
 
 def check(
@@ -111,19 +294,27 @@ def check(
     images: Sequence[Tensor],
     folder: str | Path,
 ) -> Check:
-    """Compares an exported file with the classifier, on uint8 images `(3, H, W)` of any sizes.
+    """Compares an exported file with the classifier.
 
-    The classifier is asked as it is in Python: with its own preprocessing and in float32.
+    The classifier runs as it does in Python: with its own preprocessing, in float32.
 
     Args:
-        path, format, backbone, head: as for `export`.
-        images: at least one.
-        folder: where the backbone alone is written, to be measured and removed.
+        path: the file.
+        format: "onnx" or "torch_export".
+        backbone: the classifier's backbone.
+        head: the classifier's head.
+        images: uint8 `(3, H, W)` of any sizes, at least one.
+        folder: the backbone alone is written there, measured and removed.
+
+    Returns:
+        The comparison, with sizes and times.
 
     Raises:
         ImprintError: a class differs, or a probability by more than 1e-4.
     """
-    run = load(path, format)
+    path, written = Path(path), _format(format)
+    run = written.load(path)
+    assert isinstance(written, ProgramFile)  # the other format does not load
     same, difference = 0, 0.0
     for batch in _batches(images):
         probabilities, classes = run(batch)
@@ -132,23 +323,24 @@ def check(
             expected = torch.softmax(scores * head.log_scale.exp(), 1).cpu()
             same += int((classes == head.decide(scores).cpu()).sum())
         difference = max(difference, (probabilities - expected).abs().max().item())
-    alone = Path(folder) / f"backbone{FORMATS[format]}"
-    _write(Embedder(backbone), alone, format, ["embeddings"], {})
-    times, times_alone = _seconds(run, images), _seconds(load(alone, format), images)
+    alone = Path(folder) / f"backbone{written.suffix}"
+    written.write_module(Embedder(backbone), alone, ("embeddings",), {})
+    times, times_alone = _seconds(run, images), _seconds(written.load(alone), images)
     result = Check(
         images=len(images),
         same_class=same,
         difference=difference,
-        megabytes=Path(path).stat().st_size / 1e6,
+        megabytes=path.stat().st_size / 1e6,
         backbone_megabytes=alone.stat().st_size / 1e6,
         milliseconds=1e3 * float(np.median(times)),
         backbone_milliseconds=1e3 * float(np.median(times_alone)),
     )
     alone.unlink()
-    # One that lies on the border between two classes may fall to either side.
+    # The classes are compared too: an image on the border between two classes can change its class
+    # by a difference in probability below the tolerance.
     if same < len(images) or not difference <= TOLERANCE:
         raise ImprintError(
-            f"{Path(path).name} does not agree with the classifier: {result.same_class} of "
+            f"{path.name} does not agree with the classifier: {result.same_class} of "
             f"{len(images)} images get the same class, probabilities differ by up to "
             f"{difference:.1e} (allowed: {TOLERANCE:.0e}); do not use it, and export in another "
             "format"
@@ -156,52 +348,8 @@ def check(
     return result
 
 
-def _batches(images: Sequence[Tensor]) -> list[Tensor]:
-    """Images of one size together, at most 32."""
-    groups: dict[torch.Size, list[Tensor]] = {}
-    for image in images:
-        groups.setdefault(image.shape, []).append(image)
-    return [batch for group in groups.values() for batch in torch.stack(group).split(32)]
-
-
-def _seconds(run: Callable[[Tensor], list[Tensor]], images: Sequence[Tensor]) -> list[float]:
-    """Of each of the first `TIMED` images alone, after one to warm up."""
-    run(images[0][None])
-    seconds = []
-    for image in images[:TIMED]:
-        start = time.perf_counter()
-        run(image[None])
-        seconds.append(time.perf_counter() - start)
-    return seconds
-
-
-def load(path: str | Path, format: str) -> Callable[[Tensor], list[Tensor]]:
-    """A function from uint8 images `(B, 3, H, W)` to the file's outputs, run on the CPU.
-
-    Only for files of your own: `torch.export.load` unpickles what lies in a .pt2 file.
-    """
-    if format == "onnx":
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        name = session.get_inputs()[0].name
-
-        def run(images: Tensor) -> list[Tensor]:
-            return [torch.from_numpy(out) for out in session.run(None, {name: images.numpy()})]
-
-        return run
-    module = torch.export.load(path).module()
-
-    def run(images: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            outputs = module(images)
-        return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
-
-    return run
-
-
 def head_config(head: ImprintedHead, backbone: Backbone | None = None) -> dict[str, Any]:
-    """What `config.json` says of a head: its classes and recipe, and the backbone it is for."""
+    """Returns what `config.json` says about a head: its classes, its recipe and its backbone."""
     config = {
         "library": f"imprint_pl {__version__}",
         "class_names": [head.name_of(label) for label in range(head.num_classes)],
@@ -213,83 +361,51 @@ def head_config(head: ImprintedHead, backbone: Backbone | None = None) -> dict[s
     return config | ({"backbone": backbone.source()} if backbone is not None else {})
 
 
-def _description(backbone: Backbone, head: ImprintedHead) -> dict[str, str]:
-    return {"imprint_pl": json.dumps(head_config(head, backbone))}
-
-
-def _write(
-    module: torch.nn.Module, path: Path, format: str, outputs: list[str], description: dict
-) -> None:
-    # Whole or not at all; the exporters look at the suffix.
-    temporary = path.with_name(f"unfinished-{path.name}")
-    try:
-        program = _program(module)
-        if format == "torch_export":
-            extra = {f"{name}.json": text for name, text in description.items()}
-            torch.export.save(program, temporary, extra_files=extra)
-        else:
-            _write_onnx(program, temporary, outputs, description)
-        os.replace(temporary, path)
-    except ImprintError:
-        raise
-    except OSError as error:
+def _format(name: str) -> Format:
+    """Returns the format of a name, or raises an `ImprintError` that names all formats."""
+    if name not in FORMATS:
         raise ImprintError(
-            f"cannot write {path} ({error}): give a place on a disk with room, where you may write"
-        ) from error
-    except ImportError as error:
-        raise ImprintError(
-            f"format onnx needs a package that is missing ({error.name}): "
-            "pip install 'imprint-pl[export]'"
-        ) from error
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise ImprintError(
-            f"the exporter cannot follow this model into {format} ({type(error).__name__}: "
-            f"{reason[0] if reason else ''}): try another format, or ship the head alone "
-            "(safetensors) with your own backbone"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+            f"unknown format {name!r}{did_you_mean(name, FORMATS)}: give one of "
+            f"{', '.join(FORMATS)}"
+        )
+    return FORMATS[name]
 
 
-def _program(module: torch.nn.Module) -> torch.export.ExportedProgram:
-    # Of three different sizes above 1, so that none is taken for another or for a constant.
-    example = torch.zeros(2, 3, 37, 53, dtype=torch.uint8)
+def _program(module: nn.Module, example: Tensor) -> ExportedProgram:
+    """Traces a module; the number of images and their height and width stay open."""
     dim = torch.export.Dim
     shapes = ({0: dim.DYNAMIC, 2: dim.DYNAMIC, 3: dim.DYNAMIC},)
     with torch.no_grad():
-        module(example)
-        return torch.export.export(module.eval(), (example,), dynamic_shapes=shapes)
+        return torch.export.export(module, (example,), dynamic_shapes=shapes)
 
 
-def _write_onnx(program, path: Path, outputs: list[str], description: dict[str, str]) -> None:
-    import onnxruntime  # noqa: F401, here, so that a missing one is named before the work
-    import onnxscript  # noqa: F401
-
-    model = torch.onnx.export(
-        program,
-        input_names=["images"],
-        output_names=outputs,
-        opset_version=OPSET,
-        dynamo=True,
-        verbose=False,
-    )
-    model.model.metadata_props.update(description)
-    model.save(str(path), external_data=False)
+def _batches(images: Sequence[Tensor]) -> list[Tensor]:
+    """Stacks images of equal size into batches of at most 32."""
+    groups: dict[torch.Size, list[Tensor]] = {}
+    for image in images:
+        groups.setdefault(image.shape, []).append(image)
+    return [batch for group in groups.values() for batch in torch.stack(group).split(32)]
 
 
-def _formats() -> str:
-    return f"give one of {', '.join(FORMATS)}"
+def _seconds(run: Run, images: Sequence[Tensor]) -> list[float]:
+    """Times the first `TIMED` images one at a time, after one untimed call to warm up."""
+    run(images[0][None])
+    seconds = []
+    for image in images[:TIMED]:
+        start = time.perf_counter()
+        run(image[None])
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 class Deployed(nn.Module):
     """uint8 `(B, 3, H, W)` → probabilities `(B, C)` float32 and classes `(B,)` int64.
 
-    A class is −1, "none of these", where the head has a threshold and no score reaches it.
+    The class is −1, "none of these", where the head has a threshold and no score reaches it.
 
     Args:
-        backbone: with its own preprocessing; its model is copied. It runs in float32.
-        head: filled; copied.
+        backbone: has its own preprocessing. Its model is copied and runs in float32.
+        head: a filled head; it is copied.
 
     Raises:
         ImprintError: the backbone does not read uint8 images, or the head is empty.
@@ -297,11 +413,6 @@ class Deployed(nn.Module):
 
     def __init__(self, backbone: Backbone, head: ImprintedHead) -> None:
         super().__init__()
-        if backbone.preprocess is None:
-            raise ImprintError(
-                f"backbone {backbone.name!r} has no preprocessing to ship: make it with "
-                "preprocess=dict(size=…, mean=…, std=…)"
-            )
         if head.is_empty:
             raise ImprintError("the head has no proxies yet: there is nothing to export")
         self.embed = Embedder(backbone)
@@ -315,10 +426,19 @@ class Deployed(nn.Module):
 
 
 class Embedder(nn.Module):
-    """The backbone alone: uint8 `(B, 3, H, W)` → embeddings `(B, d)` float32."""
+    """The backbone alone: uint8 `(B, 3, H, W)` → embeddings `(B, d)` float32.
+
+    Raises:
+        ImprintError: the backbone does not read uint8 images.
+    """
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
+        if backbone.preprocess is None:
+            raise ImprintError(
+                f"backbone {backbone.name!r} has no preprocessing to ship: make it with "
+                "preprocess=dict(size=…, mean=…, std=…)"
+            )
         self.resize = MatrixResize(backbone.preprocess)
         model = copy.deepcopy(backbone.model).cpu()
         self.model = model.to(memory_format=torch.contiguous_format).float().eval()

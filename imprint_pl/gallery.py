@@ -18,6 +18,7 @@ from torch import Tensor
 
 from imprint_pl.data.base import ImageDataModule
 from imprint_pl.data.batch_hooks import transfer_of
+from imprint_pl.data.lightning_packages import run_folder
 from imprint_pl.drawing import height as height_of
 from imprint_pl.drawing import style, wrapped
 from imprint_pl.embedding.batches import embed_loader
@@ -71,7 +72,7 @@ class Gallery:
 def proxy_gallery(
     head: ImprintedHead, x: Tensor, y: Tensor, original: Tensor | None = None, images: int = 8
 ) -> Gallery:
-    """Which training samples each proxy stands for.
+    """Finds the training samples that each proxy stands for.
 
     A sample belongs to that proxy of its own class which AGG finds nearest: the largest inner
     product (plus bias) for max and logsumexp, the smallest distance for mnn.
@@ -170,7 +171,7 @@ def draw_gallery(
     """Writes a PNG: a block a class, in it a row a proxy, the images nearest to it from the left.
 
     Args:
-        gallery: of `proxy_gallery`.
+        gallery: what `proxy_gallery` returned.
         dataset: the training images; `dataset.__getitems__(places)` gives images and labels.
         path: the PNG.
         class_names: C names.
@@ -293,8 +294,8 @@ class ImprintGallery(Callback):
         self._data_and_images(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Every rank asks: log_dir is a broadcast.
-        folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
+        own = run_folder(trainer)
+        folder = Path(self.folder) if self.folder else own
         head = cast(ImprintedHead, pl_module.head)
         tried_out = getattr(trainer, "fast_dev_run", False)
         if not trainer.is_global_zero or tried_out or head.is_empty:

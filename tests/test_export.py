@@ -152,3 +152,33 @@ def test_a_damaged_head_is_refused(digits, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ImprintError, match="damaged, or not a head"):
         ImprintedHead.from_pretrained(tmp_path)
+
+
+class Branches(nn.Module):
+    """Looks at its numbers to choose its path, which no exporter can follow."""
+
+    def forward(self, images):
+        return images.mean((2, 3)) if images.mean() > 0 else images.amax((2, 3))
+
+
+class Faulty(nn.Module):
+    def forward(self, images):
+        return images.flatten(1).no_such_method()
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch_export"])
+def test_a_model_that_the_exporter_cannot_follow_is_one_sentence_and_a_fault_stays_itself(
+    format, tmp_path
+):
+    preprocess = dict(size=8, mean=[0.5] * 3, std=[0.5] * 3)
+    head = imprint(torch.eye(3), torch.arange(3), "qi")
+    with pytest.raises(ImprintError, match="the exporter cannot follow this model into " + format):
+        export(load_backbone(Branches(), preprocess=preprocess), head, tmp_path / "it", format)
+    with pytest.raises(AttributeError, match="no_such_method"):
+        export(load_backbone(Faulty(), preprocess=preprocess), head, tmp_path / "it", format)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_head_alone_is_not_loaded_as_a_program(tmp_path):
+    with pytest.raises(ImprintError, match="takes embeddings instead of images"):
+        load(tmp_path, "safetensors")

@@ -1,12 +1,16 @@
 """argparse for the commands that take no Trainer; `fit_parser.py` is for those that do."""
 
 import argparse
+from typing import Never
 
 from imprint_pl.errors import ImprintError
 
+# How a command line begins, as the help shows it.
+PROGRAM = "python -m imprint_pl"
+
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Ends a wrong command line in one line, instead of the usage."""
+    """Raises an `ImprintError` of one line for a wrong command line, instead of printing usage."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> Never:
         raise ImprintError(f"{message}; see `{self.prog} --help`")

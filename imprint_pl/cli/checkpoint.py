@@ -1,5 +1,5 @@
-"""`add-class`, `add-examples`, `remove-class`, `export`: commands on a checkpoint and image files,
-without a Trainer.
+"""`add-class`, `add-examples`, `remove-class`, `export`: commands that take a checkpoint and image
+files, and need no Trainer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from imprint_pl.cli.arguments import ArgumentParser
+from imprint_pl.cli.arguments import PROGRAM, ArgumentParser
 from imprint_pl.data import Digits, ImageFiles
 from imprint_pl.errors import ImprintError
 from imprint_pl.export import FORMATS, check, export
@@ -23,7 +23,7 @@ from imprint_pl.lightning.classifier import ImprintedClassifier
 from imprint_pl.training_set.kept import KeptRows
 from imprint_pl.training_set.kept_file import state_path
 
-# Images that an exported file is compared on.
+# How many images an exported file is compared on.
 CHECKED = 200
 
 
@@ -67,7 +67,7 @@ def run_on_file(argv: list[str]) -> None:
 
 
 def load_classifier(checkpoint: str | Path) -> ImprintedClassifier:
-    """The classifier of a checkpoint that `fit` wrote, in eval mode, on the CPU."""
+    """Loads the classifier of a checkpoint that `fit` wrote, in eval mode, on the CPU."""
     return ImprintedClassifier.load_from_checkpoint(checkpoint, map_location="cpu").eval()
 
 
@@ -83,18 +83,20 @@ def _write_checkpoint(model: ImprintedClassifier, source: str | Path, target: Pa
 
 
 def _export(model: ImprintedClassifier, options: argparse.Namespace) -> None:
+    suffix = FORMATS[options.format].suffix
     beside = Path(options.checkpoint).with_suffix("")
-    path = Path(options.output or f"{beside}{FORMATS[options.format] or '-head'}")
-    if options.format == "safetensors":
+    path = Path(options.output or f"{beside}{suffix or '-head'}")
+    if not suffix:
+        # A folder with the head alone: it takes no images, so there is nothing to compare.
         export(model.backbone, model.head, path, options.format)
         print(f"{options.format}: {path}")
         return
     if path.is_dir():
         raise ImprintError(f"--output {path} is a folder: name a file in it")
-    # Before the work, which they may turn out not to be there for.
+    # Before the export, which takes long: an image may be missing or damaged.
     images = _images_to_check(options.images)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A file that does not agree, or could not be compared, never gets its name.
+    # A file gets its name only after it was compared with the classifier and agrees.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="unfinished-") as folder:
         written = export(model.backbone, model.head, Path(folder, path.name), options.format)
         result = check(written, options.format, model.backbone, model.head, images, folder)
@@ -103,21 +105,22 @@ def _export(model: ImprintedClassifier, options: argparse.Namespace) -> None:
 
 
 def _images_to_check(places: list[str] | None) -> list[Tensor]:
+    """Reads the images of files and folders, or the test digits where none are given."""
     if not places:
-        data = Digits()
-        data.setup()
-        images, _ = data.test_dataset.__getitems__(list(range(CHECKED)))
+        digits = Digits()
+        digits.setup()
+        images = [digits.test_dataset[i][0] for i in range(CHECKED)]
     else:
-        data = ImageFiles(places, num_workers=0)
-        data.setup()
-        images = [data.predict_dataset[i] for i in range(min(CHECKED, len(data.paths)))]
-    # The file takes RGB alone; grey is repeated, alpha dropped, as Preprocess does.
+        files = ImageFiles(places, num_workers=0)
+        files.setup()
+        images = [files.predict_dataset[i] for i in range(min(CHECKED, len(files.paths)))]
+    # The file takes RGB only. Grey is repeated and alpha dropped, as Preprocess does it.
     colours = [image[: 1 if len(image) < 3 else 3] for image in images]
     return [image.expand(3, -1, -1).contiguous() for image in colours]
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m imprint_pl")
+    parser = ArgumentParser(prog=PROGRAM)
     commands = parser.add_subparsers(dest="command", required=True)
     growing = {
         "add-class": "Add a class to a checkpoint that was fitted with --model.keep.",

@@ -1,7 +1,7 @@
 """The commands: `python -m imprint_pl fit | validate | test | predict | embed | sweep | …`.
 
-Lightning's own command line with our module, data sets and run folder; a user's mistake ends in one
-line that says what to change, not in a traceback.
+This is Lightning's own command line with our module, data sets and run folder. A user's mistake
+ends in one line that says what to change, instead of a traceback.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from imprint_pl import __version__
 from imprint_pl.errors import ImprintError
 
 COMMANDS = ("fit", "validate", "test", "predict", "embed", "sweep", "report", "dashboard")
-# They take a checkpoint and files, and no Trainer.
+# These commands take a checkpoint and files, and need no Trainer.
 FILE_COMMANDS = ("add-class", "add-examples", "remove-class", "export")
 HELP = f"""\
 imprint_pl {__version__}: an image classifier on a frozen foundation model, imprinted in one pass
@@ -55,10 +55,17 @@ examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, or 2 for a user's mistake."""
+    """Runs a command.
+
+    Args:
+        argv: the words of the command line after the program; those of this process by default.
+
+    Returns:
+        The exit status: 0, or 2 for a user's mistake.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if hasattr(sys.stdout, "reconfigure"):
-        # A name that the terminal cannot show is no reason to stop; stderr does so by itself.
+        # A name that the terminal cannot show must not stop a command. Python sets stderr up so.
         sys.stdout.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
@@ -71,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"unknown command {argv[0]!r}: give one of {known}")
     try:
         run, arguments = _command([argv[0], *map(_as_shell, argv[1:])])
-        # Lightning, which the import has brought, formats warnings in its own way.
+        # Set here, since the import of Lightning changes how warnings are formatted.
         with _plain_warnings():
             run(arguments)
     except Exception as error:
@@ -83,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _command(argv: list[str]) -> tuple[Callable[[list[str]], None], list[str]]:
-    """The function of a command and its arguments; imported when it is asked for."""
+    """Imports the function that runs a command, and returns it with the arguments that it takes."""
     if argv[0] == "report":
         from imprint_pl.cli.report import run
 
@@ -96,7 +103,7 @@ def _command(argv: list[str]) -> tuple[Callable[[list[str]], None], list[str]]:
         from imprint_pl.cli.checkpoint import run_on_file
 
         return run_on_file, argv
-    # Importing Lightning takes seconds: not before it is needed.
+    # Importing Lightning takes seconds, which `report` and `dashboard` do without.
     arguments = [_packaged_config(argument) for argument in argv]
     if argv[0] == "sweep":
         from imprint_pl.cli.sweep import run
@@ -109,7 +116,7 @@ def _command(argv: list[str]) -> tuple[Callable[[list[str]], None], list[str]]:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """A warning is one line, without the place in the code that it comes from."""
+    """Prints warnings in one line, without the place in the code that they come from."""
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
@@ -119,6 +126,7 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _users_mistake(error: BaseException | None) -> ImprintError | None:
+    """Returns the user's mistake that an error was raised from, if there is one."""
     # jsonargparse wraps what a constructor raises.
     while error is not None and not isinstance(error, ImprintError):
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -128,7 +136,7 @@ def _users_mistake(error: BaseException | None) -> ImprintError | None:
 
 
 def _as_shell(argument: str) -> str:
-    """`--data.root=~/photos`, which a shell hands on as it is, and paths in quotes."""
+    """Expands a path that no shell expands: `--data.root=~/photos`, or one in quotes."""
     name, equals, value = argument.partition("=") if argument[:1] == "-" else ("", "", argument)
     if not value.startswith(("~", "$", "file://")):
         return argument
@@ -138,12 +146,12 @@ def _as_shell(argument: str) -> str:
 
 
 def _packaged_config(argument: str) -> str:
-    """`configs/x.yaml` of the package where the current folder has no such file."""
+    """Turns `configs/x.yaml` into the package's file where the current folder has none."""
     name, equals, value = argument.rpartition("=")
     package = Path(__file__).parent.parent
     path = Path(value)
     if path.parts[:1] == ("configs",) and path.suffix == ".yaml" and not path.exists():
-        # Inside a wheel the configs lie in the package, in a source tree beside it.
+        # A wheel has the configs inside the package, a source tree beside it.
         for folder in (package, package.parent):
             if (folder / path).is_file():
                 return f"{name}{equals}{folder / path}"
@@ -151,7 +159,7 @@ def _packaged_config(argument: str) -> str:
 
 
 def _fail(message: str) -> int:
-    # Every rank of a distributed run fails; one says why.
+    # Every rank of a distributed run fails, and only one says why.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
     return 2

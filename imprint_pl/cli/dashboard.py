@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 
-from imprint_pl.cli.arguments import ArgumentParser
+from imprint_pl.cli.arguments import PROGRAM, ArgumentParser
 from imprint_pl.errors import ImprintError
 from imprint_pl.experiments.dashboard import log_sweep, workspace
 
 
 def run(argv: list[str]) -> None:
-    """The command, its arguments without its name."""
+    """Runs the command.
+
+    Args:
+        argv: its arguments, without its name.
+    """
     parser = ArgumentParser(
-        prog="python -m imprint_pl dashboard",
+        prog=f"{PROGRAM} dashboard",
         description="Build the wandb workspace that compares recipes; log a sweep's results first.",
     )
     parser.add_argument(
@@ -25,12 +29,11 @@ def run(argv: list[str]) -> None:
     )
     given = parser.parse_args(argv)
     offline = given.offline or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
-    if not offline:
-        entity = given.entity or _login()
+    entity = None if offline else given.entity or _login()
     if given.results:
         count = log_sweep(given.results, given.project, given.entity, offline)
         print(f"wandb: {count:,} runs in the project {given.project}")
-    if offline:
+    if entity is None:
         print(_what_to_do(given.project, given.entity, bool(given.results)))
         return
     try:
@@ -45,13 +48,20 @@ def run(argv: list[str]) -> None:
 
 
 def _login() -> str:
-    """The entity of the login; says what to do where there is none, instead of asking for a key."""
+    """Returns the entity of the login.
+
+    Raises:
+        ImprintError: there is no login or no network. wandb would ask for a key instead.
+    """
     import wandb
 
     try:
         if not wandb.login(prompt=False):
             raise ValueError("no API key")
-        return wandb.Api(timeout=20).default_entity
+        entity = wandb.Api(timeout=20).default_entity
+        if not entity:
+            raise ValueError("the login has no default entity")
+        return entity
     except Exception as error:
         raise ImprintError(
             f"wandb cannot be reached ({' '.join(str(error).split())[:200]}): run `wandb login` "

@@ -8,19 +8,22 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from imprint_pl.cli.arguments import PROGRAM
 from imprint_pl.cli.fit_parser import Parser
 from imprint_pl.cli.predictions import PredictionWriter
 from imprint_pl.cli.summary import print_summary, summarise, write_summary
 from imprint_pl.cli.wandb_results import WandbResults
+from imprint_pl.data.lightning_packages import run_folder
 from imprint_pl.embedding import embed
 from imprint_pl.errors import ImprintError
 from imprint_pl.explain import explain_files
@@ -31,7 +34,7 @@ from imprint_pl.lightning.classifier import ImprintedClassifier
 from imprint_pl.method.recipes import drop_unused
 from imprint_pl.training_set.kept_file import read_state, state_path
 
-# Of the images that were skipped, in the terminal.
+# How many of the skipped images the terminal lists.
 UNREADABLE_SHOWN = 10
 USAGE = "[--config FILE.yaml] [--data NAME] [--data.…] [--model.…] [--trainer.…]"
 DESCRIPTIONS = {
@@ -47,7 +50,11 @@ EMBED = (
 
 
 def run(argv: list[str]) -> None:
-    """Parses and runs one command."""
+    """Runs one command.
+
+    Args:
+        argv: its name and its arguments.
+    """
     _quieten()
     command, cli = argv[0], ImprintCLI
     descriptions = {name: (name, text) for name, text in DESCRIPTIONS.items()}
@@ -68,9 +75,9 @@ def run(argv: list[str]) -> None:
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
             },
-            parser_kwargs={"prog": "python -m imprint_pl"}
+            parser_kwargs={"prog": PROGRAM}
             | {
-                command: {"description": text, "usage": f"python -m imprint_pl {name} {USAGE}"}
+                command: {"description": text, "usage": f"{PROGRAM} {name} {USAGE}"}
                 for command, (name, text) in descriptions.items()
             },
             parser_class=Parser,
@@ -79,10 +86,11 @@ def run(argv: list[str]) -> None:
     except MisconfigurationException as error:
         raise ImprintError(str(error)) from error
     except SIGTERMException as error:
-        # Its exit status would be 0.
+        # Lightning would exit with status 0.
         raise ImprintError(f"SIGTERM has ended `{command}` before its end: run it again") from error
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # Lightning does so for nccl alone; threads of gloo that outlive Python may abort it.
+        # Lightning does so for nccl only. Threads of gloo that are still running when Python exits
+        # may abort it.
         torch.distributed.destroy_process_group()
 
 
@@ -90,14 +98,20 @@ class ImprintCLI(LightningCLI):
     """Adds to LightningCLI: the run folder with its summary, files to predict, and a command line
     that beats a checkpoint's hyperparameters."""
 
-    def add_core_arguments_to_parser(self, parser) -> None:
+    # What `instantiate_classes` makes, whose types LightningCLI leaves open.
+    model: ImprintedClassifier
+    datamodule: Any
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # What users look for in --help comes first, the Trainer's many options last.
         parser.add_lightning_class_args(self._model_class, "model")
         parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True)
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{name}": v for name, v in self.trainer_defaults.items()})
 
-    def _prepare_subcommand_parser(self, klass, subcommand, **kwargs):
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.add_argument(
             "--on_error",
@@ -139,23 +153,23 @@ class ImprintCLI(LightningCLI):
             parser.set_defaults({"verbose": False})
         return parser
 
-    def parse_arguments(self, parser, args) -> None:
-        args = _configurations_first(_files_as_data(args))
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        args = _configurations_first(_files_as_data(cast(list[str], args)))
         for command, of_command in self._subcommand_parsers.items():
             own = {action.dest for action in of_command._actions}
-            of_command.of_others = {
+            cast(Parser, of_command).of_others = {
                 action.dest: action.default
                 for other, of_other in self._subcommand_parsers.items()
                 for action in of_other._actions
                 if other != command and action.dest not in own
             }
         self.config = parser.parse_args(args)
-        self.given = parser.parse_args(args, defaults=False)
+        self.given: Namespace = parser.parse_args(args, defaults=False)
         if self.config[self.config.subcommand].get("on_error"):
             raise ImprintError("on_error in a configuration belongs to the init_args of data")
         for config in (self.config, self.given):
             for key, value in config.items():
-                # Paths of a YAML file, which no shell has read.
+                # A shell expands paths on the command line, and nobody those of a YAML file.
                 if isinstance(value, str) and value.startswith(("~/", "$", "file://")):
                     config[key] = local_path(value)
 
@@ -177,8 +191,8 @@ class ImprintCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer", default={})
         logger = config.get("logger")
-        # A local CSV is always written, whatever else is asked for; first, so that its folder is
-        # the run's.
+        # A local CSV is always written, in addition to the loggers that are given. It comes first,
+        # so that its folder is the run's.
         if logger is not False:
             given = logger if isinstance(logger, list) else [logger]
             loggers = [entry for entry in given if entry not in (None, True)]
@@ -193,15 +207,16 @@ class ImprintCLI(LightningCLI):
                 self._get(self.config, "output"), self._get(self.config, "top")
             )
             callbacks.append(self.writer)
-        self.gallery = self.results = None
+        self.gallery: ImprintGallery | None = None
+        self.results: WandbResults | None = None
         if self.subcommand == "fit" and self._get(self.config, "gallery"):
-            # The images of the task, also where a cache is to stand in for them.
+            # With a cache the data are replaced by their embeddings, which have no images.
             self.gallery = ImprintGallery(self.datamodule)
             callbacks.append(self.gallery)
         if any(isinstance(entry, WandbLogger) for entry in kwargs.get("logger") or []):
             self.results = WandbResults()
             callbacks.append(self.results)
-        # A fit's configuration may bring one to `test`, where it rests.
+        # A fit's configuration may bring a Checkpoint to `test`, where it does nothing.
         if not any(isinstance(callback, Checkpoint) for callback in callbacks):
             if self.subcommand != "fit":
                 kwargs["enable_checkpointing"] = False
@@ -213,7 +228,7 @@ class ImprintCLI(LightningCLI):
 
     def before_fit(self) -> None:
         cache_dir = self._get(self.config, "cache_dir")
-        if not cache_dir or self.trainer.fast_dev_run:
+        if not cache_dir or self._is_trial():
             return
         precision = str(self.trainer.precision)
         if precision != "32-true" and not precision.endswith("-mixed"):
@@ -221,7 +236,7 @@ class ImprintCLI(LightningCLI):
                 f"--cache_dir with --trainer.precision {precision}, which changes the backbone's "
                 "weights only when the Trainer starts: give bf16-mixed, or --model.precision bf16"
             )
-        # As the Trainer would embed: on its device, in its precision.
+        # On the device and in the precision in which the Trainer would embed.
         with self.trainer.precision_plugin.forward_context():
             self.datamodule = embed(
                 self.model.backbone,
@@ -263,8 +278,12 @@ class ImprintCLI(LightningCLI):
         state = read_state(beside) if beside.is_file() else None
         print(f"explanations: {explain_files(self.model, paths, folder, state)}")
 
+    def _is_trial(self) -> bool:
+        # Lightning sets this attribute without declaring it.
+        return bool(getattr(self.trainer, "fast_dev_run", False))
+
     def _finish(self, stage: str) -> None:
-        folder = self.trainer.log_dir
+        folder = run_folder(self.trainer)
         if not self.trainer.is_global_zero:
             return
         summary = summarise(self.trainer, self.model, stage)
@@ -276,12 +295,11 @@ class ImprintCLI(LightningCLI):
             summary["embedded_images"], summary["cached_images"] = use.embedded, use.read
         if unreadable := getattr(self.datamodule, "unreadable", {}):
             summary["skipped_images"] = len(unreadable)
-        if self.trainer.fast_dev_run:
+        if self._is_trial():
             print_summary(summary)
             print("run: none (fast_dev_run keeps nothing)")
             return
-        folder = Path(folder or self.trainer.default_root_dir)
-        drawn = self.gallery and self.gallery.gallery
+        drawn = self.gallery.gallery if self.gallery is not None else None
         if drawn and drawn.purity is not None:
             summary["purity"], summary["purity_of_one_proxy"] = drawn.purity, drawn.chance
         write_summary(folder, summary, self.model)
@@ -289,13 +307,13 @@ class ImprintCLI(LightningCLI):
             pictures = self._get(self.config, "gallery") == "wandb"
             self.results.send(summary, self.model, self.gallery, pictures)
         print_summary(summary)
-        if drawn:
+        if self.gallery is not None and drawn:
             print(f"gallery: {self.gallery.path}")
         self._say_unreadable(folder)
         print(f"run: {folder}")
 
     def _say_unreadable(self, folder: Path | None = None) -> None:
-        """Names what --on_error skip has left out of a data set, all of it in a file of the run."""
+        """Lists the images that --on_error skip has left out; all of them in a file of the run."""
         reasons = list(getattr(self.datamodule, "unreadable", {}).items())
         if not reasons:
             return
@@ -306,7 +324,7 @@ class ImprintCLI(LightningCLI):
             print(f"  and {len(reasons) - UNREADABLE_SHOWN} more")
         if folder is not None:
             path = folder / "skipped.csv"
-            # As in the CSV of predict, a name that is no text keeps its bytes.
+            # As in the CSV of predict, a name that is not UTF-8 keeps its bytes.
             with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 csv.writer(file).writerows([("file", "reason"), *reasons])
             print(f"skipped: {path}")
@@ -324,8 +342,8 @@ class EmbedCLI(ImprintCLI):
             raise ImprintError("embed needs --cache_dir DIR, the folder to keep the embeddings in")
         super().before_fit()
 
-    def fit(self, **_) -> None:
-        """In place of the Trainer's: nothing is left to do."""
+    def fit(self, **_: Any) -> None:
+        """Replaces the Trainer's `fit`: there is nothing left to do."""
 
     def after_fit(self) -> None:
         self._say_unreadable()
@@ -335,7 +353,8 @@ class EmbedCLI(ImprintCLI):
 
 def _configurations_first(args: list[str]) -> list[str]:
     """Options beat configurations wherever they stand; jsonargparse lets the last one win."""
-    first, rest, left = args[:1], [], list(args[1:])
+    first, left = args[:1], args[1:]
+    rest: list[str] = []
     while left:
         argument = left.pop(0)
         if argument in ("--config", "-c") and left:
@@ -346,9 +365,12 @@ def _configurations_first(args: list[str]) -> list[str]:
 
 
 def _files_as_data(args: list[str]) -> list[str]:
-    """`--images a.jpg b/` is short for `--data ImageFiles --data.paths '["a.jpg", "b/"]'`, and
-    `--on_error skip` for `--data.on_error skip`, wherever it stands."""
-    # `--images=a.jpg` is two words here.
+    """Writes two short options in full, wherever they are.
+
+    `--images a.jpg b/` becomes `--data ImageFiles --data.paths '["a.jpg", "b/"]'`, and
+    `--on_error skip` becomes `--data.on_error skip`.
+    """
+    # `--images=a.jpg` is split into two words.
     joined = ("--images=", "--on_error=")
     args = [part for a in args for part in (a.split("=", 1) if a.startswith(joined) else [a])]
     last = []
@@ -366,17 +388,17 @@ def _files_as_data(args: list[str]) -> list[str]:
             rest.append(argument)
         elif argument != option:
             paths.append(argument)
-    # As they are: YAML does not know JSON's pairs of \u for an emoji.
+    # Not as ASCII: YAML does not know JSON's pairs of \u for an emoji.
     names = json.dumps(paths, ensure_ascii=False)
     return [*before, "--data", "ImageFiles", "--data.paths", names, *rest, *last]
 
 
 def _quieten() -> None:
-    """Leaves out what Lightning says on every run and nobody can act on."""
+    """Hides what Lightning says on every run and nobody can act on."""
     for message in (
-        # Ours serve images from memory, or start workers themselves.
+        # Our data modules serve images from memory, or start workers themselves.
         ".*does not have many workers.*",
-        # Ours count each sample once.
+        # Our metrics count each sample once.
         ".*it is recommended to use .*devices=1.*",
         ".*LeafSpec.*",
         ".*callbacks used to create the checkpoint need to be provided.*",

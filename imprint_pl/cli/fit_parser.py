@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import get_loader, set_loader
@@ -14,7 +14,7 @@ import imprint_pl.data
 from imprint_pl.data.tasks import IN_QUOTES
 from imprint_pl.errors import ImprintError, did_you_mean
 
-# Importing them makes them known by these short names.
+# Importing these classes makes them known by their short names.
 DATA = {
     data.__name__: data
     for data in (
@@ -38,12 +38,11 @@ DATA = {
 class Parser(LightningArgumentParser):
     """Ends a wrong command line in one line with near names, instead of pages of usage.
 
-    A configuration may come from another command: what that command alone has is passed over, with
-    a word where it was set.
+    A configuration may come from another command: options that only that command has are left out,
+    with a warning where they were set.
 
     Attributes:
-        of_others: of a command's parser, the options that only other commands have, with their
-            defaults.
+        of_others: the options that only other commands have, with their defaults.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -62,7 +61,7 @@ class Parser(LightningArgumentParser):
                 rank_zero_warn(f"{name}, an option of another command, is not used by this one")
         return config
 
-    def error(self, message: str, ex: Exception | None = None) -> None:
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ImprintError(self._clear(_without_unions(str(message))))
 
     def _clear(self, message: str) -> str:
@@ -97,7 +96,7 @@ class Parser(LightningArgumentParser):
 
 
 def _without_unions(message: str) -> str:
-    """What jsonargparse says of the type that was meant, without the alternatives to it."""
+    """Shortens a message of jsonargparse to the type that was meant, without its alternatives."""
     found = re.search(r"Errors:\n(.*?)\n\s*- Expected a <class 'NoneType'>", message, re.DOTALL)
     if not found:
         return message
@@ -109,8 +108,9 @@ def _without_unions(message: str) -> str:
     return text
 
 
-# A byte of a file name that is no text, as Python has it (PEP 383) and as YAML writes it; not the
-# second half of a JSON pair. YAML refuses it: meanwhile a sign that nobody uses stands in for it.
+# A byte of a file name that is not text, as Python keeps it (PEP 383) or as YAML writes it, but not
+# the second half of a JSON surrogate pair. YAML refuses such a byte: while it reads the text, a
+# character that nobody uses stands for the byte.
 BYTE = re.compile(
     r"[\udc80-\udcff]|(?<!\\u[dD][89abAB][\da-fA-F]{2})\\u[dD][cC]([89a-fA-F][\da-fA-F])"
 )
@@ -119,7 +119,7 @@ _load_yaml = get_loader("yaml")
 
 
 def _load(text: str) -> Any:
-    """YAML in which file names need not be UTF-8."""
+    """Loads YAML in which file names need not be UTF-8."""
     if not BYTE.search(text):
         return _load_yaml(text)
     return _with_bytes(

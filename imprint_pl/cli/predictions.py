@@ -1,8 +1,8 @@
 """What `predict` writes: the classes of each image with their probabilities, as CSV, JSON or JSON
-lines. The rows go into a file beside the output, which takes its place when all are there.
+lines.
 
 A file name that is not UTF-8 keeps its bytes in a CSV (read it with `errors="surrogateescape"`) and
-stands as `\\udc…` in JSON, so that what is read back opens the file.
+is written as `\\udc…` in JSON, so that the name that is read back opens the file.
 """
 
 from __future__ import annotations
@@ -12,37 +12,45 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from imprint_pl.data.batch_hooks import datamodule_of
+from imprint_pl.data.lightning_packages import run_folder
 from imprint_pl.data.loaders import sampler_length
 from imprint_pl.errors import ImprintError, shown
-from imprint_pl.method.head import NONE
+from imprint_pl.lightning.classifier import ImprintedClassifier
+from imprint_pl.method.head import NONE, ImprintedHead
 from imprint_pl.ranks import positions_in_dataset
 from imprint_pl.training_set.store import RowStore
 
 SUFFIXES = (".csv", ".json", ".jsonl")
-# In the place of a label: the image could not be read.
+# Takes the place of a label where the image could not be read.
 SKIPPED = -2
 
 
 class PredictionWriter(Callback):
-    """Writes a row an image: file or index, label, class, score (the logit), probability.
+    """Writes a row for each image: file or index, label, class, score (the logit), probability.
 
-    The label is −1, the class "none of these" and the probability empty (null in JSON) where the
-    head has a threshold that no score reaches; the score is the best all the same. One process
-    writes each batch at once; of several, the first writes all at the end. The output appears when
-    it is whole: after a failure the file that was there is still there.
+    Where the head has a threshold that no score reaches, the label is −1, the class "none of these"
+    and the probability empty (null in JSON); the score is still the best one. A single process
+    writes each batch at once; with several, the first writes all rows at the end.
 
     Args:
-        path: ends in .csv, .json (one list) or .jsonl (an object a line); `predictions.csv` in the
-            run's folder where `None`.
-        top: classes an image; those after the best as `class_2`, `probability_2`, …
+        path: ends in .csv, .json (one list) or .jsonl (an object a line); `None` stands for
+            `predictions.csv` in the run's folder.
+        top: how many classes to write for an image; those after the best are `class_2`,
+            `probability_2`, ….
+
+    Attributes:
+        count: how many images were predicted.
+        unread: a line for each file that was skipped, with the reason.
     """
 
     def __init__(self, path: str | None = None, top: int = 1) -> None:
@@ -52,20 +60,26 @@ class PredictionWriter(Callback):
             raise ImprintError(f"top={top}: give at least 1")
         if self.path is not None and self.path.suffix not in SUFFIXES:
             raise ImprintError(f"output {path}: the name ends in none of {', '.join(SUFFIXES)}")
-        self._file = None
+        self.count = 0
+        self.unread: list[str] = []
+        self._file: PredictionFile | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Every rank asks: log_dir is a broadcast.
-        folder = trainer.log_dir
+        folder = run_folder(trainer)
         if self.path is None:
-            self.path = Path(folder or trainer.default_root_dir) / "predictions.csv"
+            self.path = folder / "predictions.csv"
         self.count, self.unread = 0, []
         self._reasons: dict[int, str] = {}
         self._store = RowStore()
-        self._names = getattr(trainer.datamodule, "sample_names", lambda split: None)("predict")
+        data = datamodule_of(trainer)
+        self._names = getattr(data, "sample_names", lambda split: None)("predict")
+        self._sample = "index" if self._names is None else "file"
         self._seen = 0
         if trainer.is_global_zero:
-            self._open(min(self.top, pl_module.head.num_classes))
+            top = min(self.top, _head_of(pl_module).num_classes)
+            more = [f"{name}_{i}" for i in range(2, top + 1) for name in ("class", "probability")]
+            columns = [self._sample, "label", "class", "score", "probability", *more]
+            self._file = PredictionFile(self.path, columns)
 
     def on_predict_batch_end(
         self,
@@ -79,7 +93,7 @@ class PredictionWriter(Callback):
         top = min(self.top, outputs.shape[1])
         best = outputs.topk(top, dim=1)
         labels = best.indices[:, 0].clone()
-        head = pl_module.head
+        head = _head_of(pl_module)
         if head.threshold is not None:
             # Logits are scores over the temperature.
             labels[best.values[:, 0] < head.threshold / head.temperature] = NONE
@@ -88,10 +102,11 @@ class PredictionWriter(Callback):
             labels[place] = SKIPPED
             self._reasons[int(positions_in_dataset(self._seen + int(place), 1))] = reason
         probabilities = outputs.softmax(1).gather(1, best.indices)
-        # Classes are whole numbers below 2^24, exact in float32. A class without proxies has −∞.
+        # Class indices are whole numbers below 2^24, exact in float32. The logit of a class without
+        # proxies is −∞, which the store does not take.
         values = best.values.clamp(min=torch.finfo(torch.float32).min)
         row = torch.cat([best.indices.float(), values, probabilities], 1)
-        # Of a skipped file nothing is written, and the store takes no NaN.
+        # Nothing is written for a skipped file, and the store takes no NaN.
         row[list(skipped)] = 0
         self._seen += len(labels)
         if trainer.world_size == 1:
@@ -102,67 +117,39 @@ class PredictionWriter(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
             gathered = self._store.gather(sampler_length(trainer.predict_dataloaders))
-            reasons = [{}] * trainer.world_size
+            reasons: list[Any] = [{}] * trainer.world_size
             torch.distributed.all_gather_object(reasons, self._reasons)
             if gathered is not None:
                 for of_rank in reasons:
                     self._reasons |= of_rank
-                self._write(*gathered, pl_module.head)
+                self._write(*gathered, _head_of(pl_module))
         if self._file is not None:
-            if self.path.suffix == ".json":
-                self._file.write("\n]\n")
-            self._file.close()
-            # Where the output is a link, what it leads to.
-            os.replace(self._file.name, os.path.realpath(self.path))
+            self._file.finish()
             self._file = None
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: Any) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         if self._file is not None:
-            # What is still to be written may be what failed.
-            with suppress(OSError):
-                self._file.close()
-            Path(self._file.name).unlink(missing_ok=True)
+            self._file.discard()
             self._file = None
-
-    def _open(self, top: int) -> None:
-        """Opens the file beside the output, and begins it."""
-        if self.path.is_dir():
-            raise ImprintError(f"output {shown(self.path)} is a folder: name a file in it")
-        if self.path.exists() and not (self.path.is_file() and os.access(self.path, os.W_OK)):
-            raise ImprintError(f"output {shown(self.path)} cannot be written: give another file")
-        place = Path(os.path.realpath(self.path)).parent
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            number, temporary = tempfile.mkstemp(".unfinished", "predictions-", place)
-            os.close(number)
-            # A temporary file is its owner's alone; the output is as open as any.
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)
-        except OSError as error:
-            raise ImprintError(
-                f"output {shown(self.path)} cannot be written ({error.strerror}): give a place "
-                "where you may write"
-            ) from error
-        # In JSON a byte that is no text is \udc… by the format's own rules.
-        errors = "surrogateescape" if self.path.suffix == ".csv" else "backslashreplace"
-        self._file = open(temporary, "w", newline="", encoding="utf-8", errors=errors)  # noqa: SIM115
-        if self.path.suffix == ".json":
-            self._file.write("[")
-        elif self.path.suffix == ".csv":
-            first = "index" if self._names is None else "file"
-            extra = [f"{n}_{i}" for i in range(2, top + 1) for n in ("class", "probability")]
-            self._columns = [first, "label", "class", "score", "probability", *extra]
-            csv.writer(self._file).writerow(self._columns)
 
     def summary(self) -> str:
-        """What was written, and which files were skipped and why."""
-        lines = [f"{self.count:,} predictions: {shown(self.path)}"]
+        """Says what was written, and which files were skipped and why."""
+        lines = [f"{self.count:,} predictions: {shown(self.path or '')}"]
         if self.unread:
             lines = [f"skipped {len(self.unread)} that cannot be read:", *self.unread, *lines]
         return "\n".join(lines)
 
-    def _write(self, rows: Tensor, labels: Tensor, head: Any) -> None:
+    def _write(self, rows: Tensor, labels: Tensor, head: ImprintedHead) -> None:
+        """Writes a batch on rank 0.
+
+        Args:
+            rows: `(B, 3 * top)`: the classes of the best logits, the logits, the probabilities.
+            labels: `(B,)`, a class, `NONE` or `SKIPPED`.
+            head: names the classes.
+        """
+        assert self._file is not None
         top = rows.shape[1] // 3
         for row, label in zip(rows.tolist(), labels.tolist(), strict=True):
             index = self.count + len(self.unread)
@@ -177,28 +164,101 @@ class PredictionWriter(Callback):
                     "the backbone's weights and precision"
                 )
             record = {
-                "index" if self._names is None else "file": sample,
+                self._sample: sample,
                 "label": label,
                 "class": head.name_of(label),
                 "score": float(f"{scores[0]:.6g}"),
-                # Of none of the classes no probability is known, least of all that of the nearest.
+                # The probability of "none of these" is unknown; that of the nearest class is
+                # another number.
                 "probability": None if label == NONE else round(probabilities[0], 6),
             }
             for place in range(0 if label == NONE else 1, top) if self.top > 1 else []:
-                # Where none is accepted, the nearest class comes second.
+                # Where no class is accepted, the nearest class comes second.
                 at = place + 2 if label == NONE else place + 1
                 record[f"class_{at}"] = head.name_of(int(classes[place]))
                 record[f"probability_{at}"] = round(probabilities[place], 6)
-            self._put(record)
+            self._file.put(record)
             self.count += 1
         self._file.flush()
 
-    def _put(self, record: dict[str, Any]) -> None:
+
+class PredictionFile:
+    """The output of `predict`, which appears when it is whole.
+
+    Records go into a temporary file beside it. After a failure the output that was there before is
+    still there.
+
+    Args:
+        path: the output; its suffix says the format.
+        columns: of a CSV.
+
+    Raises:
+        ImprintError: the output cannot be written.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path, self.columns = path, columns
+        self._is_first = True
+        if path.is_dir():
+            raise ImprintError(f"output {shown(path)} is a folder: name a file in it")
+        if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+            raise ImprintError(f"output {shown(path)} cannot be written: give another file")
+        # Where the output is a link, the file that it points to is replaced.
+        self._target = Path(os.path.realpath(path))
+        try:
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            number, self._temporary = tempfile.mkstemp(
+                ".unfinished", "predictions-", self._target.parent
+            )
+            os.close(number)
+            # Only its owner may read a temporary file; the output gets the usual permissions.
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(self._temporary, 0o666 & ~mask)
+        except OSError as error:
+            raise ImprintError(
+                f"output {shown(path)} cannot be written ({error.strerror}): give a place "
+                "where you may write"
+            ) from error
+        # JSON has its own way to write a byte that is not text: \udc….
+        errors = "surrogateescape" if path.suffix == ".csv" else "backslashreplace"
+        self._file = open(self._temporary, "w", newline="", encoding="utf-8", errors=errors)  # noqa: SIM115
+        if path.suffix == ".json":
+            self._file.write("[")
+        elif path.suffix == ".csv":
+            csv.writer(self._file).writerow(columns)
+
+    def put(self, record: dict[str, Any]) -> None:
+        """Adds a record."""
         if self.path.suffix == ".csv":
-            values = [record.get(column, "") for column in self._columns]
-            csv.writer(self._file).writerow(values)
+            csv.writer(self._file).writerow([record.get(column, "") for column in self.columns])
             return
         text = json.dumps(record, ensure_ascii=False)
         if self.path.suffix == ".json":
-            text = f"{',' if self.count else ''}\n{text}"
-        self._file.write(text if self.path.suffix == ".json" else f"{text}\n")
+            self._file.write(f"{'' if self._is_first else ','}\n{text}")
+        else:
+            self._file.write(f"{text}\n")
+        self._is_first = False
+
+    def flush(self) -> None:
+        """Hands the records so far to the operating system."""
+        self._file.flush()
+
+    def finish(self) -> None:
+        """Puts the file into its place."""
+        if self.path.suffix == ".json":
+            self._file.write("\n]\n")
+        self._file.close()
+        os.replace(self._temporary, self._target)
+
+    def discard(self) -> None:
+        """Removes the unfinished file."""
+        # Closing writes what is left, which may be what failed.
+        with suppress(OSError):
+            self._file.close()
+        Path(self._temporary).unlink(missing_ok=True)
+
+
+def _head_of(module: LightningModule) -> ImprintedHead:
+    """The head of the module that predicts: the command line has no other kind."""
+    return cast(ImprintedClassifier, module).head

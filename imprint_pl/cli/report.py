@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from imprint_pl.cli.arguments import ArgumentParser
+import pandas as pd
+
+from imprint_pl.cli.arguments import PROGRAM, ArgumentParser
+from imprint_pl.cli.tables import print_table
 from imprint_pl.errors import ImprintError, did_you_mean
-from imprint_pl.experiments.report import tables
+from imprint_pl.experiments.report import tables, write_report
 from imprint_pl.experiments.report.read import read_results
-from imprint_pl.experiments.report.write import print_table, write_report
 
 
 def run(argv: list[str]) -> None:
-    """The command, its arguments without its name."""
+    """Runs the command.
+
+    Args:
+        argv: its arguments, without its name.
+    """
     parser = ArgumentParser(
-        prog="python -m imprint_pl report",
+        prog=f"{PROGRAM} report",
         description="Write report.html, tables as CSV and figures as PNG and SVG beside results.",
     )
     parser.add_argument("results", help="the folder of a sweep, or its results file")
@@ -33,9 +39,23 @@ def run(argv: list[str]) -> None:
             hint = did_you_mean(given.table, tables.TABLES)
             raise ImprintError(f"--table {given.table}{hint}: one of {known}")
         title, table = tables.TABLES[given.table]
-        print_table(title, table(read_results(given.results)))
+        _print(title, table(read_results(given.results)))
         return
     page = write_report(given.results, given.output, given.gallery)
     files = sorted(path.suffix[1:].upper() for path in (page.parent / "report").iterdir())
     counts = ", ".join(f"{files.count(kind)} {kind}" for kind in dict.fromkeys(files))
     print(f"report: {page}\ntables and figures: {page.parent / 'report'} ({counts})")
+
+
+def _print(title: str, table: pd.DataFrame) -> None:
+    if not len(table):
+        raise ImprintError(f"the results have nothing for the table {title!r}")
+    names = [str(name) for name in table.columns]
+    print_table(
+        {name: "right" if pd.api.types.is_numeric_dtype(table[name]) else "left" for name in names},
+        (
+            [tables.shown(value, name) for value, name in zip(row, names, strict=True)]
+            for row in table.itertuples(index=False)
+        ),
+        title,
+    )

@@ -6,42 +6,65 @@ import csv
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lightning.pytorch import LightningModule, Trainer
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from lightning.pytorch import Trainer
 
+from imprint_pl.cli.tables import Side, print_table
+from imprint_pl.data.batch_hooks import datamodule_of
 from imprint_pl.files import write_whole
+from imprint_pl.lightning.classifier import ImprintedClassifier
 from imprint_pl.method.recipes import AUTO
 
 DATA_PARAMETERS = (
-    *("classes", "d", "num_labels", "task_seed"),
-    *("shots", "val_fraction", "batch_size"),
+    "classes",
+    "d",
+    "num_labels",
+    "task_seed",
+    "shots",
+    "val_fraction",
+    "batch_size",
 )
-
+BACKBONE_PARAMETERS = ("pretrained", "weights", "image_size", "precision")
 MEASURED = ("accuracy", "macro_f1", "calibration_error")
-# Lightning's mark of a figure that belongs to one of several loaders.
+# What Lightning appends to the name of a figure when there are several loaders.
 OF_LOADER = "/dataloader_idx_"
-# What the callback `unknowns.Outsiders` logs.
+# What the callback `lightning.outsiders.Outsiders` logs.
 OUTSIDERS = ("outsiders_auroc", "accepted", "rejected")
 
 
-def summarise(trainer: Trainer, model: LightningModule, stage: str) -> dict[str, Any]:
-    """The figures and parameters of a finished `fit` ("val") or `validate`, `test` ("test").
+class PerClass(NamedTuple):
+    """The accuracy of each class as a table.
 
-    Fractions and seconds; `None` where the command did not produce the figure. Of several loaders
-    each has its own, as `accuracy/dataloader_idx_0`, ….
+    Attributes:
+        columns: `label`, `class`, and `accuracy`, or a column for each of several loaders.
+        rows: a list for each class; an accuracy is `None` where the loader had no such sample.
+    """
+
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+def summarise(trainer: Trainer, model: ImprintedClassifier, stage: str) -> dict[str, Any]:
+    """Collects the figures and parameters of a finished command.
+
+    Args:
+        trainer: has run the command.
+        model: the classifier that it ran.
+        stage: "val" after `fit` and `validate`, "test" after `test`.
+
+    Returns:
+        Fractions and seconds by name; `None` where the command did not produce the figure. With
+        several loaders each has its own figures: `accuracy/dataloader_idx_0`, ….
     """
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    data, backbone = trainer.datamodule, model.backbone.source()
+    data, backbone, head = datamodule_of(trainer), model.backbone.source(), model.head
     recipe, settings = model.parts.parameters["recipe"], dict(model.parts.parameters)
     if recipe == AUTO:
-        settings = dict(model.head.settings)
+        settings = dict(head.settings)
         settings["chosen_recipe"] = settings["recipe"]
-    elif "chosen_lam" in model.head.settings:
-        settings["chosen_lam"] = model.head.settings["chosen_lam"]
+    elif "chosen_lam" in head.settings:
+        settings["chosen_lam"] = head.settings["chosen_lam"]
     checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "") or trainer.ckpt_path
     return {
         "task": getattr(data, "task", type(data).__name__),
@@ -55,22 +78,22 @@ def summarise(trainer: Trainer, model: LightningModule, stage: str) -> dict[str,
         "images_per_second": metrics.get("train/images_per_second"),
         "checkpoint": str(checkpoint) if checkpoint else None,
         **{name: value for name, value in settings.items() if name not in ("recipe", "chosen_by")},
-        "temperature_of_probabilities": model.head.temperature,
-        "calibrated": model.head.settings.get("calibrated", True),
-        "tried": model.head.tried if trainer.state.fn == "fit" else [],
+        "temperature_of_probabilities": head.temperature,
+        "calibrated": head.settings.get("calibrated", True),
+        "tried": head.tried if trainer.state.fn == "fit" else [],
         "seed": model.seed,
         "weibull": model.weibull,
-        "num_classes": model.head.num_classes,
-        "num_proxies": len(model.head.proxies),
+        "num_classes": head.num_classes,
+        "num_proxies": len(head.proxies),
         "backbone": backbone["name"],
-        **{name: backbone[name] for name in ("pretrained", "weights", "image_size", "precision")},
+        **{name: backbone[name] for name in BACKBONE_PARAMETERS},
         "weights_sha256": backbone["sha256"],
         **{name: getattr(data, name) for name in DATA_PARAMETERS if hasattr(data, name)},
     }
 
 
 def _of_loaders(metrics: dict[str, float], stage: str) -> dict[str, float]:
-    """The figures of each of several loaders, but for those of single classes."""
+    """Returns the figures of each of several loaders, without those of single classes."""
     own = {name.removeprefix(f"{stage}/"): value for name, value in metrics.items()}
     kinds = (*MEASURED, *OUTSIDERS)
     return {
@@ -80,28 +103,29 @@ def _of_loaders(metrics: dict[str, float], stage: str) -> dict[str, float]:
     }
 
 
-def write_summary(folder: Path, summary: dict[str, Any], model: LightningModule) -> None:
-    """`summary.json`, and `per_class.csv` with each class's accuracy, a column a loader."""
+def write_summary(folder: Path, summary: dict[str, Any], model: ImprintedClassifier) -> None:
+    """Writes `summary.json`, and `per_class.csv` with each class's accuracy, a column a loader."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = {
         name: _json_number(value) if isinstance(value, float) else value
         for name, value in summary.items()
     }
     write_whole(folder / "summary.json", f"{json.dumps(plain, indent=2)}\n".encode())
-    if model.class_accuracy is not None:
-        columns, rows = per_class(model)
+    table = per_class(model)
+    if table is not None:
         with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(columns)
-            for label, name, *values in rows:
-                shown = ["" if value is None else round(value, 6) for value in values]
-                writer.writerow([label, name, *shown])
+            writer.writerow(table.columns)
+            for label, name, *values in table.rows:
+                rounded = ["" if value is None else round(value, 6) for value in values]
+                writer.writerow([label, name, *rounded])
 
 
-def per_class(model: LightningModule) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows: label, class, and its accuracy on the loader, or on each of several; `None`
-    where it had no sample of the class."""
+def per_class(model: ImprintedClassifier) -> PerClass | None:
+    """Returns each class's accuracy; `None` where nothing was measured."""
     accuracies = model.class_accuracy
+    if accuracies is None:
+        return None
     names = ["accuracy"]
     if accuracies.ndim == 2:
         names = [f"accuracy{OF_LOADER}{number}" for number in range(len(accuracies))]
@@ -109,35 +133,33 @@ def per_class(model: LightningModule) -> tuple[list[str], list[list[Any]]]:
     for label, values in enumerate(accuracies.view(len(names), -1).T.tolist()):
         measured = [None if math.isnan(value) else value for value in values]
         rows.append([label, model.head.name_of(label), *measured])
-    return ["label", "class", *names], rows
+    return PerClass(["label", "class", *names], rows)
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """One row with the figures, under a line that says what was run; first, what `auto` tried."""
+    """Prints what `auto` tried, a line that says what was run, and a row of figures a loader."""
     if summary["tried"]:
         _print_tried(summary["tried"])
     loaders = [
         name.removeprefix("accuracy") for name in summary if name.startswith(f"accuracy{OF_LOADER}")
     ]
-    table = Table(box=box.ROUNDED)
     rows = [_row(summary, suffix) for suffix in loaders or [""]]
-    shown = {name for row in rows for name, value in row.items() if value is not None}
-    for name in rows[0]:
-        if name in shown:
-            table.add_column(name, justify="left" if name in ("task", "recipe") else "right")
-    for row in rows:
-        table.add_row(*(row[name] for name in row if name in shown))
-    console = Console(markup=False)  # a name may look like markup
-    console.print(f"\n{_what(summary)}", highlight=False, soft_wrap=True)
-    console.print(table)
+    # A column that is empty in all rows is left out.
+    columns: dict[str, Side] = {
+        name: "left" if name in ("task", "recipe") else "right"
+        for name in rows[0]
+        if any(row[name] is not None for row in rows)
+    }
+    print(f"\n{_what(summary)}")
+    print_table(columns, ([row[name] for name in columns] for row in rows))
     if not summary.get("calibrated", True):
-        console.print("the probabilities are not calibrated: no temperature was fitted")
+        print("the probabilities are not calibrated: no temperature was fitted")
     if "outsiders_auroc" in summary:
-        console.print(_outsiders(summary), highlight=False, soft_wrap=True)
+        print(_outsiders(summary))
 
 
 def _row(summary: dict[str, Any], suffix: str) -> dict[str, str | None]:
-    """The table's row of the only loader, or of that of a suffix."""
+    """The table's row for the only loader (`suffix` is empty) or for one of several."""
     return {
         "task": summary["task"],
         "loader": suffix.removeprefix(OF_LOADER) or None,
@@ -160,18 +182,14 @@ def _outsiders(summary: dict[str, Any]) -> str:
 
 
 def _print_tried(tried: list[dict[str, Any]]) -> None:
-    """What `auto` compared, on held-out training samples."""
-    table = Table(
-        "candidate", box=box.ROUNDED, title="auto, on held-out training embeddings", title_style=""
-    )
-    for column in ("accuracy", "difference", ""):
-        table.add_column(column, justify="right")
-    measured = ("accuracy", "difference", "standard_error", "chosen")
+    """Prints the candidates that `auto` compared on held-out training samples, the best first."""
+    measured = ("recipe", "accuracy", "difference", "standard_error", "chosen")
+    rows = []
     for i, row in enumerate(tried):
         keywords = [
             row[name] if name == "norm_pre" else f"{name}={row[name]}"
             for name in row
-            if name not in (*measured, "recipe")
+            if name not in measured
         ]
         difference = ""
         if row["accuracy"] is None:
@@ -179,15 +197,20 @@ def _print_tried(tried: list[dict[str, Any]]) -> None:
         elif i:
             error = 100 * row["standard_error"]
             difference = f"{100 * row['difference']:+.2f} ± {error:.2f}"
-        table.add_row(
-            " ".join([row["recipe"], *keywords]),
-            _number(row["accuracy"], 100, 2, " %"),
-            difference,
-            "chosen" if row["chosen"] else "",
+        rows.append(
+            [
+                " ".join([row["recipe"], *keywords]),
+                _number(row["accuracy"], 100, 2, " %"),
+                difference,
+                "chosen" if row["chosen"] else "",
+            ]
         )
-    console = Console(markup=False)
-    console.print()
-    console.print(table)
+    print()
+    print_table(
+        {"candidate": "left", "accuracy": "right", "difference": "right", "": "right"},
+        rows,
+        "auto, on held-out training embeddings",
+    )
 
 
 def _what(summary: dict[str, Any]) -> str:
@@ -201,7 +224,7 @@ def _what(summary: dict[str, Any]) -> str:
 
 
 def _json_number(value: float) -> float | None:
-    # NaN is not JSON. A small λ keeps its digits.
+    # JSON has no NaN. Numbers below 1 keep six significant digits, so that a small λ is not 0.
     if not math.isfinite(value):
         return None
     return round(value, 6) if abs(value) >= 1 else float(f"{value:.6g}")

@@ -6,11 +6,10 @@ import logging
 import sys
 import time
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+import pandas as pd
 
-from imprint_pl.cli.arguments import ArgumentParser
+from imprint_pl.cli.arguments import PROGRAM, ArgumentParser
+from imprint_pl.cli.tables import Side, print_table
 from imprint_pl.errors import ImprintError
 from imprint_pl.experiments.sweep import CHUNK_BYTES, describe, read_sweep, sweep
 from imprint_pl.method.recipes import AUTO
@@ -24,9 +23,16 @@ AFTERWARDS = (
 
 
 def run(argv: list[str]) -> None:
-    """Parses and runs the command."""
-    parser = ArgumentParser("python -m imprint_pl sweep", description=__doc__.split(":", 1)[0])
-    parser.epilog = AFTERWARDS
+    """Runs the command.
+
+    Args:
+        argv: its arguments, without its name.
+    """
+    parser = ArgumentParser(
+        prog=f"{PROGRAM} sweep",
+        description="Run a grid of recipes on many backbones, data sets and tasks.",
+        epilog=AFTERWARDS,
+    )
     parser.add_argument("--config", required=True, help="the sweep's YAML, configs/sweeps/….yaml")
     parser.add_argument("--results_dir", default="results", help="results go to DIR/<name>/")
     parser.add_argument("--cache_dir", default="cache", help="the embedding cache")
@@ -45,7 +51,7 @@ def run(argv: list[str]) -> None:
     if options.n_jobs == 0 or options.chunk_mb < 1:
         raise ImprintError("--n_jobs is not 0 (-1: all cores), --chunk_mb at least 1")
     plan = read_sweep(options.config)
-    # Embedding says a line for each batch of work otherwise.
+    # Without this, embedding logs a line for each batch of work.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     full, kept, seconds = describe(plan, options.n_jobs)
     print(
@@ -67,7 +73,7 @@ def run(argv: list[str]) -> None:
     except KeyboardInterrupt:
         folder = f"{options.results_dir}/{plan.name}"
         print(f"stopped: {folder} keeps what is done, the same command goes on", file=sys.stderr)
-        sys.exit(130)  # as a shell's
+        sys.exit(130)  # the status that a shell gives to a program ended by Ctrl-C
     seconds = time.perf_counter() - start
     _print_best(table)
     print(
@@ -76,24 +82,27 @@ def run(argv: list[str]) -> None:
     )
 
 
-def _print_best(table) -> None:
-    """The best, by accuracy averaged over what they were run on."""
-    # All keywords tell rows apart; of the rarer ones those are shown in which rows differ.
+def _print_best(table: pd.DataFrame) -> None:
+    """Prints the best methods, by accuracy averaged over tasks, backbones and seeds."""
+    # All keywords tell rows apart; the rarer ones are shown only where rows differ in them.
     keywords = [n for n in (*SLOTS, *sorted(every_parameter())) if n in table]
-    # What `auto` has chosen differs from task to task.
+    # `auto` chooses other parts on each task: they are left out, so that its rows are averaged.
     table = table.assign(**{n: table[n].mask(table["recipe"] == AUTO) for n in keywords})
     keywords = ["recipe", *keywords, *(n for n in ["weibull"] if n in table)]
     usual = ["recipe", "norm_pre", "gen", "k", "norm_post", "norm_inf", "agg", "m", "distance"]
     names = [n for n in usual if n in keywords]
     names += [n for n in keywords if n not in usual and table[n].dropna().nunique() > 1]
     mean = table.groupby(keywords, dropna=False)[["accuracy", "macro_f1"]].mean().reset_index()
-    shown = Table(box=box.ROUNDED, title="best on average")
-    for name in (*names, "accuracy", "macro F1"):
-        shown.add_column(name, justify="right" if name in ("k", "m", "accuracy") else "left")
+    columns: dict[str, Side] = {
+        name: "right" if name in ("k", "m", "accuracy") else "left"
+        for name in (*names, "accuracy", "macro F1")
+    }
+    rows = []
     for _, row in mean.sort_values("accuracy", ascending=False).head(BEST).iterrows():
         cells = [str(row[n]) if row.notna()[n] else "" for n in names]
-        shown.add_row(*cells, f"{100 * row['accuracy']:.2f} %", f"{100 * row['macro_f1']:.2f} %")
-    Console(width=120).print(shown)
+        cells += [f"{100 * row['accuracy']:.2f} %", f"{100 * row['macro_f1']:.2f} %"]
+        rows.append(cells)
+    print_table(columns, rows, "best on average", width=120)
 
 
 def _duration(seconds: float) -> str:

@@ -1,69 +1,73 @@
 """What a fit leaves in wandb besides its metrics: summary, per-class table, confusion matrix, and
-the proxy gallery. The commands add it where there is a WandbLogger.
+the proxy gallery. The commands add this callback where there is a WandbLogger.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from imprint_pl.cli.summary import OF_LOADER, per_class
 from imprint_pl.data.batch import split_batch
 from imprint_pl.data.lightning_packages import both
 from imprint_pl.data.loaders import loader_at, sampler_length
 from imprint_pl.errors import ImprintError
-from imprint_pl.experiments.dashboard import FIGURES
+from imprint_pl.experiments.dashboard import FIGURES, tags_of
 from imprint_pl.gallery import ImprintGallery
+from imprint_pl.lightning.classifier import ImprintedClassifier
 from imprint_pl.training_set.store import RowStore
 
-# wandb draws a matrix from a row a cell; above that nobody could read it.
+# wandb stores a row for each cell of a matrix, and nobody could read a larger one.
 MOST_CLASSES = 100
-# Paths of this machine.
+# Paths of this machine, which are not sent.
 KEPT_HERE = ("checkpoint", "weights")
 
 
 class WandbResults(Callback):
-    """Keeps the predictions of a validation or test, and logs the results when asked.
+    """Keeps the predictions of a validation or test, and logs the results when `send` is called.
 
     Attributes:
         confusion: `(C, C)` int64 after an evaluation, on rank 0: row = true class, column =
-            predicted. Of several loaders that of the first; a matrix of each is logged.
+            predicted class. With several loaders it is that of the first; all are logged.
     """
 
     def __init__(self) -> None:
         self.confusion: Tensor | None = None
         self._confusions: dict[str, Tensor] = {}
         self._loggers: list[WandbLogger] = []
-        self._hook = None
+        self._hook: RemovableHandle | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._loggers = [x for x in trainer.loggers if isinstance(x, both(WandbLogger))]
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, both(WandbLogger))]
+        self._loggers = cast(list[WandbLogger], loggers)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stores: dict[int, RowStore] = {}
-        self._scores, self.confusion, self._confusions = None, None, {}
+        self._scores: Tensor | None = None
+        self.confusion, self._confusions = None, {}
 
-        def keep(module, inputs, scores):
+        def keep(module: nn.Module, inputs: Any, scores: Tensor) -> None:
             self._scores = scores
 
-        # The module's steps return nothing: the scores are taken where the head gives them.
-        self._hook = pl_module.head.register_forward_hook(keep)
+        # The module's steps return nothing, so that the scores are read from the head's output.
+        self._hook = _classifier(pl_module).head.register_forward_hook(keep)
 
     def _add(self, pl_module: LightningModule, batch: Any, number: int) -> None:
         # None where the head was empty.
         if self._scores is not None:
-            labels = pl_module.labels_of_head(split_batch(batch)[1])
+            labels = _classifier(pl_module).labels_of_head(split_batch(batch)[1])
             store = self._stores.setdefault(number, RowStore())
             store.add(self._scores.argmax(1)[:, None].float(), labels)
             self._scores = None
 
     def _end(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> None:
-        self._hook.remove()
-        C = pl_module.head.num_classes
+        self._remove_hook()
+        C = _classifier(pl_module).head.num_classes
         for number, store in self._stores.items():
             gathered = store.gather(sampler_length(loader_at(number, loaders)))
             if gathered is None or not len(gathered[1]):
@@ -74,47 +78,68 @@ class WandbResults(Callback):
             self._confusions[f"{OF_LOADER}{number}" if several else ""] = confusion
         self.confusion = next(iter(self._confusions.values()), None)
 
-    def on_exception(self, trainer, pl_module, exception) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._remove_hook()
+
+    def _remove_hook(self) -> None:
         if self._hook is not None:
             self._hook.remove()
+            self._hook = None
 
-    def on_validation_epoch_start(self, trainer, pl_module) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(trainer, pl_module)
 
-    def on_test_epoch_start(self, trainer, pl_module) -> None:
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(trainer, pl_module)
 
     def on_validation_batch_end(
-        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._add(pl_module, batch, dataloader_idx)
 
     def on_test_batch_end(
-        self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._add(pl_module, batch, dataloader_idx)
 
-    def on_validation_epoch_end(self, trainer, pl_module) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end(trainer, pl_module, trainer.val_dataloaders)
 
-    def on_test_epoch_end(self, trainer, pl_module) -> None:
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end(trainer, pl_module, trainer.test_dataloaders)
 
     def send(
         self,
         summary: dict[str, Any],
-        model: LightningModule,
+        model: ImprintedClassifier,
         gallery: ImprintGallery | None = None,
         with_images: bool = False,
     ) -> None:
         """Logs what the run left behind.
 
         Args:
-            summary: of `run.summarise`; its figures become wandb's summary, the rest its config.
-                Paths of this machine stay here.
-            model: for the classes' names and accuracies.
-            gallery: what each proxy stands for; as a table of numbers.
+            summary: what `summarise` returned; its figures become wandb's summary, the rest its
+                config. Paths of this machine are left out.
+            model: has the names and accuracies of the classes.
+            gallery: what each proxy stands for, logged as a table of numbers.
             with_images: log the gallery's picture as well. Training images then leave this machine.
+
+        Raises:
+            ImprintError: the picture is wanted, and no gallery was drawn.
         """
         import wandb
 
@@ -131,9 +156,10 @@ class WandbResults(Callback):
         head = model.head
         names = [head.name_of(label) for label in range(head.num_classes)]
         tables: dict[str, Any] = {}
-        if model.class_accuracy is not None:
-            columns, rows = per_class(model)
-            tables["per_class"] = wandb.Table(columns=columns, data=rows)
+        if (accuracies := per_class(model)) is not None:
+            tables["per_class"] = wandb.Table(
+                columns=[*accuracies.columns], data=[*accuracies.rows]
+            )
         for suffix, confusion in self._confusions.items() if len(names) <= MOST_CLASSES else ():
             true, predicted = confusion.nonzero().T
             times = confusion[true, predicted]
@@ -144,8 +170,9 @@ class WandbResults(Callback):
                 title=f"Confusion matrix{suffix}",
             )
         if gallery is not None and gallery.rows:
-            rows = [[row[name] for name in gallery.rows[0]] for row in gallery.rows]
-            tables["proxies"] = wandb.Table(columns=list(gallery.rows[0]), data=rows)
+            tables["proxies"] = wandb.Table(
+                columns=[*gallery.rows[0]], data=[[*row.values()] for row in gallery.rows]
+            )
         if with_images:
             if gallery is None or gallery.path is None:
                 raise ImprintError("no gallery was drawn: give --gallery wandb to a `fit`")
@@ -153,11 +180,12 @@ class WandbResults(Callback):
         for logger in self._loggers:
             run = logger.experiment
             run.config.update(rest, allow_val_change=True)
-            run.tags = (*(run.tags or ()), *_tags(summary, run.tags or ()))
+            tags = tags_of(summary, "backbone", "task", "recipe")
+            run.tags = tuple(dict.fromkeys([*(run.tags or ()), *tags]))
             run.log(tables)
             run.summary.update(figures)
 
 
-def _tags(summary: dict[str, Any], known: tuple) -> list[str]:
-    tags = [str(summary[name])[:64] for name in ("backbone", "task", "recipe")]
-    return [tag for tag in dict.fromkeys(tags) if tag not in known]
+def _classifier(module: LightningModule) -> ImprintedClassifier:
+    """The module that the commands run, which is always ours."""
+    return cast(ImprintedClassifier, module)

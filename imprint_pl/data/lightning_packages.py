@@ -7,6 +7,7 @@ package is no instance of the other's class.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -45,3 +46,8 @@ def overrides(method: str, owner: Any) -> bool:
     """Return whether a LightningModule or DataModule overrides a method of Lightning's."""
     parents = both(LightningModule, LightningDataModule)
     return any(isinstance(owner, p) and is_overridden(method, owner, p) for p in parents)
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Returns the folder that a run writes into. Every rank must call this: it is a broadcast."""
+    return Path(trainer.log_dir or trainer.default_root_dir)

@@ -1,37 +1,46 @@
-"""The wandb workspace that compares recipes, and a run for each result of a sweep. It knows the
-names that fits and sweeps log, and nothing of training.
+"""The wandb workspace that compares recipes, and a run for each result of a sweep.
+
+It knows the names that fits and sweeps log, and nothing about training.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wandb_workspaces.workspaces import Workspace
 
 NAME = "imprinting recipes"
 
-# What a fit and a sweep log under the same names, so that one workspace compares both.
+# Fits and sweeps log these figures under the same names, so that one workspace compares both.
 FIGURES = (
-    *("accuracy", "macro_f1", "nc1", "vci", "gen_seconds", "inference_seconds"),
-    *("embed_seconds", "images_per_second", "purity"),
+    "accuracy",
+    "macro_f1",
+    "nc1",
+    "vci",
+    "gen_seconds",
+    "inference_seconds",
+    "embed_seconds",
+    "images_per_second",
+    "purity",
 )
 
-# wandb's own bound.
+# wandb refuses longer ones.
 LONGEST_TAG = 64
 
 
-def workspace(entity: str, project: str, name: str = NAME):
-    """The workspace, not saved: `.save()` needs a login and a network.
+def workspace(entity: str, project: str, name: str = NAME) -> Workspace:
+    """Returns the workspace. It is not saved: `.save()` needs a login and a network.
 
-    Sections: accuracy by recipe, backbone and task; what a recipe's parameters do (k, NC1, time,
-    all at once); tables and pictures of single fits.
+    Its sections show accuracy by recipe, backbone and task; the effect of a recipe's parameters (k,
+    NC1, time, all at once); and the pictures of single fits.
 
     Args:
         entity: the wandb user or team.
         project: the project of the runs.
-        name: what the workspace is called.
-
-    Returns:
-        A `wandb_workspaces.workspaces.Workspace`.
+        name: the title of the workspace.
     """
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
@@ -102,8 +111,12 @@ def workspace(entity: str, project: str, name: str = NAME):
         settings=ws.WorkspaceSettings(max_runs=100),
         runset_settings=ws.RunsetSettings(
             pinned_columns=[
-                *("run:displayName", "config:recipe.value", "config:backbone.value"),
-                *("config:task.value", "summary:accuracy", "summary:nc1"),
+                "run:displayName",
+                "config:recipe.value",
+                "config:backbone.value",
+                "config:task.value",
+                "summary:accuracy",
+                "summary:nc1",
             ],
         ),
     )
@@ -112,15 +125,19 @@ def workspace(entity: str, project: str, name: str = NAME):
 def log_sweep(
     results: str | Path, project: str, entity: str | None = None, offline: bool = False
 ) -> int:
-    """Logs a run for each row of a sweep's results, and returns how many.
+    """Logs a run for each row of a sweep's results.
 
     The runs of a sweep are one group, named after its folder, and tagged with backbone, data, task
-    and recipe. A row has its own run id: logged again, it replaces itself.
+    and recipe. Each row has its own run id, so that it replaces its run when it is logged again.
 
     Args:
-        results: a results file or its folder, see `report.results.read_results`.
-        project, entity: of wandb; the entity is the login's own by default.
+        results: a results file or its folder, see `report.read.read_results`.
+        project: the wandb project.
+        entity: the wandb user or team; the login's own by default.
         offline: write the runs below `wandb/` instead of sending them.
+
+    Returns:
+        How many runs were logged.
     """
     import wandb
     from tqdm import tqdm
@@ -134,7 +151,10 @@ def log_sweep(
         silent=True, disable_git=True, disable_code=True, x_disable_stats=True
     )
     for row in tqdm(rows.to_dict("records"), desc=f"wandb: {group}", unit=" runs"):
-        given = {name: value for name, value in row.items() if value == value and value is not None}
+        # Empty cells are None or NaN, which is not equal to itself.
+        given = {
+            str(name): value for name, value in row.items() if value == value and value is not None
+        }
         method = given.pop("method")
         figures = {name: given.pop(name) for name in FIGURES if name in given}
         run = wandb.init(
@@ -144,13 +164,18 @@ def log_sweep(
             job_type="sweep",
             name=f"{method} · {row['backbone']} · {row['data']} · {row['task']}",
             id=str(given.pop("id", "")) or None,
-            tags=[str(row[name])[:LONGEST_TAG] for name in ("backbone", "data", "task", "recipe")],
+            tags=tags_of(given, "backbone", "data", "task", "recipe"),
             config=given,
             mode="offline" if offline else "online",
             settings=settings,
-            # A run that is open here would be taken for each of these.
+            # Without this, wandb would return a run that is still open instead of a new one.
             reinit="finish_previous",
         )
         run.summary.update(figures)
         run.finish()
     return len(rows)
+
+
+def tags_of(values: Mapping[str, Any], *names: str) -> list[str]:
+    """Returns the values of these names as tags, each once, cut to the length that wandb allows."""
+    return list(dict.fromkeys(str(values[name])[:LONGEST_TAG] for name in names))

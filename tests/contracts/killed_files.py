@@ -22,8 +22,7 @@ from imprint_pl.cli.summary import summarise, write_summary
 from imprint_pl.data import Digits
 from imprint_pl.experiments.report.page import write_page
 from imprint_pl.experiments.results import COLUMNS
-from imprint_pl.export import _write as write_export
-from imprint_pl.export import load
+from imprint_pl.export import TorchExport
 from imprint_pl.training_set.kept_file import read_state, state_path
 
 KILLS = 12
@@ -69,7 +68,7 @@ def write(folder, exported):
         write_summary(folder, summarise(trainer, model, "val"), model)
         write_page(folder / "report.html", name="a", rows=rows, **page)
         if exported:
-            write_export(Half(), folder / "half.pt2", "torch_export", [], {})
+            TorchExport().write_module(Half(), folder / "half.pt2", [], {})
 
 
 def whole(folder):
@@ -81,7 +80,7 @@ def whole(folder):
         "head/model.safetensors": lambda path: ImprintedHead.from_pretrained(path.parent),
         "summary.json": lambda path: json.loads(path.read_text()),
         "report.html": lambda path: path.read_text().index("</html>"),
-        "half.pt2": lambda path: load(path, "torch_export")(images),
+        "half.pt2": lambda path: TorchExport().load(path)(images),
     }
     there = [name for name in readers if (folder / name).exists()]
     for name in there:

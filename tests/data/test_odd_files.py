@@ -517,7 +517,7 @@ def test_a_link_stays_a_link_to_the_new_predictions(fitted, tmp_path):
 def test_an_export_that_was_not_compared_never_gets_its_name(
     fitted, tmp_path, capfd, monkeypatch, format
 ):
-    output = tmp_path / "out" / f"it{export.FORMATS[format]}"
+    output = tmp_path / "out" / f"it{export.FORMATS[format].suffix}"
     words = ["export", str(fitted), "--format", format, "--output", str(output), "--images"]
     broken = break_it(save(tmp_path / "b.png", picture(1)))
     for images in (tmp_path / "typo.jpg", broken):

@@ -1,7 +1,7 @@
 """From a table of results to what people look at: tables, figures, a page.
 
-`python -m imprint_pl report RESULTS` calls `write_report`. It reads results and knows nothing of
-training.
+`python -m imprint_pl report RESULTS` calls `write_report`. It reads results and knows nothing
+about training.
 """
 
 from imprint_pl.experiments.report.write import write_report

@@ -1,16 +1,19 @@
-"""The figures of a report: one function each, from results to a matplotlib figure, or `None` where
-the results have nothing for it. Colours are Okabe and Ito's, markers differ too: no figure asks a
-reader to tell colours apart.
+"""The figures of a report: one function each, from results to a matplotlib figure.
+
+A function returns `None` where the results have nothing to draw. Colours are those of Okabe and
+Ito, and markers differ as well, so that nobody has to tell colours apart.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from typing import cast
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -21,22 +24,23 @@ from imprint_pl.experiments.report.statistics import Significance
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#8B6D00")
 MARKERS = "osD^vPX<"
-# Lines in one figure that a reader can follow.
+# As many lines as there are colours.
 MOST = len(COLOURS)
+# A method's name with more letters is shortened.
 LONGEST = 46
 
 
 def critical_difference(compared: pd.DataFrame, tests: Significance) -> Figure:
-    """Average ranks on an axis, best left; methods with a dot on one bar cannot be told apart.
+    """Draws average ranks on an axis, best left; a bar joins methods that cannot be told apart.
 
     Args:
-        compared: `compare`'s table, of the methods in `tests`.
-        tests: of `significance`.
+        compared: what `compare` returned for the methods in `tests`.
+        tests: what `significance` returned.
     """
     import scikit_posthocs
 
     names = _short_names(compared.index)
-    # Names stand on both sides of the axis, each with its rank.
+    # Names are written on both sides of the axis, each with its rank.
     sides = 2 * max(width(f"{name}  10.00 ", 10) for name in names.values())
     figure, axes = _figure(max(8.0, 4.0 + sides), 1.4 + 0.17 * len(compared))
     ranks = compared["rank"].rename(index=names)
@@ -58,6 +62,7 @@ def critical_difference(compared: pd.DataFrame, tests: Significance) -> Figure:
 
 
 def accuracy_against_k(rows: pd.DataFrame) -> Figure | None:
+    """Draws a line for each GEN, averaged over groups."""
     rows = tables.along_k(whole_tasks(rows))
     if not len(rows) or rows["k"].nunique() < 2:
         return None
@@ -69,6 +74,7 @@ def accuracy_against_k(rows: pd.DataFrame) -> Figure | None:
 
 
 def accuracy_against_shots(rows: pd.DataFrame) -> Figure | None:
+    """Draws a line for each method, averaged over groups."""
     rows = rows[rows["shots"].notna()]
     if rows["shots"].nunique() < 2:
         return None
@@ -82,19 +88,22 @@ def accuracy_against_shots(rows: pd.DataFrame) -> Figure | None:
 
 
 def nc1_against_d(rows: pd.DataFrame) -> Figure | None:
+    """Draws a line for each backbone, data set and number of labels."""
     rows = rows[rows["d"].notna() & rows["nc1"].notna()]
     if rows["d"].nunique() < 2:
         return None
     mean = rows.groupby(["backbone", "data", "num_labels", "d"], dropna=False)["nc1"].mean()
     several = rows["num_labels"].nunique(dropna=False) > 1
-    lines = {
-        f"{b}, {data}" + f", {labels:g} labels" * several: line.droplevel([0, 1, 2])
-        for (b, data, labels), line in mean.groupby(level=[0, 1, 2], dropna=False)
-    }
+    lines = {}
+    for key, line in mean.groupby(level=[0, 1, 2], dropna=False):
+        backbone, data, labels = cast(tuple[str, str, float], key)
+        name = f"{backbone}, {data}" + f", {labels:g} labels" * several
+        lines[name] = line.droplevel([0, 1, 2])
     return _lines(lines, "d, classes that a label merges", "NC1", "drawings averaged", log=False)
 
 
 def gain_against_nc1(rows: pd.DataFrame) -> Figure | None:
+    """Draws a dot for each group, coloured by backbone and data set."""
     from scipy.stats import spearmanr
 
     table = tables.gain(rows)
@@ -105,7 +114,7 @@ def gain_against_nc1(rows: pd.DataFrame) -> Figure | None:
     figure, axes = _figure(7.0, 4.2)
     for i, (label, name) in enumerate(_short_names(labels).items()):
         own = table[[label == other for other in labels]]
-        # Of more than eight none is like another, either.
+        # With more than eight names, another marker tells equal colours apart.
         color, marker = COLOURS[i % MOST], MARKERS[(i + i // MOST) % MOST]
         axes.scatter(
             own["NC1"],
@@ -121,7 +130,7 @@ def gain_against_nc1(rows: pd.DataFrame) -> Figure | None:
     axes.set_ylabel("accuracy at k = 5 minus k = 1, in points")
     correlation = spearmanr(table["NC1"], table["gain"]).statistic
     axes.set_title(
-        # Adding 0 takes the sign from a zero.
+        # Adding 0 turns −0.0 into 0.0.
         f"{len(table)} groups, Spearman {round(correlation, 2) + 0:.2f}".replace("-", "−"),
         fontsize=10,
     )
@@ -130,24 +139,25 @@ def gain_against_nc1(rows: pd.DataFrame) -> Figure | None:
 
 
 def gen_seconds(rows: pd.DataFrame) -> Figure | None:
+    """Draws the time of GEN for each named recipe: median, least and most."""
     rows = whole_tasks(rows[rows["method"].isin(tables.named(rows)) & (rows["gen_seconds"] > 0)])
     if not len(rows):
         return None
-    seconds = rows.groupby("method")["gen_seconds"].quantile([0.0, 0.5, 1.0]).unstack()
-    seconds = seconds.sort_values(0.5).iloc[-20:]
+    seconds = rows.groupby("method")["gen_seconds"].agg(["min", "median", "max"])
+    seconds = seconds.sort_values("median").iloc[-20:]
     names = _short_names(seconds.index).values()
     beside = max(width(name, 10) for name in names)
     figure, axes = _figure(max(7.0, 5.0 + beside), 1.0 + 0.32 * len(seconds))
     places = np.arange(len(seconds))
-    axes.hlines(places, seconds[0.0], seconds[1.0], color="#999999", linewidth=2)
-    axes.plot(seconds[0.5], places, "o", color=COLOURS[0])
+    axes.hlines(places, seconds["min"], seconds["max"], color="#999999", linewidth=2)
+    axes.plot(seconds["median"], places, "o", color=COLOURS[0])
     axes.set_yticks(places, names)
     axes.set_ylim(-0.6, len(seconds) - 0.4)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    if seconds[1.0].max() < 100 * seconds[0.0].min():
-        # Less than two decades may have no power of ten, and no label.
+    if seconds["max"].max() < 100 * seconds["min"].min():
+        # On less than two decades there may be no power of ten to label.
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.set_xlabel("GEN in seconds (dot: median, line: least to most)")
     return figure
@@ -163,28 +173,47 @@ FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame], Figure | None]]] = {
 
 
 def _average(table: pd.DataFrame) -> tuple[pd.Series, str]:
-    """Percent over the groups, and a title. The same groups in every point, where some have all of
-    them, or the line would follow the groups."""
+    """Returns the average over groups in percent, and a title that says over how many.
+
+    Groups that lack a point are left out, since the line would follow the change of groups instead;
+    where every group lacks one, all are kept.
+    """
     table = table.dropna() if len(table.dropna()) else table
     return 100 * table.mean(), f"average over {len(table)} group{'s' * (len(table) > 1)}"
 
 
-def _lines(lines: dict, x: str, y: str, title: str, log: bool = True) -> Figure:
+def _lines(lines: dict[str, pd.Series], x: str, y: str, title: str, log: bool = True) -> Figure:
+    """Draws the best lines, with a marker at each point.
+
+    Args:
+        lines: values by x, for each name.
+        x: label of the axis.
+        y: label of the axis.
+        title: stands above the axes.
+        log: whether the x axis is logarithmic.
+    """
     figure, axes = _figure(7.0, 4.2)
-    # The best at the right end first, so that the legend reads as the lines stand.
+    # Sorted by the values at the right end, so that the legend is in the order of the lines.
     best = _short_names(sorted(lines, key=lambda name: -lines[name].iloc[-1])[:MOST])
     for i, (name, shown) in enumerate(best.items()):
         line = lines[name].sort_index()
-        style = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 5}
-        axes.plot(line.index, line.to_numpy(), label=shown, **style)
+        axes.plot(
+            line.index,
+            line.to_numpy(),
+            label=shown,
+            color=COLOURS[i],
+            marker=MARKERS[i],
+            markersize=5,
+        )
     ticks = sorted({x for name in best for x in lines[name].index})
     if log:
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
     # A label that would touch the one before it is left out.
-    place, least, labels, last = (np.log if log else np.asarray)(ticks), 0.05, [], -np.inf
-    for tick, at in zip(ticks, place, strict=True):
-        apart = at - last > least * (place[-1] - place[0])
+    places = np.log(ticks) if log else np.asarray(ticks)
+    least, labels, last = 0.05 * (places[-1] - places[0]), [], -np.inf
+    for tick, at in zip(ticks, places, strict=True):
+        apart = at - last > least
         labels.append(f"{tick:g}" if apart else "")
         last = at if apart else last
     axes.set_xticks(ticks, labels)
@@ -197,39 +226,41 @@ def _lines(lines: dict, x: str, y: str, title: str, log: bool = True) -> Figure:
     return figure
 
 
-def _figure(across: float, high: float):
-    # Without pyplot: no window, no global state.
+def _figure(across: float, high: float) -> tuple[Figure, Axes]:
+    # Without pyplot, which opens windows and keeps global state.
     figure = Figure(figsize=(across, high), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _legend(figure: Figure, axes) -> None:
+def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     longest = max(width(label, 9) for label in labels)
-    # Below the axes, where beside them a long name would leave no room for the lines; the figure
-    # grows by what the legend needs.
+    # Below the axes: beside them, a long name would leave no room for the lines. The figure grows
+    # by the height of the legend.
     columns = next((n for n in (4, 3, 2) if n * (longest + 0.6) < figure.get_figwidth()), 1)
     rows = math.ceil(len(labels) / columns)
     figure.set_figheight(figure.get_figheight() + 0.19 * (rows - 1))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
 
 
-def _short_names(names: Iterable[str]) -> dict[str, str]:
-    """What stands in a figure for each name: words that all long names share become "…"; numbered
-    where two would look the same still."""
-    names = list(dict.fromkeys(names))
-    short = [_plain(name) for name in names]
+def _short_names(names: Iterable[Hashable]) -> dict[str, str]:
+    """Shortens names for a figure: words that all long names share become "…".
+
+    Where two names would still look the same, all are numbered.
+    """
+    every = list(dict.fromkeys(map(str, names)))
+    short = [_plain(name) for name in every]
     long = [set(name.split()[1:]) for name in short if len(name) > LONGEST]
     shared = set.intersection(*long) if len(long) > 1 else set()
     short = [_short(name, shared) for name in short]
     if len(set(short)) < len(short):
         short = [f"{i}. {name}" for i, name in enumerate(short, 1)]
-    return dict(zip(names, short, strict=True))
+    return dict(zip(every, short, strict=True))
 
 
 def _plain(name: str) -> str:
-    # In a figure `robust mnn m=1 euclidean` says it; the tables have what one types.
-    name = re.sub(r"\b(gen|agg|distance|votes)=", "", " ".join(str(name).split()))
+    # `robust mnn m=1 euclidean` is clear enough in a figure; the tables have what one types.
+    name = re.sub(r"\b(gen|agg|distance|votes)=", "", " ".join(name.split()))
     return name.replace("weighted_by_distance", "weighted")
 
 
@@ -240,6 +271,6 @@ def _short(name: str, shared: set[str]) -> str:
     words = ["…" if word in shared else word for word in words]
     kept = [word for i, word in enumerate(words) if word != "…" or words[i - 1 : i] != ["…"]]
     name = " ".join([first, *kept])
-    # Names may differ at either end: both stay.
+    # Names may differ at either end, so that both ends are kept.
     half = LONGEST // 2
     return name if len(name) <= LONGEST else f"{name[:half].rstrip()}…{name[1 - half :].lstrip()}"

@@ -1,11 +1,14 @@
-"""The page of a report: one HTML file that needs nothing else, and the sentence that says which
-recipe to use. All text from results is escaped by the template.
+"""The page of a report: one HTML file that needs no other, and the sentences that say which recipe
+to use. The template escapes all text from results.
 """
 
 from __future__ import annotations
 
 import base64
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jinja2
 import pandas as pd
@@ -16,9 +19,9 @@ from imprint_pl.experiments.report.statistics import ALPHA, Significance
 from imprint_pl.experiments.report.tables import shown
 from imprint_pl.files import write_whole
 
-# A longer word is broken into lines, or its column would push the others off the page.
+# A longer word is broken, since its column would push the others off the page.
 LONG_WORD = 40
-# Rows of a table on the page; the CSV has all of them.
+# How many rows of a table the page has; the CSV has all.
 MOST_ROWS = 1500
 
 CAPTIONS = {
@@ -47,24 +50,33 @@ NOTES = {
 def advice(
     rows: pd.DataFrame, compared: pd.DataFrame | None, tests: Significance | None
 ) -> list[str]:
-    """Which recipe to use and why, in plain sentences, from a comparison of `compare`."""
+    """Says which recipe to use and why.
+
+    Args:
+        rows: what `read_results` returned.
+        compared: what `compare` returned for the methods to choose from; `None` without any.
+        tests: what `significance` returned for them.
+
+    Returns:
+        Sentences, the recommendation first.
+    """
     if compared is None or len(compared) < 2:
         return ["There are fewer than two methods on whole tasks: nothing to compare."]
     whole = whole_tasks(rows)
-    seconds = whole.groupby("method")["gen_seconds"].median()
+    seconds = _numbers(whole.groupby("method")["gen_seconds"].median())
+    accuracy = _numbers(compared["accuracy"])
     groups = whole[whole["method"].isin(compared.index)]["group"].nunique()
     if tests is not None:
         groups = tests.groups
-    best, second = compared.index[0], compared.index[1]
-    row = compared.loc[best]
-    most = compared["accuracy"].idxmax()
+    best, second, *_ = accuracy
+    most = max(accuracy, key=lambda name: accuracy[name])
     over = f"over {groups} group{'s' * (groups != 1)}"
     sentences = [
-        f"Use {best}: it has the best average rank, {row['rank']:.2f} of {len(compared)} "
-        f"recipes, {over}, and {100 * row['accuracy']:.2f} % accuracy on average"
+        f"Use {best}: it has the best average rank, {compared['rank'].iloc[0]:.2f} of "
+        f"{len(compared)} recipes, {over}, and {100 * accuracy[best]:.2f} % accuracy on average"
         + (
-            f"; {most} has more, {100 * compared.loc[most, 'accuracy']:.2f} %, but a worse rank."
-            if compared.loc[most, "accuracy"] > row["accuracy"] + 1e-9
+            f"; {most} has more, {100 * accuracy[most]:.2f} %, but a worse rank."
+            if accuracy[most] > accuracy[best] + 1e-9
             else "."
         )
     ]
@@ -79,20 +91,22 @@ def advice(
             f"p = {shown(tests.friedman, 'p (')})."
         )
     else:
-        p = tests.pairs.loc[best]
-        alike = [name for name in compared.index[1:] if p[name] >= ALPHA]
+        p = _numbers(tests.pairs[best])
+        alike = [name for name in accuracy if name != best and p[name] >= ALPHA]
         if alike:
             listed = ", ".join(alike[:6]) + (", …" if len(alike) > 6 else "")
             sentences.append(f"It cannot be told apart from {listed} (p ≥ {ALPHA}).")
         else:
             sentences.append(
                 f"It is better than each of the others beyond chance; the next is {second}, "
-                f"{100 * compared.loc[second, 'accuracy']:.2f} % "
-                f"(p {_p(tests.pairs.loc[best, second])})."
+                f"{100 * accuracy[second]:.2f} % (p {_p(p[second])})."
             )
-    near_best = compared[compared["accuracy"] >= row["accuracy"] - 0.01].index
-    timed = seconds.reindex(near_best).dropna()
-    fastest = timed.idxmin() if best in timed else best
+    timed = [
+        name
+        for name in accuracy
+        if accuracy[name] >= accuracy[best] - 0.01 and not math.isnan(seconds.get(name, math.nan))
+    ]
+    fastest = min(timed, key=lambda name: seconds[name]) if best in timed else best
     if fastest != best:
         sentences.append(
             f"In a hurry, {fastest}: at most one point less, {_seconds(seconds[fastest])} of GEN "
@@ -101,15 +115,37 @@ def advice(
     return sentences
 
 
-def write_page(path: Path, *, galleries: list[Path], figures: dict, made: dict, **values) -> Path:
+class PageFigure(NamedTuple):
+    """A figure as the template takes it; `source` is a data URL."""
+
+    id: str
+    title: str
+    caption: str
+    source: str
+
+
+def write_page(
+    path: Path,
+    *,
+    name: str,
+    rows: pd.DataFrame,
+    sentences: Sequence[str],
+    tests: Significance | None,
+    made: Mapping[str, tuple[str, pd.DataFrame]],
+    figures: Mapping[str, tuple[str, Path]],
+    galleries: Sequence[Path],
+) -> Path:
     """Writes the page.
 
     Args:
         path: the HTML file.
+        name: names the sweep in the title.
+        rows: what `read_results` returned.
+        sentences: what `advice` returned.
+        tests: what `significance` returned.
+        made: title and table, by name.
+        figures: title and SVG, by name.
         galleries: PNGs.
-        figures: name → title and SVG.
-        made: name → title and table.
-        values: `name, rows, sentences, tests`.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -118,13 +154,14 @@ def write_page(path: Path, *, galleries: list[Path], figures: dict, made: dict, 
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    rows = values.pop("rows")
     shots = most_samples(rows)["shots"].max()
     samples = (
         f"up to {shots:,.0f} training samples a class" if shots > 0 else "all training samples"
     )
     page = environment.get_template("page.html.jinja").render(
-        **values,
+        name=name,
+        sentences=sentences,
+        tests=tests,
         samples=samples,
         long_word=LONG_WORD,
         version=__version__,
@@ -135,20 +172,26 @@ def write_page(path: Path, *, galleries: list[Path], figures: dict, made: dict, 
             "data sets": sorted(rows["data"].unique()),
         },
         figures=[
-            (name, title, CAPTIONS.get(name, ""), _data(svg, "image/svg+xml"))
-            for name, (title, svg) in figures.items()
+            PageFigure(id, title, CAPTIONS.get(id, ""), _data(svg, "image/svg+xml"))
+            for id, (title, svg) in figures.items()
         ],
         galleries=[(gallery.parent.name, _data(gallery, "image/png")) for gallery in galleries],
-        tables=[_cells(name, title, table) for name, (title, table) in made.items()],
+        tables=[_cells(id, title, table) for id, (title, table) in made.items()],
     )
     return write_whole(path, page.encode())
 
 
-def _cells(name: str, title: str, table: pd.DataFrame) -> dict:
+def _numbers(values: pd.Series) -> dict[str, float]:
+    """Returns a column as numbers by name."""
+    return {str(name): float(value) for name, value in values.items()}
+
+
+def _cells(name: str, title: str, table: pd.DataFrame) -> dict[str, Any]:
+    """Returns a table as the template takes it."""
     numeric = [pd.api.types.is_numeric_dtype(table[column]) for column in table.columns]
     body = [
         [
-            # What it is sorted by: the number itself, not what is shown of it.
+            # A click on the header sorts by the number itself, not by its shown digits.
             (shown(value, column), repr(float(value)) if number and value == value else "")
             for value, column, number in zip(row, table.columns, numeric, strict=True)
         ]

@@ -1,12 +1,13 @@
-"""The results that a report is made of: a row a run, read and checked, with a method a row.
+"""Reads and checks the results that a report is made of: a row for each run.
 
-A method is a recipe and the keywords in which the row differs from it, as one would type them; a
-group is what methods are compared on: backbone, data, task.
+A method is a recipe and the keywords in which the row differs from it, as one would type them. A
+group is what methods are compared on: a backbone, a data set and a task.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -18,20 +19,44 @@ from imprint_pl.parts.by_name import SLOTS, every_parameter
 NEEDED = ("backbone", "data", "task", "recipe", "accuracy")
 PARAMETERS = (
     *SLOTS,
-    *("k", "m", "distance", "votes", "lam", "shrinkage", "projection_dim", "temperature", "engine"),
-    *("width", "prior", "intercept", "as_published", "weibull"),
+    "k",
+    "m",
+    "distance",
+    "votes",
+    "lam",
+    "shrinkage",
+    "projection_dim",
+    "temperature",
+    "engine",
+    "width",
+    "prior",
+    "intercept",
+    "as_published",
+    "weibull",
 )
 GROUP = ("backbone", "data", "task", "d", "num_labels", "task_seed")
-# Of ten labels, see `data.tasks.paper_d_in_1`.
+# A task of the paper with ten labels, see `data.tasks.paper_d_in_1`.
 PAPER_TASK = r"paper-(?P<d>\d+)in1-(?P<task_seed>\d+)"
 NUMBERS = (
-    *("d", "num_labels", "task_seed", "shots", "k", "m", "seed", "num_classes"),
-    *("accuracy", "macro_f1", "nc1", "vci", "gen_seconds", "inference_seconds"),
+    "d",
+    "num_labels",
+    "task_seed",
+    "shots",
+    "k",
+    "m",
+    "seed",
+    "num_classes",
+    "accuracy",
+    "macro_f1",
+    "nc1",
+    "vci",
+    "gen_seconds",
+    "inference_seconds",
 )
 
 
 def find_results(path: str | Path) -> Path:
-    """The results file: `path` itself, or `results.parquet`, else `results.csv`, in a folder.
+    """Returns the results file: `path` itself, or `results.parquet`, else `results.csv`, in it.
 
     Raises:
         ImprintError: there is none.
@@ -53,14 +78,14 @@ def find_results(path: str | Path) -> Path:
 
 
 def read_results(path: str | Path) -> pd.DataFrame:
-    """The rows of a results file, with the columns `method` and `group` added.
+    """Returns the rows of a results file, with the columns `method` and `group` added.
 
-    Accuracy and macro F1 are fractions; a column that is absent is added empty. Rows without an
-    accuracy are left out.
+    Accuracy and macro F1 are fractions. A missing column is added empty. Rows without an accuracy
+    are left out.
 
     Raises:
-        ImprintError: no file, an unreadable one, a column that is needed and absent, an accuracy
-            that is no fraction, or no row.
+        ImprintError: there is no file, it cannot be read, a needed column is missing, an accuracy
+            is not a fraction, or no row has an accuracy.
     """
     path = find_results(path)
     try:
@@ -93,7 +118,7 @@ def read_results(path: str | Path) -> pd.DataFrame:
         named = rows.loc[papers, "task"].str.extract(PAPER_TASK).astype("float64")
         rows.loc[papers, ["d", "num_labels", "task_seed"]] = named.assign(num_labels=10.0)
     for column in parameters():
-        # Empty is None, whatever pandas has for it in this column's type.
+        # An empty cell becomes None: pandas has another value for it in each type of column.
         if column not in NUMBERS:
             rows[column] = rows[column].astype(object).where(rows[column].notna(), None)
     rows = rows[rows["accuracy"].notna()].reset_index(drop=True)
@@ -115,13 +140,14 @@ def read_results(path: str | Path) -> pd.DataFrame:
 
 
 def parameters() -> list[str]:
-    """The keywords of a method, those of parts that are new, too."""
+    """Returns the keywords of a method, including those of the user's own parts."""
     return [*PARAMETERS, *sorted(every_parameter() - set(PARAMETERS))]
 
 
-def method_of(row: dict) -> str:
-    """A row's recipe, then the keywords in which it differs: `robust`, `robust k=5`; without a
-    recipe its five parts, then the other keywords.
+def method_of(row: dict[Any, Any]) -> str:
+    """Names a row's method: its recipe and the keywords in which it differs, as in `robust k=5`.
+
+    Without a recipe the name begins with the five parts.
 
     >>> method_of({"recipe": "robust", "gen": "kmeans", "k": 5.0, "norm_pre": "l2"})
     'robust k=5'
@@ -137,7 +163,7 @@ def method_of(row: dict) -> str:
     # The engine of k-means changes seconds, not the method.
     differing = [
         f"{name}={_plain(row[name])}"
-        # `auto` has filled in what it chose: its rows differ in the choice of samples alone.
+        # The parts in a row of `auto` are its own choice: its rows differ in their samples only.
         for name in (parameters() if recipe != "auto" else ["weibull"])
         if name != "engine"
         and _given(row.get(name))
@@ -146,12 +172,12 @@ def method_of(row: dict) -> str:
     return " ".join([recipe, *differing])
 
 
-def _given(value) -> bool:
+def _given(value: Any) -> bool:
     return not (value is None or value == "" or (isinstance(value, float) and value != value))
 
 
-def _plain(value) -> str:
-    """One spelling for 20, 20.0 and "20"."""
+def _plain(value: Any) -> str:
+    """Returns one spelling for 20, 20.0 and "20"."""
     if isinstance(value, bool):
         return str(value)
     try:
@@ -161,11 +187,11 @@ def _plain(value) -> str:
 
 
 def whole_tasks(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of tasks that merge no classes, with the most samples: Section 5.1's."""
+    """Returns the rows on tasks that merge no classes, with the most samples (Section 5.1)."""
     return most_samples(rows[rows["d"].isna()])
 
 
 def most_samples(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows on all training samples; where there are none such, those on the most shots."""
+    """Returns the rows on all training samples; where there are none, those on the most shots."""
     all_samples = rows["shots"].isna()
     return rows[all_samples] if all_samples.any() else rows[rows["shots"] == rows["shots"].max()]

@@ -15,10 +15,11 @@ ALPHA = 0.05
 
 
 def accuracy_by_group(rows: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy, groups × methods, seeds averaged; of the methods that have every group.
+    """Returns the accuracies, groups × methods, of the methods that have every group.
 
-    A method that was run on a part of the groups would have an average of other tasks: it is left
-    out, unless that leaves fewer than two methods; then groups are left out instead.
+    Seeds are averaged. A method that was run on a part of the groups would be averaged over other
+    tasks than the rest, so that it is left out. Where that leaves fewer than two methods, groups
+    are left out instead.
     """
     table = rows.pivot_table(index="group", columns="method", values="accuracy", aggfunc="mean")
     complete = table.dropna(axis=1)
@@ -26,11 +27,13 @@ def accuracy_by_group(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a method: accuracy (average, a fraction), rank (average, 1 is best), wins; best first.
+    """Compares methods on a table of accuracies, groups × methods.
 
-    Methods that tie share the ranks; each of the best of a group has a win.
+    Returns:
+        A row for each method, best first: `accuracy` (average, a fraction), `rank` (average, 1 is
+        best), `wins`. Methods that tie share the ranks, and each of them has a win.
     """
-    # Rounded: accuracies that differ in the last bit are one accuracy.
+    # Rounded, so that accuracies that differ in the last bit are equal.
     rounded = table.round(9)
     best = rounded.eq(rounded.max(axis=1), axis=0)
     return pd.DataFrame(
@@ -44,11 +47,11 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Significance:
-    """Friedman's p over all methods, and Holm-corrected p of each pair by Wilcoxon's test.
+    """Friedman's p over all methods, and for each pair the Holm-corrected p of Wilcoxon's test.
 
     Attributes:
         groups: number of groups.
-        friedman: p-value that no method differs; `None` for fewer than three methods.
+        friedman: p-value of "no method differs"; `None` for fewer than three methods.
         pairs: methods × methods, symmetric, 1 on the diagonal.
     """
 
@@ -58,13 +61,16 @@ class Significance:
 
     @property
     def some_differ(self) -> bool:
+        """Whether Friedman's test finds a difference; with two methods the pair decides."""
         return self.friedman is None or self.friedman < ALPHA
 
 
 def significance(table: pd.DataFrame) -> Significance | None:
-    """The tests on a table of accuracies, groups × methods; `None` where none is possible.
+    """Tests a table of accuracies, groups × methods.
 
-    With fewer than six groups Wilcoxon's signed-rank test cannot reach p < 0.05.
+    Returns:
+        The p-values; `None` for fewer than two methods, or fewer than six groups, with which
+        Wilcoxon's signed-rank test cannot reach p < 0.05.
 
     Source: Demšar 2006; Benavoli et al. 2016 (Wilcoxon–Holm as the post-hoc test).
     """
@@ -79,19 +85,19 @@ def significance(table: pd.DataFrame) -> Significance | None:
     friedman = None
     if len(methods) > 2:
         friedman = float(friedmanchisquare(*(table[name] for name in methods)).pvalue)
-        # All methods the same: 0 / 0.
+        # Where all methods have equal accuracies, the statistic is 0 / 0.
         friedman = 1.0 if np.isnan(friedman) else friedman
-    # By number: the library sorts and compares names, which come from strangers.
+    # Methods are numbered: the library sorts and compares their names, which come from strangers.
     numbered = table.set_axis(range(len(methods)), axis=1)
     long = numbered.melt(var_name="method", value_name="accuracy")
     long["method"] = long["method"].astype(int)
     with np.errstate(all="ignore"):
         raw = scikit_posthocs.posthoc_wilcoxon(long, val_col="accuracy", group_col="method")
-    # Two equal columns have no differences to rank.
+    # Two equal columns have no differences to rank, and p = NaN.
     raw = raw.loc[range(len(methods)), range(len(methods))].fillna(1.0).to_numpy()
     upper = np.triu_indices(len(methods), 1)
     pairs = np.ones_like(raw)
-    # Holm here, since the library's would be spoilt by a pair without differences.
+    # Corrected here: a pair without differences would spoil the library's own correction.
     pairs[upper] = multipletests(raw[upper], method="holm")[1]
     pairs = np.minimum(pairs, pairs.T)
     return Significance(len(table), friedman, pd.DataFrame(pairs, index=methods, columns=methods))

@@ -1,11 +1,14 @@
-"""The tables of a report: one function each, from results to a DataFrame; in percent where the
-column says %. The paper's figures stand beside ours where the paper published one.
+"""The tables of a report: one function each, from results to a DataFrame.
+
+A column whose name ends in % is in percent. Where the paper published a figure, it is shown beside
+ours.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -14,13 +17,23 @@ from imprint_pl.experiments.report.statistics import Significance, accuracy_by_g
 from imprint_pl.method.recipes import RECIPES
 
 PAPER, OURS_MINUS = "paper %", "ours − paper"
-FAMILY = ["norm_pre", "norm_post", "norm_inf", "agg", "m", "distance", "votes"]
-FAMILY += ["temperature", "as_published", "weibull"]
+FAMILY = [
+    "norm_pre",
+    "norm_post",
+    "norm_inf",
+    "agg",
+    "m",
+    "distance",
+    "votes",
+    "temperature",
+    "as_published",
+    "weibull",
+]
 
 
 @cache
 def published(table: str) -> pd.DataFrame:
-    """The paper's numbers for a table, in its units (percent; NC1 as it is).
+    """Returns the paper's numbers for a table, in its units (percent; NC1 as it is).
 
     Source: Westerhoff et al. 2025: Tables of Section 5.1, Figures 4 to 6; NC1 by the paper's own
     formula, which centres classes otherwise than ours.
@@ -30,7 +43,7 @@ def published(table: str) -> pd.DataFrame:
 
 
 def methods(rows: pd.DataFrame) -> pd.DataFrame:
-    """Every method on whole tasks, best first: average accuracy, average rank, wins, GEN's time."""
+    """Every method on whole tasks, best first: average accuracy and rank, wins, time of GEN."""
     rows = whole_tasks(rows)
     if not len(rows):
         return pd.DataFrame()
@@ -53,16 +66,16 @@ def methods(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def recipes(rows: pd.DataFrame) -> pd.DataFrame:
-    """As `methods`, of the named recipes as they stand."""
+    """The table `methods` of the named recipes, without changed keywords."""
     rows = rows[rows["method"].isin(named(rows))]
     return methods(rows)
 
 
 def named(rows: pd.DataFrame) -> list[str]:
-    """The methods that are a recipe, or one in which the paper's table differs from a recipe."""
+    """Returns the methods that are a recipe, or a variant of one in the paper's table."""
     known = [*RECIPES, "auto"]
     own = [m for m in rows["method"].unique() if m in known or m.startswith("knn m=5 ")]
-    # A recipe that was changed in every row still stands for itself.
+    # Where every row changes its recipe, all methods are compared.
     return own if len(own) >= 2 else list(rows["method"].unique())
 
 
@@ -78,7 +91,7 @@ def groups(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def pairs(tests: Significance | None) -> pd.DataFrame:
-    """Holm-corrected p of every two methods."""
+    """The Holm-corrected p of each pair of methods."""
     if tests is None:
         return pd.DataFrame()
     names = list(tests.pairs.index)
@@ -89,7 +102,7 @@ def pairs(tests: Significance | None) -> pd.DataFrame:
 
 
 def along_k(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with a k that differ in GEN and k alone: of the most frequent other parts."""
+    """Returns the rows with a k that have the most frequent other parts: GEN and k alone differ."""
     rows = rows[rows["k"].notna()]
     if not len(rows):
         return rows
@@ -123,7 +136,7 @@ def d_in_1(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def shots(rows: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy against shots, a column a number of shots, groups and draws averaged."""
+    """Accuracy against shots, a column for each number of shots; seeds are averaged."""
     rows = rows[rows["shots"].notna()]
     if rows["shots"].nunique() < 2:
         return pd.DataFrame()
@@ -131,12 +144,11 @@ def shots(rows: pd.DataFrame) -> pd.DataFrame:
     table = 100 * rows.pivot_table(
         index=["backbone", "data", "task", "method"], columns="shots", values="accuracy"
     )
-    table.columns = [f"{n} shots %" for n in table.columns]
-    return table.reset_index()
+    return table.set_axis([f"{n} shots %" for n in table.columns], axis=1).reset_index()
 
 
 def nc1(rows: pd.DataFrame) -> pd.DataFrame:
-    """NC1 of each task, beside the paper's, whose formula centres classes otherwise."""
+    """NC1 of each task beside the paper's, whose formula centres classes in another way."""
     rows = whole_tasks(rows)
     rows = rows[rows["nc1"].notna()]
     if not len(rows):
@@ -147,7 +159,7 @@ def nc1(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def gain(rows: pd.DataFrame, more: int = 5) -> pd.DataFrame:
-    """What k = 5 proxies of k-means gain over one, in points, with the group's NC1."""
+    """How much k = 5 proxies of k-means gain over one, in points, with the group's NC1."""
     rows = along_k(most_samples(rows))
     rows = rows[rows["gen"] == "kmeans"] if len(rows) else rows
     if not len(rows) or not {1, more} <= set(rows["k"]):
@@ -196,7 +208,7 @@ TABLES = {
 
 
 def shown(value: object, column: str) -> str:
-    """A cell as people read it: percent to 2 places, seconds to 3 significant, empty for none."""
+    """Formats a cell: percent to 2 places, seconds to 3 significant digits, "" for no value."""
     if value is None or (isinstance(value, float) and value != value):
         return ""
     if not isinstance(value, float):
@@ -213,9 +225,9 @@ def shown(value: object, column: str) -> str:
 
 
 def safe_for_csv(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with text that a spreadsheet would run as a formula made plain text."""
+    """Returns the table with an apostrophe before text that a spreadsheet would run."""
 
-    def plain(value):
+    def plain(value: Any) -> Any:
         if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r", "\n"):
             return "'" + value
         return value
@@ -227,19 +239,23 @@ def safe_for_csv(table: pd.DataFrame) -> pd.DataFrame:
 def _joined(
     table: pd.DataFrame, name: str, keys: list[str], ours: str = "accuracy %", paper: str = PAPER
 ) -> pd.DataFrame:
+    """Puts the paper's numbers beside the rows of a table that have the same keys."""
     known = published(name)
     keys = [key for key in keys if key in known and known[key].notna().all()]
-    # `FashionMNIST` as one types it, `fashion_mnist` as its module calls it.
-    known, own = (
-        part[keys].assign(data=part["data"].str.lower().str.replace("_", "")).apply(tuple, axis=1)
-        for part in (known, table)
-    )
-    found = own.map(dict(zip(known, published(name)["value"], strict=True)))
+    values = dict(zip(_keys(known, keys), known["value"], strict=True))
+    found = pd.Series([values.get(key) for key in _keys(table, keys)], table.index, dtype=float)
     return _beside(table, found, ours, paper)
 
 
+def _keys(table: pd.DataFrame, names: list[str]) -> list[tuple[Any, ...]]:
+    """Returns the values of some columns, a tuple for each row."""
+    # A data set is `FashionMNIST` on the command line and `fashion_mnist` in its own `name`.
+    data = table["data"].str.lower().str.replace("_", "")
+    return list(table[names].assign(data=data).itertuples(index=False, name=None))
+
+
 def _beside(table: pd.DataFrame, paper: pd.Series, ours: str, name: str = PAPER) -> pd.DataFrame:
-    """With the paper's column and the difference, where there is any."""
+    """Adds the paper's numbers and the differences, where there are any."""
     if paper.notna().any():
         table[name] = paper.astype(float)
         table[OURS_MINUS] = table[ours] - table[name]

@@ -1,10 +1,9 @@
-"""Reads results, writes tables, figures and the page beside them."""
+"""Reads results, and writes tables, figures and the page beside them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-
-import pandas as pd
 
 from imprint_pl.drawing import style
 from imprint_pl.errors import ImprintError
@@ -14,12 +13,12 @@ from imprint_pl.experiments.report.read import find_results, read_results, whole
 from imprint_pl.experiments.report.statistics import accuracy_by_group, compare, significance
 from imprint_pl.files import local_path
 
-# Methods in a diagram that can still be read.
+# With more methods a diagram cannot be read.
 MOST_IN_DIAGRAM = 15
 
 
 def write_report(
-    results: str | Path, output: str | Path | None = None, galleries: list[str | Path] = ()
+    results: str | Path, output: str | Path | None = None, galleries: Sequence[str | Path] = ()
 ) -> Path:
     """Writes `report.html`, and the folder `report/` with tables as CSV, figures as PNG and SVG.
 
@@ -33,7 +32,7 @@ def write_report(
         The path of the page.
 
     Raises:
-        ImprintError: results that cannot be read, see `read_results`; a gallery that is not there.
+        ImprintError: the results cannot be read, see `read_results`, or a gallery is missing.
     """
     path = find_results(results)
     rows = read_results(path)
@@ -91,26 +90,9 @@ def write_report(
     )
 
 
-def print_table(title: str, table: pd.DataFrame) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    if not len(table):
-        raise ImprintError(f"the results have nothing for the table {title!r}")
-    printed = Table(title=title, box=box.ROUNDED)
-    for name in table.columns:
-        number = pd.api.types.is_numeric_dtype(table[name])
-        printed.add_column(escape(name), justify="right" if number else "left")
-    for row in table.itertuples(index=False):
-        cells = zip(row, table.columns, strict=True)
-        printed.add_row(*(escape(tables.shown(value, name)) for value, name in cells))
-    Console().print(printed)
-
-
-def _pictures(places: list[str | Path]) -> list[Path]:
-    pictures = []
+def _pictures(places: Sequence[str | Path]) -> list[Path]:
+    """Returns the galleries in folders and the PNGs that are named; the first may have none."""
+    pictures: list[Path] = []
     for i, place in enumerate(map(Path, places)):
         found = sorted(place.glob("gallery*.png")) if place.is_dir() else [place]
         if i and not (found and all(path.is_file() for path in found)):
