@@ -61,7 +61,7 @@ class PredictionWriter(Callback):
             self.path = Path(folder or trainer.default_root_dir) / "predictions.csv"
         self.count, self.unread = 0, []
         self._reasons: dict[int, str] = {}
-        self._store = RowStore()
+        self._store = RowStore(sampler_length(trainer.predict_dataloaders))
         self._names = getattr(trainer.datamodule, "sample_names", lambda split: None)("predict")
         self._seen = 0
         if trainer.is_global_zero:
@@ -101,7 +101,7 @@ class PredictionWriter(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
-            gathered = self._store.gather(sampler_length(trainer.predict_dataloaders))
+            gathered = self._store.gather()
             reasons = [{}] * trainer.world_size
             torch.distributed.all_gather_object(reasons, self._reasons)
             if gathered is not None:
