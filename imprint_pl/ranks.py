@@ -1,13 +1,12 @@
-"""The processes (ranks) of a run: rank 0, which has the embeddings, sends each rank a share of the
-classes and gets back their proxies; rows of all ranks come to rank 0.
+"""The processes (ranks) of a run: rank 0, which has the embeddings, computes; it sends each rank a
+share of the classes and gets back their proxies, and every rank gets the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,8 +14,9 @@ from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 
-# Of a list of classes, seed and whether to show a bar: proxies of each class.
+# From a list of classes, a seed and whether to show a bar to the proxies of each class.
 OfClasses = Callable[[list[Tensor], int, bool], list[Tensor]]
+Result = TypeVar("Result")
 
 # Whether the other ranks wait for classes. Set around a call, not handed down through every
 # function in between.
@@ -25,47 +25,71 @@ _helped = ContextVar("helped", default=False)
 CHUNK = 8192
 
 
-@contextmanager
-def helped() -> Iterator[None]:
-    """On rank 0: while it lasts `share` deals out classes to the other ranks, which are in
-    `work_for_rank_zero`."""
+class _Job(NamedTuple):
+    """What `share` asks of the other ranks: `sizes` has the classes' sizes for each rank."""
+
+    of_classes: OfClasses
+    seed: int
+    sizes: list[list[int]]
+    columns: int
+    dtype: torch.dtype
+
+
+def _same(result: Result) -> Result:
+    return result
+
+
+def on_rank_zero(
+    function: Callable[[], Result], for_others: Callable[[Result], Result] = _same
+) -> Result:
+    """Runs `function()` on rank 0; every rank returns its result, or raises its error.
+
+    Meanwhile the other ranks compute what `share` deals out. With one process it is a plain call.
+
+    Args:
+        function: called on rank 0 alone.
+        for_others: makes of the result what the other ranks return; called where there are any. It
+            is pickled, so that its tensors must be on the CPU.
+
+    Raises:
+        ImprintError: raised by the function on rank 0; on all ranks.
+        RuntimeError: on the other ranks, where rank 0 raises any other exception.
+    """
     if ranks() == 1:
-        yield
-        return
+        return function()
+    if dist.get_rank() > 0:
+        while isinstance(message := _broadcast(), _Job):
+            _work_on(message)
+        if isinstance(message, Exception):
+            raise message
+        return message
     token = _helped.set(True)
     try:
-        yield
+        result = function()
+        _broadcast(for_others(result))
+    except Exception as error:
+        told = (
+            error if isinstance(error, ImprintError) else RuntimeError(f"rank 0 raised {error!r}")
+        )
+        _broadcast(told)
+        raise
     finally:
         _helped.reset(token)
-        _broadcast_job(None)
-
-
-def work_for_rank_zero() -> None:
-    """On the other ranks: does what `share` deals out, until rank 0 leaves `helped`."""
-    while (job := _broadcast_job()) is not None:
-        of_classes, seed, sizes, columns, dtype = job
-        sizes, results = sizes[dist.get_rank()], []
-        if sizes:
-            rows = torch.empty(sum(sizes), columns, dtype=dtype, device=travelling_device())
-            dist.recv(rows, 0)
-            try:
-                results = [x.cpu() for x in of_classes(list(rows.split(sizes)), seed, False)]
-            except ImprintError as error:
-                results = error
-        dist.gather_object(results)
+    return result
 
 
 def share(of_classes: OfClasses, xs: list[Tensor], seed: int, progress: bool) -> list[Tensor]:
-    """`of_classes(xs, seed, progress)`; inside `helped`, each rank takes a part of the classes.
+    """`of_classes(xs, seed, progress)`; inside `on_rank_zero`, each rank takes a part of the
+    classes.
 
     Args:
-        of_classes: gives one tensor `(p, d)` a class; a class's own may not depend on the others.
-            Pickled, as are its errors.
+        of_classes: gives one tensor `(p, d)` a class, which may not depend on the other classes.
+            It is pickled, and so are its errors.
         xs: embeddings `(n, d)` of each class.
-        seed, progress: handed on; a bar is shown for the share of rank 0.
+        seed, progress: passed on; a bar is shown for the share of rank 0.
 
     Raises:
-        ImprintError: of whichever rank had it.
+        ImprintError: raised by any of the ranks.
     """
     if not _helped.get() or len(xs) < 2:
         return of_classes(xs, seed, progress)
@@ -73,7 +97,7 @@ def share(of_classes: OfClasses, xs: list[Tensor], seed: int, progress: bool) ->
     order = sorted(range(len(xs)), key=lambda i: -len(xs[i]))
     shares = [order[rank :: ranks()] for rank in range(ranks())]
     sizes = [[len(xs[i]) for i in share] for share in shares]
-    _broadcast_job((of_classes, seed, sizes, xs[0].shape[1], xs[0].dtype))
+    _broadcast(_Job(of_classes, seed, sizes, xs[0].shape[1], xs[0].dtype))
     for rank, members in enumerate(shares[1:], 1):
         if members:
             dist.send(torch.cat([xs[i] for i in members]).to(travelling_device()), rank)
@@ -81,7 +105,7 @@ def share(of_classes: OfClasses, xs: list[Tensor], seed: int, progress: bool) ->
     try:
         own = of_classes([xs[i] for i in shares[0]], seed, progress)
     finally:
-        # The others hand in what they have, come what may.
+        # The others hand in what they have, even where this rank failed.
         dist.gather_object([], results)
     results[0] = own
     proxies = list(xs)
@@ -93,6 +117,28 @@ def share(of_classes: OfClasses, xs: list[Tensor], seed: int, progress: bool) ->
     return proxies
 
 
+def _work_on(job: _Job) -> None:
+    """Computes this rank's classes of a job, and hands in their proxies, or an error."""
+    sizes = job.sizes[dist.get_rank()]
+    results: list[Tensor] | ImprintError = []
+    if sizes:
+        rows = torch.empty(sum(sizes), job.columns, dtype=job.dtype, device=travelling_device())
+        dist.recv(rows, 0)
+        try:
+            proxies = job.of_classes(list(rows.split(sizes)), job.seed, False)
+            results = [of_class.cpu() for of_class in proxies]
+        except ImprintError as error:
+            results = error
+    dist.gather_object(results)
+
+
+def _broadcast(message: Any = None) -> Any:
+    """The message of rank 0, on every rank."""
+    told = [message]
+    dist.broadcast_object_list(told, 0)
+    return told[0]
+
+
 def ranks() -> int:
     """How many processes there are."""
     there = dist.is_available() and dist.is_initialized()
@@ -100,15 +146,8 @@ def ranks() -> int:
 
 
 def travelling_device() -> torch.device:
-    """Where tensors lie while they go from rank to rank."""
+    """The device that tensors are on while they go from rank to rank."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-
-
-def _broadcast_job(job: tuple | None = None) -> tuple | None:
-    """The job of rank 0, on every rank."""
-    told = [job]
-    dist.broadcast_object_list(told, 0)
-    return told[0]
 
 
 def gather_rows(rows: Tensor) -> Tensor | None:
@@ -119,41 +158,47 @@ def gather_rows(rows: Tensor) -> Tensor | None:
     if ranks() == 1:
         return rows
     device, rank = travelling_device(), dist.get_rank()
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(ranks())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=device))
-    counts = torch.cat(counts).cpu()
-    parts = []
+    of_ranks = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(ranks())]
+    dist.all_gather(of_ranks, torch.tensor([len(rows)], device=device))
+    counts = torch.cat(of_ranks).cpu()
+    parts: list[Tensor] = []
     for start in range(0, int(counts.max()), CHUNK):
         size = min(CHUNK, int(counts.max()) - start)
         piece = rows.new_zeros(size, *rows.shape[1:])
         own = rows[start : start + size]
         piece[: len(own)] = own
         piece = piece.to(device)
-        pieces = [torch.empty_like(piece) for _ in range(ranks())] if rank == 0 else None
+        if rank > 0:
+            dist.gather(piece)
+            continue
+        pieces = [torch.empty_like(piece) for _ in range(ranks())]
         dist.gather(piece, pieces)
-        if rank == 0:
-            held = torch.arange(start, start + size)[:, None] < counts
-            parts.append(torch.stack(pieces, 1).cpu()[held])
-    return _concatenate(parts) if rank == 0 else None
+        held = torch.arange(start, start + size)[:, None] < counts
+        parts.append(torch.stack(pieces, 1).cpu()[held])
+    return concatenate(parts) if rank == 0 else None
 
 
-def _concatenate(chunks: list[Tensor]) -> Tensor:
-    """As `torch.cat`, but frees each chunk once copied: the peak is one copy, not two."""
+def concatenate(chunks: list[Tensor]) -> Tensor:
+    """The chunks as `torch.cat` gives them; empties the list, and frees each chunk once it is
+    copied, so that the peak of memory is one copy instead of two."""
     if not chunks:
         return torch.empty(0, 0)
     rows = torch.empty(sum(map(len, chunks)), *chunks[0].shape[1:], dtype=chunks[0].dtype)
     start = 0
-    for i, chunk in enumerate(chunks):
+    chunks.reverse()
+    while chunks:
+        chunk = chunks.pop()
         rows[start : start + len(chunk)] = chunk
         start += len(chunk)
-        chunks[i] = None
     return rows
 
 
 def positions_in_dataset(start: int, count: int) -> Tensor:
-    """Where the samples `start … start + count − 1` of this rank stand in the data set, `(count,)`.
+    """The positions in the data set of the samples `start … start + count − 1` of this rank,
+    `(count,)`.
 
-    In the order of the loader, dealt as `sampler_length` says; with one process, their numbers.
+    Samples count in the order of the loader, dealt as `sampler_length` says; with one process,
+    positions are their numbers.
     """
     rank = dist.get_rank() if ranks() > 1 else 0
     return torch.arange(start, start + count) * ranks() + rank

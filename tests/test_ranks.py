@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from imprint_pl import ImprintError
 from imprint_pl.parts.gen.kmeans import KMeans
-from imprint_pl.ranks import helped, share, work_for_rank_zero
+from imprint_pl.ranks import on_rank_zero, share
 
 SIZES = [7, 90, 12, 40, 3]
 
@@ -42,19 +42,28 @@ def run_rank(folder, rank, ranks, case):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     options = {"refuse": {"refuse": int(case[-1])}, "dies": {"die": int(case[-1])}}
     work = functools.partial(of_classes, **options.get(case[:-1], {}))
-    if rank > 0:
-        work_for_rank_zero()
-    else:
-        try:
-            with helped():
-                found = [share(work, classes(), seed, False) for seed in (3, 4)]
-                found.append(share(KMeans(2).of_classes, classes(), 0, False))
-                found.append(share(work, classes()[:2], 5, False))
-                found.append(share(work, classes()[:1], 5, False))
+
+    def shared():
+        assert rank == 0
+        if case == "bug0":
+            raise TypeError("a bug")
+        found = [share(work, classes(), seed, False) for seed in (3, 4)]
+        found.append(share(KMeans(2).of_classes, classes(), 0, False))
+        found.append(share(work, classes()[:2], 5, False))
+        found.append(share(work, classes()[:1], 5, False))
+        return found
+
+    try:
+        found = on_rank_zero(shared, for_others=len)
+        if rank == 0:
             found.append(share(work, classes(), 6, False))
-            torch.save(found, f"{folder}/found.pt")
-        except ImprintError as error:
-            Path(folder, "error.txt").write_text(str(error))
+        torch.save(found, f"{folder}/found-{rank}.pt")
+    except (ImprintError, TypeError) as error:
+        Path(folder, f"error-{rank}.txt").write_text(str(error))
+    except RuntimeError as error:
+        if case != "bug0":
+            raise
+        Path(folder, f"error-{rank}.txt").write_text(str(error))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -78,7 +87,10 @@ def run(folder, ranks, case="plain0"):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_each_rank_takes_a_share_of_the_classes_and_all_come_back_in_order(ranks, tmp_path):
     assert [code for _, code in run(tmp_path, ranks)] == [0] * ranks
-    *found, clustered, two, single, outside = torch.load(tmp_path / "found.pt", weights_only=True)
+    *found, clustered, two, single, outside = torch.load(tmp_path / "found-0.pt", weights_only=True)
+    # The others have what they were sent instead: how many results there are.
+    for rank in range(1, ranks):
+        assert torch.load(tmp_path / f"found-{rank}.pt", weights_only=True) == 5
     for seed, results in zip((3, 4), found, strict=True):
         rows = torch.cat(results)
         assert rows[:, 0].tolist() == SIZES
@@ -94,9 +106,17 @@ def test_each_rank_takes_a_share_of_the_classes_and_all_come_back_in_order(ranks
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_of_any_rank_is_raised_on_rank_0_and_the_others_end_well(rank, tmp_path):
+def test_an_error_of_any_rank_is_raised_on_all(rank, tmp_path):
     assert [code for _, code in run(tmp_path, 2, f"refuse{rank}")] == [0, 0]
-    assert (tmp_path / "error.txt").read_text() == f"rank {rank} does not like its classes"
+    for own in (0, 1):
+        error = (tmp_path / f"error-{own}.txt").read_text()
+        assert error == f"rank {rank} does not like its classes"
+
+
+def test_a_bug_on_rank_0_ends_the_others_too(tmp_path):
+    assert [code for _, code in run(tmp_path, 2, "bug0")] == [0, 0]
+    assert (tmp_path / "error-0.txt").read_text() == "a bug"
+    assert (tmp_path / "error-1.txt").read_text() == "rank 0 raised TypeError('a bug')"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -108,11 +128,10 @@ def test_a_rank_that_is_killed_ends_the_others_with_an_error(rank, tmp_path):
     for message, code in (result for i, result in enumerate(results) if i != rank):
         assert code == 1
         assert "Connection" in message
-    assert not (tmp_path / "found.pt").exists()
+    assert not list(tmp_path.glob("found-*.pt"))
 
 
 def test_without_other_processes_all_is_done_here():
-    with helped():
-        found = share(KMeans(2).of_classes, classes(), 0, False)
+    found = on_rank_zero(lambda: share(KMeans(2).of_classes, classes(), 0, False))
     for got, expected in zip(found, KMeans(2).of_classes(classes(), 0, False), strict=True):
         assert torch.equal(got, expected)

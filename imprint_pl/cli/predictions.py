@@ -70,7 +70,7 @@ class PredictionWriter(Callback):
             self.path = folder / "predictions.csv"
         self.count, self.unread = 0, []
         self._reasons: dict[int, str] = {}
-        self._store = RowStore()
+        self._store = RowStore(sampler_length(trainer.predict_dataloaders))
         data = datamodule_of(trainer)
         self._names = getattr(data, "sample_names", lambda split: None)("predict")
         self._sample = "index" if self._names is None else "file"
@@ -116,7 +116,7 @@ class PredictionWriter(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
-            gathered = self._store.gather(sampler_length(trainer.predict_dataloaders))
+            gathered = self._store.gather()
             reasons: list[Any] = [{}] * trainer.world_size
             torch.distributed.all_gather_object(reasons, self._reasons)
             if gathered is not None:

@@ -57,19 +57,20 @@ class WandbResults(Callback):
         # The module's steps return nothing, so that the scores are read from the head's output.
         self._hook = _classifier(pl_module).head.register_forward_hook(keep)
 
-    def _add(self, pl_module: LightningModule, batch: Any, number: int) -> None:
+    def _add(self, pl_module: LightningModule, batch: Any, number: int, loaders: Any) -> None:
         # None where the head was empty.
         if self._scores is not None:
             labels = _classifier(pl_module).labels_of_head(split_batch(batch)[1])
-            store = self._stores.setdefault(number, RowStore())
-            store.add(self._scores.argmax(1)[:, None].float(), labels)
+            if number not in self._stores:
+                self._stores[number] = RowStore(sampler_length(loader_at(number, loaders)))
+            self._stores[number].add(self._scores.argmax(1)[:, None].float(), labels)
             self._scores = None
 
-    def _end(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> None:
+    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._remove_hook()
         C = _classifier(pl_module).head.num_classes
         for number, store in self._stores.items():
-            gathered = store.gather(sampler_length(loader_at(number, loaders)))
+            gathered = store.gather()
             if gathered is None or not len(gathered[1]):
                 continue
             predicted, labels = gathered[0][:, 0].long(), gathered[1]
@@ -103,7 +104,7 @@ class WandbResults(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._add(pl_module, batch, dataloader_idx)
+        self._add(pl_module, batch, dataloader_idx, trainer.val_dataloaders)
 
     def on_test_batch_end(
         self,
@@ -114,13 +115,13 @@ class WandbResults(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._add(pl_module, batch, dataloader_idx)
+        self._add(pl_module, batch, dataloader_idx, trainer.test_dataloaders)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end(trainer, pl_module, trainer.val_dataloaders)
+        self._end(trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end(trainer, pl_module, trainer.test_dataloaders)
+        self._end(trainer, pl_module)
 
     def send(
         self,

@@ -26,7 +26,7 @@ def both(*classes: type) -> tuple[type, ...]:
     >>> isinstance(Mine(), both(Callback))
     True
     """
-    found = []
+    found: list[type] = []
     for cls in classes:
         found.append(cls)
         for ours, theirs in TWINS.items():
@@ -36,10 +36,20 @@ def both(*classes: type) -> tuple[type, ...]:
     return tuple(found)
 
 
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """A Trainer's callbacks, which Lightning adds to it where type checkers do not look."""
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def is_fast_dev_run(trainer: Trainer) -> bool:
+    """Whether a Trainer runs a few batches on trial, added to it likewise."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
 def averaging_callbacks(trainer: Trainer) -> list[Callback]:
     """Those of a Trainer's callbacks that keep a copy of the module, and average its weights."""
     kinds = both(WeightAveraging, StochasticWeightAveraging)
-    return [callback for callback in trainer.callbacks if isinstance(callback, kinds)]
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, kinds)]
 
 
 def overrides(method: str, owner: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from imprint_pl.data.facts import DataFacts
 from imprint_pl.errors import ImprintError
 from imprint_pl.lightning.layer import (
     Unpack,
@@ -24,7 +25,6 @@ from imprint_pl.lightning.layer import (
 )
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.imprinting import imprint
-from imprint_pl.numerics.labels import names_of
 
 # The recipe of attach, extend and ImprintCallback where none is given.
 RECIPE = "auto"
@@ -83,7 +83,7 @@ def attach(
     if data is not None:
         x, y = gather_embeddings(module, layer, data, unpack)
         settings = class_settings(data) | ({"num_classes": num_classes} if num_classes else {})
-        head.load_state_dict(imprint(x, y, recipe, **(settings | overrides)).state_dict())
+        head.take(imprint(x, y, recipe, **(settings | overrides)))
     put_head(module, layer, head)
     return head
 
@@ -132,6 +132,5 @@ def put_head(
 
 def class_settings(data: Any) -> dict[str, Any]:
     """`num_classes` and `class_names`, where the data knows them."""
-    names = names_of(data)
-    number = getattr(data, "num_classes", None) or len(names)
-    return {"num_classes": number or None, "class_names": names or None}
+    facts = DataFacts(data)
+    return {"num_classes": facts.num_classes, "class_names": facts.class_names}

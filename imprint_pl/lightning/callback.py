@@ -6,8 +6,8 @@ fine-tuned, compared or saved. `attaching.py` has the parts that need no Trainer
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from imprint_pl.data.batch import split_batch
 from imprint_pl.data.batch_hooks import datamodule_of, in_training, transfer_of
-from imprint_pl.data.lightning_packages import averaging_callbacks, both, overrides
+from imprint_pl.data.lightning_packages import averaging_callbacks, both, callbacks_of, overrides
 from imprint_pl.data.loaders import loader_at, sampler_length
 from imprint_pl.errors import ImprintError, did_you_mean
 from imprint_pl.lightning.attaching import RECIPE, class_settings, detach, put_head
@@ -35,10 +35,11 @@ from imprint_pl.lightning.layer import (
     layer_of,
     loader_of,
     the_embedding,
+    values_of_callbacks,
 )
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.imprinting import imprint
-from imprint_pl.ranks import helped, work_for_rank_zero
+from imprint_pl.ranks import Result, on_rank_zero
 from imprint_pl.training_set.store import RowStore, on_gpu
 
 WHEN = ("fit_start", "validation", "train_end")
@@ -54,7 +55,7 @@ class ImprintCallback(Callback):
     Args:
         layer: dotted name of the layer, as in `module.named_modules()`; its input `(B, d)` is the
             embedding.
-        recipe: as of `imprint`.
+        recipe: as for `imprint`.
         when: "fit_start": the head takes the layer's place before the optimizer is built, and is
             fine-tuned with the rest of the module (Qi et al. 2018); its `proxies` and `log_scale`
             are parameters. "validation": the module is trained and validated as it is; for each
@@ -67,7 +68,7 @@ class ImprintCallback(Callback):
         unpack: batch → (inputs, labels), for batches that are neither tuples `(x, y, …)` nor dicts
             with `image`, `images`, `x`, `pixel_values` or `input`, and `label`, `labels`, `y`,
             `target` or `targets`.
-        overrides: as of `imprint`; `num_classes` is by default the DataModule's, or that of the
+        overrides: as for `imprint`; `num_classes` is by default the DataModule's, or that of the
             `nn.Linear` that is replaced.
 
     A checkpoint with a head loads through this callback (`trainer.test(module, ckpt_path=…)`) or
@@ -76,7 +77,7 @@ class ImprintCallback(Callback):
 
     Attributes:
         head: the head imprinted last, or `None`.
-        checkpoint_path: of "train_end", the file written, or `None`.
+        checkpoint_path: the file that "train_end" wrote, or `None`.
 
     Raises:
         ImprintError: no such layer; nothing to imprint from; a head that cannot be fine-tuned; a
@@ -105,7 +106,7 @@ class ImprintCallback(Callback):
         self.overrides = overrides
         self.head: ImprintedHead | None = None
         self.checkpoint_path: str | None = None
-        # What a run has put into the module, and what a validation batch has.
+        # What a run has put into the module, and what a validation batch has; undone when they end.
         self._undo, self._watch = ExitStack(), ExitStack()
         self._validated: dict[int, RowStore] = {}
 
@@ -118,11 +119,12 @@ class ImprintCallback(Callback):
                 f"{type(trainer.strategy).__name__} shards the module, which ImprintCallback does "
                 "not support: use one device or DDP"
             )
-        # Whatever a checkpoint has there, head or layer, is what the module has when it is loaded.
         as_in_the_file = partial(_as_in_the_file, self.layer)
         self._undo.callback(pl_module.register_load_state_dict_pre_hook(as_in_the_file).remove)
         if stage == "fit":
-            _once_set_up(pl_module, partial(self._prepare_fit, trainer, pl_module))
+            self._undo.enter_context(
+                _once_set_up(pl_module, partial(self._prepare_fit, trainer, pl_module))
+            )
 
     def _prepare_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if overrides("configure_model", pl_module):
@@ -133,7 +135,7 @@ class ImprintCallback(Callback):
                 "limit_train_batches=0 leaves no training data to imprint from: give data=, or "
                 "leave some batches"
             )
-        order = trainer.callbacks
+        order = callbacks_of(trainer)
         averaging = averaging_callbacks(trainer)
         if self.when == "train_end" and any(order.index(self) < order.index(c) for c in averaging):
             raise ImprintError(
@@ -141,8 +143,8 @@ class ImprintCallback(Callback):
                 "its head: give ImprintCallback after it in the Trainer's callbacks"
             )
         if self.when == "fit_start":
-            # Lightning does both, but after this: the pass cannot wait for it, since the optimizer
-            # is to find the head's parameters.
+            # Lightning converts and moves the module, too, but later: the pass has to come before
+            # the optimizer is built, which must find the head's parameters.
             converting = both(HalfPrecision, DoublePrecision)
             if isinstance(trainer.precision_plugin, converting):
                 trainer.precision_plugin.convert_module(pl_module)
@@ -150,15 +152,15 @@ class ImprintCallback(Callback):
             self._replace(trainer, pl_module)
 
     def _configure_model(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As the Trainer does it, but before the head takes the place of a layer that is made
-        there; what calls `configure_model` later in the run finds that it is done."""
+        """Calls `configure_model` as the Trainer does, but before the head takes the place of a
+        layer that is made there. Later calls in this run do nothing."""
         with (
             trainer.strategy.tensor_init_context(),
             trainer.strategy.model_sharded_context(),
             trainer.precision_plugin.module_init_context(),
         ):
             pl_module.configure_model()
-        pl_module.configure_model = _configured
+        pl_module.__dict__["configure_model"] = _configured
         self._undo.callback(pl_module.__dict__.pop, "configure_model", None)
 
     def on_exception(
@@ -168,6 +170,7 @@ class ImprintCallback(Callback):
         self._undo.close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._watch.close()
         self._undo.close()
 
     # At the end of training.
@@ -176,9 +179,9 @@ class ImprintCallback(Callback):
         if self.when != "train_end":
             return
         self._replace(trainer, pl_module)
-        saver = trainer.checkpoint_callback
-        if saver is not None and getattr(saver, "dirpath", None):
-            self.checkpoint_path = str(Path(saver.dirpath) / "imprinted.ckpt")
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+        if folder:
+            self.checkpoint_path = str(Path(folder) / "imprinted.ckpt")
             # Without the optimizer's state: it belongs to the layer that is gone.
             trainer.save_checkpoint(self.checkpoint_path, weights_only=True)
 
@@ -194,9 +197,9 @@ class ImprintCallback(Callback):
             return
         if self._is_due:
             # Not before: callbacks put averaged weights in place when the epoch starts, and the
-            # head is to be of the weights that are validated.
-            self.head, self._is_due = self._imprint(trainer, pl_module), False
-            self.head.to(pl_module.device)
+            # head is to be made with the weights that are validated.
+            self.head = self._imprint(trainer, pl_module).to(pl_module.device)
+            self._is_due = False
         self._seen = self._watch.enter_context(inputs_of(pl_module, self.layer))
 
     def on_validation_batch_end(
@@ -211,15 +214,17 @@ class ImprintCallback(Callback):
         if self._is_on(trainer):
             self._watch.close()
             labels = (self.unpack or split_batch)(batch)[1]
-            store = self._validated.setdefault(dataloader_idx, RowStore())
-            store.add(the_embedding(self._seen, self.layer, labels), labels)
+            if dataloader_idx not in self._validated:
+                loader = loader_at(dataloader_idx, trainer.val_dataloaders)
+                self._validated[dataloader_idx] = RowStore(sampler_length(loader))
+            embeddings = the_embedding(self._seen, self.layer, labels)
+            self._validated[dataloader_idx].add(embeddings, labels)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._is_on(trainer):
+        if self.head is None or not self._is_on(trainer):
             return
         for index, store in self._validated.items():
-            samples = sampler_length(loader_at(index, trainer.val_dataloaders))
-            measured = _on_rank_zero(trainer, partial(_measure, self.head), store.gather(samples))
+            measured = _of_all_rows(store, partial(_measure, self.head))
             suffix = f"/dataloader_idx_{index}" if len(self._validated) > 1 else ""
             for name, value in measured.items():
                 # The suffix is Lightning's own, which it would add in a step alone.
@@ -232,10 +237,10 @@ class ImprintCallback(Callback):
 
     def _replace(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.head = self._imprint(trainer, pl_module)
-        kept = [value for callback in trainer.callbacks for value in vars(callback).values()]
-        put_head(pl_module, self.layer, self.head, [*vars(pl_module).values(), *kept])
+        holders = [*vars(pl_module).values(), *values_of_callbacks(trainer)]
+        put_head(pl_module, self.layer, self.head, holders)
         for callback in averaging_callbacks(trainer):
-            # Their copy of the module, made before, has the layer.
+            # The callback's copy of the module, made before, has the layer.
             callback.setup(trainer, pl_module, "fit")
 
     def _imprint(self, trainer: Trainer, pl_module: LightningModule) -> ImprintedHead:
@@ -246,13 +251,13 @@ class ImprintCallback(Callback):
         if settings["num_classes"] is None:
             settings["num_classes"] = getattr(original, "out_features", None)
         settings |= self.overrides
-        store = RowStore()
         with (
             in_training(pl_module, data, trainer),
             at_rest(pl_module, self.layer),
             trainer.precision_plugin.forward_context(),
         ):
             loader = in_data_order(self._loader(trainer), trainer.world_size, trainer.global_rank)
+            store = RowStore(sampler_length(loader))
             embed_batches(
                 store,
                 pl_module,
@@ -262,13 +267,21 @@ class ImprintCallback(Callback):
                 transfer_of(trainer, pl_module, data),
                 self._limit(trainer, loader, settings["num_classes"]),
             )
-        samples = sampler_length(loader)
-        rows = store.gather(samples)
-        if rows is not None:
-            rows = on_gpu(*rows, trainer.strategy.root_device)
-        state = _on_rank_zero(trainer, partial(self._state, settings), rows)
+
+        def make(x: Tensor, y: Tensor) -> ImprintedHead:
+            x, y = on_gpu(x, y, trainer.strategy.root_device)
+            head = imprint(x, y, self.recipe, **settings)
+            if self.when == "fit_start" and not _is_trainable(head, x[:2]):
+                raise ImprintError(
+                    f"the head of recipe {self.recipe!r} ({len(head.proxies)} proxies, "
+                    f"agg={head.agg.name!r}) cannot be fine-tuned: no gradient reaches its "
+                    'proxies; choose another recipe, or when="train_end"'
+                )
+            return head.cpu()
+
+        # Like the head of `attach`, it takes its parts from the checkpoint that it loads.
         head = ImprintedHead()
-        head.load_state_dict(state)
+        head.take(_of_all_rows(store, make))
         return head
 
     def _loader(self, trainer: Trainer) -> Any:
@@ -299,40 +312,42 @@ class ImprintCallback(Callback):
 
         return go_on
 
-    def _state(self, settings: dict[str, Any], x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        head = imprint(x, y, self.recipe, **settings)
-        if self.when == "fit_start" and not _is_trainable(head, x[:2]):
-            raise ImprintError(
-                f"the head of recipe {self.recipe!r} ({len(head.proxies)} proxies, "
-                f"agg={head.agg.name!r}) cannot be fine-tuned: no gradient reaches its proxies; "
-                'choose another recipe, or when="train_end"'
-            )
-        return {name: tensor.cpu() for name, tensor in head.state_dict().items()}
 
+@contextmanager
+def _once_set_up(pl_module: LightningModule, action: Callable[[], None]) -> Iterator[None]:
+    """Runs `action` when the module's own `setup` is done, once, unless the context ends before.
 
-def _once_set_up(pl_module: LightningModule, action: Callable[[], None]) -> None:
-    """Runs `action` when the module's own `setup` is done, once: data sets and layers that are made
-    there exist by then, and there is no hook of a callback between it and the optimizer."""
+    Data sets and layers that are made in `setup` exist by then, and there is no hook of a callback
+    between it and the optimizer.
+    """
     own = pl_module.setup
 
     def setup(stage: str) -> None:
-        # Another callback's is around this one, and has done it.
+        # Removed already where another callback's is around this one.
         pl_module.__dict__.pop("setup", None)
         own(stage)
         action()
 
-    pl_module.setup = setup
+    pl_module.__dict__["setup"] = setup
+    try:
+        yield
+    finally:
+        if pl_module.__dict__.get("setup") is setup:
+            del pl_module.__dict__["setup"]
 
 
 def _configured() -> None:
-    """In the place of a `configure_model` that has been called."""
+    """Stands in for a `configure_model` that has been called."""
 
 
 def _as_in_the_file(
     layer: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
 ) -> None:
-    """A hook of `load_state_dict`. It does not know the callback: whoever copies the module, and
-    its hooks, need not copy data."""
+    """A hook of `load_state_dict`: whatever a checkpoint has in the layer's place, head or layer,
+    the module has, too, when it is loaded.
+
+    It does not know the callback: whoever copies the module and its hooks need not copy data.
+    """
     has_head = f"{prefix}{layer}.proxies" in state_dict
     is_head = hasattr(layer_of(module, layer), "replaced")
     if has_head and not is_head:
@@ -341,23 +356,15 @@ def _as_in_the_file(
         detach(module, layer)
 
 
-def _on_rank_zero(
-    trainer: Trainer, function: Callable[[Tensor, Tensor], Any], rows: tuple | None
-) -> Any:
-    """`function(*rows)` of rank 0, on every rank; an error ends them all."""
-    result = None
-    if rows is None:
-        work_for_rank_zero()
-    else:
-        try:
-            with helped():
-                result = function(*rows)
-        except ImprintError as error:
-            result = error
-    result = trainer.strategy.broadcast(result)
-    if isinstance(result, Exception):
-        raise result
-    return result
+def _of_all_rows(store: RowStore, function: Callable[[Tensor, Tensor], Result]) -> Result:
+    """`function(x, y)` of the rows of all ranks, run by rank 0, on every rank."""
+    rows = store.gather()
+
+    def of_rows() -> Result:
+        assert rows is not None  # Rank 0 has them.
+        return function(*rows)
+
+    return on_rank_zero(of_rows)
 
 
 def _is_trainable(head: ImprintedHead, embeddings: Tensor) -> bool:

@@ -1,9 +1,10 @@
-"""A checkpoint of ImprintedClassifier: read without running code, and compared with the head and
-the backbone that it is to be loaded into.
+"""A checkpoint of ImprintedClassifier: read without running code, compared with the head and the
+backbone that it is to be loaded into, and made into a classifier.
 """
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import pickle
@@ -19,19 +20,137 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from imprint_pl.embedding.backbone import Backbone
-from imprint_pl.errors import ImprintError
+from imprint_pl.errors import ImprintError, did_you_mean
 from imprint_pl.files import check_tensor, damaged, local_path
 from imprint_pl.method.head import ImprintedHead
 
+# How the names of their tensors begin.
+HEAD, BACKBONE = "head.", "backbone."
 
-def check_checkpoint(checkpoint: dict[str, Any], head: ImprintedHead, backbone: Backbone) -> None:
-    """Raises an `ImprintError` where a checkpoint has no head, or one imprinted on another backbone
-    than this; warns where only its preprocessing is another."""
+
+def empty(checkpoint: Any = None) -> str:
+    """What to do about a head without proxies, that of a checkpoint where one was given."""
+    if checkpoint:
+        return (
+            f"{checkpoint} was written before its fit had imprinted the head: give the checkpoint "
+            "of a fit that has ended, or go on with trainer.fit(…, ckpt_path=…), which imprints it "
+            "from the whole training set"
+        )
+    return "the head has no proxies yet; fit first, or give ckpt_path"
+
+
+def load_classifier(
+    base: type,
+    cls: type,
+    source: str | Path | IO[bytes],
+    map_location: Any,
+    strict: bool | None,
+    keywords: dict[str, Any],
+) -> Any:
+    """The classifier of a checkpoint, see `ImprintedClassifier.load_from_checkpoint`.
+
+    Args:
+        base: `ImprintedClassifier`.
+        cls: itself or a subclass, to be made.
+        source, map_location, strict, keywords: its arguments.
+    """
+    where = map_location or (None if torch.cuda.is_available() else "cpu")
+    checkpoint = read_checkpoint(source, where)
+    known = _keywords(cls)
+    for name in keywords:
+        if name not in known:
+            raise ImprintError(
+                f"{cls.__name__} has no argument {name!r}{did_you_mean(name, known)}"
+            )
+    given = {n: v for n, v in hyperparameters(checkpoint).items() if n in known} | keywords
+    # Without OSError, which weights raise that cannot be fetched.
+    errors = (RuntimeError, TypeError, KeyError, IndexError, ValueError)
+    with damaged(source, "a checkpoint that `fit` wrote", errors):
+        model = _made(base, cls, given, keywords)
+        model.on_load_checkpoint(checkpoint)
+        keys = model.load_state_dict(checkpoint["state_dict"], strict=False)
+    foreign = [*keys.missing_keys, *keys.unexpected_keys]
+    if strict and foreign:
+        raise ImprintError(
+            f"{source}: the checkpoint and {cls.__name__} differ in {foreign[0]!r}: strict=False "
+            "passes over it"
+        )
+    if model.head.is_empty:
+        rank_zero_warn(empty(source))
+    return model.to(next(iter(checkpoint["state_dict"].values())).device)
+
+
+def _keywords(cls: type) -> dict[str, None]:
+    """What a constructor takes, that of a subclass with `**kwargs` included, in order."""
+    known: dict[str, None] = {}
+    for part in cls.__mro__:
+        if "__init__" in vars(part):
+            parameters = list(inspect.signature(vars(part)["__init__"]).parameters.values())[1:]
+            variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+            known |= dict.fromkeys(p.name for p in parameters if p.kind not in variable)
+            if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+                break
+    return known
+
+
+def _made(base: type, cls: type, given: dict[str, Any], typed: dict[str, Any]) -> Any:
+    """`cls(**given)`, without what a subclass gives to its base itself."""
+    try:
+        return cls(**given)
+    except TypeError as error:
+        if cls is base:
+            raise
+        twice = re.search(r"multiple values for (?:keyword )?argument '(\w+)'", str(error))
+        if twice and twice[1] in given and twice[1] not in typed:
+            return _made(base, cls, {n: v for n, v in given.items() if n != twice[1]}, typed)
+        raise ImprintError(
+            f"{cls.__name__} cannot be made from the checkpoint's hyperparameters ({error}): give "
+            "what it needs as keywords of load_from_checkpoint"
+        ) from error
+
+
+def leave_out_backbone(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A hook of `state_dict`: the frozen backbone is named in a checkpoint, not kept."""
+    own = f"{prefix}{BACKBONE}"
+    for key in [] if module.save_backbone else [key for key in state if key.startswith(own)]:
+        del state[key]
+
+
+def put_backbone(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A hook of `load_state_dict`: a state dict without the backbone is whole. The backbone that is
+    there stays, and a strict load misses nothing."""
+    own = f"{prefix}{BACKBONE}"
+    if not any(key.startswith(own) for key in state):
+        state.update(module.backbone.state_dict(prefix=own))
+
+
+def saved_head(
+    checkpoint: dict[str, Any], head: ImprintedHead, backbone: Backbone
+) -> ImprintedHead:
+    """Loads the head of a checkpoint into `head`, an empty one, and returns it.
+
+    Warns where the checkpoint's backbone reads images in another way than this one.
+
+    Raises:
+        ImprintError: the checkpoint has no head, or one that is damaged, of another recipe, or
+            imprinted on another backbone than this.
+    """
     state = checkpoint["state_dict"]
-    own = {f"head.{name}": None for name in head.state_dict()}
+    _check_keys(state, head)
+    if any(key.startswith(BACKBONE) for key in state):
+        _check_shapes(state, backbone)
+    else:
+        _check_source(checkpoint.get("backbone"), backbone)
+    own = {name: value for name, value in state.items() if name.startswith(HEAD)}
+    head.load_state_dict({name.removeprefix(HEAD): value for name, value in own.items()})
+    return head.check()
+
+
+def _check_keys(state: Mapping[str, Any], head: ImprintedHead) -> None:
+    own = [f"{HEAD}{name}" for name in head.state_dict()]
     missing = [name for name in own if name not in state]
-    foreign = [name for name in state if name.startswith("head.") and name not in own]
-    if "head.proxies" in state and (missing or (foreign and not head.takes_parts_of_file)):
+    foreign = [name for name in state if name.startswith(HEAD) and name not in own]
+    if f"{HEAD}proxies" in state and (missing or (foreign and not head.takes_parts_of_file)):
         raise ImprintError(
             f"the checkpoint's head and this model's differ in {(missing + foreign)[0]!r}: they "
             "are of different recipes; give the recipe of the checkpoint"
@@ -40,17 +159,20 @@ def check_checkpoint(checkpoint: dict[str, Any], head: ImprintedHead, backbone: 
         raise ImprintError(
             f"the checkpoint has no {missing[0]!r}: it was not written by ImprintedClassifier"
         )
-    if any(key.startswith("backbone.") for key in state):
-        for name, own in backbone.state_dict(prefix="backbone.").items():
-            there = getattr(state.get(name), "shape", None)
-            if there != getattr(own, "shape", None):
-                raise ImprintError(
-                    f"the checkpoint's backbone has {_shape(there)} as {name!r}, this one has "
-                    f"{_shape(own.shape)}: give a backbone of the same architecture"
-                )
-        return
-    source, saved = backbone.source(), checkpoint.get("backbone")
-    saved = saved if isinstance(saved, dict) else {}
+
+
+def _check_shapes(state: Mapping[str, Any], backbone: Backbone) -> None:
+    for name, own in backbone.state_dict(prefix=BACKBONE).items():
+        there = getattr(state.get(name), "shape", None)
+        if there != getattr(own, "shape", None):
+            raise ImprintError(
+                f"the checkpoint's backbone has {_shape(there)} as {name!r}, this one has "
+                f"{_shape(own.shape)}: give a backbone of the same architecture"
+            )
+
+
+def _check_source(saved: Any, backbone: Backbone) -> None:
+    source, saved = backbone.source(), saved if isinstance(saved, dict) else {}
     for key in ("name", "sha256"):
         if saved.get(key) != source[key]:
             raise ImprintError(
@@ -70,8 +192,8 @@ def _shape(shape: Any) -> str:
     return "nothing" if shape is None else f"a tensor of {tuple(shape)}"
 
 
-# What a name or a number needs; a text with brackets would be read as structure, and structure can
-# name classes.
+# Names and numbers need no brackets; a text with brackets would be read as structure, and structure
+# can name classes.
 PLAIN_TEXT = re.compile(r"[^{}\[\]\n]*")
 
 
@@ -82,13 +204,13 @@ def read_checkpoint(source: str | Path | IO[bytes], map_location: Any = "cpu") -
     Raises:
         ImprintError: no such file, damaged, forged, or no checkpoint.
     """
-    is_path = isinstance(source, str | os.PathLike)
-    source = local_path(source) if is_path else source
-    name = source if is_path else "the checkpoint"
-    if is_path and not os.path.isfile(source):
+    name = "the checkpoint"
+    if isinstance(source, str | os.PathLike):
+        name = source = local_path(source)
         if os.path.isdir(source):
             raise ImprintError(f"{source} is a folder: give the .ckpt in it that `fit` wrote")
-        raise ImprintError(f"{source}: there is no such file")
+        if not os.path.isfile(source):
+            raise ImprintError(f"{source}: there is no such file")
     with damaged(name, "a checkpoint that `fit` wrote"):
         _check_archive(source)
         checkpoint = _without_code(source, name, map_location)
@@ -114,9 +236,9 @@ def _without_code(source: str | Path | IO[bytes], name: Any, map_location: Any) 
 
 
 def keep_loadable(checkpoint: dict[str, Any]) -> None:
-    """Drops from a checkpoint that is to be written the hyperparameters that `read_checkpoint`, or
-    `hyperparameters`, would refuse: a subclass or a DataModule of the user's may save any object.
-    Warns of each."""
+    """Drops from a checkpoint that is to be written the hyperparameters that `read_checkpoint` or
+    `hyperparameters` would refuse, with a warning for each: a subclass or a DataModule of the
+    user's may save any object."""
     for key, loads in (
         ("hyper_parameters", _is_plain),
         ("datamodule_hyper_parameters", _loads_without_code),
@@ -146,9 +268,9 @@ def _loads_without_code(value: Any) -> bool:
 
 
 def hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Those of a checkpoint that are keywords of `ImprintedClassifier`.
+    """The hyperparameters of a checkpoint that are keywords of `ImprintedClassifier`.
 
-    Lightning's own entries, which name a class and what makes it, are left out.
+    Lightning's own entries, which name a class and its arguments, are left out.
 
     Raises:
         ImprintError: a value that is more than text, numbers, and lists or dicts of these.
@@ -165,14 +287,14 @@ def hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:
         plain[name] = value
     if not isinstance(plain.get("backbone", ""), str):
         raise ImprintError(f"the checkpoint has backbone={plain['backbone']!r:.200}: no name")
-    # Files are given by whoever loads; the name of a torchvision entry may come along.
+    # Files are given by whoever loads; the name of a torchvision entry may come from the file.
     if not str(plain.get("weights")).isidentifier():
         plain.pop("weights", None)
     return plain
 
 
 def _check_archive(source: str | Path | IO[bytes]) -> None:
-    """Raises for what is no zip file as `torch.save` writes it, or whose checksums are wrong."""
+    """Raises where a file is no zip file as `torch.save` writes it, or its checksums are wrong."""
     with zipfile.ZipFile(source) as archive:
         entries = archive.infolist()
         # Stored as they are: a packed entry could unpack to any size.

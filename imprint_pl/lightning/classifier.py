@@ -1,51 +1,50 @@
 """ImprintedClassifier: a frozen backbone and an imprinted head as a LightningModule.
 
 A thin shell: it embeds the training set during one epoch, has the head imprinted after the last
-batch, and measures. The maths is in `imprinting.py` and below.
+batch, and has validation and test measured. `epoch.py`, `metrics.py` and `checkpoint.py` do the
+work; the maths is in `imprinting.py` and below.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from imprint_pl.data.batch import images_of, split_batch
-from imprint_pl.data.lightning_packages import both
-from imprint_pl.data.loaders import loader_at, sampler_length
+from imprint_pl.data.lightning_packages import callbacks_of
 from imprint_pl.embedding.backbone import load_backbone
-from imprint_pl.errors import ImprintError, did_you_mean
-from imprint_pl.files import damaged
+from imprint_pl.errors import ImprintError
 from imprint_pl.lightning.checkpoint import (
-    check_checkpoint,
-    hyperparameters,
+    empty,
     keep_loadable,
-    read_checkpoint,
+    leave_out_backbone,
+    load_classifier,
+    put_backbone,
+    saved_head,
 )
 from imprint_pl.lightning.epoch import (
+    EpochOptions,
     ImprintEpoch,
-    check_saved,
-    empty,
-    no_head,
-    outside_the_trainers_precision,
+    warn_of_absent,
 )
 from imprint_pl.lightning.growing import Growing
 from imprint_pl.lightning.intended_warnings import IntendedWarnings
-from imprint_pl.lightning.layer import averaged_copies
-from imprint_pl.lightning.metrics import TaskMetrics, check_labels, places_of
+from imprint_pl.lightning.layer import averaged_copies, values_of_callbacks
+from imprint_pl.lightning.metrics import Evaluation, TaskMetrics
+from imprint_pl.lightning.trainer import (
+    check_saved,
+    check_trainer,
+    no_head,
+    outside_the_trainers_precision,
+)
+from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.recipes import resolve
 from imprint_pl.method.selection import checked_bounds
-from imprint_pl.numerics.labels import names_of
-from imprint_pl.training_set.kept import KEEP
-
-# Above this, a value a class would drown a logger; `class_accuracy` and the run folder have them.
-LOGGED_CLASSES = 20
 
 
 class ImprintedClassifier(Growing, LightningModule):
@@ -172,21 +171,7 @@ class ImprintedClassifier(Growing, LightningModule):
         self.save_backbone = save_backbone
         self.seed = seed
         self.weibull = None if weibull is None else checked_bounds(weibull)
-        self.keep, self.keep_sources, self.accept = keep, keep_sources, accept
-        if keep is not None and keep not in KEEP:
-            raise ImprintError(
-                f"keep={keep!r}{did_you_mean(keep, KEEP)}: give one of {', '.join(KEEP)}"
-            )
-        self.max_per_class = max_per_class
-        if max_per_class is not None and max_per_class < 1:
-            raise ImprintError(f"max_per_class={max_per_class}: give a number from 1 on")
-        if max_per_class is not None and keep is not None:
-            raise ImprintError(
-                f"max_per_class={max_per_class} drops samples that keep={keep!r} has to keep: give "
-                "one of them"
-            )
-        if accept is not None and not 0 < accept <= 1:
-            raise ImprintError(f"accept={accept}: give a share above 0 and at most 1, such as 0.95")
+        self.options = EpochOptions(seed, self.weibull, keep, keep_sources, accept, max_per_class)
         self.parts = resolve(
             recipe,
             norm_pre=norm_pre,
@@ -218,13 +203,13 @@ class ImprintedClassifier(Growing, LightningModule):
             precision=str(precision),
         )
         self.head = self.parts.empty_head()
-        # Those of each loader, by its number; None where there is no head to measure.
-        self.metrics: dict[int, TaskMetrics] | None = None
         self.class_accuracy: Tensor | None = None
-        # For each class of the data that are measured the head's label, where they differ.
-        self._places: Tensor | None = None
+        # None where there is no head to measure.
+        self._evaluation: Evaluation | None = None
         self._epoch: ImprintEpoch | None = None
         self._imprinted = self._cut_short = self._validated = self._warned = False
+        self.register_state_dict_post_hook(leave_out_backbone)
+        self.register_load_state_dict_pre_hook(put_backbone)
 
     @property
     def hparams_initial(self) -> Any:
@@ -239,6 +224,12 @@ class ImprintedClassifier(Growing, LightningModule):
                     if type(value) is not type(theirs) or value != theirs:
                         own[f"model/{name}"] = own.pop(name)
         return own
+
+    @property
+    def metrics(self) -> dict[int, TaskMetrics] | None:
+        """The metrics of the last validation or test, by the number of the loader; `None` where
+        there was no head to measure."""
+        return None if self._evaluation is None else self._evaluation.metrics
 
     @property
     def class_names(self) -> list[str]:
@@ -268,23 +259,16 @@ class ImprintedClassifier(Growing, LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Hides the warnings that a fit without an optimizer would draw, while it lasts."""
         # A Trainer keeps what an earlier fit has brought, and says so where it comes again.
-        there = any(isinstance(c, IntendedWarnings) for c in self.trainer.callbacks)
+        there = any(isinstance(c, IntendedWarnings) for c in callbacks_of(self.trainer))
         return [] if there else [IntendedWarnings()]
 
     # The imprint epoch.
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            if 0 in (self.trainer.limit_train_batches, self.trainer.max_epochs):
-                # Before the head that is there is lost.
-                raise ImprintError(no_head(self.trainer))
+            # Before the head that is there is lost.
+            check_trainer(self.trainer)
             self._epoch, self._imprinted = None, False
-            for callback in self.trainer.callbacks:
-                if isinstance(callback, both(StochasticWeightAveraging)):
-                    raise ImprintError(
-                        "StochasticWeightAveraging needs an optimizer, and imprinting has none: "
-                        "leave it out of the Trainer's callbacks"
-                    )
             # Empty and trainable: DDP refuses a module without a parameter to train.
             self.head.clear()
             # A Trainer that has done its epoch before would do none, and leave the head empty.
@@ -292,40 +276,36 @@ class ImprintedClassifier(Growing, LightningModule):
 
     def on_fit_start(self) -> None:
         # A gradient scaler (16-mixed) cannot step without gradients.
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            self.trainer.precision_plugin.scaler = None
+        plugin: Any = self.trainer.precision_plugin
+        if getattr(plugin, "scaler", None) is not None:
+            plugin.scaler = None
 
     def on_train_epoch_start(self) -> None:
-        self.head.clear()  # a second epoch
-        self._epoch = ImprintEpoch(
-            self.trainer,
-            self.parts,
-            self.seed,
-            self.weibull,
-            keep=self.keep,
-            keep_sources=self.keep_sources,
-            accept=self.accept,
-            max_per_class=self.max_per_class,
-        )
+        self._start_epoch()
+
+    def _start_epoch(self) -> ImprintEpoch:
+        self.head.clear()  # of what an earlier epoch has put in
+        self._epoch = ImprintEpoch(self.trainer, self.parts, self.options)
         self._warned = self._validated = False
+        return self._epoch
 
     @torch.no_grad()
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        if self._epoch is None:
-            # Resumed from a checkpoint of a last batch, Lightning starts the next epoch unsaid.
-            self.on_train_epoch_start()
-        images, labels = self._epoch.split(batch)
-        self._take(self.embed(images), labels)
+        # Resumed from a checkpoint of a last batch, Lightning starts the next epoch without its
+        # hook.
+        epoch = self._epoch or self._start_epoch()
+        images, labels = epoch.split(batch)
+        self._take(epoch, self.embed(images), labels)
 
-    # Of a module that is compiled whole, the backbone is what gains.
+    # Where the whole module is compiled, the backbone is what gains.
     @torch.compiler.disable
-    def _take(self, embeddings: Tensor, labels: Tensor) -> None:
+    def _take(self, epoch: ImprintEpoch, embeddings: Tensor, labels: Tensor) -> None:
         with outside_the_trainers_precision(self.device):
-            self._epoch.add(embeddings, labels)
+            epoch.add(embeddings, labels)
             # Before any callback's on_train_batch_end, where ModelCheckpoint writes, and before
             # validation.
             if self.trainer.is_last_batch:
-                self._imprint()
+                self._imprint(epoch)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._epoch is None:
@@ -338,44 +318,34 @@ class ImprintedClassifier(Growing, LightningModule):
             )
         elif self.trainer.fit_loop.epoch_loop.done:
             # A callback has stopped the epoch: validation, too, comes before its end.
-            self._imprint(cut_short=True)
+            self._imprint(self._epoch, cut_short=True)
 
-    def _imprint(self, cut_short: bool = False) -> None:
-        epoch, self._epoch = self._epoch, None
+    def _imprint(self, epoch: ImprintEpoch, cut_short: bool = False) -> None:
+        self._epoch = None
         if cut_short:
             epoch.cut_short()
-        result = epoch.finish(self.backbone.classifier, self.device)
-        if self.keep is not None:
-            self.state = epoch.state
-        result = self.trainer.strategy.broadcast(result)
-        if isinstance(result, Exception):
-            raise result
-        state, logged = result
-        # What averages weights has a copy of the module, made before, with an empty head.
-        kept = [value for callback in self.trainer.callbacks for value in vars(callback).values()]
-        copies = averaged_copies(self, "head", kept)
-        for head in (self.head, *(copied.get_submodule(name) for copied, name in copies)):
-            head.load_state_dict(state)
+        if self.options.keep is not None:
+            self.state = None
+        finished = epoch.finish(self.backbone.classifier, self.device)
+        if self.options.keep is not None:
+            self.state = finished.state
+        # Averaging callbacks copied the module when its head was empty: the copies get it, too.
+        copies = averaged_copies(self, "head", values_of_callbacks(self.trainer))
+        for module, name in [(self, "head"), *copies]:
+            cast(ImprintedHead, module.get_submodule(name)).take(finished.head)
         self._imprinted, self._cut_short = True, cut_short
-        absent = set(range(self.head.num_classes)) - set(self.head.proxy_classes.tolist())
-        if absent:
-            names = [self.head.name_of(label) for label in sorted(absent)]
-            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-            rank_zero_warn(
-                f"{len(names)} of {self.head.num_classes} classes had no sample in this shortened "
-                f"epoch and are never predicted: {', '.join(names[:10])}{more}"
-            )
-        for name, value in logged.items():
+        warn_of_absent(self.head)
+        for name, value in finished.logged.items():
             self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=1)
         # Without a step of Lightning's mock optimizer, ModelCheckpoint believes that nothing was
         # trained and saves nothing. Steps count while the loop of manual optimization runs.
         self.trainer.fit_loop.epoch_loop.manual_optimization.on_run_start()
-        self.optimizers().step()
+        cast(LightningOptimizer, self.optimizers()).step()
 
     def on_train_epoch_end(self) -> None:
         if self._epoch is not None:
             # The last batch, for which the head has waited, did not come.
-            self._imprint(cut_short=True)
+            self._imprint(self._epoch, cut_short=True)
         if self.trainer.enable_validation and not self._validated:
             # Lightning did so before there was a head, or leaves it to a later epoch.
             self.trainer.validating = True
@@ -396,23 +366,17 @@ class ImprintedClassifier(Growing, LightningModule):
                 f"the fit of {self.trainer.ckpt_path} was finished: nothing was left to imprint or "
                 "to validate; its head is loaded"
             )
-        elif not self.trainer.fast_dev_run:
+        else:
             check_saved(self.trainer)
 
-    # Validation and test.
+    # Validation and test: one code for the hooks of both.
 
     def on_validation_epoch_start(self) -> None:
-        self._start_metrics("validate")
-
-    def on_test_epoch_start(self) -> None:
-        self._start_metrics("test")
-
-    def _start_metrics(self, command: str) -> None:
-        self.metrics, self._class_accuracies = None, {}
+        self._evaluation = None
         if not self.head.is_empty:
-            self._places = places_of(names_of(self.trainer.datamodule), self.head)
-            self.metrics = {}
+            self._evaluation = Evaluation(self, self.head)
         elif self.trainer.state.fn != "fit":
+            command = "test" if self.trainer.testing else "validate"
             raise ImprintError(f"cannot {command}: {empty(self.trainer.ckpt_path)}")
         elif not self.trainer.sanity_checking and not self._warned:
             self._warned = True
@@ -422,24 +386,19 @@ class ImprintedClassifier(Growing, LightningModule):
             )
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._measure("val", batch, batch_idx, dataloader_idx)
+        if self._evaluation is not None:
+            images, labels = split_batch(batch)
+            labels = self.labels_of_head(labels)
+            self._evaluation.add(self(images), labels, batch_idx, dataloader_idx)
 
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._measure("test", batch, batch_idx, dataloader_idx)
+    def on_validation_epoch_end(self) -> None:
+        self._validated = self._evaluation is not None
+        if self._evaluation is not None:
+            self.class_accuracy = self._evaluation.finish()
 
-    def _measure(self, stage: str, batch: Any, batch_idx: int, number: int) -> None:
-        if self.metrics is None:
-            return
-        if number not in self.metrics:
-            self.metrics[number] = TaskMetrics(self.head.num_classes).to(self.device)
-        loader = loader_at(number, getattr(self.trainer, f"{stage}_dataloaders"))
-        images, labels = split_batch(batch)
-        labels = self.labels_of_head(labels)
-        self.metrics[number].add(self(images), labels, sampler_length(loader))
-        batches = getattr(self.trainer, f"num_{stage}_batches")
-        if len(batches) > 1 and batch_idx + 1 == batches[number]:
-            # Lightning returns, for each loader, what was logged in a step of it.
-            self._log_metrics(stage, number, "")
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
 
     def labels_of_head(self, labels: Tensor) -> Tensor:
         """The head's labels `(B,)` for those of the data that are measured, by the classes' names.
@@ -447,44 +406,7 @@ class ImprintedClassifier(Growing, LightningModule):
         Raises:
             ImprintError: a label that is none of the data's classes.
         """
-        if self._places is None:
-            return labels
-        check_labels(labels, len(self._places))
-        return self._places.to(labels.device)[labels]
-
-    def on_validation_epoch_end(self) -> None:
-        self._validated = self.metrics is not None
-        self._finish_metrics("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._finish_metrics("test")
-
-    def _finish_metrics(self, stage: str) -> None:
-        if self.metrics is None:
-            return
-        loaders = len(getattr(self.trainer, f"num_{stage}_batches"))
-        for number in sorted(self.metrics.keys() - self._class_accuracies.keys()):
-            # The only loader, or one whose last batch nobody could tell beforehand.
-            self._log_metrics(stage, number, f"/dataloader_idx_{number}" if loaders > 1 else "")
-        rows = self._class_accuracies
-        missing = torch.full((self.head.num_classes,), torch.nan)
-        together = torch.stack([rows.get(number, missing) for number in range(loaders)])
-        self.class_accuracy = together if loaders > 1 else together[0]
-
-    def _log_metrics(self, stage: str, number: int, suffix: str) -> None:
-        """Logs what a loader gave. In a step of it Lightning adds the suffix itself."""
-        values = self.metrics[number].compute()
-        accuracies = values.pop("class_accuracy")
-        self._class_accuracies[number] = accuracies.cpu()
-        options = dict(on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
-        options["add_dataloader_idx"] = not suffix
-        for name, value in values.items():
-            shown = name in ("accuracy", "macro_f1")
-            self.log(f"{stage}/{name}{suffix}", value, prog_bar=shown, **options)
-        if self.head.num_classes <= LOGGED_CLASSES:
-            for name, value in zip(self.class_names, accuracies, strict=True):
-                if not value.isnan():  # a class without samples
-                    self.log(f"{stage}/accuracy/{name}{suffix}", value, **options)
+        return labels if self._evaluation is None else self._evaluation.labels_of_head(labels)
 
     def on_predict_start(self) -> None:
         if self.head.is_empty:
@@ -503,40 +425,16 @@ class ImprintedClassifier(Growing, LightningModule):
 
     # Checkpoints: the head, and what names the backbone.
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        state = super().state_dict(*args, **kwargs)
-        if not self.save_backbone:
-            prefix = kwargs.get("prefix", "") + "backbone."
-            for key in [key for key in state if key.startswith(prefix)]:
-                del state[key]
-        return state
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        # A state dict without the backbone is whole: the one that is there stays, and a strict
-        # load misses nothing.
-        own = f"{prefix}backbone."
-        if not any(key.startswith(own) for key in state_dict):
-            state_dict.update(self.backbone.state_dict(prefix=own))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["backbone"] = self.backbone.source()
         checkpoint["cut_short"] = self._cut_short
         keep_loadable(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Not `self.head`, which may have the parts of another fit.
-        trial = self.parts.empty_head()
-        check_checkpoint(checkpoint, trial, self.backbone)
-        head = {
-            name.removeprefix("head."): value
-            for name, value in checkpoint["state_dict"].items()
-            if name.startswith("head.")
-        }
-        trial.load_state_dict(head)
-        trial.check()
+        # Loaded on trial into a head of its own: `self.head` may have the parts of another fit.
+        saved = saved_head(checkpoint, self.parts.empty_head(), self.backbone)
         self._cut_short = bool(checkpoint.get("cut_short"))
-        if trial.is_empty or self._cut_short:
+        if saved.is_empty or self._cut_short:
             # Saved within the epoch, or where it was stopped, and the embeddings are gone: a fit
             # that resumes does it again from its start.
             checkpoint.pop("loops", None)
@@ -569,56 +467,6 @@ class ImprintedClassifier(Growing, LightningModule):
         """
         if hparams_file is not None:
             raise ImprintError(f"hparams_file={hparams_file!r}: give hyperparameters as keywords")
-        where = map_location or (None if torch.cuda.is_available() else "cpu")
-        checkpoint = read_checkpoint(checkpoint_path, where)
-        known = _keywords(cls)
-        for name in kwargs:
-            if name not in known:
-                raise ImprintError(
-                    f"{cls.__name__} has no argument {name!r}{did_you_mean(name, known)}"
-                )
-        given = {n: v for n, v in hyperparameters(checkpoint).items() if n in known} | kwargs
-        # Not an OSError: of weights that cannot be fetched.
-        errors = (RuntimeError, TypeError, KeyError, IndexError, ValueError)
-        with damaged(checkpoint_path, "a checkpoint that `fit` wrote", errors):
-            model = _made(cls, given, kwargs)
-            model.on_load_checkpoint(checkpoint)
-            keys = model.load_state_dict(checkpoint["state_dict"], strict=False)
-        foreign = [*keys.missing_keys, *keys.unexpected_keys]
-        if strict and foreign:
-            raise ImprintError(
-                f"{checkpoint_path}: the checkpoint and {cls.__name__} differ in {foreign[0]!r}: "
-                "strict=False passes over it"
-            )
-        if model.head.is_empty:
-            rank_zero_warn(empty(checkpoint_path))
-        return model.to(next(iter(checkpoint["state_dict"].values())).device)
-
-
-def _keywords(cls: type) -> dict[str, None]:
-    """What a constructor takes, that of a subclass with `**kwargs` included, in order."""
-    known: dict[str, None] = {}
-    for part in cls.__mro__:
-        if "__init__" in vars(part):
-            parameters = list(inspect.signature(part.__init__).parameters.values())[1:]
-            variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-            known |= dict.fromkeys(p.name for p in parameters if p.kind not in variable)
-            if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-                break
-    return known
-
-
-def _made(cls: type, given: dict[str, Any], typed: dict[str, Any]) -> ImprintedClassifier:
-    """`cls(**given)`, without what a subclass gives to ImprintedClassifier itself."""
-    try:
-        return cls(**given)
-    except TypeError as error:
-        if cls is ImprintedClassifier:
-            raise
-        twice = re.search(r"multiple values for (?:keyword )?argument '(\w+)'", str(error))
-        if twice and twice[1] in given and twice[1] not in typed:
-            return _made(cls, {n: v for n, v in given.items() if n != twice[1]}, typed)
-        raise ImprintError(
-            f"{cls.__name__} cannot be made from the checkpoint's hyperparameters ({error}): give "
-            "what it needs as keywords of load_from_checkpoint"
-        ) from error
+        return load_classifier(
+            ImprintedClassifier, cls, checkpoint_path, map_location, strict, kwargs
+        )

@@ -96,7 +96,7 @@ class Growing(LightningModule):
     def _become(self, state: State) -> None:
         # The head comes first: a step that fails leaves the classifier as it was.
         head = state.head()
-        self.head.load_state_dict(head.state_dict())
+        self.head.take(head)
         self.state = state
 
     def _embedded(self, images: Any) -> Tensor:

@@ -1,5 +1,5 @@
-"""Lightning's warnings about what is meant to be so in a fit of `ImprintedClassifier`, hidden while
-that fit lasts and not a moment longer: they tell the user's other modules what matters there.
+"""Hides Lightning's warnings about what a fit of `ImprintedClassifier` does on purpose, while that
+fit lasts and no longer: in a fit of the user's other modules they matter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ INTENDED = (
 
 
 class IntendedWarnings(Callback):
-    """Comes with the module (`configure_callbacks`), since a module does not hear of exceptions."""
+    """Comes with the module (`configure_callbacks`): a callback is told of exceptions, a module is
+    not."""
 
     def __init__(self) -> None:
         self._undo = ExitStack()

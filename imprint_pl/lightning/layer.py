@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch.utils.data import (
 )
 
 from imprint_pl.data.batch_hooks import batch_hooks, in_training
-from imprint_pl.data.lightning_packages import both, overrides
+from imprint_pl.data.lightning_packages import both, callbacks_of, overrides
 from imprint_pl.embedding.batches import Unpack, run_batches
 from imprint_pl.errors import ImprintError, did_you_mean
 from imprint_pl.training_set.store import RowStore
@@ -60,6 +60,11 @@ def averaged_copies(
     return found
 
 
+def values_of_callbacks(trainer: Trainer) -> list[Any]:
+    """What a Trainer's callbacks hold, an averaged copy of the module perhaps."""
+    return [value for callback in callbacks_of(trainer) for value in vars(callback).values()]
+
+
 def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
     return [(name, parameter.shape) for name, parameter in module.named_parameters()]
 
@@ -90,8 +95,8 @@ def layer_of(module: nn.Module, layer: str) -> nn.Module:
 
 
 def _show(module: nn.Module, layer: str) -> None:
-    """Lets `module.<layer>` find a layer that a class attribute hides: `fc = None` in the class, of
-    a layer that is made in `configure_model`, is what Python finds first."""
+    """Lets `module.<layer>` find a layer that a class attribute hides: where a layer is made in
+    `configure_model` and the class says `fc = None`, Python finds the `None` first."""
     for part in layer.split("."):
         hidden = cast(nn.Module, module._modules[part])
         if getattr(module, part) is not hidden:
@@ -187,8 +192,8 @@ def embed_batches(
 
 @contextmanager
 def inputs_of(module: nn.Module, layer: str) -> Iterator[list[Any]]:
-    """A list to which each run of the layer adds its input. Meanwhile nothing runs as
-    `torch.compile` has made it: that would not see a new hook."""
+    """A list to which each run of the layer adds its input. Meanwhile nothing runs compiled:
+    `torch.compile` would not see a new hook."""
     seen: list[Any] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -258,8 +263,8 @@ def loader_of(data: Any) -> Iterable[Any]:
 
 
 def in_data_order(loader: Any, ranks: int = 1, rank: int = 0) -> Any:
-    """A loader over the same samples, each once, in the order of the data set: dealt to the ranks,
-    neither shuffled nor dropped. A sampler or batch sampler of the user's own stays."""
+    """A loader that gives the same samples, each once, in the order of the data set: dealt to the
+    ranks, neither shuffled nor dropped. A sampler or batch sampler of the user's own stays."""
     parts = loader if isinstance(loader, list) else []
     several = any(isinstance(part, DataLoader) for part in parts)
     if several or isinstance(loader, (dict, *both(CombinedLoader))):

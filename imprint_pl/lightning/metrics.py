@@ -1,31 +1,125 @@
-"""The metrics of a labelled pass over data, each sample counted once on any number of ranks, and
-which of the head's labels each class of the data is.
+"""A validation or a test: its metrics, each sample counted once on any number of ranks, what is
+logged of them, and which of the head's labels each class of the data is.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassCalibrationError,
     MulticlassF1Score,
 )
 
+from imprint_pl.data.batch_hooks import datamodule_of
+from imprint_pl.data.loaders import loader_at, sampler_length
 from imprint_pl.errors import ImprintError, did_you_mean
 from imprint_pl.method.head import ImprintedHead
-from imprint_pl.numerics.labels import composed, place_of
+from imprint_pl.numerics.labels import composed, names_of, place_of
 from imprint_pl.ranks import positions_in_dataset
 
 TASK = "give the data and classes of the checkpoint's task"
+# Above this, a value a class would drown a logger; `class_accuracy` and the run folder have them.
+LOGGED_CLASSES = 20
+
+
+def stage_of(trainer: Trainer) -> str:
+    """How the names of logged values begin: "test", or "val" in a validation of any kind."""
+    return "test" if trainer.testing else "val"
+
+
+class Evaluation:
+    """A validation or a test: measures the loaders, each on its own, and logs what it measured.
+
+    Args:
+        module: logs the values.
+        head: the module's, not empty.
+
+    Attributes:
+        metrics: the metrics of each loader, by its number.
+
+    Raises:
+        ImprintError: the data have a class that the head does not have.
+    """
+
+    def __init__(self, module: LightningModule, head: ImprintedHead) -> None:
+        self.module, self.head = module, head
+        self.stage = stage_of(module.trainer)
+        self.metrics: dict[int, TaskMetrics] = {}
+        # The accuracies of the classes, of each loader that is logged already.
+        self._accuracies: dict[int, Tensor] = {}
+        # For each class of the data the head's label, where they differ.
+        self._places = places_of(names_of(datamodule_of(module.trainer)), head)
+
+    def labels_of_head(self, labels: Tensor) -> Tensor:
+        """The head's labels `(B,)` for labels of the data, by the classes' names.
+
+        Raises:
+            ImprintError: a label that is none of the data's classes.
+        """
+        if self._places is None:
+            return labels
+        check_labels(labels, len(self._places))
+        return self._places.to(labels.device)[labels]
+
+    def add(self, logits: Tensor, labels: Tensor, batch: int, loader: int) -> None:
+        """Adds a batch: logits `(B, C)`, labels of the head `(B,)`, and the numbers of the batch
+        and of its loader."""
+        if loader not in self.metrics:
+            self.metrics[loader] = TaskMetrics(self.head.num_classes).to(logits.device)
+        loaders = getattr(self.module.trainer, f"{self.stage}_dataloaders")
+        self.metrics[loader].add(logits, labels, sampler_length(loader_at(loader, loaders)))
+        if len(self._batches) > 1 and batch + 1 == self._batches[loader]:
+            # Lightning returns, for each loader, what was logged in a step of it.
+            self._log(loader, "")
+
+    def finish(self) -> Tensor:
+        """Logs the loaders that are not logged yet; the accuracy of each class `(C,)`, or `(L, C)`
+        of L loaders."""
+        loaders = len(self._batches)
+        for loader in sorted(self.metrics.keys() - self._accuracies.keys()):
+            # The only loader, or one whose last batch nobody could tell beforehand.
+            self._log(loader, f"/dataloader_idx_{loader}" if loaders > 1 else "")
+        missing = torch.full((self.head.num_classes,), torch.nan)
+        rows = [self._accuracies.get(loader, missing) for loader in range(loaders)]
+        return torch.stack(rows) if loaders > 1 else rows[0]
+
+    @property
+    def _batches(self) -> list[float]:
+        """How many batches each loader has."""
+        return getattr(self.module.trainer, f"num_{self.stage}_batches")
+
+    def _log(self, loader: int, suffix: str) -> None:
+        """Logs the values of a loader. In a step of it Lightning adds the suffix itself."""
+        values = self.metrics[loader].compute()
+        accuracies = values.pop("class_accuracy")
+        self._accuracies[loader] = accuracies.cpu()
+        log = partial(
+            self.module.log,
+            on_step=False,
+            on_epoch=True,
+            batch_size=1,
+            sync_dist=True,
+            add_dataloader_idx=not suffix,
+        )
+        for name, value in values.items():
+            shown = name in ("accuracy", "macro_f1")
+            log(f"{self.stage}/{name}{suffix}", value, prog_bar=shown)
+        if self.head.num_classes <= LOGGED_CLASSES:
+            for label, value in enumerate(accuracies):
+                if not value.isnan():  # a class without samples
+                    log(f"{self.stage}/accuracy/{self.head.name_of(label)}{suffix}", value)
 
 
 def places_of(names: list[str], head: ImprintedHead) -> Tensor | None:
-    """The head's label of each of the data's classes `(C,)`, found by name; `None` where label c of
-    the data is label c of the head, and where either has no names.
+    """The head's labels for the data's classes `(C,)`, found by name; `None` where label c of the
+    data is label c of the head, and where either has no names.
 
     Raises:
         ImprintError: a class that the head does not have, or names that do not tell classes apart.
@@ -33,9 +127,9 @@ def places_of(names: list[str], head: ImprintedHead) -> Tensor | None:
     known = head.class_names
     if not names or not known or list(map(composed, names)) == list(map(composed, known)):
         return None
-    places = [place_of(name, known) for name in names]
-    if None in places:
-        name = names[places.index(None)]
+    places = [place for name in names if (place := place_of(name, known)) is not None]
+    if len(places) < len(names):
+        name = next(name for name in names if place_of(name, known) is None)
         raise ImprintError(
             f"the head was imprinted for the classes {_shown(known)}, the data has "
             f"{_shown(names)}, and {name!r} is none of the head's{did_you_mean(name, known)}: "
@@ -64,8 +158,8 @@ def _shown(names: list[str]) -> str:
     return f"[{', '.join(names[:6])}{more}] ({len(names)})"
 
 
-# Samples that are measured together: a batch takes about as long, and on a GPU the processor has
-# to wait for it.
+# Samples that are measured together: one batch would take about as long, and on a GPU the processor
+# has to wait each time.
 ROWS = 2048
 
 
@@ -87,7 +181,9 @@ class ClassAccuracy(MulticlassAccuracy):
 
     def compute(self) -> Tensor:
         """`(C,)`."""
-        return super().compute().masked_fill(self.tp + self.fn == 0, torch.nan)
+        # Tensors: they are lists only where a metric keeps a value a sample.
+        samples = torch.as_tensor(self.tp) + torch.as_tensor(self.fn)
+        return super().compute().masked_fill(samples == 0, torch.nan)
 
 
 class TaskMetrics(MetricCollection):
@@ -101,7 +197,7 @@ class TaskMetrics(MetricCollection):
     def __init__(self, num_classes: int) -> None:
         # torchmetrics takes two classes at least: beside a single one there is an empty one.
         rooms = max(num_classes, 2)
-        metrics = {
+        metrics: dict[str, Metric | MetricCollection] = {
             "accuracy": MulticlassAccuracy(rooms, average="micro"),
             "macro_f1": MulticlassF1Score(rooms, average="macro"),
             "class_accuracy": ClassAccuracy(rooms),

@@ -4,6 +4,7 @@ besides its backbone, a plain `nn.Module` from embeddings to class scores.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from typing import Any
@@ -73,10 +74,12 @@ class ImprintedHead(Constants, Pretrained):
     def _empty(self) -> None:
         old = getattr(self, "proxies", None)
         device = None if old is None else old.device
-        self.proxies = nn.Parameter(torch.zeros(0, 0, device=device))
-        self.bias = torch.zeros(0, device=device)
-        self.proxy_classes = torch.zeros(0, dtype=torch.int64, device=device)
-        self.log_scale = nn.Parameter(torch.zeros((), device=device))
+        # Whatever is made under inference mode cannot be changed outside of it.
+        with torch.inference_mode(False):
+            self.proxies = nn.Parameter(torch.zeros(0, 0, device=device))
+            self.bias = torch.zeros(0, device=device)
+            self.proxy_classes = torch.zeros(0, dtype=torch.int64, device=device)
+            self.log_scale = nn.Parameter(torch.zeros((), device=device))
         self.class_names: list[str] = []
         self.num_classes = 0
         self.settings: dict[str, Any] = {}
@@ -96,6 +99,22 @@ class ImprintedHead(Constants, Pretrained):
         self.num_classes = num_classes
         self.class_names = list(class_names or [])
         return self
+
+    def take(self, other: ImprintedHead) -> None:
+        """Takes copies of the parts, the proxies and the settings of another head.
+
+        This head stays on its device, and stays the same object for whoever holds it.
+        """
+        device = self.proxies.device
+        with torch.inference_mode(False), torch.no_grad():
+            norm_inf, agg = copy.deepcopy((other.norm_inf, other.agg))
+            self.norm_inf = norm_inf.to(device).train(self.training)
+            self.agg = agg.to(device).train(self.training)
+            proxies = Proxies(other.proxies, other.bias, other.proxy_classes)
+            self.fill(proxies, other.num_classes, other.class_names)
+            self.log_scale.copy_(other.log_scale)
+        self.settings, self.tried = copy.deepcopy((other.settings, other.tried))
+        self.threshold = other.threshold
 
     @property
     def is_empty(self) -> bool:

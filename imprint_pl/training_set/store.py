@@ -4,23 +4,28 @@ order of the data set. It does not know what the embeddings are for.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.numerics.values import check_classes, check_values
-from imprint_pl.ranks import _concatenate, gather_rows
+from imprint_pl.ranks import concatenate, gather_rows
 
 # Rows that wait on a GPU before they are looked at.
 GPU_ROWS = 8192
 
 
 class Collector:
-    """Takes the batches of an epoch; subclasses say in `take` what they keep of one.
+    """Takes the batches of an epoch; subclasses say in `take` what they keep of one, and bring it
+    together on rank 0 in `gather`. `grows` says whether memory grows with the number of samples.
 
     Batches on a GPU wait there until there are 8,192 rows: to look at one, the processor has to
     wait for the GPU, and the GPU then for the processor.
     """
+
+    grows = False
 
     def __init__(self) -> None:
         self._waiting: list[tuple[Tensor, Tensor]] = []
@@ -48,12 +53,24 @@ class Collector:
         """A batch, in the order of `add`."""
         raise NotImplementedError
 
+    def gather(self) -> Any:
+        """What all ranks keep, on rank 0; `None` on the others."""
+        raise NotImplementedError
+
 
 class RowStore(Collector):
-    """Collects rows with labels; `gather` brings them together on rank 0 and empties the store."""
+    """Collects rows with labels; `gather` brings them together on rank 0 and empties the store.
 
-    def __init__(self) -> None:
+    Args:
+        dealt: how many samples a `DistributedSampler` deals to the ranks (see `sampler_length`);
+            what it repeats to make them even is dropped. `None` keeps every row.
+    """
+
+    grows = True
+
+    def __init__(self, dealt: int | None = None) -> None:
         super().__init__()
+        self.dealt = dealt
         self._embeddings: list[Tensor] = []
         self._labels: list[Tensor] = []
 
@@ -69,18 +86,12 @@ class RowStore(Collector):
         self._embeddings.append(embeddings)
         self._labels.append(labels.to("cpu", torch.int64))
 
-    def gather(self, samples: int | None = None) -> tuple[Tensor, Tensor] | None:
-        """`(N, d)` and `(N,)` on rank 0, `None` on the others.
-
-        Args:
-            samples: how many samples a `DistributedSampler` dealt to the ranks; what it repeated
-                to make them even is dropped. `None` keeps every row.
-        """
+    def gather(self) -> tuple[Tensor, Tensor] | None:
+        """`(N, d)` and `(N,)` of all ranks on rank 0, `None` on the others."""
         self.take_waiting()
-        embeddings, labels = _concatenate(self._embeddings), _concatenate(self._labels)
-        self._embeddings, self._labels = [], []
+        embeddings, labels = concatenate(self._embeddings), concatenate(self._labels)
         x, y = gather_rows(embeddings), gather_rows(labels)
-        return None if x is None or y is None else (x[:samples], y[:samples])
+        return None if x is None or y is None else (x[: self.dealt], y[: self.dealt])
 
 
 def on_gpu(x: Tensor, y: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -488,3 +488,18 @@ def test_a_validation_that_fails_leaves_no_hook_behind(tmp_path):
         run.fit(module, **Plain.data())
     assert not layer_of(module, Plain.layer)._forward_pre_hooks
     assert not module._load_state_dict_pre_hooks
+
+
+def test_a_set_up_that_fails_leaves_the_module_with_its_own_setup(tmp_path):
+    class Failing(Callback):
+        def setup(self, trainer, pl_module, stage):
+            assert "setup" in vars(pl_module)
+            raise ValueError("somebody else's callback")
+
+    module = project(Plain)
+    run = trainer(tmp_path, ImprintCallback(Plain.layer, "qi"), Failing())
+    with pytest.raises(ValueError, match="somebody else's"):
+        run.fit(module, **Plain.data())
+    assert "setup" not in vars(module)
+    assert isinstance(layer_of(module, Plain.layer), nn.Linear)
+    assert not module._load_state_dict_pre_hooks

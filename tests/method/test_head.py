@@ -66,6 +66,30 @@ def test_a_head_filled_under_inference_mode_can_still_be_trained():
     assert head.proxies.grad is not None
 
 
+@pytest.mark.parametrize("recipe", ["qi", "lda", "kernel", "knn"])
+@pytest.mark.parametrize("made_in_inference_mode", [False, True])
+def test_a_head_takes_over_another_and_stays_the_same_object(blobs, recipe, made_in_inference_mode):
+    x, y = blobs
+    with torch.inference_mode(made_in_inference_mode):
+        other = imprint(x, y, recipe)
+        head = ImprintedHead()
+        head.take(other)
+    expected = other(x)
+    assert torch.equal(head(x), expected)
+    assert (head.settings, head.tried) == (other.settings, other.tried)
+    assert head.takes_parts_of_file
+    # Copies: what becomes of the one does not reach the other.
+    other.clear()
+    other.settings["seed"] = 7
+    head.to(torch.float64).to(torch.float32)
+    assert torch.equal(head(x), expected)
+    assert head.settings["seed"] == 0
+    tensors = [*head.parameters(), *head.norm_inf.state_dict().values()]
+    assert not any(tensor.is_inference() for tensor in tensors)
+    head(x).sum().backward()
+    assert head.log_scale.grad is not None
+
+
 def test_a_smaller_head_replaces_a_larger_one(blobs):
     x, y = blobs
     small, large = imprint(x, y, "qi"), imprint(x, y, "robust", k=9)
