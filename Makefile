@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: fit test test-slow lint docs bench soak gpu-check clean
+.PHONY: fit test test-slow lint types docs wheel bench soak gpu-check clean
 
 fit: $(INSTALLED)  ## Imprint the embedded backbone on scikit-learn's digits.
 	$(BIN)/python -m imprint_pl fit --config configs/quickstart.yaml
@@ -17,9 +17,12 @@ test: $(INSTALLED)  ## The test suite (under 6 minutes on 2 quiet cores).
 test-slow: $(INSTALLED)  ## The long tests.
 	$(BIN)/python -m pytest -m slow
 
-lint: $(INSTALLED)  ## ruff (check and format) and mypy.
+lint: $(INSTALLED)  ## ruff (check and format).
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)  ## mypy on the package; settings in pyproject.toml.
+	$(BIN)/python -m mypy
 
 docs: $(INSTALLED)  ## The documentation site; a warning is an error, and no network is needed.
 	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
@@ -31,6 +34,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
+
+wheel: $(INSTALLED)  ## dist/ gets the package and its sources; the version comes from the tags.
+	$(BIN)/python -m build
 
 bench: $(INSTALLED)  ## Ratios against scikit-learn, faiss and the bare forward (some minutes).
 	$(BIN)/python benchmarks/kmeans.py
@@ -49,4 +55,4 @@ gpu-check: $(INSTALLED)  ## GPU against CPU results, and how near to its limits;
 	$(BIN)/python benchmarks/gpu_check.py
 
 clean:
-	rm -rf .venv runs docs/_build docs/notebooks
+	rm -rf .venv dist runs docs/_build docs/notebooks

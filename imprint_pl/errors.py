@@ -5,11 +5,44 @@ import os
 import sys
 import unicodedata
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class ImprintError(ValueError):
     """A wrong value, setting or file; the message names the value, the place and the cure."""
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra of this package."""
+    return f"pip install 'imprint-pl[{extra}]'"
+
+
+@contextmanager
+def needs(extra: str, what: str, otherwise: str = "") -> Iterator[None]:
+    """Around imports of packages that only an extra installs: a missing one is one line.
+
+    Args:
+        extra: its name in pyproject.toml.
+        what: what the packages are needed for.
+        otherwise: what to do instead of installing them.
+
+    Raises:
+        ImprintError: one of them does not import; the message has the command that installs it.
+
+    >>> with needs("sweep", "report"):
+    ...     import a_package_that_nobody_has
+    Traceback (most recent call last):
+    imprint_pl.errors.ImprintError: report needs the package a_package_that_nobody_has, which does \
+not import here: pip install 'imprint-pl[sweep]'
+    """
+    try:
+        yield
+    except ImportError as error:
+        cure = f"{install(extra)}, {otherwise}" if otherwise else install(extra)
+        raise ImprintError(
+            f"{what} needs the package {error.name or error}, which does not import here: {cure}"
+        ) from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

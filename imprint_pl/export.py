@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 from imprint_pl import __version__
 from imprint_pl.embedding.backbone import Backbone
 from imprint_pl.embedding.matrix_resize import MatrixResize
-from imprint_pl.errors import ImprintError, did_you_mean
+from imprint_pl.errors import ImprintError, did_you_mean, needs
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.numerics.values import to_json_value
 
@@ -195,7 +195,8 @@ class Onnx(ProgramFile):
     name, suffix = "onnx", ".onnx"
 
     def load(self, path: Path) -> Run:
-        import onnxruntime
+        with needs("onnx", "format onnx"):
+            import onnxruntime
 
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         name = session.get_inputs()[0].name
@@ -208,15 +209,11 @@ class Onnx(ProgramFile):
     def _save(
         self, program: ExportedProgram, path: Path, outputs: Sequence[str], texts: dict[str, str]
     ) -> None:
-        try:
-            # Imported before the conversion, so that a missing package is named at once.
+        # Imported before the conversion, so that a missing package is named at once.
+        with needs("onnx", "format onnx", "or choose the format torch_export"):
+            import onnx  # noqa: F401
             import onnxruntime  # noqa: F401
             import onnxscript  # noqa: F401
-        except ImportError as error:
-            raise ImprintError(
-                f"format onnx needs a package that is missing ({error.name}): "
-                "pip install 'imprint-pl[export]'"
-            ) from error
         model = torch.onnx.export(
             program,
             input_names=["images"],

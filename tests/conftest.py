@@ -5,7 +5,13 @@ import sys
 
 import pytest
 import torch
+from expected_skips import ExpectedSkips, asked_for
 from places import ACCEPTANCE
+
+
+def pytest_configure(config):
+    if asked_for():
+        config.pluginmanager.register(ExpectedSkips(), "expected-skips")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from imprint_pl.cli.arguments import PROGRAM, ArgumentParser
-from imprint_pl.errors import ImprintError
+from imprint_pl.errors import ImprintError, needs
 from imprint_pl.experiments.dashboard import log_sweep, workspace
 
 
@@ -29,6 +29,10 @@ def run(argv: list[str]) -> None:
     )
     given = parser.parse_args(argv)
     offline = given.offline or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
+    if not offline:
+        # Imported before the login and the runs, so that a missing package is named at once.
+        with needs("sweep", "dashboard"):
+            import wandb_workspaces  # noqa: F401
     entity = None if offline else given.entity or _login()
     if given.results:
         count = log_sweep(given.results, given.project, given.entity, offline)

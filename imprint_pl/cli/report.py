@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from imprint_pl.cli.arguments import PROGRAM, ArgumentParser
 from imprint_pl.cli.tables import print_table
 from imprint_pl.errors import ImprintError, did_you_mean
-from imprint_pl.experiments.report import tables, write_report
-from imprint_pl.experiments.report.read import read_results
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def run(argv: list[str]) -> None:
@@ -24,7 +25,7 @@ def run(argv: list[str]) -> None:
     parser.add_argument("results", help="the folder of a sweep, or its results file")
     parser.add_argument("--output", help="folder to write into (default: beside the results)")
     parser.add_argument(
-        "--table", help=f"print this table alone, write nothing: {', '.join(tables.TABLES)}"
+        "--table", help="print this table alone, write nothing; an unknown name lists all names"
     )
     parser.add_argument(
         "--gallery",
@@ -33,6 +34,10 @@ def run(argv: list[str]) -> None:
         help="galleries of `fit --gallery` to show: PNGs, or folders of runs",
     )
     given = parser.parse_args(argv)
+    # Here, not above: `--help` works where the packages of the extra `sweep` are missing.
+    from imprint_pl.experiments.report import tables, write_report
+    from imprint_pl.experiments.report.read import read_results
+
     if given.table is not None:
         if given.table not in tables.TABLES:
             known = ", ".join(tables.TABLES)
@@ -48,13 +53,17 @@ def run(argv: list[str]) -> None:
 
 
 def _print(title: str, table: pd.DataFrame) -> None:
+    from pandas.api.types import is_numeric_dtype
+
+    from imprint_pl.experiments.report.tables import shown
+
     if not len(table):
         raise ImprintError(f"the results have nothing for the table {title!r}")
     names = [str(name) for name in table.columns]
     print_table(
-        {name: "right" if pd.api.types.is_numeric_dtype(table[name]) else "left" for name in names},
+        {name: "right" if is_numeric_dtype(table[name]) else "left" for name in names},
         (
-            [tables.shown(value, name) for value, name in zip(row, names, strict=True)]
+            [shown(value, name) for value, name in zip(row, names, strict=True)]
             for row in table.itertuples(index=False)
         ),
         title,

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import sys
 import time
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from imprint_pl.cli.arguments import PROGRAM, ArgumentParser
 from imprint_pl.cli.tables import Side, print_table
 from imprint_pl.errors import ImprintError
-from imprint_pl.experiments.sweep import CHUNK_BYTES, describe, read_sweep, sweep
+from imprint_pl.experiments import CHUNK_BYTES
 from imprint_pl.method.recipes import AUTO
 from imprint_pl.parts.by_name import SLOTS, every_parameter
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 BEST = 5
 AFTERWARDS = (
@@ -50,6 +52,9 @@ def run(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if options.n_jobs == 0 or options.chunk_mb < 1:
         raise ImprintError("--n_jobs is not 0 (-1: all cores), --chunk_mb at least 1")
+    # Here, not above: `--help` works where the packages of the extra `sweep` are missing.
+    from imprint_pl.experiments.sweep import describe, read_sweep, sweep
+
     plan = read_sweep(options.config)
     # Without this, embedding logs a line for each batch of work.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)

@@ -13,7 +13,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
-from imprint_pl.errors import ImprintError, shown
+from imprint_pl.errors import ImprintError, install, shown
 
 EXTENSIONS = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm"),
@@ -21,7 +21,7 @@ EXTENSIONS = (
 )
 # Photos of phones; they are read where pillow-heif is installed.
 HEIF_EXTENSIONS = (".heic", ".heif", ".hif")
-HEIF_CURE = "pip install 'imprint-pl[heif]'"
+HEIF_CURE = install("heif")
 
 # Pillow's names. It knows more formats, but some start other programs (EPS starts Ghostscript).
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
+from imprint_pl.errors import needs
+
 NAME = "imprinting recipes"
 
 # Fits and sweeps log these figures under the same names, so that one workspace compares both.
@@ -42,8 +44,9 @@ def workspace(entity: str, project: str, name: str = NAME) -> Workspace:
         project: the project of the runs.
         name: the title of the workspace.
     """
-    import wandb_workspaces.reports.v2 as wr
-    import wandb_workspaces.workspaces as ws
+    with needs("sweep", "dashboard"):
+        import wandb_workspaces.reports.v2 as wr
+        import wandb_workspaces.workspaces as ws
 
     def bars(title: str, metric: str, by: str, axis: str) -> wr.BarPlot:
         return wr.BarPlot(

@@ -4,6 +4,9 @@
 about training.
 """
 
-from imprint_pl.experiments.report.write import write_report
+from imprint_pl.errors import needs
+
+with needs("sweep", "report"):
+    from imprint_pl.experiments.report.write import write_report
 
 __all__ = ["write_report"]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from imprint_pl.errors import needs
+
 ALPHA = 0.05
 
 
@@ -74,7 +76,8 @@ def significance(table: pd.DataFrame) -> Significance | None:
 
     Source: Demšar 2006; Benavoli et al. 2016 (Wilcoxon–Holm as the post-hoc test).
     """
-    import scikit_posthocs
+    with needs("sweep", "report"):
+        import scikit_posthocs
     from scipy.stats import friedmanchisquare
     from statsmodels.stats.multitest import multipletests
 

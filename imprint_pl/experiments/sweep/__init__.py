@@ -5,7 +5,13 @@
 `unshared.py` what shares nothing.
 """
 
-from imprint_pl.experiments.sweep.read import checked_sweep, read_sweep
-from imprint_pl.experiments.sweep.run import CHUNK_BYTES, describe, sweep
+from imprint_pl.errors import needs
+from imprint_pl.experiments import CHUNK_BYTES
+
+with needs("sweep", "sweep"):
+    import pyarrow  # noqa: F401, here, so that a missing one is named before the work
+
+    from imprint_pl.experiments.sweep.read import checked_sweep, read_sweep
+    from imprint_pl.experiments.sweep.run import describe, sweep
 
 __all__ = ["CHUNK_BYTES", "checked_sweep", "describe", "read_sweep", "sweep"]

@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 from joblib import Parallel, delayed, parallel_config
 from tqdm import tqdm
 
-from imprint_pl.errors import ImprintError
+from imprint_pl.errors import ImprintError, needs
+from imprint_pl.experiments import CHUNK_BYTES
 from imprint_pl.experiments.results import Results
 from imprint_pl.experiments.sweep.embeddings import Embeddings, load_embeddings, load_splits
 from imprint_pl.experiments.sweep.grid import Configuration, Sweep, names_of
@@ -25,7 +26,6 @@ from imprint_pl.experiments.sweep.plan import cost, units
 from imprint_pl.experiments.sweep.work import Work
 from imprint_pl.files import damaged, digest, local_path, write_whole
 
-CHUNK_BYTES = 1 << 30
 SAVE_SECONDS = 30.0
 # Multiplications a second and core, at which `cost` fits two cores of 2024; for the estimate only.
 SPEED = 5e10
@@ -250,10 +250,8 @@ def _where(n_jobs: int, dask: str | None):
         with parallel_config(backend="loky", **inner):
             yield
         return
-    try:
+    with needs("dask", "--dask"):
         from distributed import Client, LocalCluster
-    except ImportError as error:
-        raise ImprintError("--dask asks for pip install 'imprint-pl[dask]'") from error
     if dask == "local":
         cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
         with cluster, Client(cluster), parallel_config(backend="dask"):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imprint_pl.errors import ImprintError
+from imprint_pl.errors import ImprintError, needs
 from imprint_pl.numerics.draws import sample
 from imprint_pl.numerics.moments import sum_dtype
 from imprint_pl.numerics.values import check_count
@@ -114,12 +114,6 @@ def _distances(x: Tensor) -> Iterator[Tensor]:
 
 
 def _import_kmedoids() -> Any:
-    try:
+    with needs("kmedoids", "gen='kmedoids'", "or choose gen='kmeans'"):
         import kmedoids  # here, not above: not needed by every recipe
-    except ImportError as error:
-        raise ImprintError(
-            "gen='kmedoids', but the package kmedoids does not import here: pip install "
-            "'imprint-pl[kmedoids]', "
-            "or choose gen='kmeans'"
-        ) from error
     return kmedoids
