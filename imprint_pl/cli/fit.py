@@ -178,8 +178,15 @@ class ImprintCLI(LightningCLI):
     def _add_own_keywords(self, parts: dict[str, Any]) -> None:
         """Makes the keywords of the user's own parts, named by their import paths, options."""
         import_parts(parts)
-        for name, kind in keywords_of_parts(parts).items():
-            for parser in self._subcommand_parsers.values() if name not in KEYWORDS else []:
+        own = {n: kind for n, kind in keywords_of_parts(parts).items() if n not in KEYWORDS}
+        for parser in self._subcommand_parsers.values():
+            taken = {action.dest for action in parser._actions}
+            for name, kind in own.items():
+                if f"model.{name}" in taken:
+                    raise ImprintError(
+                        f"{name} is an argument of {self._model_class.__name__} itself: give the "
+                        "keyword of your part another name"
+                    )
                 parser.add_argument(f"--model.{name}", type=Optional[kind])  # noqa: UP045
 
     def _parse_ckpt_path(self) -> None:
