@@ -20,9 +20,25 @@ from torch import Tensor
 from imprint_pl.errors import ImprintError, did_you_mean
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.imprinting import imprint
-from imprint_pl.method.recipes import Recipe, resolve
+from imprint_pl.method.recipes import (
+    AggName,
+    DistanceName,
+    EngineName,
+    GenName,
+    InferenceNormNames,
+    LamName,
+    NormNames,
+    PriorName,
+    ProxyNormNames,
+    Recipe,
+    RecipeName,
+    ShrinkageName,
+    VotesName,
+    resolve,
+)
 from imprint_pl.numerics.labels import check_composition, find_label, plain_labels, some, with_label
 from imprint_pl.numerics.values import check_values, checked_seed
+from imprint_pl.parts.by_name import import_parts
 from imprint_pl.parts.norm.base import transform
 from imprint_pl.training_set.kept import State
 from imprint_pl.training_set.partial_fit import TrainingRows
@@ -45,15 +61,19 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
     Args:
         recipe: "auto", which compares recipes on held-out rows, or a name in
             `imprint_pl.method.recipes.RECIPES`.
-        norm_pre, gen, k, norm_post, norm_inf, agg: as for `imprint`.
-        m, distance, votes, temperature, lam, intercept: as for `imprint`.
-        shrinkage, prior, projection_dim, width, engine, as_published: as for `imprint`.
+        norm_pre, gen, k, norm_post, norm_inf, agg: as for `resolve`.
+        m, distance, votes, lam, shrinkage, projection_dim: as for `resolve`.
+        temperature, engine, width, prior, intercept, as_published: as for
+            `imprint_pl.method.recipes.resolve`; spelled out, since scikit-learn reads the
+            signature.
         keep: what `fit` keeps, so that classes can come and go later: "embeddings" (float32;
             suffices for every step) or "moments" (sums: see `imprint_pl.training_set.kept`).
         seed: an integer that fixes every random choice; what `random_state` is elsewhere, but never
             the global generator.
         device: where to compute, such as "cuda"; the CPU by default. A pickle holds CPU tensors,
             whatever the device.
+        own: keywords of parts of your own, which are instances, or import paths as in
+            `gen="my_parts.Trimmed"`. A keyword that is given here is a parameter like the others.
 
     Attributes:
         classes_: `(C,)`, the labels, sorted: column c of the outputs is `classes_[c]`.
@@ -67,31 +87,38 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
     ['cat', 'dog']
     """
 
+    _kept: TrainingRows | TrainingSums | None
+    _tried: list[dict[str, Any]]
+    _head: ImprintedHead | None
+    _state: State | None
+    _closed: bool
+
     def __init__(
         self,
-        recipe: str = DEFAULT_RECIPE,
+        recipe: RecipeName = DEFAULT_RECIPE,
         *,
-        norm_pre: str | list[str] | None = None,
-        gen: str | None = None,
+        norm_pre: NormNames | None = None,
+        gen: GenName | None = None,
         k: int | None = None,
-        norm_post: str | None = None,
-        norm_inf: str | list[str] | None = None,
-        agg: str | None = None,
+        norm_post: ProxyNormNames | None = None,
+        norm_inf: InferenceNormNames | None = None,
+        agg: AggName | None = None,
         m: int | None = None,
-        distance: str | None = None,
-        votes: str | None = None,
-        temperature: float | None = None,
-        lam: float | str | None = None,
-        intercept: bool | None = None,
-        shrinkage: float | str | None = None,
-        prior: str | None = None,
+        distance: DistanceName | None = None,
+        votes: VotesName | None = None,
+        lam: float | LamName | None = None,
+        shrinkage: float | ShrinkageName | None = None,
         projection_dim: int | None = None,
+        temperature: float | None = None,
+        engine: EngineName | None = None,
         width: float | None = None,
-        engine: str | None = None,
+        prior: PriorName | None = None,
+        intercept: bool | None = None,
         as_published: bool | None = None,
         keep: str | None = None,
         seed: int = 0,
         device: str | torch.device | None = None,
+        **own: Any,
     ) -> None:
         self.recipe = recipe
         self.norm_pre = norm_pre
@@ -103,20 +130,29 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         self.m = m
         self.distance = distance
         self.votes = votes
-        self.temperature = temperature
         self.lam = lam
-        self.intercept = intercept
         self.shrinkage = shrinkage
-        self.prior = prior
         self.projection_dim = projection_dim
-        self.width = width
+        self.temperature = temperature
         self.engine = engine
+        self.width = width
+        self.prior = prior
+        self.intercept = intercept
         self.as_published = as_published
         self.keep = keep
         self.seed = seed
         self.device = device
+        if own:
+            self._own = tuple(own)
+            for name, value in own.items():
+                setattr(self, name, value)
 
-    def fit(self, X, y) -> ImprintEstimator:
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The parameters by name, as scikit-learn has it, with the keywords of your own parts."""
+        own = {name: getattr(self, name) for name in getattr(self, "_own", ())}
+        return dict(super().get_params(deep)) | own
+
+    def fit(self, X: Any, y: Any) -> ImprintEstimator:
         """Imprints `X (n, d)`, labels `y (n,)`, and forgets what was fitted before.
 
         Raises:
@@ -134,7 +170,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             self._state = State.of(x, torch.from_numpy(codes), self._head, self.keep)
         return self
 
-    def add_class(self, label, X) -> ImprintEstimator:
+    def add_class(self, label: Any, X: Any) -> ImprintEstimator:
         """Adds a class with its samples `X (n, d)`; `classes_` stays sorted.
 
         After `fit` with `keep=`; the head is that of all samples at once.
@@ -154,13 +190,13 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         place = int(np.searchsorted(classes, label))
         return self._become(kept.add_class(str(classes[place]), self._rows(X), place), classes)
 
-    def add_examples(self, label, X) -> ImprintEstimator:
+    def add_examples(self, label: Any, X: Any) -> ImprintEstimator:
         """Adds samples `X (n, d)` to a class. Errors as of `add_class`."""
         kept = self._fitted_state()
         name = kept.class_names[self._place(label)]
         return self._become(kept.add_examples(name, self._rows(X)))
 
-    def remove_class(self, label, X=None) -> ImprintEstimator:
+    def remove_class(self, label: Any, X: Any = None) -> ImprintEstimator:
         """Removes a class; `X`, all its samples, where `keep="moments"` asks for them."""
         kept = self._fitted_state()
         x = None if X is None else self._rows(X)
@@ -168,7 +204,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         left = kept.remove_class(kept.class_names[place], x)
         return self._become(left, np.delete(self.classes_, place))
 
-    def _place(self, label) -> int:
+    def _place(self, label: Any) -> int:
         label, place = find_label(label, self.classes_)
         if place is None:
             raise ImprintError(
@@ -179,14 +215,15 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
 
     def _fitted_state(self) -> State:
         check_is_fitted(self)
-        if getattr(self, "_state", None) is None:
+        state = getattr(self, "_state", None)
+        if state is None:
             raise ImprintError(
                 'nothing was kept of the training set: fit with keep="embeddings" (suffices for '
                 'every step) or keep="moments"; partial_fit adds batches without either'
             )
-        return self._state
+        return state
 
-    def _rows(self, X) -> Tensor:
+    def _rows(self, X: Any) -> Tensor:
         return torch.from_numpy(validate_data(self, X, reset=False, **AS_TENSOR))
 
     def _become(self, state: State, classes: np.ndarray | None = None) -> ImprintEstimator:
@@ -195,7 +232,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         self.classes_ = self.classes_ if classes is None else classes
         return self
 
-    def partial_fit(self, X, y, classes=None) -> ImprintEstimator:
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> ImprintEstimator:
         """Adds a batch `X (n, d)`, `y (n,)`; the head is made anew at the next prediction.
 
         The first call reads the parameters and settles the recipe, the choice of "auto" included;
@@ -216,7 +253,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
                 What the head needs, such as a matrix that is not singular, is asked for by the
                 prediction.
         """
-        first = getattr(self, "_kept", None) is None
+        before: TrainingRows | TrainingSums | None = getattr(self, "_kept", None)
+        first = before is None
         if first and hasattr(self, "classes_"):
             warnings.warn(
                 "partial_fit after fit starts anew: fit keeps no sums to add to; call partial_fit "
@@ -228,14 +266,14 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         known, closed = self._known(y, classes, first)
         labels = torch.from_numpy(np.searchsorted(known, y))
         kept: TrainingRows | TrainingSums
-        if first:
+        if before is None:
             parts, self._tried = self._settle(x, labels)
             if parts.gen.from_moments:
                 kept = TrainingSums(parts, x, labels, len(known), self._seed())
             else:
                 kept = TrainingRows(parts, self._seed(), x.device)
         else:
-            kept = self._kept
+            kept = before
             if len(known) > len(self.classes_):
                 kept.relabel(torch.from_numpy(np.searchsorted(known, self.classes_)), len(known))
         kept.add(x, labels)
@@ -247,11 +285,12 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
     def head_(self) -> ImprintedHead:
         check_is_fitted(self)
         if self._head is None:
+            assert self._kept is not None
             self._head = self._kept.head([str(label) for label in self.classes_])
             self._head.tried = self._tried
         return self._head
 
-    def decision_function(self, X) -> np.ndarray:
+    def decision_function(self, X: Any) -> np.ndarray:
         """Logits `(n, C)`, whose softmax `predict_proba` is.
 
         Of two classes their difference `(n,)`, above 0 for `classes_[1]`.
@@ -261,26 +300,26 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             logits = logits[:, 1] - logits[:, 0]
         return logits.numpy()
 
-    def predict_proba(self, X) -> np.ndarray:
+    def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities `(n, C)`."""
         return self._logits(X).softmax(1).numpy()
 
-    def predict(self, X) -> np.ndarray:
+    def predict(self, X: Any) -> np.ndarray:
         """Labels `(n,)`."""
         best = self._logits(X).argmax(1).numpy()
         return self.classes_[best]
 
-    def score(self, X, y, sample_weight=None) -> float:
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Accuracy on `X (n, d)`, labels `y (n,)`."""
         return super().score(X, plain_labels(y), sample_weight)
 
-    def _logits(self, X) -> Tensor:
+    def _logits(self, X: Any) -> Tensor:
         check_is_fitted(self)
         x = self._tensor(validate_data(self, X, reset=False, **AS_TENSOR))
         with torch.no_grad():
             return transform(self.head_.to(x.device), x).cpu().double()
 
-    def _checked(self, X, y, reset: bool) -> tuple[Tensor, np.ndarray]:
+    def _checked(self, X: Any, y: Any, reset: bool) -> tuple[Tensor, np.ndarray]:
         X, y = validate_data(self, X, plain_labels(y), reset=reset, **AS_TENSOR)
         check_classification_targets(y)
         return self._tensor(X), y
@@ -295,13 +334,14 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         """What was given of the recipe and its parts; NumPy's scalars, of a grid, as Python's."""
         given = self.get_params(deep=False)
         del given["seed"], given["device"], given["keep"]
+        import_parts(given)
         return {
             name: value.item() if isinstance(value, np.generic) else value
             for name, value in given.items()
             if value is not None
         }
 
-    def _known(self, y: np.ndarray, classes, first: bool) -> tuple[np.ndarray, bool]:
+    def _known(self, y: np.ndarray, classes: Any, first: bool) -> tuple[np.ndarray, bool]:
         """All labels so far, sorted, and whether the first batch has named all that may come."""
         closed = classes is not None if first else self._closed
         classes = plain_labels(classes)
@@ -329,15 +369,15 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         """The parts for all batches, and what "auto" tried on the first to find them."""
         keywords = self._keywords()
         if keywords.get("recipe") != "auto":
-            return resolve(**keywords), []
+            return _recipe(keywords), []
         codes = torch.unique(labels, return_inverse=True)[1]
         head = imprint(x, codes, seed=self._seed(), calibrate=False, **keywords)
         del keywords["recipe"]
         chosen = {n: v for n, v in head.settings.items() if n in self.get_params(deep=False)}
         del chosen["seed"]
-        return resolve(**chosen | keywords), head.tried
+        return _recipe(chosen | keywords), head.tried
 
-    def __sklearn_tags__(self):
+    def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         # In float32 the last digits of a row's scores change with the rows beside it, by up to 1e-5
         # behind nystrom; scikit-learn's checks of invariance allow 1e-7.
@@ -347,7 +387,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "classes_")
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         if self.device is not None and hasattr(self, "classes_"):
             # What was fitted on a GPU is read on machines without one.
@@ -355,6 +395,12 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             for name, part in {"_head": head, "_kept": kept}.items():
                 state[name] = None if part is None else part.cpu()
         return state
+
+
+def _recipe(keywords: dict[str, Any]) -> Recipe:
+    parts = resolve(**keywords)
+    assert isinstance(parts, Recipe)  # "auto" has been settled
+    return parts
 
 
 def _check_texts(labels: np.ndarray) -> None:

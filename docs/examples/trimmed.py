@@ -6,15 +6,13 @@ from imprint_pl.parts.gen import PerClass
 
 
 class Trimmed(PerClass):
-    """The mean of the samples nearest to the class mean; `keep` is their share."""
+    """The mean of a class without the samples farthest from it; `trim` is their share."""
 
-    name = "trimmed"
-
-    def __init__(self, keep: float = 0.9) -> None:
-        self.keep = keep
+    def __init__(self, trim: float = 0.1) -> None:
+        self.trim = trim
 
     def of_class(self, x: torch.Tensor, seed: int) -> torch.Tensor:
         """Embeddings `(n, d)` of one class → its proxy `(1, d)`."""
         distance = (x - x.mean(0)).norm(dim=1)
-        nearest = distance.argsort()[: max(1, round(self.keep * len(x)))]
+        nearest = distance.argsort()[: max(1, round((1 - self.trim) * len(x)))]
         return x[nearest].mean(0, keepdim=True)

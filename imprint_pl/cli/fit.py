@@ -8,7 +8,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Optional, cast
 
 import torch
 from jsonargparse import Namespace
@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from imprint_pl.cli.arguments import PROGRAM
-from imprint_pl.cli.fit_parser import Parser
+from imprint_pl.cli.fit_parser import Parser, named_parts
 from imprint_pl.cli.predictions import PredictionWriter
 from imprint_pl.cli.summary import print_summary, summarise, write_summary
 from imprint_pl.cli.wandb_results import WandbResults
@@ -31,7 +31,8 @@ from imprint_pl.files import local_path
 from imprint_pl.gallery import ImprintGallery
 from imprint_pl.lightning.checkpoint import hyperparameters, read_checkpoint
 from imprint_pl.lightning.classifier import ImprintedClassifier
-from imprint_pl.method.recipes import drop_unused
+from imprint_pl.method.recipes import KEYWORDS, drop_unused
+from imprint_pl.parts.by_name import import_parts, keywords_of_parts
 from imprint_pl.training_set.kept_file import read_state, state_path
 
 # How many of the skipped images the terminal lists.
@@ -155,6 +156,7 @@ class ImprintCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         args = _configurations_first(_files_as_data(cast(list[str], args)))
+        self._add_own_keywords(named_parts(args))
         for command, of_command in self._subcommand_parsers.items():
             own = {action.dest for action in of_command._actions}
             cast(Parser, of_command).of_others = {
@@ -173,18 +175,34 @@ class ImprintCLI(LightningCLI):
                 if isinstance(value, str) and value.startswith(("~/", "$", "file://")):
                     config[key] = local_path(value)
 
+    def _add_own_keywords(self, parts: dict[str, Any]) -> None:
+        """Makes the keywords of the user's own parts, named by their import paths, options."""
+        import_parts(parts)
+        own = {n: kind for n, kind in keywords_of_parts(parts).items() if n not in KEYWORDS}
+        for parser in self._subcommand_parsers.values():
+            taken = {action.dest for action in parser._actions}
+            for name, kind in own.items():
+                if f"model.{name}" in taken:
+                    raise ImprintError(
+                        f"{name} is an argument of {self._model_class.__name__} itself: give the "
+                        "keyword of your part another name"
+                    )
+                parser.add_argument(f"--model.{name}", type=Optional[kind])  # noqa: UP045
+
     def _parse_ckpt_path(self) -> None:
         command = self.config.subcommand
         path = self.config[command].get("ckpt_path")
         if not path:
             return
-        try:
-            saved = hyperparameters(read_checkpoint(path))
-        except ImprintError as error:
-            raise ImprintError(f"--ckpt_path {error}") from error
         # LightningCLI lets the file's hyperparameters win; a user who types one means it.
         given = dict(self.given[command].get("model") or {})
-        model = saved | given
+        try:
+            saved = hyperparameters(read_checkpoint(path), given)
+        except ImprintError as error:
+            raise ImprintError(f"--ckpt_path {error}") from error
+        options = {action.dest for action in self._subcommand_parsers[command]._actions}
+        # Without the keywords of a part that the user replaces.
+        model = {n: v for n, v in saved.items() if f"model.{n}" in options} | given
         model = drop_unused(model.get("recipe"), model, kept=set(given))
         self.config = self.parser.parse_object({command: {"model": model}}, self.config)
 

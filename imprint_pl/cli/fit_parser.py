@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -13,6 +16,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 import imprint_pl.data
 from imprint_pl.data.tasks import IN_QUOTES
 from imprint_pl.errors import ImprintError, did_you_mean
+from imprint_pl.files import local_path
+from imprint_pl.parts.by_name import SLOTS
 
 # Importing these classes makes them known by their short names.
 DATA = {
@@ -141,3 +146,19 @@ def _with_bytes(value: Any) -> Any:
 
 
 set_loader("yaml", _load, (yaml.YAMLError,))
+
+
+def named_parts(args: list[str]) -> dict[str, Any]:
+    """The parts that a command line and its configurations name, by slot; the last one counts."""
+    found: dict[str, Any] = {}
+    # Options and their values are two words here.
+    words = [word for a in args for word in (a.split("=", 1) if a.startswith("--") else [a])]
+    for option, value in pairwise(words):
+        # What cannot be read is for the parser to complain of.
+        with suppress(OSError, UnicodeError, yaml.YAMLError, TypeError, KeyError):
+            if option in ("--config", "-c"):
+                model = dict(_load(Path(local_path(value)).read_text())["model"])
+                found |= {slot: part for slot, part in model.items() if slot in SLOTS}
+            elif option.startswith("--model.") and option[8:].rstrip("+") in SLOTS:
+                found[option[8:].rstrip("+")] = _load(value)
+    return found

@@ -11,8 +11,8 @@ from imprint_pl.cli.arguments import PROGRAM, ArgumentParser
 from imprint_pl.cli.tables import Side, print_table
 from imprint_pl.errors import ImprintError
 from imprint_pl.experiments import CHUNK_BYTES
-from imprint_pl.method.recipes import AUTO
-from imprint_pl.parts.by_name import SLOTS, every_parameter
+from imprint_pl.method.recipes import AUTO, KEYWORDS
+from imprint_pl.parts.by_name import SLOTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,10 +58,10 @@ def run(argv: list[str]) -> None:
     plan = read_sweep(options.config)
     # Without this, embedding logs a line for each batch of work.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    full, kept, seconds = describe(plan, options.n_jobs)
+    size = describe(plan, options.n_jobs)
     print(
-        f"{plan.name}: {full:,} combinations, {kept:,} configurations after pruning; about "
-        f"{_duration(seconds)} besides embedding"
+        f"{plan.name}: {size.combinations:,} combinations, {size.configurations:,} configurations "
+        f"after pruning; about {_duration(size.seconds)} besides embedding"
     )
     if options.dry_run:
         return
@@ -89,8 +89,12 @@ def run(argv: list[str]) -> None:
 
 def _print_best(table: pd.DataFrame) -> None:
     """Prints the best methods, by accuracy averaged over tasks, backbones and seeds."""
-    # All keywords tell rows apart; the rarer ones are shown only where rows differ in them.
-    keywords = [n for n in (*SLOTS, *sorted(every_parameter())) if n in table]
+    from imprint_pl.experiments.results import COLUMNS
+
+    # All keywords tell rows apart. Those of a user's own parts have further columns. The rarer
+    # keywords are shown only where rows differ in them.
+    more = {str(n) for n in table if n in KEYWORDS or n not in COLUMNS}
+    keywords = [*SLOTS, *sorted(more - {*SLOTS, "weibull"})]
     # `auto` chooses other parts on each task: they are left out, so that its rows are averaged.
     table = table.assign(**{n: table[n].mask(table["recipe"] == AUTO) for n in keywords})
     keywords = ["recipe", *keywords, *(n for n in ["weibull"] if n in table)]

@@ -8,28 +8,49 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import pandas as pd
+from pandas.api.types import infer_dtype
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import local_path
+from imprint_pl.method.recipes import KEYWORDS
 
 TEXT, WHOLE, NUMBER, TRUTH = "string", "Int64", "Float64", "boolean"
 
-# Empty where a parameter is not used. `lam` is text, since it may be a rule ("gcv"). A keyword that
-# is not among them, such as that of a new part, has a column of text where a row has a value.
-COLUMNS = {
-    **{"backbone": TEXT, "data": TEXT, "task": TEXT},
-    **{"d": WHOLE, "num_labels": WHOLE, "task_seed": WHOLE, "shots": WHOLE, "recipe": TEXT},
-    **{"norm_pre": TEXT, "gen": TEXT, "k": WHOLE, "norm_post": TEXT, "norm_inf": TEXT},
-    **{"agg": TEXT, "m": WHOLE, "distance": TEXT, "votes": TEXT, "lam": TEXT},
-    **{"shrinkage": TEXT, "projection_dim": WHOLE, "temperature": NUMBER, "engine": TEXT},
-    **{"width": NUMBER, "prior": TEXT, "intercept": TRUTH, "as_published": TRUTH, "seed": WHOLE},
-    **{"num_classes": WHOLE, "num_train": WHOLE, "num_test": WHOLE},
-    **{"accuracy": NUMBER, "macro_f1": NUMBER, "nc1": NUMBER, "vci": NUMBER},
-    **{"gen_seconds": NUMBER, "inference_seconds": NUMBER, "id": TEXT},
+
+def _dtype(kind: Any) -> str:
+    """The type of a keyword's column: text where it may be text, such as λ by the rule "gcv"."""
+    kinds = [part for part in get_args(kind) if part is not type(None)]
+    return {int: WHOLE, float: NUMBER, bool: TRUTH}.get(kinds[0], TEXT) if len(kinds) == 1 else TEXT
+
+
+# A cell is empty where a keyword is not used. A keyword of a user's own part has a column behind
+# these, of the type of its values, where a row has one.
+COLUMNS: dict[str, str] = {
+    "backbone": TEXT,
+    "data": TEXT,
+    "task": TEXT,
+    "d": WHOLE,
+    "num_labels": WHOLE,
+    "task_seed": WHOLE,
+    "shots": WHOLE,
+    "recipe": TEXT,
+    **{name: _dtype(kind) for name, kind in KEYWORDS.items()},
+    "seed": WHOLE,
+    "num_classes": WHOLE,
+    "num_train": WHOLE,
+    "num_test": WHOLE,
+    "accuracy": NUMBER,
+    "macro_f1": NUMBER,
+    "nc1": NUMBER,
+    "vci": NUMBER,
+    "gen_seconds": NUMBER,
+    "inference_seconds": NUMBER,
+    "id": TEXT,
 }
 TIMES = ("gen_seconds", "inference_seconds")
 
@@ -77,14 +98,15 @@ class Results:
         self._rows |= {row["id"]: row for row in rows}
 
     def table(self, order: list[str] | None = None) -> pd.DataFrame:
-        """All rows under `COLUMNS`, and further keywords that some rows have; the rows of `order`,
-        ids, come first and in this order."""
+        """All rows under `COLUMNS` and the keywords of users' own parts; the rows of `order`, ids,
+        come first and in this order."""
         known = [i for i in order or [] if i in self._rows]
         ids = [*known, *sorted(self.ids - set(known))]
         more = {n for row in self._rows.values() for n, v in row.items() if v is not None}
-        columns = COLUMNS | dict.fromkeys(sorted(more - set(COLUMNS)), TEXT)
-        frame = pd.DataFrame([self._rows[i] for i in ids], columns=list(columns))
-        return frame.astype(columns)
+        columns = [*COLUMNS, *sorted(more - set(COLUMNS))]
+        # Of objects: whole numbers and truths beside empty cells stay what they are.
+        frame = pd.DataFrame([self._rows[i] for i in ids], columns=columns, dtype=object)
+        return frame.astype({name: COLUMNS.get(name) or _type_of(frame[name]) for name in columns})
 
     def save(self, order: list[str] | None = None) -> None:
         """Writes `results.parquet` and `results.csv`, and empties the journal."""
@@ -97,7 +119,7 @@ class Results:
         except OSError as error:
             raise _not_writable(self.folder, error) from error
 
-    def _replace(self, name: str, write) -> None:
+    def _replace(self, name: str, write: Callable[[Path], None]) -> None:
         temporary = self.folder / f"unfinished-{name}"
         write(temporary)
         os.replace(temporary, self.folder / name)
@@ -108,7 +130,8 @@ class Results:
             return []
         try:
             table = pd.read_parquet(path)
-            rows = table.astype(object).where(table.notna(), None).to_dict("records")
+            records = table.astype(object).where(table.notna(), None).to_dict("records")
+            rows = cast("list[dict[str, Any]]", records)
             # A column that is absent is a KeyError; those of further keywords stay.
             return [row | {name: row[name] for name in COLUMNS} for row in rows]
         except (ValueError, KeyError) as error:
@@ -135,6 +158,13 @@ class Results:
                     "it, and the sweep makes its row again"
                 ) from error
         return rows
+
+
+def _type_of(column: pd.Series) -> str:
+    """The type of a column that is not among `COLUMNS`, by its values."""
+    kind = infer_dtype(column, skipna=True)
+    numbers = {"integer": WHOLE, "floating": NUMBER, "mixed-integer-float": NUMBER}
+    return ({"boolean": TRUTH} | numbers).get(kind, TEXT)
 
 
 def _not_writable(folder: Path, error: Exception) -> ImprintError:

@@ -11,7 +11,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +23,8 @@ from imprint_pl.embedding.backbone import Backbone
 from imprint_pl.errors import ImprintError, did_you_mean
 from imprint_pl.files import check_tensor, damaged, local_path
 from imprint_pl.method.head import ImprintedHead
+from imprint_pl.method.recipes import KEYWORDS
+from imprint_pl.parts.by_name import check_imported, import_parts, keywords_of_parts
 
 # How the names of their tensors begin.
 HEAD, BACKBONE = "head.", "backbone."
@@ -56,13 +58,15 @@ def load_classifier(
     """
     where = map_location or (None if torch.cuda.is_available() else "cpu")
     checkpoint = read_checkpoint(source, where)
-    known = _keywords(cls)
+    import_parts(keywords)
+    saved = hyperparameters(checkpoint, keywords)
+    known = _keywords(base, cls, saved | keywords)
     for name in keywords:
         if name not in known:
             raise ImprintError(
                 f"{cls.__name__} has no argument {name!r}{did_you_mean(name, known)}"
             )
-    given = {n: v for n, v in hyperparameters(checkpoint).items() if n in known} | keywords
+    given = {n: v for n, v in saved.items() if n in known} | keywords
     # Without OSError, which weights raise that cannot be fetched.
     errors = (RuntimeError, TypeError, KeyError, IndexError, ValueError)
     with damaged(source, "a checkpoint that `fit` wrote", errors):
@@ -80,14 +84,17 @@ def load_classifier(
     return model.to(next(iter(checkpoint["state_dict"].values())).device)
 
 
-def _keywords(cls: type) -> dict[str, None]:
-    """What a constructor takes, that of a subclass with `**kwargs` included, in order."""
+def _keywords(base: type, cls: type, given: dict[str, Any]) -> dict[str, None]:
+    """What a constructor takes, in order: by the `**kwargs` of a subclass, too, and as a keyword of
+    the parts that `given` names."""
     known: dict[str, None] = {}
     for part in cls.__mro__:
         if "__init__" in vars(part):
             parameters = list(inspect.signature(vars(part)["__init__"]).parameters.values())[1:]
             variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
             known |= dict.fromkeys(p.name for p in parameters if p.kind not in variable)
+            if part is base:
+                return known | dict.fromkeys([*KEYWORDS, *keywords_of_parts(given)])
             if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
                 break
     return known
@@ -267,13 +274,19 @@ def _loads_without_code(value: Any) -> bool:
     return True
 
 
-def hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def hyperparameters(
+    checkpoint: dict[str, Any], typed: Collection[str] = frozenset()
+) -> dict[str, Any]:
     """The hyperparameters of a checkpoint that are keywords of `ImprintedClassifier`.
 
     Lightning's own entries, which name a class and its arguments, are left out.
 
+    Args:
+        typed: keywords that the user gives instead of the checkpoint's.
+
     Raises:
-        ImprintError: a value that is more than text, numbers, and lists or dicts of these.
+        ImprintError: a value that is more than text, numbers, and lists or dicts of these; a part
+            of somebody's own that has not been imported.
     """
     plain = {}
     for name, value in dict(checkpoint["hyper_parameters"]).items():
@@ -290,6 +303,7 @@ def hyperparameters(checkpoint: dict[str, Any]) -> dict[str, Any]:
     # Files are given by whoever loads; the name of a torchvision entry may come from the file.
     if not str(plain.get("weights")).isidentifier():
         plain.pop("weights", None)
+    check_imported({name: value for name, value in plain.items() if name not in typed})
     return plain
 
 

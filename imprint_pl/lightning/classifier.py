@@ -43,8 +43,9 @@ from imprint_pl.lightning.trainer import (
     outside_the_trainers_precision,
 )
 from imprint_pl.method.head import ImprintedHead
-from imprint_pl.method.recipes import resolve
+from imprint_pl.method.recipes import RecipeName, resolve
 from imprint_pl.method.selection import checked_bounds
+from imprint_pl.parts.by_name import import_parts
 
 
 class ImprintedClassifier(Growing, LightningModule):
@@ -62,33 +63,8 @@ class ImprintedClassifier(Growing, LightningModule):
     Args:
         backbone: "efficientnet_lite0" (embedded, needs no download), "torchvision/<name>",
             "timm/<name>", or any `nn.Module`; see `load_backbone`.
-        recipe: "auto" (compares recipes on held-out embeddings and takes the best), "kernel" (what
-            auto mostly takes), "robust" (the paper's best: k-means, 20 proxies a class), "qi" (the
-            class mean), "hosoda", "janson", "ls" (least squares), "knn" (nearest neighbours),
-            "whitened", "ridge", "lda" or "ranpac".
-        norm_pre: normalisation before GEN: "none", "l2", "power", "centre", "whiten",
-            "random_projection", "nystrom", or a list of them. The recipe's where not given, as are
-            all the parts below.
-        gen: generator of the proxies: "mean", "kmeans", "kmedoids", "random", "fps", "cov_max",
-            "all", "ls", "kls", "ridge", "kridge" or "lda".
-        k: proxies a class.
-        norm_post: normalisation of the proxies: "none", "l2" or "quantile".
-        norm_inf: normalisation of embeddings at inference; "same" is NORM_pre with what it learned.
-        agg: from proxies to class scores: "max", "mnn" (m nearest proxies) or "logsumexp".
-        m: of mnn: how many proxies vote.
-        distance: of mnn: "euclidean", "cosine", "manhattan", "chebyshev" or "mahalanobis".
-        votes: of mnn: "uniform", "weighted_by_distance" or "softmax".
-        temperature: of softmax votes and logsumexp.
-        lam: λ of "ls", "kls", "ridge" and "kridge"; for ridge also "gcv" (generalised
-            cross-validation) or "holdout".
-        intercept: of ridge: whether there is one.
-        shrinkage: of "whiten" and "lda": from 0 to 1, towards round classes, or "oas" (chosen from
-            the embeddings).
-        prior: of "lda": "empirical" or "uniform".
-        projection_dim: features of "random_projection" and "nystrom".
-        width: of "nystrom": of the kernel, in median distances.
-        engine: of k-means: "auto", "faiss", "torch" or "exact".
-        as_published: do quantile and mnn as the paper's code does, faults included.
+        recipe: "auto" (compares recipes on held-out embeddings and takes the best), or a name in
+            `RECIPES`, such as "kernel" (what auto mostly takes) or "robust" (the paper's best).
         weibull: imprint only the samples whose distance to their class mean lies between these two
             quantiles of a Weibull distribution, such as [0.1, 0.9].
         keep: what to keep of the training set, so that classes can come and go later (`state`):
@@ -107,6 +83,9 @@ class ImprintedClassifier(Growing, LightningModule):
         precision: "32", "bf16" or "16": autocast inside the backbone.
         compile: `torch.compile` the backbone.
         save_backbone: keep the backbone in checkpoints too.
+        parts: `norm_pre, gen, k, norm_post, norm_inf, agg` and more; see `resolve`. A part of your
+            own is an instance, or the import path of its class (`gen="my_parts.Trimmed"`), which
+            the command line and checkpoints take, too; its keywords stand beside it.
 
     The data module may have `class_names`, `num_classes`, and `class_counts` `(C,)`, the training
     samples of each class; without the counts sums for NC1 take C times the memory. Data that are
@@ -126,25 +105,8 @@ class ImprintedClassifier(Growing, LightningModule):
         self,
         # A str or an nn.Module; so annotated, `fit --help` would list every module of PyTorch.
         backbone: Any = "efficientnet_lite0",
-        recipe: str = "auto",
-        norm_pre: str | list[str] | None = None,
-        gen: str | None = None,
-        k: int | None = None,
-        norm_post: str | None = None,
-        norm_inf: str | list[str] | None = None,
-        agg: str | None = None,
-        m: int | None = None,
-        distance: str | None = None,
-        votes: str | None = None,
-        temperature: float | None = None,
-        lam: float | str | None = None,
-        intercept: bool | None = None,
-        shrinkage: float | str | None = None,
-        prior: str | None = None,
-        projection_dim: int | None = None,
-        width: float | None = None,
-        engine: str | None = None,
-        as_published: bool | None = None,
+        recipe: RecipeName = "auto",
+        *,
         weibull: list[float] | None = None,
         keep: str | None = None,
         keep_sources: bool = False,
@@ -158,6 +120,7 @@ class ImprintedClassifier(Growing, LightningModule):
         precision: str | int = "32",
         compile: bool = False,
         save_backbone: bool = False,
+        **parts: Any,
     ) -> None:
         super().__init__()
         # A module among the hyperparameters would break weights_only loading; nor does a path of
@@ -172,27 +135,8 @@ class ImprintedClassifier(Growing, LightningModule):
         self.seed = seed
         self.weibull = None if weibull is None else checked_bounds(weibull)
         self.options = EpochOptions(seed, self.weibull, keep, keep_sources, accept, max_per_class)
-        self.parts = resolve(
-            recipe,
-            norm_pre=norm_pre,
-            gen=gen,
-            k=k,
-            norm_post=norm_post,
-            norm_inf=norm_inf,
-            agg=agg,
-            m=m,
-            distance=distance,
-            votes=votes,
-            temperature=temperature,
-            lam=lam,
-            intercept=intercept,
-            shrinkage=shrinkage,
-            prior=prior,
-            projection_dim=projection_dim,
-            width=width,
-            engine=engine,
-            as_published=as_published,
-        )
+        import_parts(parts)
+        self.parts = resolve(recipe, **parts)
         self.backbone = load_backbone(
             backbone,
             pretrained=pretrained,

@@ -17,17 +17,18 @@ from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.holdout import calibrate_head
 from imprint_pl.method.inputs import checked, checked_classifier
 from imprint_pl.method.pipeline import Request, make_head
-from imprint_pl.method.recipes import AUTO, Auto, Recipe, resolve
+from imprint_pl.method.recipes import AUTO, Auto, Recipe, RecipeName, resolve
 from imprint_pl.method.selection import checked_bounds, draw_shots, weibull_typical
 from imprint_pl.numerics.labels import checked_names
 from imprint_pl.numerics.order import in_order
 from imprint_pl.numerics.values import checked_seed
+from imprint_pl.parts.by_name import import_parts
 
 
 def imprint(
     x: Tensor,
     y: Tensor,
-    recipe: str = AUTO,
+    recipe: RecipeName = AUTO,
     *,
     num_classes: int | None = None,
     class_names: list[str] | None = None,
@@ -57,7 +58,8 @@ def imprint(
         progress: show a bar on stderr.
         calibrate: fit a temperature on held-out samples, so that a softmax of what the head returns
             gives probabilities. Costs a second, smaller imprinting.
-        overrides: `norm_pre, gen, k, norm_post, norm_inf, agg` and more; see `resolve`.
+        overrides: `norm_pre, gen, k, norm_post, norm_inf, agg` and more; see `resolve`. A part of
+            your own is an instance, or the import path of its class: `gen="my_parts.Trimmed"`.
 
     Returns:
         An `ImprintedHead`, embeddings `(B, d)` → logits `(B, C)`, on `x`'s device.
@@ -73,6 +75,7 @@ def imprint(
     >>> head(torch.tensor([[5.0, 1.0], [1.0, 2.0]])).argmax(1)
     tensor([0, 1])
     """
+    import_parts(overrides)
     parts, seed = resolve(recipe, **overrides), checked_seed(seed)
     class_names = None if class_names is None else checked_names(class_names)
     chooses = shots is not None or weibull is not None

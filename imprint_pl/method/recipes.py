@@ -3,18 +3,58 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_type_hints
 
 from torch import nn
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.method.head import ImprintedHead
-from imprint_pl.parts.by_name import SLOTS, near_names, parameters_of, step_names, steps_of
+from imprint_pl.parts.by_name import (
+    SLOTS,
+    class_named,
+    classes_named,
+    every_parameter,
+    name_of,
+    near_names,
+    parameters_of,
+    step_names,
+    steps_of,
+)
 from imprint_pl.parts.norm.base import Chain, Norm
 
 # The recipe that chooses one of the others; see `auto.py`.
-AUTO = "auto"
+AUTO: Literal["auto"] = "auto"
+
+# The names, for help texts, editors and type checkers. Each type allows any other text, too: the
+# import path of a part of one's own, or names joined by `+`. `resolve` refuses unknown names.
+RecipeName: TypeAlias = (
+    Literal["auto", "kernel", "robust", "qi", "hosoda", "janson", "ls", "knn", "whitened"]
+    | Literal["ridge", "lda", "ranpac"]
+    | str
+)
+NormNames: TypeAlias = (
+    Literal["none", "l2", "power", "centre", "whiten", "random_projection", "nystrom"]
+    | str
+    | list[str]
+)
+InferenceNormNames: TypeAlias = Literal["same"] | NormNames
+ProxyNormNames: TypeAlias = Literal["none", "l2", "power", "quantile"] | str | list[str]
+GenName: TypeAlias = (
+    Literal["mean", "kmeans", "kmedoids", "random", "fps", "cov_max", "all"]
+    | Literal["ls", "kls", "ridge", "kridge", "lda"]
+    | str
+)
+AggName: TypeAlias = Literal["max", "mnn", "logsumexp"] | str
+DistanceName: TypeAlias = (
+    Literal["euclidean", "cosine", "manhattan", "chebyshev", "mahalanobis"] | str
+)
+VotesName: TypeAlias = Literal["uniform", "weighted_by_distance", "softmax"] | str
+LamName: TypeAlias = Literal["gcv", "holdout"] | str
+ShrinkageName: TypeAlias = Literal["oas"] | str
+EngineName: TypeAlias = Literal["auto", "faiss", "torch", "exact"] | str
+PriorName: TypeAlias = Literal["empirical", "uniform"] | str
 
 # Keywords that are on or off: any text would count as on.
 SWITCHES = {"intercept", "as_published"}
@@ -88,7 +128,7 @@ class Recipe:
 
     norm_pre: nn.Module
     gen: Any
-    norm_post: nn.Module
+    norm_post: Norm
     norm_inf: nn.Module
     agg: nn.Module
     parameters: dict[str, Any]
@@ -118,16 +158,64 @@ class Auto:
         return ImprintedHead()
 
 
-def resolve(recipe: str = AUTO, **overrides: Any) -> Recipe | Auto:
+def resolve(
+    recipe: RecipeName = AUTO,
+    *,
+    norm_pre: NormNames | None = None,
+    gen: GenName | None = None,
+    k: int | None = None,
+    norm_post: ProxyNormNames | None = None,
+    norm_inf: InferenceNormNames | None = None,
+    agg: AggName | None = None,
+    m: int | None = None,
+    distance: DistanceName | None = None,
+    votes: VotesName | None = None,
+    lam: float | LamName | None = None,
+    shrinkage: float | ShrinkageName | None = None,
+    projection_dim: int | None = None,
+    temperature: float | None = None,
+    engine: EngineName | None = None,
+    width: float | None = None,
+    prior: PriorName | None = None,
+    intercept: bool | None = None,
+    as_published: bool | None = None,
+    **own: Any,
+) -> Recipe | Auto:
     """Builds the parts of a recipe; an explicit keyword beats the recipe's.
 
+    This signature is where the keywords are declared: the command line, the columns of a sweep's
+    results and the checks of all others follow it. `None` means not given. A part is a name, an
+    instance, or the import path of a class of your own, such as `my_parts.Trimmed`, whose module
+    has been imported.
+
     Args:
-        recipe: a name in `RECIPES`, or "auto", which takes no overrides.
-        overrides: `norm_pre, gen, norm_post, norm_inf, agg` (a name or an instance) and their
-            parameters (`k, lam, engine, m, distance, votes, temperature, as_published, shrinkage,
-            projection_dim, width, prior, intercept`). `None` means not given. A norm may be several
-            names, `["whiten", "l2"]` or `"whiten+l2"`: applied in this order. `norm_inf="same"`
-            reuses NORM_pre, with what it has learned; it is the default where NORM_pre learns.
+        recipe: "auto" (compares recipes on held-out embeddings and takes the best; it takes no
+            other keyword), "kernel" (what auto mostly takes), "robust" (the paper's best: k-means,
+            20 proxies a class), "qi" (the class mean), "hosoda", "janson", "ls" (least squares),
+            "knn" (nearest neighbours), "whitened", "ridge", "lda" or "ranpac".
+        norm_pre: normalisation before GEN, or a list of several, `[whiten, l2]`, which may also be
+            written "whiten+l2". The recipe's where not given, as are all the keywords below.
+        gen: generator of the proxies.
+        k: proxies a class.
+        norm_post: normalisation of the proxies.
+        norm_inf: normalisation of embeddings at inference; "same" is NORM_pre with what it has
+            learned, and the default where NORM_pre learns.
+        agg: from proxies to class scores; "mnn" is a vote of the m nearest proxies.
+        m: of mnn: how many proxies vote.
+        distance: of mnn: between embeddings and proxies.
+        votes: of mnn: what a vote weighs.
+        lam: λ of ls, kls, ridge and kridge; for ridge and kridge also "gcv" (generalised
+            cross-validation) or "holdout".
+        shrinkage: of whiten and lda: from 0 to 1, towards round classes, or "oas" (chosen from the
+            embeddings).
+        projection_dim: features of random_projection and nystrom.
+        temperature: of softmax votes and logsumexp.
+        engine: what computes k-means.
+        width: of nystrom: of the kernel, in median distances.
+        prior: of lda: the share of each class.
+        intercept: of ridge and kridge: whether there is one.
+        as_published: do quantile and mnn as the paper's code does, faults included.
+        own: keywords of parts of your own.
 
     Raises:
         ImprintError: an unknown recipe, part or keyword (near names are given), a keyword that none
@@ -140,6 +228,8 @@ def resolve(recipe: str = AUTO, **overrides: Any) -> Recipe | Auto:
     imprint_pl.errors.ImprintError: m=5 is not used by norm_pre='l2', gen='mean', norm_post='l2', \
 norm_inf='l2', agg='max': leave it out, or choose a part that takes it (m: mnn)
     """
+    typed = locals()
+    overrides = {name: typed[name] for name in KEYWORDS} | own
     given = {name: value for name, value in overrides.items() if value is not None}
     if recipe == AUTO:
         if given:
@@ -151,13 +241,15 @@ norm_inf='l2', agg='max': leave it out, or choose a part that takes it (m: mnn)
         return Auto()
     if not isinstance(recipe, str) or recipe not in RECIPES:
         raise ImprintError(f"unknown recipe {recipe!r}{near_names(recipe, [AUTO, *RECIPES])}")
-    chosen = RECIPES[recipe] | given
-    parts, parameters, used = {}, {"recipe": recipe}, set()
+    chosen: dict[str, Any] = RECIPES[recipe] | given
+    parts: dict[str, Any] = {}
+    parameters: dict[str, Any] = {"recipe": recipe}
+    used: set[str] = set()
     for slot in SLOTS:
-        learned = {}
+        learned: dict[str, Any] = {}
         if slot == "norm_inf":
             learned = {
-                s.name: s for s in steps_of(parts["norm_pre"]) if getattr(s, "learns", False)
+                name_of(s): s for s in steps_of(parts["norm_pre"]) if getattr(s, "learns", False)
             }
             if learned and slot not in given:
                 chosen[slot] = "same"
@@ -170,7 +262,7 @@ norm_inf='l2', agg='max': leave it out, or choose a part that takes it (m: mnn)
         parts[slot] = Chain(steps) if len(steps) > 1 else steps[0]
         if slot == "norm_inf":
             _check_same_space(parts["norm_pre"], parts[slot])
-        parameters[slot] = parts[slot].name
+        parameters[slot] = name_of(parts[slot])
         for step in steps_of(parts[slot]):
             for name in parameters_of(type(step)):
                 value = getattr(step, name)
@@ -183,69 +275,79 @@ norm_inf='l2', agg='max': leave it out, or choose a part that takes it (m: mnn)
     return Recipe(**parts, parameters=parameters)
 
 
-def drop_unused(recipe: str, overrides: dict[str, Any], kept: set[str]) -> dict[str, Any]:
+# The keywords in their order and their types, such as `int | None`.
+KEYWORDS: dict[str, Any] = {
+    name: kind
+    for name, kind in get_type_hints(resolve).items()
+    if name not in ("recipe", "own", "return")
+}
+
+
+def drop_unused(
+    recipe: str | None,
+    overrides: dict[str, Any],
+    kept: set[str],
+    own: Collection[str] = (),
+) -> dict[str, Any]:
     """`overrides` without the parameters that the parts named in it do not take.
 
     For keywords that a checkpoint remembers, after one part was exchanged; those in `kept` stay, so
-    that `resolve` can complain of them.
+    that `resolve` can complain of them. `own` are parameters of users' own parts.
     """
-    chosen = RECIPES.get(recipe, {}) | {n: v for n, v in overrides.items() if v is not None}
-    parts = [
-        table[part]
-        for slot, table in SLOTS.items()
-        for part in step_names(chosen.get(slot))
-        if isinstance(part, str) and part in table
-    ]
-    taken = {name for part in parts for name in parameters_of(part)}
-    every = {n for table in SLOTS.values() for part in table.values() for n in parameters_of(part)}
+    chosen = RECIPES.get(recipe or "", {}) | {n: v for n, v in overrides.items() if v is not None}
+    taken = {name for part in classes_named(chosen) for name in parameters_of(part)}
+    every = every_parameter() | set(own)
     return {n: v for n, v in overrides.items() if n in taken or n not in every or n in kept}
 
 
-def _part(slot: str, part: Any, chosen: dict, used: set[str], learned: dict[str, Norm]) -> Any:
+def _part(
+    slot: str, part: Any, chosen: dict[str, Any], used: set[str], learned: dict[str, Any]
+) -> Any:
     """The part of a name, with its keywords, which are added to `used`; an instance as it is."""
-    table = SLOTS[slot]
     if isinstance(part, str):
-        if part not in table:
-            known = [*table, "same"] if slot == "norm_inf" else table
-            raise ImprintError(f"unknown {slot}={part!r}{near_names(part, known)}")
         if part in learned:
             return learned[part]
-        keywords = {name: chosen[name] for name in parameters_of(table[part]) if name in chosen}
+        kind = class_named(slot, part)
+        keywords = {name: chosen[name] for name in parameters_of(kind) if name in chosen}
         for name in SWITCHES & set(keywords):
             if keywords[name] not in (True, False):
                 raise ImprintError(f"{name}={keywords[name]!r}: give True or False")
         used |= set(keywords)
-        part = table[part](**keywords)
+        part = kind(**keywords)
     if not callable(part) or not isinstance(getattr(part, "name", None), str):
-        raise ImprintError(f"{slot}={part!r}: give a name ({', '.join(table)}), or a part")
+        raise ImprintError(f"{slot}={part!r}: give a name ({', '.join(SLOTS[slot])}), or a part")
     for step in steps_of(part) if slot == "norm_inf" else []:
-        if getattr(step, "learns", False) and step is not learned.get(step.name):
+        name = name_of(step)
+        if getattr(step, "learns", False) and step is not learned.get(name):
             raise ImprintError(
-                f"norm_inf={step.name!r} learns from the training embeddings, but NORM_pre has no "
-                f'such step: give norm_pre={step.name!r}, too, or norm_inf="same"'
+                f"norm_inf={name!r} learns from the training embeddings, but NORM_pre has no "
+                f'such step: give norm_pre={name!r}, too, or norm_inf="same"'
             )
     return part
 
 
-def _check_same_space(*norms: nn.Module) -> None:
-    """NORM_pre and NORM_inf; raises where proxies and embeddings would be in different spaces."""
-    maps = [[s.name for s in steps_of(norm) if getattr(s, "maps", False)] for norm in norms]
-    if maps[0] != maps[1]:
+def _check_same_space(norm_pre: nn.Module, norm_inf: nn.Module) -> None:
+    """Raises an `ImprintError` where proxies and embeddings would be in different spaces."""
+    if _maps(norm_pre) != _maps(norm_inf):
         raise ImprintError(
-            f"norm_inf={norms[1].name!r} leaves embeddings in another space than the proxies, "
-            f"which norm_pre={norms[0].name!r} maps: give norm_inf='same', or leave it out"
+            f"norm_inf={name_of(norm_inf)!r} leaves embeddings in another space than the proxies, "
+            f"which norm_pre={name_of(norm_pre)!r} maps: give norm_inf='same', or leave it out"
         )
 
 
-def _unused_message(unused: set[str], given: dict, parameters: dict) -> str:
+def _maps(norm: nn.Module) -> list[str]:
+    return [name_of(step) for step in steps_of(norm) if getattr(step, "maps", False)]
+
+
+def _unused_message(unused: set[str], given: dict[str, Any], parameters: dict[str, Any]) -> str:
     takers = {
         name: [n for table in SLOTS.values() for n, p in table.items() if name in parameters_of(p)]
         for name in unused
     }
     unknown = sorted(name for name in unused if not takers[name])
     if unknown:
-        known = {n for table in SLOTS.values() for p in table.values() for n in parameters_of(p)}
-        return f"unknown keyword {unknown[0]!r}{near_names(unknown[0], [*SLOTS, *sorted(known)])}"
+        known = [*SLOTS, *sorted(every_parameter())]
+        return f"unknown keyword {unknown[0]!r}{near_names(unknown[0], known)}"
     name = sorted(unused)[0]
     chosen = ", ".join(f"{slot}={parameters[slot]!r}" for slot in SLOTS)
     return (

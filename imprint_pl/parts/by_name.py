@@ -1,30 +1,41 @@
 """Parts by their names: the slots of a recipe, what fits each, and which parameters a part takes.
 
-A recipe, a command line and a saved head name parts; this is where names become modules.
+A recipe, a command line and a saved head name parts; this is where names become modules. A part of
+this package has a short name, such as `kmeans`; a user's own is named by the import path of its
+class, such as `my_parts.Trimmed`.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
 from imprint_pl.errors import ImprintError, did_you_mean
+from imprint_pl.parts.agg.base import Aggregation
 from imprint_pl.parts.agg.table import AGGS
 from imprint_pl.parts.gen import GENERATORS
-from imprint_pl.parts.norm.base import Chain
+from imprint_pl.parts.gen.base import Generator
+from imprint_pl.parts.norm.base import Chain, Norm
 from imprint_pl.parts.norm.table import LEARNED, NORMS, PROXY_NORMS
 
 # The slots of a recipe, in the order of the figure, and the parts that fit each.
-SLOTS = {
+SLOTS: dict[str, dict[str, Any]] = {
     "norm_pre": NORMS | LEARNED,
     "gen": GENERATORS,
     "norm_post": PROXY_NORMS,
     "norm_inf": NORMS | LEARNED,
     "agg": AGGS,
 }
+
+
+def base_of(slot: str) -> type:
+    """What a part of one's own, named by its import path, has to inherit from."""
+    return {"gen": Generator, "agg": Aggregation}.get(slot, Norm)
 
 
 def step_names(part: Any) -> list[Any]:
@@ -35,14 +46,121 @@ def step_names(part: Any) -> list[Any]:
 
 
 def steps_of(part: Any) -> list[Any]:
+    """The steps of a chain of NORMs; any other part is its only step."""
     return list(part.steps) if isinstance(part, Chain) else [part]
 
 
-def parameters_of(part: type) -> list[str]:
+def name_of(part: Any) -> str:
+    """What stands for a part in recipes, files and tables: see the top of this file."""
+    if isinstance(part, Chain):
+        return "+".join(map(name_of, part.steps))
+    kind, short = type(part), getattr(part, "name", None)
+    if isinstance(short, str) and any(table.get(short) is kind for table in SLOTS.values()):
+        return short
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def import_parts(keywords: Mapping[str, Any]) -> None:
+    """Imports the modules of the parts that `keywords` name by an import path.
+
+    It runs their code: only for keywords that the user has typed, never for those of a file.
+
+    Raises:
+        ImprintError: a module that cannot be imported.
+    """
+    for slot, path in _paths(keywords):
+        module = path.rpartition(".")[0]
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ImprintError(
+                f"{slot}={path!r}: {module} cannot be imported ({error}): give the import path of "
+                "a class, such as my_parts.Trimmed for a file my_parts.py in the current folder or "
+                "on PYTHONPATH"
+            ) from error
+
+
+def check_imported(keywords: Mapping[str, Any]) -> None:
+    """Raises an `ImprintError` where keywords of a file name a part that is not imported yet."""
+    for slot, path in _paths(keywords):
+        class_named(slot, path)
+
+
+def _paths(keywords: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The slots whose value is an import path, and the path."""
+    return [
+        (slot, name)
+        for slot, table in SLOTS.items()
+        for name in step_names(keywords.get(slot))
+        if isinstance(name, str) and "." in name and name not in table
+    ]
+
+
+def class_named(slot: str, name: str) -> Any:
+    """The class that a name stands for; one with an import path has to be imported already.
+
+    Raises:
+        ImprintError: an unknown name; an import path of what is not imported, or not of a part.
+    """
+    table = SLOTS[slot]
+    if name in table:
+        return table[name]
+    if "." not in name:
+        known = [*table, "same"] if slot == "norm_inf" else table
+        raise ImprintError(f"unknown {slot}={name!r}{near_names(name, known)}")
+    # Not by `import_module` or `getattr`: names may come from a stranger's file, and both run code.
+    module, _, own = name.rpartition(".")
+    if module not in sys.modules:
+        raise ImprintError(
+            f"{slot}={name!r} is not a part of this package, and a file never imports code: import "
+            f"{module} first, if you trust it (a command takes --model.{slot} {name})"
+        )
+    found, base = vars(sys.modules[module]).get(own), base_of(slot)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ImprintError(
+            f"{slot}={name!r}: {module} has no class {own!r} that inherits from "
+            f"{base.__module__}.{base.__name__}"
+        )
+    return found
+
+
+def classes_named(keywords: Mapping[str, Any]) -> list[Any]:
+    """The classes of the parts that `keywords` name, without names that are unknown."""
+    classes = []
+    for slot in SLOTS:
+        for name in step_names(keywords.get(slot)):
+            try:
+                classes += [class_named(slot, name)] if isinstance(name, str) else []
+            except ImprintError:
+                continue
+    return classes
+
+
+def parameters_of(part: Any) -> list[str]:
+    """The keywords that the constructor of a part's class takes."""
+    return list(_signature(part))
+
+
+def _signature(part: Any, eval_str: bool = False) -> dict[str, inspect.Parameter]:
     if part.__init__ in (object.__init__, nn.Module.__init__):
-        return []
-    names = list(inspect.signature(part.__init__).parameters)
-    return [name for name in names if name != "self"]
+        return {}
+    parameters = inspect.signature(part.__init__, eval_str=eval_str).parameters
+    return {name: parameter for name, parameter in parameters.items() if name != "self"}
+
+
+def keywords_of_parts(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of the parts that `keywords` name, those of a user's own parts too, with types.
+
+    A keyword without an annotation has the type of its default, or any.
+    """
+    found: dict[str, Any] = {}
+    for part in classes_named(keywords):
+        for name, parameter in _signature(part, eval_str=True).items():
+            kind, default = parameter.annotation, parameter.default
+            if kind is parameter.empty:
+                kind = type(default) if isinstance(default, bool | int | float | str) else Any
+            found[name] = kind
+    return found
 
 
 def every_parameter() -> set[str]:
@@ -50,14 +168,23 @@ def every_parameter() -> set[str]:
     return {n for table in SLOTS.values() for part in table.values() for n in parameters_of(part)}
 
 
-def near_names(name: str, known: Iterable[str]) -> str:
+def declared(part: Any, name: str) -> Any:
+    """What the class of a part says of itself in its own body; `False` where it says nothing.
+
+    Inherited values do not count: a subclass that overrides a method may make them untrue.
+    """
+    return getattr(part, name) if name in vars(type(part)) else False
+
+
+def near_names(name: Any, known: Iterable[str]) -> str:
+    """The known names that are near, then all of them, as the end of a message."""
     return f"{did_you_mean(name, known)} (known: {', '.join(known)})"
 
 
 def describe(part: Any) -> list[dict[str, Any]]:
     """The steps of a part as plain names and numbers, `[{"name": …, parameter: …}]`, for a file."""
     return [
-        {"name": step.name} | {name: getattr(step, name) for name in parameters_of(type(step))}
+        {"name": name_of(step)} | {name: getattr(step, name) for name in parameters_of(type(step))}
         for step in steps_of(part)
     ]
 
@@ -66,19 +193,20 @@ def build(slot: str, description: list[dict[str, Any]]) -> nn.Module:
     """The part that `describe` described, not fitted.
 
     Raises:
-        ImprintError: a name that is not ours: the file was written with a part of the user's own.
+        ImprintError: the name of a part that is neither ours nor imported.
     """
     steps = []
     for step in description:
         keywords = dict(step) if isinstance(step, dict) else {}
         name = keywords.pop("name", None)
-        if not isinstance(name, str) or name not in SLOTS[slot]:
-            raise ImprintError(
-                f"the head was saved with {slot}={name!r}, which is not a part of this package "
-                f"(known: {', '.join(SLOTS[slot])}): make the head with that part, then load"
-            )
         try:
-            steps.append(SLOTS[slot][name](**keywords))
+            if not isinstance(name, str):
+                raise ImprintError(f"{slot}={name!r} is no name")
+            kind = class_named(slot, name)
+        except ImprintError as error:
+            raise ImprintError(f"the head was saved with another part: {error}") from error
+        try:
+            steps.append(kind(**keywords))
         except TypeError as error:
             raise ImprintError(
                 f"the head was saved with {slot}={step!r:.200}, keywords that {name!r} does not "

@@ -79,7 +79,7 @@ SHOWN = {
     ),
     "docs/guides/ship.md": lambda n: (n["head"](n["x"]).argmax(1) == n["y"]).all(),
     "docs/how_it_is_built.md": lambda n: (
-        n["head"].settings["gen"] == "trimmed"
+        n["head"].settings["gen"] == "trimmed.Trimmed"
         and (n["head"](n["x"]).argmax(1) == n["y"]).float().mean() > 0.9
     ),
     "docs/reference/collapse.md": lambda n: n["nc1"](n["x"], n["y"]) > 0,
@@ -100,7 +100,8 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     assert SHOWN[page](names)
 
 
-def test_the_sweeps_in_it_are_sweeps():
+def test_the_sweeps_in_it_are_sweeps(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "examples")
     sweeps = blocks(ALL, "yaml")
     assert sweeps
     for text in sweeps:

@@ -13,6 +13,7 @@ import shutil
 import struct
 import sys
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -400,6 +401,43 @@ def test_what_lightning_s_own_entries_name_is_not_imported(written, tmp_path):
             torch.save(whole | {"hyper_parameters": settings}, tmp_path / "b.ckpt")
             model = load(tmp_path / "b.ckpt")
             assert type(model) is ImprintedClassifier
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert "evil_module" not in sys.modules
+
+
+@pytest.mark.parametrize("slot", ["norm_pre", "gen", "norm_post", "norm_inf", "agg"])
+def test_parts_that_files_name_by_import_paths_are_not_imported(slot, written, tmp_path, capsys):
+    (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')")
+    path, own = tmp_path / "b.ckpt", {slot: "evil_module.Part"}
+    whole = torch.load(written / "a.ckpt", weights_only=True)
+    forged = dict(whole["state_dict"])
+    extra = json.loads(bytes(forged["head._extra_state"].tolist()))
+    for name in {"norm_inf", "agg"} & set(own):
+        extra[name] = [{"name": "evil_module.Part"}]
+    text = json.dumps(extra | {"settings": extra["settings"] | own}).encode()
+    forged["head._extra_state"] = torch.tensor(list(text), dtype=torch.uint8)
+    state = state_path(written / "a.ckpt")
+    values, tensors = header(state)[0]["__metadata__"], load_file(state)
+    plain = json.loads(values["state"])
+    plain["settings"] |= own
+    save_file(tensors, tmp_path / "b.safetensors", values | {"state": json.dumps(plain)})
+    sys.path.insert(0, str(tmp_path))
+    try:
+        settings = whole["hyper_parameters"] | {"recipe": "qi"} | own
+        torch.save(whole | {"hyper_parameters": settings}, path)
+        with pytest.raises(ImprintError, match="import evil_module first, if you trust it"):
+            load(path)
+        assert main(["test", "--data", "Digits", "--ckpt_path", str(path)]) != 0
+        assert "import evil_module first" in capsys.readouterr().err
+        with pytest.raises(ImprintError):
+            read_state(tmp_path / "b.safetensors")
+        head = {n.removeprefix("head."): v for n, v in forged.items() if n.startswith("head.")}
+        with suppress(ImprintError):
+            ImprintedHead().load_state_dict(head)
+        torch.save(whole | {"state_dict": forged}, path)
+        with suppress(ImprintError):
+            load(path)
     finally:
         sys.path.remove(str(tmp_path))
     assert "evil_module" not in sys.modules

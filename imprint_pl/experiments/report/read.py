@@ -7,33 +7,17 @@ group is what methods are compared on: a backbone, a data set and a task.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
 from imprint_pl.errors import ImprintError, did_you_mean
+from imprint_pl.experiments.results import COLUMNS
 from imprint_pl.files import local_path
-from imprint_pl.method.recipes import RECIPES, resolve
+from imprint_pl.method.recipes import KEYWORDS, RECIPES, resolve
 from imprint_pl.parts.by_name import SLOTS, every_parameter
 
 NEEDED = ("backbone", "data", "task", "recipe", "accuracy")
-PARAMETERS = (
-    *SLOTS,
-    "k",
-    "m",
-    "distance",
-    "votes",
-    "lam",
-    "shrinkage",
-    "projection_dim",
-    "temperature",
-    "engine",
-    "width",
-    "prior",
-    "intercept",
-    "as_published",
-    "weibull",
-)
 GROUP = ("backbone", "data", "task", "d", "num_labels", "task_seed")
 # A task of the paper with ten labels, see `data.tasks.paper_d_in_1`.
 PAPER_TASK = r"paper-(?P<d>\d+)in1-(?P<task_seed>\d+)"
@@ -101,7 +85,8 @@ def read_results(path: str | Path) -> pd.DataFrame:
                 f"{path} has no column {column!r}{did_you_mean(column, rows.columns)}: a report "
                 f"needs {', '.join(NEEDED)}"
             )
-    for column in (*GROUP, *parameters(), *NUMBERS):
+    keywords = parameters(rows)
+    for column in (*GROUP, *keywords, *NUMBERS):
         if column not in rows:
             rows[column] = None
     for column in NUMBERS:
@@ -117,7 +102,7 @@ def read_results(path: str | Path) -> pd.DataFrame:
     if papers.any():
         named = rows.loc[papers, "task"].str.extract(PAPER_TASK).astype("float64")
         rows.loc[papers, ["d", "num_labels", "task_seed"]] = named.assign(num_labels=10.0)
-    for column in parameters():
+    for column in keywords:
         # An empty cell becomes None: pandas has another value for it in each type of column.
         if column not in NUMBERS:
             rows[column] = rows[column].astype(object).where(rows[column].notna(), None)
@@ -132,22 +117,35 @@ def read_results(path: str | Path) -> pd.DataFrame:
         )
     for column in ("backbone", "data", "task", "recipe"):
         rows[column] = rows[column].astype(object).where(rows[column].notna(), "").map(str)
-    rows["method"] = [method_of(row) for row in rows[["recipe", *parameters()]].to_dict("records")]
+    records = cast("list[dict[str, Any]]", rows[["recipe", *keywords]].to_dict("records"))
+    rows["method"] = [method_of(row, keywords) for row in records]
     rows["group"] = rows[list(GROUP)].apply(
         lambda row: " · ".join(_plain(value) for value in row if _given(value)), axis=1
     )
     return rows
 
 
-def parameters() -> list[str]:
-    """Returns the keywords of a method, including those of the user's own parts."""
-    return [*PARAMETERS, *sorted(every_parameter() - set(PARAMETERS))]
+def parameters(rows: pd.DataFrame | None = None) -> list[str]:
+    """Returns the keywords of a method.
+
+    Where `rows` have parts of a user's own, named by import paths, all columns that no sweep has
+    otherwise are keywords of these parts.
+    """
+    ours = [*SLOTS, *(name for name in KEYWORDS if name not in SLOTS), "weibull"]
+    more = every_parameter()
+    if rows is not None and any(
+        rows[slot].astype("string").str.contains(".", regex=False).any()
+        for slot in SLOTS
+        if slot in rows
+    ):
+        more |= {str(name) for name in rows} - set(COLUMNS)
+    return [*ours, *sorted(more - set(ours))]
 
 
-def method_of(row: dict[Any, Any]) -> str:
+def method_of(row: dict[Any, Any], keywords: list[str] | None = None) -> str:
     """Names a row's method: its recipe and the keywords in which it differs, as in `robust k=5`.
 
-    Without a recipe the name begins with the five parts.
+    Without a recipe the name begins with the five parts. `keywords` are those of `parameters`.
 
     >>> method_of({"recipe": "robust", "gen": "kmeans", "k": 5.0, "norm_pre": "l2"})
     'robust k=5'
@@ -164,7 +162,7 @@ def method_of(row: dict[Any, Any]) -> str:
     differing = [
         f"{name}={_plain(row[name])}"
         # The parts in a row of `auto` are its own choice: its rows differ in their samples only.
-        for name in (parameters() if recipe != "auto" else ["weibull"])
+        for name in (keywords or parameters() if recipe != "auto" else ["weibull"])
         if name != "engine"
         and _given(row.get(name))
         and _plain(row[name]) != _plain(own.get(name, False if name == "as_published" else None))

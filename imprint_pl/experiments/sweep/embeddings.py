@@ -44,12 +44,12 @@ class Embeddings:
     train_y: np.ndarray
     test_x: np.ndarray
     test_y: np.ndarray
-    order: np.ndarray = field(default=None)
-    rank: np.ndarray = field(default=None)
+    order: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    rank: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     classifier: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        if self.order is None:
+        if not len(self.order):
             rows = in_order(tensor(self.train_x), tensor(self.train_y)).numpy()
             by_class = np.argsort(self.train_y[rows], kind="stable")
             self.order, self.rank = rows[by_class], by_class
@@ -66,7 +66,8 @@ def load_splits(entry: dict[str, Any]) -> tuple[ImageDataModule | None, Splits]:
     arguments = {n: v for n, v in entry.items() if n not in ("name", "label")}
     data = getattr(imprint_pl.data, entry["name"], None)
     known = [n for n in imprint_pl.data.__all__ if n not in ("Splits", "ArrayDataset")]
-    if entry["name"] not in known or not issubclass(data, ImageDataModule):
+    of_images = isinstance(data, type) and issubclass(data, ImageDataModule)
+    if data is None or entry["name"] not in known or not of_images:
         raise ImprintError(f"unknown data {entry['name']!r}{did_you_mean(entry['name'], known)}")
     task_options = {"classes", "d", "num_labels", "task_seed", "shots", "val_fraction"}
     if task_options & set(arguments):
@@ -91,6 +92,7 @@ def load_embeddings(
     needed = sorted({c for t in tasks for g in t.groups(splits.class_names) for c in g})
     classifier = None
     if module is not None:
+        assert backbone_entry is not None
         arguments = dict(backbone_entry)
         try:
             backbone = load_backbone(arguments.pop("name"), **arguments)
@@ -101,8 +103,9 @@ def load_embeddings(
         splits = embed(backbone, module, cache_dir).splits
         if backbone.classifier is not None:
             classifier = backbone.classifier.float().cpu().numpy()
-    arrays = []
-    for split, dataset in (("training", splits.train), ("test", splits.test)):
+    arrays: list[np.ndarray] = []
+    sets: list[tuple[str, Any]] = [("training", splits.train), ("test", splits.test)]
+    for split, dataset in sets:
         kept = torch.isin(dataset.labels, torch.tensor(needed)).nonzero().flatten()
         selected = dataset.select(kept, dataset.labels[kept])
         largest = check_values(selected.images, f"data {entry['name']!r}, {split}: ")
@@ -116,7 +119,8 @@ def load_embeddings(
                 f"data {entry['name']!r}: class {splits.class_names[min(missing)]!r} has no "
                 f"{name} sample: leave it out of the tasks"
             )
-    return Embeddings(splits.class_names, *arrays, classifier=classifier)
+    train_x, train_y, test_x, test_y = arrays
+    return Embeddings(splits.class_names, train_x, train_y, test_x, test_y, classifier=classifier)
 
 
 def _from_file(entry: dict[str, Any]) -> Splits:
@@ -155,7 +159,7 @@ def _from_file(entry: dict[str, Any]) -> Splits:
         raise ImprintError(f"data {entry['name']!r}: class_names={names!r}: give a list of names")
     if len(names) < size:
         raise ImprintError(f"data {entry['name']!r}: {len(names)} class_names for {size} classes")
-    return Splits([str(name) for name in names], *parts)
+    return Splits([str(name) for name in names], parts[0], parts[1])
 
 
 def tensor(array: np.ndarray) -> Tensor:

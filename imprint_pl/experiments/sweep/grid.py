@@ -6,13 +6,23 @@ A configuration is a task of a data set, embedded by a backbone, under the param
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from imprint_pl.data.tasks import resolve_task
+from imprint_pl.experiments.results import COLUMNS, TEXT
 from imprint_pl.files import digest
 from imprint_pl.method.recipes import Auto, Recipe
-from imprint_pl.parts.by_name import steps_of
+from imprint_pl.parts.by_name import SLOTS, declared, describe, steps_of
+
+
+class Source(NamedTuple):
+    """The entries of a backbone (`None` where the data are embeddings) and of a data set."""
+
+    backbone: dict[str, Any] | None
+    data: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,20 +55,30 @@ class Variant:
     weibull: tuple[float, float] | None = None
 
     @property
+    def recipe(self) -> Recipe:
+        """The parts, where they are not for `auto` to choose."""
+        assert isinstance(self.parts, Recipe)
+        return self.parts
+
+    @property
     def k(self) -> int | None:
-        return self.parameters.get("k")
+        """The k of GEN."""
+        return None if isinstance(self.parts, Auto) else getattr(self.parts.gen, "k", None)
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """For each slot what tells its part, with its keywords, from others."""
+        return {slot: json.dumps(describe(getattr(self.recipe, slot))) for slot in SLOTS}
 
     @property
     def uses_seed(self) -> bool:
         """Whether anything but the shots is random."""
         if isinstance(self.parts, Auto):
             return True
-        draws = {"random_projection", "nystrom"} & {s.name for s in steps_of(self.parts.norm_pre)}
-        # One cluster is the mean, one medoid the best of all samples.
-        single = self.parts.gen.name in ("kmeans", "kmedoids", "kls") and self.k == 1
-        fixed = self.parts.gen.from_moments or self.parts.gen.name in ("all", "cov_max")
-        random = not (single or fixed) or self.parameters.get("lam") == "holdout"
-        return random or bool(draws)
+        learned = [s for s in steps_of(self.parts.norm_pre) if getattr(s, "learns", False)]
+        gen = self.parts.gen
+        fixed = getattr(gen, "from_moments", False) or declared(gen, "fixed")
+        return not (fixed and all(declared(step, "fixed") for step in learned))
 
 
 @dataclass(frozen=True)
@@ -75,17 +95,27 @@ class Configuration:
 
     def columns(self) -> dict[str, Any]:
         """The row's parameters."""
-        names = ("d", "num_labels", "task_seed")
-        parameters = dict(self.variant.parameters)
-        for name in ("lam", "weibull"):
-            if parameters.get(name) is not None:
-                parameters[name] = str(parameters[name])
         return {
-            **{"backbone": self.backbone, "data": self.data, "task": self.task.name},
-            **{name: getattr(self.task, name) for name in names},
-            **parameters,
-            **{"shots": self.shots, "seed": self.seed, "id": self.id},
+            "backbone": self.backbone,
+            "data": self.data,
+            "task": self.task.name,
+            "d": self.task.d,
+            "num_labels": self.task.num_labels,
+            "task_seed": self.task.task_seed,
+            **cells(self.variant.parameters),
+            "shots": self.shots,
+            "seed": self.seed,
+            "id": self.id,
         }
+
+
+def cells(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a recipe as a row has them: text in columns of text."""
+    texts = {name for name, kind in COLUMNS.items() if kind == TEXT} | {"weibull"}
+    return {
+        name: str(value) if name in texts and value is not None else value
+        for name, value in parameters.items()
+    }
 
 
 @dataclass
@@ -93,13 +123,12 @@ class Sweep:
     """What the YAML says, checked.
 
     Attributes:
-        sources: pairs of a backbone's and a data set's entry; the backbone's is `None` where the
-            data are embeddings.
+        sources: backbones and data sets to combine.
         full: combinations a source, before pruning.
     """
 
     name: str
-    sources: list[tuple[dict | None, dict]]
+    sources: list[Source]
     tasks: list[Task]
     variants: list[Variant]
     seeds: list[int]
@@ -107,7 +136,7 @@ class Sweep:
     full: int
 
     def configurations(
-        self, source: tuple[dict | None, dict], class_names: list[str], num_train: int
+        self, source: Source, class_names: list[str], num_train: int
     ) -> list[Configuration]:
         """The configurations of one source, each once, without those that the paper leaves out."""
         kept: dict[str, Configuration] = {}
@@ -117,18 +146,24 @@ class Sweep:
             shots = task.shots if variant.shots is None else variant.shots
             if self.prune and _left_out(variant, shots, sizes[task], num_train):
                 continue
-            seed = seed if variant.uses_seed or shots else None
+            drawn = seed if variant.uses_seed or shots else None
             parameters = {n: v for n, v in variant.parameters.items() if n != "recipe"}
             if isinstance(variant.parts, Auto):
                 parameters = variant.parameters
             key = {
-                **{"backbone": backbone, "data": data, "classes": task.classes, "d": task.d},
-                **{"num_labels": task.num_labels, "task_seed": task.task_seed},
-                **{"shots": shots, "seed": seed, "parameters": parameters},
+                "backbone": backbone,
+                "data": data,
+                "classes": task.classes,
+                "d": task.d,
+                "num_labels": task.num_labels,
+                "task_seed": task.task_seed,
+                "shots": shots,
+                "seed": drawn,
+                "parameters": parameters,
             }
             name = digest(key)[:16]
             kept.setdefault(
-                name, Configuration(backbone, data, task, variant, shots, seed, id=name)
+                name, Configuration(backbone, data, task, variant, shots, drawn, id=name)
             )
         return list(kept.values())
 
@@ -138,13 +173,14 @@ def _left_out(variant: Variant, shots: int | None, labels: int, num_train: int) 
     parameters = variant.parameters
     if variant.k is not None and shots is not None and variant.k > shots:
         return True
-    proxies = num_train if parameters.get("gen") == "all" else labels * (variant.k or 1)
+    every = isinstance(variant.parts, Recipe) and declared(variant.parts.gen, "every_sample")
+    proxies = num_train if every else labels * (variant.k or 1)
     if parameters.get("m") is not None and parameters["m"] > proxies:
         return True
     return parameters.get("norm_pre") == "l2" and parameters["norm_inf"] not in ("l2", "same")
 
 
-def names_of(source: tuple[dict | None, dict]) -> tuple[str, str]:
+def names_of(source: Source) -> tuple[str, str]:
     """The columns `backbone` and `data`."""
     backbone, data = source
     if backbone is None:

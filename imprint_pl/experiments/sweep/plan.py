@@ -6,102 +6,110 @@ configurations, done or not: its results do not depend on what was done before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable
+from typing import TypeVar
 
 from imprint_pl.experiments.sweep.grid import Configuration
-from imprint_pl.files import digest
 from imprint_pl.method.recipes import Auto
-from imprint_pl.parts.agg.table import AGGS
-from imprint_pl.parts.by_name import describe, steps_of
-from imprint_pl.parts.gen import GENERATORS
-from imprint_pl.parts.norm.table import PROXY_NORMS
+from imprint_pl.parts.by_name import declared, describe, steps_of
+from imprint_pl.parts.norm.base import Norm
 
-# What is known of the package's own GENs, by name; any other part runs alone, see `is_shared`.
-# Their first k proxies are those of any larger k.
-PREFIX = ("random", "fps", "cov_max")
-CLUSTERS = ("kmeans", "kls", "kridge")
-PER_CLASS = ("mean", "kmeans", "kmedoids", "random", "fps", "cov_max", "all")
-REGRESSIONS = ("ls", "kls", "ridge", "kridge", "lda")
-KNOWN = {GENERATORS[name] for name in (*PER_CLASS, *REGRESSIONS)}
-KNOWN |= {*PROXY_NORMS.values(), *AGGS.values()}
+Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
 
 
 def is_shared(c: Configuration) -> bool:
-    """Whether parts of its work serve other tasks: every part has to be one whose shortcuts are
-    known here, and NORM_pre looks at one row at a time. The class is asked, since a subclass may
-    have the name that it inherits."""
+    """Whether parts of its work serve other tasks: GEN says how, and NORM_pre and NORM_inf look at
+    one row at a time."""
     parts = c.variant.parts
     if isinstance(parts, Auto) or c.variant.weibull is not None:
         return False
-    norms = (parts.norm_pre, parts.norm_post, parts.norm_inf)
-    steps = [parts.gen, parts.agg, *(step for norm in norms for step in steps_of(norm))]
-    if any(type(step) not in KNOWN for step in steps):
-        return False
-    return c.variant.parameters.get("lam") != "holdout"
+    gen, norms = parts.gen, (*steps_of(parts.norm_pre), *steps_of(parts.norm_inf))
+    sums = getattr(gen, "from_moments", False)
+    shares = sums or declared(gen, "per_class") or declared(gen, "clusters")
+    return bool(shares) and all(declared(norm, "row_by_row") for norm in norms)
 
 
-def generator_key(c: Configuration) -> str:
+def is_per_class(c: Configuration) -> bool:
+    """Whether GEN makes the proxies of a class from its samples, or their sum, alone."""
+    gen = c.variant.recipe.gen
+    return bool(declared(gen, "per_class")) and not (gen.from_moments and gen.needs_gram)
+
+
+def first_k(c: Configuration) -> int | None:
+    """How many proxies of those of a larger k are the proxies of a class; `None` means all."""
+    return c.variant.k if declared(c.variant.recipe.gen, "prefix_of_larger_k") else None
+
+
+def generator_key(c: Configuration) -> tuple[Hashable, ...]:
     """What decides on the proxies before NORM_post, besides the task."""
-    parts, plain = c.variant.parts, {"recipe": "auto"}
-    if not isinstance(parts, Auto):
-        steps = [*describe(parts.norm_pre), *describe(parts.gen)]
-        plain = {
-            f"{i} {name}": value for i, step in enumerate(steps) for name, value in step.items()
-        }
-    return digest({**plain, "weibull": c.variant.weibull, "shots": c.shots, "seed": c.seed})
+    if isinstance(c.variant.parts, Auto):
+        return ("auto", c.variant.weibull, c.shots, c.seed)
+    keys = c.variant.keys
+    return (keys["norm_pre"], keys["gen"], c.variant.weibull, c.shots, c.seed)
 
 
-def unit_key(c: Configuration) -> tuple[Any, ...]:
+def class_key(c: Configuration, any_k: bool = False) -> tuple[Hashable, ...]:
+    """What decides on the work that GEN does on each class; `any_k` leaves out its k."""
+    gen = c.variant.recipe.gen
+    if declared(gen, "clusters"):
+        return ("clusters", gen.k, gen.engine)
+    if any_k or declared(gen, "prefix_of_larger_k"):
+        plain = {name: value for name, value in describe(gen)[0].items() if name != "k"}
+        return ("any k", str(plain))
+    return ("gen", c.variant.keys["gen"])
+
+
+def unit_key(c: Configuration) -> tuple[Hashable, ...]:
+    """What the configurations of a unit have in common."""
     if not is_shared(c):
         return ("alone", c.task.name, c.task.task_seed, generator_key(c))
-    p = c.variant.parameters
-    draw = (p["norm_pre"], c.shots, c.seed if c.shots else None)
-    if p["gen"] in PREFIX:
-        return ("prefix", p["gen"], *draw, c.seed)
-    if p["gen"] in CLUSTERS:
-        return ("clusters", p["k"], p["engine"], *draw, c.seed)
-    if p["gen"] in ("all", "kmedoids"):
-        return (p["gen"], *draw)
+    gen = c.variant.recipe.gen
+    draw = (c.variant.keys["norm_pre"], c.shots, c.seed if c.shots else None)
+    if declared(gen, "prefix_of_larger_k") or declared(gen, "clusters"):
+        return (*class_key(c), *draw, c.seed)
+    if is_per_class(c) and not gen.from_moments:
+        return (*class_key(c, any_k=declared(gen, "selection")), *draw)
     return ("sums", *draw)
 
 
-def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
     """Items by key, in the order in which keys first occur."""
-    groups: dict[Any, list[Any]] = {}
+    groups: dict[Key, list[Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups
 
 
 def units(configurations: list[Configuration]) -> list[list[Configuration]]:
+    """The configurations, unit by unit."""
     return list(grouped(configurations, unit_key).values())
 
 
 def cost(unit: list[Configuration], train: int, test: int, dim: int) -> float:
     """Roughly the multiplications of a unit, for an estimate: `train` and `test` rows of `dim`."""
-    total = 0.0
-    p = unit[0].variant.parameters
-    if unit[0].shots:
-        train = min(train, 10 * unit[0].shots)  # ten classes, as below
-    if not is_shared(unit[0]):
-        p_dim = p.get("projection_dim", 0)
-        width = max(dim, min(p_dim or dim, train))
+    total, first = 0.0, unit[0]
+    if first.shots:
+        train = min(train, 10 * first.shots)  # ten classes, as below
+    if not is_shared(first):
+        norm = None if isinstance(first.variant.parts, Auto) else first.variant.parts.norm_pre
+        width = norm.features(dim, train) if isinstance(norm, Norm) else dim
+        width = max(dim, min(width, train))
         return train * width * (dim + width) + width**3 * 8 + len(unit) * test * width * dim
-    k = max(c.variant.k or 1 for c in unit)
-    if unit_key(unit[0])[0] == "clusters":
+    k, gen = max(c.variant.k or 1 for c in unit), first.variant.recipe.gen
+    if declared(gen, "clusters"):
         total += train * (35 * 32 * k + 2 * k * dim + 80 * dim)
-    elif p["gen"] == "fps":
-        total += 4.0 * train * k * dim
-    elif p["gen"] == "kmedoids":
+    elif declared(gen, "selection"):
         total += train * dim * train / 10
-    if any(c.variant.parameters["gen"] in REGRESSIONS for c in unit):
+    elif is_per_class(first):
+        total += 4.0 * train * k * dim
+    if any(not is_per_class(c) for c in unit):
         total += 4.0 * train * dim**2
     for same in grouped(unit, lambda c: (generator_key(c), c.task)).values():
-        if same[0].variant.parameters["gen"] in REGRESSIONS:
+        if not is_per_class(same[0]):
             total += 4.0 * dim**3
-        proxies = train if p["gen"] == "all" else 10 * k
-        far = {c.variant.parameters.get("distance") for c in same}
+        proxies = train if declared(same[0].variant.recipe.gen, "every_sample") else 10 * k
+        far = {getattr(c.variant.recipe.agg, "distance", None) for c in same}
         slow = {"manhattan": 10, "chebyshev": 10, None: 0.5}
         total += sum(test * proxies * dim * slow.get(d, 2) for d in far)
         total += len(same) * test * dim * 4

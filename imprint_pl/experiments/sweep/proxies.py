@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Hashable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imprint_pl.experiments.sweep.grid import Configuration
-from imprint_pl.experiments.sweep.plan import CLUSTERS, PER_CLASS, PREFIX, grouped
+from imprint_pl.experiments.sweep.plan import class_key, first_k, grouped, is_per_class
 from imprint_pl.experiments.sweep.samples import Group, Samples
+from imprint_pl.experiments.sweep.timed import Timed
 from imprint_pl.numerics.kmeans import kmeans_classes
 from imprint_pl.numerics.moments import Moments
-from imprint_pl.parts.gen import Proxies, ls, ridge
+from imprint_pl.parts.by_name import declared, parameters_of
+from imprint_pl.parts.gen import Proxies
 from imprint_pl.parts.gen.kls import clusters_of
-from imprint_pl.parts.gen.kmedoids import Medoids
 
-SUMS = ("counts", "sums")
+Key = tuple[Hashable, ...]
 
 
 class SharedProxies:
@@ -38,92 +40,78 @@ class SharedProxies:
 
     def __init__(self, samples: Samples, chunk_bytes: int) -> None:
         self.samples, self.chunk_bytes = samples, chunk_bytes
-        self.grams: OrderedDict[tuple, tuple[Tensor, float]] = OrderedDict()
+        self.grams: OrderedDict[Key, Timed[Tensor]] = OrderedDict()
         self.forget()
 
     def forget(self) -> None:
         """Drops what belongs to a unit."""
-        self.made: dict[tuple, tuple[Tensor, float]] = {}
-        self.sums: dict[tuple, tuple[Moments, float]] = {}
-        self.clusters: dict[tuple, tuple[Moments, float]] = {}
-        self.task_gram: tuple[tuple, Tensor, float] | None = None
+        self.made: dict[Key, Timed[Tensor]] = {}
+        self.sums: dict[Key, Timed[Moments]] = {}
+        self.clusters: dict[Key, Timed[Moments]] = {}
+        # Of the last task alone.
+        self.task_grams: dict[Key, Timed[Tensor]] = {}
 
     def prepare(self, unit: list[Configuration]) -> None:
         """Clusters, or selects from, every class that a unit asks for."""
         # Whatever is left to do: the proxies shall not depend on it.
-        largest: dict[tuple, int] = {}
-        for c in unit:
-            key = self.key((), c)
-            largest[key] = max(largest.get(key, 0), c.variant.k or 0)
-        self._make_medoids([c for c in unit if c.variant.parts.gen.name == "kmedoids"])
-        for key, same in grouped(unit, lambda c: self.key((), c)).items():
-            if same[0].variant.parts.gen.name in (*PER_CLASS, *CLUSTERS):
-                tasks = dict.fromkeys(c.task for c in same)
-                groups = [group for task in tasks for group in self.samples.groups(task)]
-                self._make(groups, same[0], largest[key])
+        for same in grouped(unit, lambda c: self.key((), c)).values():
+            gen = same[0].variant.recipe.gen
+            tasks = dict.fromkeys(c.task for c in same)
+            groups = [group for task in tasks for group in self.samples.groups(task)]
+            if declared(gen, "clusters"):
+                self._cluster(groups, same[0])
+            elif is_per_class(same[0]) and not declared(gen, "selection"):
+                self._make(groups, same[0], max(c.variant.k or 0 for c in same))
+        self._select([c for c in unit if declared(c.variant.recipe.gen, "selection")])
 
-    def of_task(self, groups: list[Group], c: Configuration) -> tuple[Proxies, float]:
-        """The proxies of a task before NORM_post, and the seconds that they would take alone."""
-        gen = c.variant.parts.gen
-        name = gen.name
-        if name in PER_CLASS:
-            self._make(groups, c, c.variant.k)
+    def of_task(self, groups: list[Group], c: Configuration) -> Timed[Proxies]:
+        """The proxies of a task before NORM_post."""
+        gen = c.variant.recipe.gen
+        if is_per_class(c):
             made = [self._of_class(g, c) for g in groups]
-            weights = torch.cat([w for w, _ in made])
-            sizes = torch.tensor([len(w) for w, _ in made])
-            classes = torch.arange(len(groups)).repeat_interleave(sizes)
+            weights = torch.cat([of_class.value for of_class in made])
+            classes = _repeated([len(of_class.value) for of_class in made])
             bias = weights.new_zeros(len(weights))
-            return Proxies(weights, bias, classes), sum(s for _, s in made)
-        norm, parts = c.variant.parameters["norm_pre"], c.variant.parts
-        sums = [self.sum_of(g, norm, parts.norm_pre, c.shots, c.seed) for g in groups]
-        seconds = sum(s for _, s in sums)
-        gram, gram_seconds = self._task_gram(groups, c)
-        start = time.perf_counter()
-        if name not in CLUSTERS:
-            counts, totals = (torch.cat([getattr(m, n) for m, _ in sums]) for n in SUMS)
-            proxies = gen(Moments(counts, totals, gram))
-            return proxies, seconds + gram_seconds + time.perf_counter() - start
-        self._make(groups, c, gen.k)
-        found = [self._clustered(g, c) for g in groups]
-        start = time.perf_counter()
-        counts, totals = (torch.cat([getattr(m, n) for m, _ in found]) for n in SUMS)
-        sizes = torch.tensor([m.num_classes for m, _ in found])
-        classes = torch.arange(len(groups)).repeat_interleave(sizes)
-        moments = Moments(counts, totals, gram)
-        if name == "kls":
-            weights = ls.solve(moments, gen.lam)
-            bias = weights.new_zeros(len(weights))
+            return Timed(Proxies(weights, bias, classes), sum(m.seconds for m in made))
+        gram = self._task_gram(groups, c)
+        if not declared(gen, "clusters"):
+            sums = [self.sum_of(g, c) for g in groups]
+            start = time.perf_counter()
+            proxies = gen(_together([of_group.value for of_group in sums], gram.value))
         else:
-            weights, bias, *_ = ridge.solve(moments, gen.lam, gen.intercept, classes)
-        seconds = gram_seconds + sum(s for _, s in found) + time.perf_counter() - start
-        return Proxies(weights, bias, classes), seconds
+            sums = [self._clustered(g, c) for g in groups]
+            start = time.perf_counter()
+            classes = _repeated([of_group.value.num_classes for of_group in sums])
+            moments = _together([of_group.value for of_group in sums], gram.value)
+            proxies = gen.of_clusters(moments, classes)
+        seconds = gram.seconds + sum(s.seconds for s in sums) + time.perf_counter() - start
+        return Timed(proxies, seconds)
 
-    def key(self, group: Group, c: Configuration) -> tuple:
-        name = c.variant.parts.gen.name
-        k = c.variant.k if name == "kmedoids" else None
-        return "kmeans" if name in CLUSTERS else name, k, group, c.shots, c.seed
+    def key(self, group: Group, c: Configuration) -> Key:
+        """What tells the work of GEN on a class, or on the classes of a label, from other work."""
+        return (*class_key(c), group, c.shots, c.seed)
 
-    def _of_class(self, group: Group, c: Configuration) -> tuple[Tensor, float]:
+    def _of_class(self, group: Group, c: Configuration) -> Timed[Tensor]:
         weights, seconds = self.made[self.key(group, c)]
-        return (weights[: c.variant.k] if c.variant.parts.gen.name in PREFIX else weights), seconds
+        return Timed(weights[: first_k(c)], seconds)
 
-    def _make(self, groups: list[Group], c: Configuration, k: int | None) -> None:
-        """Makes the proxies of classes that have none yet. A unit has one k, but for prefixes."""
-        gen = c.variant.parts.gen
-        missing = [g for g in dict.fromkeys(groups) if self.key(g, c) not in self.made]
-        if gen.name not in CLUSTERS:
-            if gen.name in PREFIX:
-                gen = type(gen)(k)
-            for group in missing:
-                start = time.perf_counter()
-                if gen.name == "mean":
-                    norm = c.variant.parameters["norm_pre"]
-                    pre = c.variant.parts.norm_pre
-                    weights = gen(self.sum_of(group, norm, pre, c.shots, c.seed)[0]).weights
-                else:
-                    weights = gen.of_class(self.samples.training(group, c), c.seed or 0)
-                self.made[self.key(group, c)] = weights, time.perf_counter() - start
-            return
+    def _make(self, groups: list[Group], c: Configuration, k: int) -> None:
+        """Makes the proxies of classes one by one; where less k is a prefix, those of `k`."""
+        gen = c.variant.recipe.gen
+        if first_k(c) is not None:
+            plain = {name: getattr(gen, name) for name in parameters_of(type(gen))}
+            gen = type(gen)(**plain | {"k": k})
+        for group in dict.fromkeys(groups):
+            start = time.perf_counter()
+            if gen.from_moments:
+                weights = gen(self.sum_of(group, c).value).weights
+            else:
+                weights = gen.of_class(self.samples.training(group, c), c.seed or 0)
+            self.made[self.key(group, c)] = Timed(weights, time.perf_counter() - start)
+
+    def _cluster(self, groups: list[Group], c: Configuration) -> None:
+        """Clusters classes by k-means, as many at once as there is memory for."""
+        gen, missing = c.variant.recipe.gen, list(dict.fromkeys(groups))
         width = 4 * self.samples.x.shape[1]
         batch: list[Group] = []
         for i, group in enumerate(missing):
@@ -133,78 +121,108 @@ class SharedProxies:
             if i + 1 == len(missing) or held > self.chunk_bytes:
                 start = time.perf_counter()
                 xs = [self.samples.training(g, c) for g in batch]
-                centroids = kmeans_classes(xs, k, seed=c.seed or 0, engine=gen.engine)
+                centroids = kmeans_classes(xs, gen.k, seed=c.seed or 0, engine=gen.engine)
                 seconds = time.perf_counter() - start
                 total = sum(map(len, xs))
                 for g, x, weights in zip(batch, xs, centroids, strict=True):
-                    self.made[self.key(g, c)] = weights, seconds * len(x) / total
+                    self.made[self.key(g, c)] = Timed(weights, seconds * len(x) / total)
                 batch = []
 
-    def _make_medoids(self, same: list[Configuration]) -> None:
-        """k-medoids for all k and seeds from one matrix of distances a class."""
-        ks = [c.variant.k for c in same]
-        for group in dict.fromkeys(g for c in same for g in self.samples.groups(c.task)):
+    def _select(self, unit: list[Configuration]) -> None:
+        """Selects proxies for all k and seeds by the same work on a class, such as k-medoids by one
+        matrix of distances."""
+        ks = [c.variant.recipe.gen.k for c in unit]
+        for group in dict.fromkeys(g for c in unit for g in self.samples.groups(c.task)):
             start = time.perf_counter()
-            x = self.samples.training(group, same[0])
-            medoids = Medoids(x, min(ks), max(ks))
+            x = self.samples.training(group, unit[0])
+            selection = unit[0].variant.recipe.gen.selection(x, min(ks), max(ks))
             shared = time.perf_counter() - start
-            for c in same:
+            for c in unit:
                 key = self.key(group, c)
                 if key not in self.made:
                     start = time.perf_counter()
-                    weights = x[medoids.choose(c.variant.k, c.seed or 0)]
-                    self.made[key] = weights, shared + time.perf_counter() - start
+                    weights = x[selection.choose(c.variant.recipe.gen.k, c.seed or 0)]
+                    self.made[key] = Timed(weights, shared + time.perf_counter() - start)
 
-    def _clustered(self, group: Group, c: Configuration) -> tuple[Moments, float]:
+    def _clustered(self, group: Group, c: Configuration) -> Timed[Moments]:
         """Counts and sums of the clusters of a class."""
         key = self.key(group, c)
         if key not in self.clusters:
             start = time.perf_counter()
             x, (centroids, seconds) = self.samples.training(group, c), self.made[key]
             moments = Moments.of(x, *clusters_of(x, centroids), gram="none")
-            self.clusters[key] = moments, seconds + time.perf_counter() - start
+            self.clusters[key] = Timed(moments, seconds + time.perf_counter() - start)
         return self.clusters[key]
 
     # Sums
 
-    def sum_of(self, group: Group, norm: str, module, shots, seed) -> tuple[Moments, float]:
-        """Count and sum of a label's training rows."""
-        key = norm, group, shots, seed
+    def sum_of(self, group: Group, c: Configuration) -> Timed[Moments]:
+        """Count and sum of a label's training rows after NORM_pre."""
+        return self.sum_after(
+            c.variant.recipe.norm_pre, c.variant.keys["norm_pre"], group, c.shots, c.seed
+        )
+
+    def sum_after(
+        self,
+        norm: nn.Module,
+        name: str,
+        group: Group,
+        shots: int | None = None,
+        seed: int | None = None,
+    ) -> Timed[Moments]:
+        """As `sum_of`, after any NORM; `name` tells it from others."""
+        key = name, group, shots, seed
         if key not in self.sums:
             start = time.perf_counter()
-            x = module(self.samples.x[self.samples.rows(group, shots, seed)])
+            x = norm(self.samples.x[self.samples.rows(group, shots, seed)])
             moments = Moments.of(x, torch.zeros(len(x), dtype=torch.int64), 1, gram="none")
-            self.sums[key] = moments, time.perf_counter() - start
+            self.sums[key] = Timed(moments, time.perf_counter() - start)
         return self.sums[key]
 
-    def gram_of(self, c: int, norm: str, module) -> tuple[Tensor, float]:
+    def gram_of(self, c: int, norm: nn.Module, name: str) -> Timed[Tensor]:
         """Σ z zᵀ over a class, `(d, d)` float64; the last ones are kept."""
-        key = norm, c
+        key = name, c
         if key not in self.grams:
             start = time.perf_counter()
-            x = module(self.samples.x[self.samples.slices[c]])
-            gram = Moments.of(x, torch.zeros(len(x), dtype=torch.int64), 1).gram
-            self.grams[key] = gram, time.perf_counter() - start
+            gram = _gram(norm(self.samples.x[self.samples.slices[c]]))
+            self.grams[key] = Timed(gram, time.perf_counter() - start)
             while len(self.grams) * gram.numel() * 8 > max(self.chunk_bytes, gram.numel() * 8):
                 self.grams.popitem(last=False)
         self.grams.move_to_end(key)
         return self.grams[key]
 
-    def _task_gram(self, groups: list[Group], c: Configuration) -> tuple[Tensor, float]:
-        norm, module = c.variant.parameters["norm_pre"], c.variant.parts.norm_pre
-        key = norm, tuple(groups), c.shots, c.seed
-        if self.task_gram is None or self.task_gram[0] != key:
-            total, seconds = 0, 0.0
+    def _task_gram(self, groups: list[Group], c: Configuration) -> Timed[Tensor]:
+        norm, name = c.variant.recipe.norm_pre, c.variant.keys["norm_pre"]
+        key = name, tuple(groups), c.shots, c.seed
+        if key not in self.task_grams:
+            total, seconds = torch.zeros(()), 0.0
             if c.shots is None:
                 for of_class in sorted({member for group in groups for member in group}):
-                    gram, spent = self.gram_of(of_class, norm, module)
+                    gram, spent = self.gram_of(of_class, norm, name)
                     total, seconds = total + gram, seconds + spent
             else:
                 start = time.perf_counter()
                 for group in groups:
-                    x = self.samples.training(group, c)
-                    zeros = torch.zeros(len(x), dtype=torch.int64)
-                    total = total + Moments.of(x, zeros, 1).gram
+                    total = total + _gram(self.samples.training(group, c))
                 seconds = time.perf_counter() - start
-            self.task_gram = key, total, seconds
-        return self.task_gram[1:]
+            found = Timed(total, seconds)
+            self.task_grams = {key: found}
+        return self.task_grams[key]
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Σ z zᵀ over the rows `(n, d)`, `(d, d)` float64."""
+    gram = Moments.of(x, torch.zeros(len(x), dtype=torch.int64), 1).gram
+    assert gram is not None
+    return gram
+
+
+def _repeated(sizes: list[int]) -> Tensor:
+    """0, 1, …, each as often as its size says."""
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+
+
+def _together(sums: list[Moments], gram: Tensor) -> Moments:
+    """The sums of several labels as those of their task."""
+    counts, totals = (torch.cat([getattr(m, n) for m in sums]) for n in ("counts", "sums"))
+    return Moments(counts, totals, gram)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,18 @@ import yaml
 
 from imprint_pl.data.tasks import SUBSETS
 from imprint_pl.errors import ImprintError, did_you_mean
-from imprint_pl.experiments.sweep.grid import Sweep, Task, Variant, names_of
+from imprint_pl.experiments.sweep.grid import Source, Sweep, Task, Variant, names_of
 from imprint_pl.files import digest, local_path
-from imprint_pl.method.recipes import AUTO, RECIPES, Auto, drop_unused, resolve
+from imprint_pl.method.recipes import AUTO, RECIPES, Auto, Recipe, drop_unused, resolve
 from imprint_pl.method.selection import checked_bounds
 from imprint_pl.numerics.values import is_count
-from imprint_pl.parts.by_name import SLOTS, every_parameter
+from imprint_pl.parts.by_name import (
+    SLOTS,
+    every_parameter,
+    import_parts,
+    keywords_of_parts,
+    step_names,
+)
 
 KEYS = ("name", "backbones", "data", "tasks", "grid", "seeds", "prune")
 TASK_KEYS = ("name", "classes", "d", "num_labels", "task_seed", "shots")
@@ -46,16 +52,16 @@ def checked_sweep(given: dict[str, Any], place: str = "the sweep") -> Sweep:
     for key in ("name", "data", "grid"):
         if not given.get(key):
             raise ImprintError(f"{place}: {key} is missing")
-    sources = []
+    sources: list[Source] = []
     for data in map(_named, _list(given["data"])):
         if "embeddings" in data:
             _known(data, ("name", "embeddings", "backbone", "class_names"), f"{place}, data")
-            sources.append((None, data))
+            sources.append(Source(None, data))
             continue
         backbones = [_named(entry) for entry in _list(given.get("backbones"))]
         if not backbones:
             raise ImprintError(f"{place}: data {data['name']!r} asks for backbones")
-        sources += [(backbone, data) for backbone in backbones]
+        sources += [Source(backbone, data) for backbone in backbones]
     columns = [names_of(source) for source in sources]
     for pair in columns:
         if columns.count(pair) > 1:
@@ -64,7 +70,7 @@ def checked_sweep(given: dict[str, Any], place: str = "the sweep") -> Sweep:
                 "one of the two data entries another name (label, for a data set)"
             )
     tasks = [t for entry in _list(given.get("tasks") or ["all"]) for t in _tasks(entry, place)]
-    names = {}
+    names: dict[str, Any] = {}
     for task in tasks:
         if names.setdefault(task.name, task.classes) != task.classes:
             raise ImprintError(f"{place}: two tasks are called {task.name!r}: give each a name")
@@ -74,7 +80,8 @@ def checked_sweep(given: dict[str, Any], place: str = "the sweep") -> Sweep:
     for seed in seeds:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ImprintError(f"{place}: seeds holds {seed!r}: give whole numbers from 0")
-    variants, full = [], 0
+    variants: list[Variant] = []
+    full = 0
     for number, block in enumerate(_list(given["grid"]), 1):
         where = f"{place}, grid block {number}"
         if not isinstance(block, dict):
@@ -138,7 +145,12 @@ def _classes_name(classes: Any, place: str) -> str:
 
 def _variants(block: dict[str, Any], place: str) -> Iterator[Variant | None]:
     """The product of a block's values; `None` where it holds nothing that another does not."""
-    _known(block, ("recipe", "shots", "weibull", *SLOTS, *sorted(every_parameter())), place)
+    try:
+        own = _own_keywords(block)
+    except ImprintError as error:
+        raise ImprintError(f"{place}: {error}") from error
+    known = dict.fromkeys([*SLOTS, *sorted(every_parameter()), *own])
+    _known(block, ("recipe", "shots", "weibull", *known), place)
     if "recipe" not in block and not all(slot in block for slot in SLOTS):
         missing = [slot for slot in SLOTS if slot not in block]
         raise ImprintError(f"{place}: give recipe, or every part (missing: {', '.join(missing)})")
@@ -151,7 +163,8 @@ def _variants(block: dict[str, Any], place: str) -> Iterator[Variant | None]:
     empty = [key for key, values in values_of.items() if not values and block[key] is not None]
     if empty:
         raise ImprintError(f"{place}: {empty[0]} has no value: give one, or leave {empty[0]} out")
-    used, refused = set(), ""
+    used: set[str] = set()
+    refused = ""
     for values in itertools.product(*(values or [None] for values in values_of.values())):
         given = {
             key: value if key == "weibull" else _value(value)
@@ -176,7 +189,7 @@ def _variants(block: dict[str, Any], place: str) -> Iterator[Variant | None]:
         if recipe is None and not all(slot in given for slot in SLOTS):
             raise ImprintError(f"{place}: without a recipe every part needs a value")
         # A recipe of which no part is left serves as the frame for five parts.
-        kept = drop_unused(recipe or "qi", given, kept=set(SLOTS))
+        kept = drop_unused(recipe or "qi", given, kept=set(SLOTS), own=own)
         kept = _without_temperature(recipe, kept)
         used |= set(kept)
         refused = refused or (_refusal(recipe or "qi", given) if len(kept) < len(given) else "")
@@ -184,6 +197,7 @@ def _variants(block: dict[str, Any], place: str) -> Iterator[Variant | None]:
             parts = resolve(recipe or "qi", **kept)
         except ImprintError as error:
             raise ImprintError(f"{place}: {error}") from error
+        assert isinstance(parts, Recipe)
         parameters = {n: v for n, v in parts.parameters.items() if v is not None}
         parameters["recipe"] = recipe or _recipe_of(parameters)
         # The same as without the keywords that were left out: one of them stands for all.
@@ -193,6 +207,17 @@ def _variants(block: dict[str, Any], place: str) -> Iterator[Variant | None]:
         # A keyword without a value is no mistake that `resolve` knows of.
         reason = f"; of the first, {refused}" if refused else ": leave it out"
         raise ImprintError(f"{place}: {unused[0]} is not used by any of its combinations{reason}")
+
+
+def _own_keywords(block: dict[str, Any]) -> set[str]:
+    """Imports the parts of a block that are named by import paths, and returns the keywords of all
+    its parts."""
+    named = {
+        slot: [step for value in _list(block.get(slot)) for step in step_names(_value(value))]
+        for slot in SLOTS
+    }
+    import_parts(named)
+    return set(keywords_of_parts(named))
 
 
 def _refusal(recipe: Any, given: dict[str, Any]) -> str:
@@ -216,14 +241,14 @@ def _recipe_of(parameters: dict[str, Any]) -> str | None:
     """The recipe that has just these parts and parameters."""
     plain = {name: value for name, value in parameters.items() if name != "recipe"}
     for name in RECIPES:
-        own = resolve(name).parameters.items()
-        if {n: v for n, v in own if n != "recipe" and v is not None} == plain:
+        of_recipe = resolve(name).parameters.items()
+        if {n: v for n, v in of_recipe if n != "recipe" and v is not None} == plain:
             return name
     return None
 
 
 def _different(variants: list[Variant]) -> list[Variant]:
-    kept = {}
+    kept: dict[str, Variant] = {}
     for variant in variants:
         plain = {n: v for n, v in variant.parameters.items() if n != "recipe"}
         if isinstance(variant.parts, Auto):
@@ -258,7 +283,7 @@ def _named(entry: Any) -> dict[str, Any]:
     return entry
 
 
-def _known(given: dict[str, Any], known, place: str) -> None:
+def _known(given: dict[str, Any], known: Iterable[str], place: str) -> None:
     for key in given:
         if key not in known:
             raise ImprintError(

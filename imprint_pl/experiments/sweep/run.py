@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -21,9 +23,9 @@ from imprint_pl.errors import ImprintError, needs
 from imprint_pl.experiments import CHUNK_BYTES
 from imprint_pl.experiments.results import Results
 from imprint_pl.experiments.sweep.embeddings import Embeddings, load_embeddings, load_splits
-from imprint_pl.experiments.sweep.grid import Configuration, Sweep, names_of
+from imprint_pl.experiments.sweep.grid import Configuration, Source, Sweep, Task, names_of
 from imprint_pl.experiments.sweep.plan import cost, units
-from imprint_pl.experiments.sweep.work import Work
+from imprint_pl.experiments.sweep.work import Collapse, Done, Work
 from imprint_pl.files import damaged, digest, local_path, write_whole
 
 SAVE_SECONDS = 30.0
@@ -63,24 +65,30 @@ def sweep(
     """
     folder = Path(local_path(results_dir)) / plan.name
     with _alone_in(folder), _where(n_jobs, dask):
-        results, order, failed = Results(folder), [], []
+        results = Results(folder)
+        order: list[str] = []
+        failed: list[str] = []
         for task in plan.tasks:
             made_of = digest({"classes": task.classes})
             _check_same(folder, f"task {task.name}", made_of, results.has(task=task.name))
         for source in plan.sources:
-            names, train, made_of = _sizes(source)
+            facts = _facts(source)
             backbone, data = names_of(source)
             of_names = results.has(backbone=backbone, data=data)
-            _check_same(folder, f"{backbone} on {data}", made_of, of_names)
-            configurations = plan.configurations(source, names, train)
+            _check_same(folder, f"{backbone} on {data}", facts.made_of, of_names)
+            configurations = plan.configurations(source, facts.class_names, facts.num_train)
             order += [c.id for c in configurations]
             todo = {c.id for c in configurations} - results.ids
             if todo:
                 tasks = list(dict.fromkeys(c.task for c in configurations))
                 embeddings = load_embeddings(source, tasks, cache_dir)
-                failed += _run(
-                    embeddings, configurations, todo, results, n_jobs, dask, chunk_bytes, progress
+                shared = Shared(
+                    digest({"ids": [c.id for c in configurations], "time": time.time_ns()}),
+                    embeddings,
+                    chunk_bytes,
                 )
+                jobs = None if dask else n_jobs
+                failed += _run(shared, configurations, todo, results, jobs, progress)
         _check_some(plan, len(order))
         results.save(order)
         if failed:
@@ -91,21 +99,32 @@ def sweep(
         return results.table(order)
 
 
+class Shared(NamedTuple):
+    """What all processes work on; `token` tells it from what they had before."""
+
+    token: str
+    embeddings: Embeddings
+    chunk_bytes: int
+
+
+class UnitDone(NamedTuple):
+    """What became of the unit with a number."""
+
+    number: int
+    done: Done
+
+
 def _run(
-    embeddings: Embeddings,
+    shared: Shared,
     configurations: list[Configuration],
     todo: set[str],
     results: Results,
-    n_jobs: int,
-    dask: str | None,
-    chunk_bytes: int,
+    jobs: int | None,
     progress: bool,
 ) -> list[str]:
-    token = digest({"ids": [c.id for c in configurations], "time": time.time_ns()})
-    shared = (token, embeddings, chunk_bytes)
+    """Runs the configurations whose ids are in `todo`, and returns what failed."""
     pending = [unit for unit in units(configurations) if any(c.id in todo for c in unit)]
     tasks = list(dict.fromkeys(c.task for unit in pending for c in unit))
-    jobs = None if dask else n_jobs
     collapse = dict(
         zip(
             tasks,
@@ -113,13 +132,12 @@ def _run(
             strict=True,
         )
     )
-    costs = [
-        cost(u, len(embeddings.train_y), len(embeddings.test_y), embeddings.train_x.shape[1])
-        for u in pending
-    ]
+    train, test = shared.embeddings.train_x, shared.embeddings.test_x
+    costs = [cost(unit, len(train), len(test), train.shape[1]) for unit in pending]
     # The expensive units first: so no process is left with one at the end.
     ranked = sorted(zip(pending, costs, strict=True), key=lambda pair: -pair[1])
-    failed, done, last = [], 0, time.perf_counter()
+    failed: list[str] = []
+    finished, last = 0, time.perf_counter()
     bar = tqdm(
         total=sum(costs),
         desc=f"{configurations[0].backbone}, {configurations[0].data}",
@@ -132,15 +150,15 @@ def _run(
             delayed(_unit)(shared, i, unit, {c.id for c in unit} & todo)
             for i, (unit, _) in enumerate(ranked)
         )
-        for i, rows, errors in found:
-            by_task = {(c.id): collapse[c.task] for c in ranked[i][0]}
-            for row in rows:
-                row["nc1"], row["vci"] = by_task[row["id"]]
+        for number, done in found:
+            unit, unit_cost = ranked[number]
+            by_id = {c.id: collapse[c.task]._asdict() for c in unit}
+            rows = [row | by_id[row["id"]] for row in done.rows]
             results.append(rows)
-            failed += errors
-            done += len(rows)
-            bar.set_postfix_str(f"{done}/{len(todo)} configurations", refresh=False)
-            bar.update(ranked[i][1])
+            failed += done.failed
+            finished += len(rows)
+            bar.set_postfix_str(f"{finished}/{len(todo)} configurations", refresh=False)
+            bar.update(unit_cost)
             if time.perf_counter() - last > SAVE_SECONDS:
                 results.save()
                 last = time.perf_counter()
@@ -151,38 +169,47 @@ def _run(
 _KEPT: dict[str, Work] = {}
 
 
-def _work(shared: tuple[str, Embeddings, int]) -> Work:
-    token, embeddings, chunk_bytes = shared
-    if token not in _KEPT:
+def _work(shared: Shared) -> Work:
+    if shared.token not in _KEPT:
         _KEPT.clear()
-        _KEPT[token] = Work(embeddings, chunk_bytes)
-    return _KEPT[token]
+        _KEPT[shared.token] = Work(shared.embeddings, shared.chunk_bytes)
+    return _KEPT[shared.token]
 
 
 @torch.no_grad()
-def _collapse(shared, task) -> tuple[float, float]:
+def _collapse(shared: Shared, task: Task) -> Collapse:
     return _work(shared).collapse(task)
 
 
 @torch.no_grad()
-def _unit(shared, i: int, unit: list[Configuration], todo: set[str]):
-    return i, *_work(shared).run(unit, todo)
+def _unit(shared: Shared, number: int, unit: list[Configuration], todo: set[str]) -> UnitDone:
+    return UnitDone(number, _work(shared).run(unit, todo))
 
 
-def describe(plan: Sweep, n_jobs: int = 1) -> tuple[int, int, float]:
-    """Configurations before and after pruning, and roughly the seconds of the latter, without the
-    embedding: nothing is embedded or run."""
+class Size(NamedTuple):
+    """Combinations of a sweep, its configurations after pruning, and roughly their seconds, without
+    the embedding."""
+
+    combinations: int
+    configurations: int
+    seconds: float
+
+
+def describe(plan: Sweep, n_jobs: int = 1) -> Size:
+    """How large a sweep is: nothing is embedded or run."""
     kept, seconds = 0, 0.0
     for source in plan.sources:
-        module, splits = load_splits(source[1])
-        train, test = len(splits.train.labels), len(splits.test.labels)
-        dim = splits.train.images.shape[1] if module is None else 1280
+        module, splits = load_splits(source.data)
+        train_set: Any = splits.train
+        test_set: Any = splits.test
+        train, test = len(train_set.labels), len(test_set.labels)
+        dim = train_set.images.shape[1] if module is None else 1280
         configurations = plan.configurations(source, splits.class_names, train)
         kept += len(configurations)
         work = sum(cost(unit, train, test, dim) for unit in units(configurations))
         seconds += work / SPEED / max(n_jobs, torch.get_num_threads())
     _check_some(plan, kept)
-    return plan.full * len(plan.sources), kept, seconds
+    return Size(plan.full * len(plan.sources), kept, seconds)
 
 
 def _check_some(plan: Sweep, kept: int) -> None:
@@ -194,16 +221,25 @@ def _check_some(plan: Sweep, kept: int) -> None:
         )
 
 
-def _sizes(source) -> tuple[list[str], int, str]:
-    """Class names, training samples, and what tells this source from others of its names."""
-    _, splits = load_splits(source[1])
-    if len(splits.train.labels) == 0:
+class Facts(NamedTuple):
+    """What a source holds; `made_of` tells it from others of its names."""
+
+    class_names: list[str]
+    num_train: int
+    made_of: str
+
+
+def _facts(source: Source) -> Facts:
+    _, splits = load_splits(source.data)
+    both: list[Any] = [splits.train, splits.test]
+    if len(both[0].labels) == 0:
         raise ImprintError(f"data {names_of(source)[1]!r} has no training sample")
-    made_of = {"backbone": source[0], "class_names": splits.class_names, "splits": []}
-    for split in (splits.train, splits.test):
+    entry, of_splits = source.backbone, []
+    for split in both:
         parts = [part.fingerprint() for part in getattr(split, "parts", [split])]
-        made_of["splits"].append([parts, split.labels.tolist()])
-    return splits.class_names, len(splits.train.labels), digest(made_of)
+        of_splits.append([parts, split.labels.tolist()])
+    made_of = {"backbone": entry, "class_names": splits.class_names, "splits": of_splits}
+    return Facts(splits.class_names, len(both[0].labels), digest(made_of))
 
 
 def _check_same(folder: Path, name: str, made_of: str, has_rows: bool) -> None:
@@ -222,7 +258,7 @@ def _check_same(folder: Path, name: str, made_of: str, has_rows: bool) -> None:
 
 
 @contextmanager
-def _alone_in(folder: Path):
+def _alone_in(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / "lock")
@@ -243,7 +279,7 @@ def _alone_in(folder: Path):
 
 
 @contextmanager
-def _where(n_jobs: int, dask: str | None):
+def _where(n_jobs: int, dask: str | None) -> Iterator[None]:
     if dask is None:
         # Threads of several processes on the same cores would wait for each other.
         inner = {"inner_max_num_threads": 1} if n_jobs not in (None, 1) else {}

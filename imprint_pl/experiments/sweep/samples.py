@@ -48,16 +48,16 @@ class Samples:
         """The training rows of a label, as `imprint` takes them."""
         if len(group) == 1 and shots is None:
             return self.slices[group[0]]
-        rows = torch.cat([torch.arange(s.start, s.stop) for s in map(self.slices.get, group)])
+        rows = torch.cat([torch.arange(s.start, s.stop) for s in (self.slices[c] for c in group)])
         if shots is not None:
             # Shots are drawn by the places in the data set.
             rows = rows[self.order[rows].argsort()]
-            rows = rows[sample(len(rows), shots, seed)]
+            rows = rows[sample(len(rows), shots, seed or 0)]
         return rows[self.rank[rows].argsort()]
 
     def training(self, group: Group, c: Configuration) -> Tensor:
         """`(n, d)`, after NORM_pre."""
-        return c.variant.parts.norm_pre(self.x[self.rows(group, c.shots, c.seed)])
+        return c.variant.recipe.norm_pre(self.x[self.rows(group, c.shots, c.seed)])
 
     def count(self, group: Group, shots: int | None) -> int:
         n = sum(self.slices[c].stop - self.slices[c].start for c in group)

@@ -6,24 +6,34 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from imprint_pl.experiments.sweep.grid import Configuration
+from imprint_pl.experiments.sweep.grid import Configuration, cells
 from imprint_pl.experiments.sweep.plan import grouped
 from imprint_pl.experiments.sweep.samples import Group, Samples
 from imprint_pl.method.auto import choose
+from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.pipeline import Request, make_head
 from imprint_pl.method.recipes import AUTO, Auto
 from imprint_pl.method.selection import weibull_typical
-from imprint_pl.parts.by_name import describe
 from imprint_pl.parts.gen import Proxies
-from imprint_pl.parts.norm.table import NORMS
+from imprint_pl.parts.norm.base import NoNorm
 
-# What a head's settings have besides the parameters that `auto` has chosen.
+# Entries of a head's settings besides the parameters that `auto` has chosen.
 NOT_CHOSEN = ("recipe", "seed", "chosen_by", "chosen_lam")
+
+
+class Result(NamedTuple):
+    """The labels of a configuration's test rows, and further columns of its row."""
+
+    configuration: Configuration
+    labels: Tensor
+    seconds: float
+    gen_seconds: float
+    columns: dict[str, Any]
 
 
 def alone(
@@ -32,24 +42,23 @@ def alone(
     same: list[Configuration],
     rows: Tensor,
     chunk_bytes: int,
-) -> list[tuple[Configuration, Tensor, float, float, dict[str, Any]]]:
+) -> list[Result]:
     """Configurations of one task and one GEN, as `imprint` does them.
 
-    Returns:
-        For each the labels of the test rows, seconds of inference and of GEN, and further columns:
-        the parameters that `auto` has chosen, the number of samples.
+    Further columns are the parameters that `auto` has chosen, and the number of samples.
     """
-    places = [samples.rows(g, same[0].shots, same[0].seed) for g in groups]
-    places = [torch.arange(p.start, p.stop) if isinstance(p, slice) else p for p in places]
-    y = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(p) for p in places]))
-    places = torch.cat(places)
+    drawn = [samples.rows(g, same[0].shots, same[0].seed) for g in groups]
+    of_group = [torch.arange(p.start, p.stop) if isinstance(p, slice) else p for p in drawn]
+    y = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(p) for p in of_group]))
+    places = torch.cat(of_group)
     order = samples.rank[places].argsort()
     x, y = samples.x[places[order]], y[order]
     if same[0].variant.weibull is not None:
         typical = weibull_typical(x, y, *same[0].variant.weibull)
         x, y = x[typical], y[typical]
     size = {"num_train": len(y)}
-    seed, results = same[0].seed or 0, []
+    seed = same[0].seed or 0
+    results: list[Result] = []
     request = Request(len(groups), seed=seed, classifier=samples.classifier)
     for of_inf in grouped(same, _norm_inf).values():
         parts = of_inf[0].variant.parts
@@ -62,22 +71,22 @@ def alone(
             labels = [
                 head.scores(z).argmax(1) for z in _blocks(samples.test_x, rows, head, chunk_bytes)
             ]
-            chosen = {n: v for n, v in head.settings.items() if n not in NOT_CHOSEN}
-            if "lam" in chosen:
-                chosen["lam"] = str(chosen["lam"])
+            chosen = cells({n: v for n, v in head.settings.items() if n not in NOT_CHOSEN})
             seconds = time.perf_counter() - start
-            results.append((of_inf[0], torch.cat(labels), seconds, gen, chosen | size))
+            results.append(Result(of_inf[0], torch.cat(labels), seconds, gen, chosen | size))
             continue
-        raw = replace(parts, norm_post=NORMS["none"]())
+        raw = replace(parts, norm_post=NoNorm())
         head = make_head(x, y, raw, request).head
         gen = time.perf_counter() - start
         proxies = Proxies(head.proxies.data, head.bias, head.proxy_classes)
         for c in of_inf:
             start = time.perf_counter()
-            post = c.variant.parts.norm_post
-            weights = post.of_proxies(proxies.weights, proxies.classes, samples.classifier)
+            of_c = c.variant.recipe
+            weights = of_c.norm_post.of_proxies(
+                proxies.weights, proxies.classes, samples.classifier
+            )
             labels = [
-                c.variant.parts.agg(
+                of_c.agg(
                     head.norm_inf(z),
                     weights,
                     proxies.bias,
@@ -86,7 +95,8 @@ def alone(
                 ).argmax(1)
                 for z in _blocks(samples.test_x, rows, head, chunk_bytes)
             ]
-            results.append((c, torch.cat(labels), time.perf_counter() - start, gen, size))
+            seconds = time.perf_counter() - start
+            results.append(Result(c, torch.cat(labels), seconds, gen, size))
     return results
 
 
@@ -94,9 +104,11 @@ def _norm_inf(c: Configuration) -> str:
     """What tells NORM_inf of one configuration from that of another."""
     if isinstance(c.variant.parts, Auto):
         return AUTO
-    return f"{c.variant.parameters['norm_inf']} {describe(c.variant.parts.norm_inf)}"
+    return f"{c.variant.parameters['norm_inf']} {c.variant.keys['norm_inf']}"
 
 
-def _blocks(test_x: Tensor, rows: Tensor, head, chunk_bytes: int) -> Iterator[Tensor]:
+def _blocks(
+    test_x: Tensor, rows: Tensor, head: ImprintedHead, chunk_bytes: int
+) -> Iterator[Tensor]:
     width = test_x.shape[1] + 2 * head.feature_dim
     return (test_x[block] for block in rows.split(max(1, chunk_bytes // (4 * width))))

@@ -5,8 +5,9 @@ What comes out is what `pipeline.make_head` gives for each configuration alone.
 
 from __future__ import annotations
 
+import json
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +18,34 @@ from imprint_pl.experiments.sweep.embeddings import Embeddings
 from imprint_pl.experiments.sweep.grid import Configuration, Task
 from imprint_pl.experiments.sweep.plan import generator_key, grouped, is_shared
 from imprint_pl.experiments.sweep.proxies import SharedProxies
-from imprint_pl.experiments.sweep.samples import Samples
-from imprint_pl.experiments.sweep.scores import by_class, class_scores, labels_of
-from imprint_pl.experiments.sweep.unshared import alone
+from imprint_pl.experiments.sweep.samples import Group, Samples
+from imprint_pl.experiments.sweep.scores import (
+    ClassScores,
+    Wanted,
+    by_class,
+    class_scores,
+    labels_of,
+    wanted_of,
+)
+from imprint_pl.experiments.sweep.timed import Timed
+from imprint_pl.experiments.sweep.unshared import Result, alone
 from imprint_pl.numerics.moments import Moments
+from imprint_pl.parts.by_name import describe
 from imprint_pl.parts.norm.l2 import L2
+
+
+class Collapse(NamedTuple):
+    """How collapsed the classes of a task are."""
+
+    nc1: float
+    vci: float
+
+
+class Done(NamedTuple):
+    """The rows of a unit, and a message for each kind of configuration that failed."""
+
+    rows: list[dict[str, Any]]
+    failed: list[str]
 
 
 class Work:
@@ -38,32 +62,32 @@ class Work:
         self.samples, self.chunk_bytes = Samples(embeddings), chunk_bytes
         self.proxies = SharedProxies(self.samples, chunk_bytes)
 
-    def collapse(self, task: Task) -> tuple[float, float]:
+    def collapse(self, task: Task) -> Collapse:
         """NC1 and VCI of the task's l2-normalised training embeddings, whatever the shots."""
         groups = self.samples.groups(task)
         if len(groups) < 2:
-            return float("nan"), float("nan")
-        sums = [self.proxies.sum_of(g, "l2", L2(), None, None)[0] for g in groups]
+            return Collapse(float("nan"), float("nan"))
+        norm = L2()
+        name = json.dumps(describe(norm))  # as in `Variant.keys`
+        sums = [self.proxies.sum_after(norm, name, g).value for g in groups]
         counts = torch.cat([s.counts for s in sums])
-        gram = sum(
-            sum(self.proxies.gram_of(c, "l2", L2())[0] for c in group) / n
-            for group, n in zip(groups, counts.tolist(), strict=True)
-        )
+        gram = torch.zeros(())
+        for group, n in zip(groups, counts.tolist(), strict=True):
+            gram = gram + sum(self.proxies.gram_of(c, norm, name).value for c in group) / n
         moments = Moments(counts, torch.cat([s.sums for s in sums]), gram, 1 / counts)
-        return nc1_of(moments), vci_of_moments(moments)
+        return Collapse(nc1_of(moments), vci_of_moments(moments))
 
-    def run(
-        self, unit: list[Configuration], todo: set[str]
-    ) -> tuple[list[dict[str, Any]], list[str]]:
-        """The rows of those configurations of a unit whose ids are in `todo`, and what failed."""
+    def run(self, unit: list[Configuration], todo: set[str]) -> Done:
+        """Those configurations of a unit whose ids are in `todo`."""
         self.proxies.forget()
-        rows, failed = [], []
+        rows: list[dict[str, Any]] = []
+        failed: list[str] = []
         try:
             shared = [c for c in unit if is_shared(c)]
             self.proxies.prepare(shared)
             fast = class_scores(self.proxies, shared, self.chunk_bytes)
         except ImprintError as error:
-            return [], [f"{unit[0].columns()}: {error}"]
+            return Done([], [f"{unit[0].columns()}: {error}"])
         for (_, task), same in grouped(unit, lambda c: (generator_key(c), c.task)).items():
             same = [c for c in same if c.id in todo]
             if not same:
@@ -73,43 +97,49 @@ class Work:
             except ImprintError as error:
                 failed.append(f"{task.name}, {same[0].variant.parameters}: {error}")
         self.proxies.forget()
-        return rows, failed
+        return Done(rows, failed)
 
-    def _rows(self, task: Task, same: list[Configuration], fast: dict) -> list[dict[str, Any]]:
+    def _rows(
+        self,
+        task: Task,
+        same: list[Configuration],
+        fast: dict[tuple[Wanted, Group], ClassScores],
+    ) -> list[dict[str, Any]]:
         """Configurations of one task and one GEN."""
         groups = self.samples.groups(task)
         rows, y = self.samples.test(groups)
         size = {"num_classes": len(groups), "num_test": len(rows)}
         size["num_train"] = sum(self.samples.count(g, same[0].shots) for g in groups)
+        results: list[Result] = []
         if not is_shared(same[0]):
             results = alone(self.samples, groups, same, rows, self.chunk_bytes)
         else:
-            results = []
             slow = [c for c in same if not by_class(c)]
-            later = {}
+            later: dict[str, Timed[Tensor]] = {}
+            gen_seconds = 0.0
             if slow:
                 proxies, gen_seconds = self.proxies.of_task(groups, slow[0])
                 later = labels_of(self.samples, proxies, slow, rows, len(groups), self.chunk_bytes)
             for c in same:
                 if c.id in later:
-                    results.append((c, *later[c.id], gen_seconds, {}))
+                    labels, seconds = later[c.id]
+                    results.append(Result(c, labels, seconds, gen_seconds, {}))
                     continue
                 start = time.perf_counter()
-                key = generator_key(c), c.variant.parameters["norm_post"]
-                scores = torch.stack([fast[(*key, g)][0] for g in groups], 1)
-                labels = scores[rows].argmax(1)
+                key = wanted_of(c)
+                found = [fast[key, group] for group in groups]
+                labels = torch.stack([f.scores for f in found], 1)[rows].argmax(1)
                 seconds = time.perf_counter() - start
                 share = len(rows) / len(self.samples.test_y)
-                seconds += share * sum(fast[(*key, g)][1] for g in groups)
-                gen = sum(fast[(*key, g)][2] for g in groups)
-                results.append((c, labels, seconds, gen, {}))
+                seconds += share * sum(f.seconds for f in found)
+                results.append(Result(c, labels, seconds, sum(f.gen_seconds for f in found), {}))
         return [
-            c.columns()
+            r.configuration.columns()
             | size
-            | found
-            | _measured(labels, y, len(groups))
-            | {"gen_seconds": gen, "inference_seconds": seconds}
-            for c, labels, seconds, gen, found in results
+            | r.columns
+            | _measured(r.labels, y, len(groups))
+            | {"gen_seconds": r.gen_seconds, "inference_seconds": r.seconds}
+            for r in results
         ]
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from imprint_pl.numerics.values import _positive
+from imprint_pl.parts.agg.base import Aggregation
 
 
-class LogSumExp(nn.Module):
+class LogSumExp(Aggregation):
     """logsumexp: all proxies of a class count, the best one most.
 
     score_c(z) = T log Σ over proxies p of class c of exp((w_p · z + b_p) / T). Close to `max` for

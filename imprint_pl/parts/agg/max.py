@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from imprint_pl.parts.agg.base import Aggregation
 
 
-class Max(nn.Module):
+class Max(Aggregation):
     """max: the score of a class is that of its best proxy, by inner product.
 
     score_c(z) = max over proxies p of class c of (w_p · z + b_p); −∞ for a class without
@@ -14,6 +16,7 @@ class Max(nn.Module):
     """
 
     name = "max"
+    best_product = True
 
     def forward(
         self, z: Tensor, proxies: Tensor, bias: Tensor, proxy_classes: Tensor, num_classes: int

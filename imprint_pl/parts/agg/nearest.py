@@ -9,10 +9,11 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.numerics.values import _one_of, _positive, is_count
+from imprint_pl.parts.agg.base import Aggregation
 from imprint_pl.parts.agg.distances import DISTANCES, Mahalanobis, distances
 
 # Numbers in a block of distances, samples × proxies: 256 MB in float64.
@@ -27,7 +28,7 @@ class _Known(NamedTuple):
     metric: Mahalanobis
 
 
-class NearestProxies(nn.Module):
+class NearestProxies(Aggregation):
     """mnn: the m nearest proxies of all classes vote.
 
     score_c(z) = Σ of the votes of the proxies of class c among the m nearest. A vote is 1 / m
@@ -47,6 +48,7 @@ class NearestProxies(nn.Module):
     """
 
     name = "mnn"
+    by_distance = True
 
     def __init__(
         self,

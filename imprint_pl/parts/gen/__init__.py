@@ -1,13 +1,14 @@
 """GEN: makes the proxies of the classes from their embeddings. One small file a family.
 
-A generator is a class with a `name` whose constructor takes its own parameters. With
-`from_moments = True` it is called with `Moments`, otherwise with embeddings and labels. It returns
-`Proxies`, which hold what it chose by itself, such as λ; it keeps nothing of a fit. To add one,
-write it in a file here and name it in the tuple below.
+A generator is a `Generator` whose constructor takes its own parameters and keeps them under their
+names. With `from_moments = True` it is called with `Moments`, otherwise with embeddings and labels.
+It returns `Proxies`, which hold what it chose by itself, such as λ; it keeps nothing of a fit. To
+add one to this package, write it in a file here and name it in the tuple below. One of your own
+needs no entry: give its import path, as in `gen="my_parts.Trimmed"`.
 """
 
 from imprint_pl.parts.gen.all import All
-from imprint_pl.parts.gen.base import PerClass, Proxies
+from imprint_pl.parts.gen.base import Generator, PerClass, Proxies
 from imprint_pl.parts.gen.cov_max import CovMax
 from imprint_pl.parts.gen.fps import FarthestPoints
 from imprint_pl.parts.gen.kls import KLeastSquares
@@ -44,6 +45,7 @@ __all__ = [
     "All",
     "CovMax",
     "FarthestPoints",
+    "Generator",
     "KLeastSquares",
     "KMeans",
     "KMedoids",

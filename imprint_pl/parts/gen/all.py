@@ -17,6 +17,9 @@ class All(PerClass):
     """
 
     name = "all"
+    per_class = True
+    fixed = True
+    every_sample = True
 
     def of_class(self, x: Tensor, seed: int) -> Tensor:
         """`(n, d)` → `(n, d)`; nothing is random."""

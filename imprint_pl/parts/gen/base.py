@@ -1,9 +1,9 @@
-"""What every generator returns, and the loop over classes that the per-class ones share."""
+"""What every generator says of itself and returns, and the loop over classes that many share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,15 +29,52 @@ class Proxies(NamedTuple):
     chosen: Mapping[str, float] = {}
 
 
-class PerClass:
+class Generator:
+    """The base of all generators: what they say of themselves, with the answers that are safe.
+
+    A sweep reads `per_class` to `every_sample` only where the class states them in its own body
+    (see `parts.by_name.declared`). A subclass inherits none of them: what it overrides may make
+    them untrue, and a sweep would then share work that is not the subclass's.
+
+    Attributes:
+        name: what messages and progress bars call it.
+        from_moments: it is called with `Moments`, instead of embeddings and labels.
+        needs_gram: these `Moments` need a Gram matrix.
+        spans: its proxies lie in the space that the samples span, and turn with it.
+        per_class: the proxies of a class depend on the samples of that class alone.
+        prefix_of_larger_k: the first k proxies of a class are those of any larger k.
+        clusters: it works on the k-means clusters of each class, as `k` and `engine` say.
+        selection: a class whose `selection(x, smallest, largest).choose(k, seed)` gives the
+            positions of the proxies among the samples `x (n, d)` of a class, for any such k.
+        fixed: the seed changes nothing. GENs that take `Moments` see no seed.
+        every_sample: every training sample becomes a proxy.
+    """
+
+    name = "own"
+    from_moments = False
+    needs_gram = False
+    spans = False
+    per_class = False
+    prefix_of_larger_k = False
+    selection: type[Any] | None = None
+    every_sample = False
+
+    @property
+    def clusters(self) -> bool:
+        return False
+
+    @property
+    def fixed(self) -> bool:
+        return False
+
+
+class PerClass(Generator):
     """A generator that looks at one class at a time; subclasses define `of_class`.
 
     Every class gets the same seed: its proxies depend on its own samples alone, whatever label it
     has in a task and whatever the other classes are.
     """
 
-    name: str
-    from_moments = False
     # Whether the processes of a run take a share of the classes each: it pays where a class takes
     # longer than to send it.
     shared = False

@@ -33,6 +33,9 @@ class CovMax(PerClass):
     """
 
     name = "cov_max"
+    per_class = True
+    prefix_of_larger_k = True
+    fixed = True
     shared = True
 
     def __init__(self, k: int = 20) -> None:

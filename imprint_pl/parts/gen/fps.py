@@ -29,6 +29,8 @@ class FarthestPoints(PerClass):
     """
 
     name = "fps"
+    per_class = True
+    prefix_of_larger_k = True
 
     def __init__(self, k: int = 20) -> None:
         check_count("k", k)

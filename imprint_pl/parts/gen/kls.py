@@ -7,13 +7,13 @@ from torch import Tensor
 
 from imprint_pl.numerics.kmeans import check_settings
 from imprint_pl.numerics.moments import CHUNK, Moments
-from imprint_pl.parts.gen.base import Proxies
+from imprint_pl.parts.gen.base import Generator, Proxies
 from imprint_pl.parts.gen.kmeans import KMeans
 from imprint_pl.parts.gen.ls import check_lam, solve
 from imprint_pl.ranks import share
 
 
-class KLeastSquares:
+class KLeastSquares(Generator):
     """kls: the k-means clusters of each class become pseudo-classes of `ls`.
 
     As `LeastSquares`, with M the means of the pseudo-classes as columns and C their number. A
@@ -32,7 +32,7 @@ class KLeastSquares:
     """
 
     name = "kls"
-    from_moments = False
+    clusters = True
 
     def __init__(self, k: int = 20, lam: float = 1e-4, engine: str = "auto") -> None:
         check_settings(k, engine)
@@ -41,6 +41,11 @@ class KLeastSquares:
         self.lam = float(lam)
         self.engine = engine
 
+    @property
+    def fixed(self) -> bool:
+        """One cluster is the mean."""
+        return self.k == 1
+
     def __call__(
         self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, progress: bool = False
     ) -> Proxies:
@@ -48,7 +53,11 @@ class KLeastSquares:
         cluster, classes = pseudo_classes(
             x, y, num_classes, self.k, engine=self.engine, seed=seed, progress=progress
         )
-        weights = solve(Moments.of(x, cluster, len(classes)), self.lam)
+        return self.of_clusters(Moments.of(x, cluster, len(classes)), classes)
+
+    def of_clusters(self, moments: Moments, classes: Tensor) -> Proxies:
+        """`Moments` of the clusters, with a pooled Gram matrix, and their classes `(P,)`."""
+        weights = solve(moments, self.lam)
         return Proxies(weights, weights.new_zeros(len(weights)), classes)
 
 

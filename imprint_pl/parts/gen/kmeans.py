@@ -24,12 +24,19 @@ class KMeans(PerClass):
     """
 
     name = "kmeans"
+    per_class = True
+    clusters = True
     shared = True
 
     def __init__(self, k: int = 20, engine: str = "auto") -> None:
         check_settings(k, engine)
         self.k = k
         self.engine = engine
+
+    @property
+    def fixed(self) -> bool:
+        """One cluster is the mean."""
+        return self.k == 1
 
     def of_classes(self, xs: list[Tensor], seed: int, progress: bool) -> list[Tensor]:
         """Each class's embeddings `(n, d)` → `(min(n, k), d)`; all at once where the engine can."""

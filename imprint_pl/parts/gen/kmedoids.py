@@ -22,42 +22,6 @@ MAX_ITERATIONS = 100
 BLOCK_BYTES = 64 << 20
 
 
-class KMedoids(PerClass):
-    """kmedoids: the k samples of a class with the least sum of distances to the nearest of them.
-
-    minimise Σ_i min_p ‖z_i − w_p‖ (Euclidean, not squared) over k samples w_p of the class: the
-    exact optimum for k = 1, otherwise a local one. From k random samples the alternating method
-    (assign, take the medoid of each cluster, repeat) goes first, then FasterPAM swaps samples while
-    that helps: never worse than the alternating method alone, about 1 to 4 % better on real
-    embeddings.
-
-    Args:
-        k: proxies a class; a class with fewer samples gives all of them.
-
-    Raises:
-        ImprintError: `k < 1`; a class of more than 20,000 samples with k > 1, since the matrix of
-            all distances, 4 n² bytes, is held in memory; the package `kmedoids` is missing.
-
-    Source: Westerhoff et al. 2025 ("k-medoids"); Schubert & Rousseeuw 2021, "Fast and Eager
-    k-Medoids Clustering" (FasterPAM).
-
-    >>> x = torch.tensor([[0.0], [1.0], [2.0], [30.0], [31.0], [33.0]])
-    >>> KMedoids(2).of_class(x, seed=0).flatten().sort().values
-    tensor([ 1., 31.])
-    """
-
-    name = "kmedoids"
-    shared = True
-
-    def __init__(self, k: int = 20) -> None:
-        check_count("k", k)
-        self.k = k
-
-    def of_class(self, x: Tensor, seed: int) -> Tensor:
-        """`(n, d)` → `(min(n, k), d)`."""
-        return x[Medoids(x, self.k, self.k).choose(self.k, seed).to(x.device)]
-
-
 class Medoids:
     """The distances between all samples of a class, for any k and seed.
 
@@ -99,6 +63,49 @@ class Medoids:
         # One thread and the samples' own order: the same result on every machine.
         found = package.fasterpam(self.matrix, start, max_iter=MAX_ITERATIONS, n_cpu=1).medoids
         return torch.from_numpy(found.astype(np.int64))
+
+
+class KMedoids(PerClass):
+    """kmedoids: the k samples of a class with the least sum of distances to the nearest of them.
+
+    minimise Σ_i min_p ‖z_i − w_p‖ (Euclidean, not squared) over k samples w_p of the class: the
+    exact optimum for k = 1, otherwise a local one. From k random samples the alternating method
+    (assign, take the medoid of each cluster, repeat) goes first, then FasterPAM swaps samples while
+    that helps: never worse than the alternating method alone, about 1 to 4 % better on real
+    embeddings.
+
+    Args:
+        k: proxies a class; a class with fewer samples gives all of them.
+
+    Raises:
+        ImprintError: `k < 1`; a class of more than 20,000 samples with k > 1, since the matrix of
+            all distances, 4 n² bytes, is held in memory; the package `kmedoids` is missing.
+
+    Source: Westerhoff et al. 2025 ("k-medoids"); Schubert & Rousseeuw 2021, "Fast and Eager
+    k-Medoids Clustering" (FasterPAM).
+
+    >>> x = torch.tensor([[0.0], [1.0], [2.0], [30.0], [31.0], [33.0]])
+    >>> KMedoids(2).of_class(x, seed=0).flatten().sort().values
+    tensor([ 1., 31.])
+    """
+
+    name = "kmedoids"
+    per_class = True
+    selection = Medoids
+    shared = True
+
+    def __init__(self, k: int = 20) -> None:
+        check_count("k", k)
+        self.k = k
+
+    @property
+    def fixed(self) -> bool:
+        """One medoid is the best of all samples."""
+        return self.k == 1
+
+    def of_class(self, x: Tensor, seed: int) -> Tensor:
+        """`(n, d)` → `(min(n, k), d)`."""
+        return x[Medoids(x, self.k, self.k).choose(self.k, seed).to(x.device)]
 
 
 def _distances(x: Tensor) -> Iterator[Tensor]:

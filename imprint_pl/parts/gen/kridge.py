@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from imprint_pl.numerics.kmeans import check_settings
-from imprint_pl.parts.gen.base import Proxies
+from imprint_pl.numerics.moments import Moments
+from imprint_pl.parts.gen.base import Generator, Proxies
 from imprint_pl.parts.gen.kls import pseudo_classes
-from imprint_pl.parts.gen.ridge import checked_lam, fit
+from imprint_pl.parts.gen.ridge import checked_lam, fit, solve
 
 
-class KRidge:
+class KRidge(Generator):
     """kridge: the k-means clusters of each class become pseudo-classes of `ridge`.
 
     As `kls` does with least squares. A sample belongs to the nearest centroid of its own class; a
@@ -29,7 +30,6 @@ class KRidge:
     """
 
     name = "kridge"
-    from_moments = False
 
     def __init__(
         self, k: int = 5, lam: float | str = "gcv", intercept: bool = True, engine: str = "auto"
@@ -40,6 +40,11 @@ class KRidge:
         self.intercept = intercept
         self.engine = engine
 
+    @property
+    def clusters(self) -> bool:
+        """Samples are held out for λ before they are clustered: no clusters of all would serve."""
+        return self.lam != "holdout"
+
     def __call__(
         self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, progress: bool = False
     ) -> Proxies:
@@ -48,3 +53,7 @@ class KRidge:
             x, y, num_classes, self.k, engine=self.engine, seed=seed, progress=progress
         )
         return fit(x, cluster, classes, self.lam, self.intercept, seed)
+
+    def of_clusters(self, moments: Moments, classes: Tensor) -> Proxies:
+        """`Moments` of the clusters, with a pooled Gram matrix, and their classes `(P,)`."""
+        return solve(moments, self.lam, self.intercept, classes)

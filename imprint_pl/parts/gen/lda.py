@@ -13,14 +13,14 @@ from imprint_pl.numerics.factorisations import (
     shrunk_within,
 )
 from imprint_pl.numerics.moments import Moments
-from imprint_pl.parts.gen.base import Proxies
+from imprint_pl.parts.gen.base import Generator, Proxies
 
 PRIORS = ("empirical", "uniform")
 # A score of this size in float32 is known to 1/64: less would change labels.
 LARGEST_SHARED = 2.0**17
 
 
-class LDA:
+class LDA(Generator):
     """lda: the Bayes rule for normal classes with one covariance.
 
     w_c = Σ⁻¹ μ_c, b_c = −½ μ_cᵀ Σ⁻¹ μ_c + log π_c, with μ_c `(d,)` the class means and

@@ -11,10 +11,10 @@ from imprint_pl.errors import ImprintError
 from imprint_pl.numerics.factorisations import cholesky, double
 from imprint_pl.numerics.moments import Moments
 from imprint_pl.numerics.values import is_number
-from imprint_pl.parts.gen.base import Proxies
+from imprint_pl.parts.gen.base import Generator, Proxies
 
 
-class LeastSquares:
+class LeastSquares(Generator):
     """ls: one proxy a class, the least-squares fit of one-hot labels where all classes weigh alike.
 
     W = (1/C) Mᵀ (Σ_T + μ_G μ_Gᵀ + λI)⁻¹, with M `(d, C)` the class means as columns, Σ_T and μ_G

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from imprint_pl.numerics.moments import Moments
-from imprint_pl.parts.gen.base import Proxies
+from imprint_pl.parts.gen.base import Generator, Proxies
 
 
-class Mean:
+class Mean(Generator):
     """mean: the proxy of a class is the mean of its embeddings.
 
     Source: Qi et al. 2018, "Low-Shot Learning with Imprinted Weights".
@@ -16,7 +16,7 @@ class Mean:
 
     name = "mean"
     from_moments = True
-    needs_gram = False
+    per_class = True
 
     def __call__(self, moments: Moments) -> Proxies:
         """`Moments` of C classes → C proxies in float32."""

@@ -28,6 +28,8 @@ class Random(PerClass):
     """
 
     name = "random"
+    per_class = True
+    prefix_of_larger_k = True
 
     def __init__(self, k: int = 20) -> None:
         check_count("k", k)

@@ -11,7 +11,7 @@ from imprint_pl.errors import ImprintError
 from imprint_pl.numerics.draws import place_in_class, sample
 from imprint_pl.numerics.factorisations import Tridiagonal, cholesky, double
 from imprint_pl.numerics.moments import CHUNK, Moments
-from imprint_pl.parts.gen.base import Proxies
+from imprint_pl.parts.gen.base import Generator, Proxies
 
 CHOICES = ("gcv", "holdout")
 # λ over the trace of G where no class has two samples to choose it by.
@@ -20,7 +20,7 @@ ONE_EACH = 0.1
 SMALL, LARGE = 1e-3, 1e4
 
 
-class Ridge:
+class Ridge(Generator):
     """ridge: one proxy a class, the regularised least-squares fit of one-hot labels.
 
     W = (G + λI)⁻¹ Q, with G = (1/N) Σ z zᵀ `(d+1, d+1)` and Q = (1/N) Σ z yᵀ `(d+1, C)`; z is a

@@ -16,18 +16,27 @@ from imprint_pl.numerics.moments import CHUNK, Moments
 
 
 class Norm(nn.Module):
-    """What all parts share: as NORM_pre they may learn, as NORM_post look at the proxies' classes.
+    """The base of all NORMs: as NORM_pre they may learn, as NORM_post look at the proxies' classes.
+
+    A sweep reads `fixed`, `row_by_row` and `row_scale` only where the class states them in its own
+    body (see `parts.by_name.declared`): a subclass inherits none of them.
 
     Attributes:
+        name: what messages call it.
         learns: whether `fit` has anything to do.
         uses_labels: whether what it learns depends on the labels.
         maps: whether its output is of another space, with dimensions of its own.
         input_dim: d of the embeddings that it was fitted for; `None` where it takes any.
+        fixed: the seed changes nothing in what it learns.
+        row_by_row: a row of its output depends on that row of its input alone.
     """
 
+    name = "own"
     learns = False
     uses_labels = False
     maps = False
+    fixed = False
+    row_by_row = False
 
     @property
     def input_dim(self) -> int | None:
@@ -69,6 +78,11 @@ class Norm(nn.Module):
     def clear(self) -> None:
         """Forget what was learned."""
 
+    def row_scale(self, x: Tensor) -> Tensor | None:
+        """Where a NORM multiplies each row by a positive number: rows `(n, d)` → these numbers
+        `(n,)`, or `None` where all are 1."""
+        raise NotImplementedError
+
     def of_proxies(
         self, weights: Tensor, classes: Tensor, classifier: Tensor | None = None
     ) -> Tensor:
@@ -91,10 +105,14 @@ class NoNorm(Norm):
     """none: returns its input unchanged."""
 
     name = "none"
+    row_by_row = True
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., d)` → `(..., d)`."""
         return x
+
+    def row_scale(self, x: Tensor) -> None:
+        """All rows stay as they are."""
 
 
 class Chain(Norm):
@@ -156,7 +174,7 @@ class Chain(Norm):
             step.clear()
 
     def forward(self, x: Tensor) -> Tensor:
-        for step in self.steps:
+        for step in self.norms:
             x = step(x)
         return x
 

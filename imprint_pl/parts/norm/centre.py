@@ -12,6 +12,7 @@ class Centre(Learned):
     """centre: subtracts the mean of all training embeddings, z ↦ z − μ_G."""
 
     name = "centre"
+    fixed = True
     constants = ("mean",)
     mean: Tensor
 

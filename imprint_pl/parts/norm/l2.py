@@ -19,7 +19,12 @@ class L2(Norm):
     """
 
     name = "l2"
+    row_by_row = True
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., d)` → `(..., d)`."""
         return functional.normalize(x, dim=-1, eps=SMALLEST_LENGTH)
+
+    def row_scale(self, x: Tensor) -> Tensor:
+        """Rows `(n, d)` → 1 / length, `(n,)`."""
+        return 1 / x.norm(dim=1).clamp_min(SMALLEST_LENGTH)

@@ -21,6 +21,7 @@ class Power(Norm):
     """
 
     name = "power"
+    row_by_row = True
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., d)` → `(..., d)`."""

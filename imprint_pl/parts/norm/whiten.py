@@ -36,6 +36,7 @@ class Whiten(Learned):
     """
 
     name = "whiten"
+    fixed = True
     uses_labels = True
     constants = ("mean", "matrix")
     mean: Tensor

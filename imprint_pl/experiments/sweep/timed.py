@@ -1,0 +1,14 @@
+"""A result with the seconds that it took, since a row of the results has them."""
+
+from __future__ import annotations
+
+from typing import Generic, NamedTuple, TypeVar
+
+Value = TypeVar("Value")
+
+
+class Timed(NamedTuple, Generic[Value]):
+    """`value`, and the seconds that it would take alone."""
+
+    value: Value
+    seconds: float
