@@ -20,6 +20,7 @@ test-slow: $(INSTALLED)  ## The long tests.
 lint: $(INSTALLED)  ## ruff (check and format).
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 types: $(INSTALLED)  ## mypy on the package; settings in pyproject.toml.
 	$(BIN)/python -m mypy
