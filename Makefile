@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: fit test test-slow lint types docs wheel bench soak gpu-check clean
+.PHONY: fit test test-slow lint docs wheel bench soak gpu-check clean
 
 fit: $(INSTALLED)  ## Imprint the embedded backbone on scikit-learn's digits.
 	$(BIN)/python -m imprint_pl fit --config configs/quickstart.yaml
@@ -17,12 +17,9 @@ test: $(INSTALLED)  ## The test suite (under 6 minutes on 2 quiet cores).
 test-slow: $(INSTALLED)  ## The long tests.
 	$(BIN)/python -m pytest -m slow
 
-lint: $(INSTALLED)  ## ruff (check and format).
+lint: $(INSTALLED)  ## ruff (check and format) and mypy.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-
-types: $(INSTALLED)  ## mypy on the package; settings in pyproject.toml.
 	$(BIN)/python -m mypy
 
 docs: $(INSTALLED)  ## The documentation site; a warning is an error, and no network is needed.
