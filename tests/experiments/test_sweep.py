@@ -482,12 +482,12 @@ def test_a_dry_run_counts_and_estimates_and_runs_nothing(digits, tmp_path, capsy
 
 
 def test_ctrl_c_is_a_line_that_says_how_to_go_on(digits, tmp_path, capsys, monkeypatch):
-    from imprint_pl.cli import sweep as command
+    from imprint_pl.experiments import sweep as room
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "sweep", interrupted)
+    monkeypatch.setattr(room, "sweep", interrupted)
     data = [{"name": "x", "embeddings": str(digits[0])}]
     path = tmp_path / "s.yaml"
     path.write_text(yaml.safe_dump({"name": "s", "data": data, "grid": [{"recipe": "qi"}]}))
