@@ -148,7 +148,7 @@ def test_the_script_gives_what_the_papers_code_gave_on_the_full_set_but_for_four
     found = reference.deviations(ACCEPTANCE.parent)
     assert len(found) == 126 + 40
     apart = [(row, deviation) for row, deviation in found if deviation]
-    # One test sample of 2,500 (even) or of 1,500 (short). The likely cause: the paper's code inverts
-    # the matrix of `ls` in float32, and an error of 1e-4 in the weights moves that sample.
+    # One test sample of 2,500 (even) or of 1,500 (short). The likely cause: the paper's code
+    # inverts the matrix of `ls` in float32, and an error of 1e-4 in the weights moves that sample.
     assert all(row["gen"] == "ls" and row["norm_post"] == "quantile" for row, _ in apart)
     assert [abs(round(deviation, 4)) for _, deviation in apart] == [0.04, 0.04, 0.0666, 0.0666]
