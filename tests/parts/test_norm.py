@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imprint_pl.parts.norm.base import NoNorm
+from imprint_pl import ImprintError, imprint
+from imprint_pl.parts.norm.base import NoNorm, Norm
 from imprint_pl.parts.norm.l2 import L2
 from imprint_pl.parts.norm.power import Power
 from imprint_pl.parts.norm.quantile import Quantile, quantiles
@@ -63,3 +64,25 @@ def test_the_slope_of_power_is_finite_where_features_are_zero():
     x = torch.tensor([[4.0, 0.0, -9.0]], requires_grad=True)
     Power()(x).sum().backward()
     torch.testing.assert_close(x.grad, torch.tensor([[1 / 4, 0.0, 1 / 6]]))
+
+
+class Centred(Norm):
+    """A NORM of one's own that notes d in `fit`."""
+
+    name = "centred"
+    learns = True
+
+    def fit(self, x, y, num_classes, seed=0):
+        self.mean, self.input_dim = x.mean(0), x.shape[1]
+        return self
+
+    def forward(self, x):
+        return x - self.mean
+
+
+def test_a_norm_of_ones_own_may_set_input_dim_alone_and_in_a_chain(blobs):
+    x, y = blobs
+    head = imprint(x, y, "qi", norm_pre=[Centred(), "l2"])
+    assert head.embedding_dim == x.shape[1]
+    with pytest.raises(ImprintError, match="head made for 5"):
+        head(torch.zeros(1, 4))

@@ -38,9 +38,8 @@ class Norm(nn.Module):
     fixed = False
     row_by_row = False
 
-    @property
-    def input_dim(self) -> int | None:
-        return None
+    # An attribute, so that a NORM of one's own may set it in `fit`; ours compute it.
+    input_dim: int | None = None
 
     def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Norm:
         """Learn from the training embeddings (as NORM_pre).
@@ -143,7 +142,7 @@ class Chain(Norm):
         return cast(list[Norm], list(self.steps))
 
     @property
-    def input_dim(self) -> int | None:
+    def input_dim(self) -> int | None:  # type: ignore[override]
         # The steps before the first that learned keep the dimension.
         return next((step.input_dim for step in self.norms if step.input_dim is not None), None)
 

@@ -36,7 +36,7 @@ class Learned(Norm, Constants):
             setattr(self, name, getattr(self, name).new_zeros(0))
 
     @property
-    def input_dim(self) -> int | None:
+    def input_dim(self) -> int | None:  # type: ignore[override]
         first = getattr(self, self.constants[0])
         return first.shape[0] if first.numel() else None
 
