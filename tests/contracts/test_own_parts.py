@@ -134,8 +134,14 @@ def test_it_runs_in_python_estimator_sweep_and_report(
     pd.testing.assert_frame_equal(sweep(checked_sweep(given), tmp_path, progress=False), table)
 
 
-def test_two_processes_of_a_sweep_import_it(points, tmp_path):
+def test_two_processes_of_a_sweep_import_it_whatever_an_earlier_sweep_has_started(
+    points, tmp_path, monkeypatch
+):
     data = [saved(points, tmp_path)]
+    with monkeypatch.context() as before:
+        before.setattr(sys, "path", [p for p in sys.path if p != str(tmp_path)])
+        plan = checked_sweep({"name": "before", "data": data, "grid": [{"recipe": "qi"}]})
+        sweep(plan, tmp_path, n_jobs=2, progress=False)
     grid = [{"recipe": "qi", "gen": ["mean", "own_parts.Trimmed"], "trim": [0.1, 0.5]}]
     plan = checked_sweep({"name": "own", "data": data, "grid": grid})
     assert len(sweep(plan, tmp_path, n_jobs=2, progress=False)) == 3

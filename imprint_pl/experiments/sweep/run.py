@@ -7,6 +7,7 @@ Embeddings are made once and read from the cache; configurations that share work
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -278,12 +279,20 @@ def _alone_in(folder: Path) -> Iterator[None]:
         _KEPT.clear()
 
 
+def _search_in(path: list[str]) -> None:
+    """In a worker: Python looks for modules in these folders."""
+    sys.path[:] = path
+
+
 @contextmanager
 def _where(n_jobs: int, dask: str | None) -> Iterator[None]:
     if dask is None:
         # Threads of several processes on the same cores would wait for each other.
         inner = {"inner_max_num_threads": 1} if n_jobs not in (None, 1) else {}
-        with parallel_config(backend="loky", **inner):
+        # joblib keeps the workers of an earlier sweep, unless what starts them differs. They find
+        # parts of one's own where this process finds them now.
+        start = {"initializer": _search_in, "initargs": (list(sys.path),)}
+        with parallel_config(backend="loky", **start, **inner):
             yield
         return
     with needs("dask", "--dask"):
