@@ -119,6 +119,7 @@ def test_a_bug_on_rank_0_ends_the_others_too(tmp_path):
     assert (tmp_path / "error-1.txt").read_text() == "rank 0 raised TypeError('a bug')"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_ends_the_others_with_an_error(rank, tmp_path):
     start = time.monotonic()

@@ -282,6 +282,7 @@ def test_a_truncated_photo_is_named_whether_or_not_workers_read_it(tmp_path, cap
         assert "dog/1.png" in error
 
 
+@pytest.mark.slow
 def test_cifar_swin_runs_from_cifars_own_files_with_random_weights(tmp_path, capfd):
     folder = tmp_path / "data" / "cifar-10-batches-py"
     folder.mkdir(parents=True)

@@ -201,6 +201,7 @@ def test_the_papers_numbers_stand_beside_ours(page):
     assert all(r["paper %"] == "" for r in rows if r["backbone"] == "b2")
 
 
+@pytest.mark.slow
 def test_every_number_of_the_paper_stands_beside_a_row_of_the_shipped_sweeps(tmp_path):
     found = {}
     for name in ("section_5_1", "figure_6", "d_in_1"):

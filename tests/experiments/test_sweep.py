@@ -207,6 +207,7 @@ def test_every_recipe_runs_on_a_backbone_that_has_a_classifier(digits, tmp_path)
     assert table.accuracy.tolist() == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_every_part_and_keyword_runs_on_a_backbone_that_has_a_classifier(digits, tmp_path):
     per_class = ["mean", "kmeans", "kmedoids", "random", "fps", "cov_max", "all"]
     grid = [
@@ -642,6 +643,7 @@ def test_two_sweeps_on_the_same_results_are_an_error(digits, tmp_path):
         sweep(plan(digits[0], [dict(recipe="qi")]), tmp_path, progress=False)
 
 
+@pytest.mark.slow
 def test_a_small_chunk_and_two_processes_give_the_same(digits, tmp_path):
     grid = [dict(recipe=["qi", "ls", "knn", "lda"]), dict(recipe="robust", k=[2, 5])]
     p = plan(digits[0], grid, ["all", "odd"])

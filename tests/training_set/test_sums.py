@@ -247,6 +247,7 @@ def test_nc1_of_the_acceptance_embeddings_is_the_known_one(acceptance):
     torch.testing.assert_close(head.proxies, imprint(x, y, "qi").proxies, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_sums_gives_the_same_logits_in_a_fresh_process(tmp_path):
     # A name, since a fresh process has to find the backbone.
     model = ImprintedClassifier("efficientnet_lite0", "ranpac", projection_dim=20, image_size=32)
