@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -70,6 +71,9 @@ def import_parts(keywords: Mapping[str, Any]) -> None:
     """
     for slot, path in _paths(keywords):
         module = path.rpartition(".")[0]
+        # `python -m` looks into the current folder, the command `imprint-pl` does not.
+        if not {"", os.getcwd()} & set(sys.path):
+            sys.path.append(os.getcwd())
         try:
             importlib.import_module(module)
         except ImportError as error:

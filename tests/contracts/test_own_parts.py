@@ -252,3 +252,16 @@ def test_the_declared_names_are_those_that_there_are(keyword, names):
     kind = get_type_hints(resolve)[keyword]
     literals = [part for part in get_args(kind) if "Literal" in str(part)]
     assert sorted(name for part in literals for name in get_args(part)) == sorted(names)
+
+
+def test_it_is_found_in_the_current_folder_by_the_installed_command(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "parts_of_here.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path / "here")
+    # As it is in a console script.
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p and p != str(tmp_path / "here")])
+    try:
+        resolved = imprint(torch.eye(4), torch.arange(4) % 2, "qi", gen="parts_of_here.Trimmed")
+    finally:
+        sys.modules.pop("parts_of_here", None)
+    assert resolved.settings["gen"] == "parts_of_here.Trimmed"
