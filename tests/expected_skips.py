@@ -31,7 +31,7 @@ EXPECTED = re.compile("|".join(REASONS))
 
 
 class ExpectedSkips:
-    """A plugin of pytest: ends a session with status 1 if a test was skipped for another reason.
+    """A plugin of pytest: fails the run, with status 1, if a test was skipped for another reason.
 
     With pytest-xdist each worker sends its reports to the controller, whose plugin counts them.
     """

@@ -1,4 +1,4 @@
-"""A skip that nobody expects ends a session of checks with an error; elsewhere it is a skip."""
+"""Where changes are checked a skip that nobody expects fails the run; elsewhere it is a skip."""
 
 import pytest
 from expected_skips import VARIABLES

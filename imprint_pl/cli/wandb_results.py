@@ -22,7 +22,8 @@ from imprint_pl.gallery import ImprintGallery
 from imprint_pl.lightning.classifier import ImprintedClassifier
 from imprint_pl.training_set.store import RowStore
 
-# wandb stores a row for each cell of a matrix, and nobody could read a larger one.
+# Largest number of classes of a confusion matrix: wandb stores a row for each cell, and nobody
+# could read a larger matrix.
 MOST_CLASSES = 100
 # Paths of this machine, which are not sent.
 KEPT_HERE = ("checkpoint", "weights")

@@ -142,7 +142,7 @@ class Recipe:
 
         Its AGG is a copy, too, since it may keep what it has computed of the head's proxies.
         """
-        # In one go: what the two share stays shared.
+        # Deep-copy both together so that shared submodules remain shared.
         norm_pre, norm_inf = copy.deepcopy((self.norm_pre, self.norm_inf))
         return norm_pre, ImprintedHead(norm_inf, copy.deepcopy(self.agg))
 

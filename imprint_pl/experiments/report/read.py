@@ -161,7 +161,7 @@ def method_of(row: dict[Any, Any], keywords: list[str] | None = None) -> str:
     # The engine of k-means changes seconds, not the method.
     differing = [
         f"{name}={_plain(row[name])}"
-        # The parts in a row of `auto` are its own choice: its rows differ in their samples only.
+        # `auto` chooses the parts itself, so that its rows are told apart by their samples alone.
         for name in (keywords or parameters() if recipe != "auto" else ["weibull"])
         if name != "engine"
         and _given(row.get(name))

@@ -249,7 +249,7 @@ def _joined(
 
 def _keys(table: pd.DataFrame, names: list[str]) -> list[tuple[Any, ...]]:
     """Returns the values of some columns, a tuple for each row."""
-    # A data set is `FashionMNIST` on the command line and `fashion_mnist` in its own `name`.
+    # The command line says `FashionMNIST` where the data set's own `name` is `fashion_mnist`.
     data = table["data"].str.lower().str.replace("_", "")
     return list(table[names].assign(data=data).itertuples(index=False, name=None))
 

@@ -20,8 +20,8 @@ from imprint_pl.parts.norm.learned import Learned, check_projection_dim
 JITTER = 1e-6
 
 # Most rows that are computed in float64, as in exported files: the rounding of float32 differs
-# between machines and would move the probabilities of an image by up to 6e-5. For more rows, as in
-# a fit, float64 would take a third of the time.
+# between machines and would change the probabilities of an image by up to 6e-5. For more rows, as
+# in a fit, float64 would add a third to the time.
 EXACT_ROWS = 512
 
 # Columns of a triangular product computed at a time.
