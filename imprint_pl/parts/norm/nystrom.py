@@ -21,7 +21,7 @@ JITTER = 1e-6
 
 # Most rows that are computed in float64, as in exported files: the rounding of float32 differs
 # between machines and would change the probabilities of an image by up to 6e-5. For more rows, as
-# in a fit, float64 would add a third to the time.
+# in a fit, float64 would take up a third of the whole time.
 EXACT_ROWS = 512
 
 # Columns of a triangular product computed at a time.
