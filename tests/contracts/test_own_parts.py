@@ -134,6 +134,7 @@ def test_it_runs_in_python_estimator_sweep_and_report(
     pd.testing.assert_frame_equal(sweep(checked_sweep(given), tmp_path, progress=False), table)
 
 
+@pytest.mark.slow
 def test_two_processes_of_a_sweep_import_it_whatever_an_earlier_sweep_has_started(
     points, tmp_path, monkeypatch
 ):

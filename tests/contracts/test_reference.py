@@ -58,6 +58,7 @@ def report(deviations):
         print(f"\n{group}: {len(values)} rows, worst {max(values, key=abs):+.4f} points", end="")
 
 
+@pytest.mark.slow
 def test_quantile_rows_are_matched(acceptance):
     deviations = defaultdict(list)
     for row in rows():
