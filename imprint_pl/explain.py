@@ -226,7 +226,7 @@ def _contributions(head: ImprintedHead, x: Tensor) -> Tensor:
     far, nearest = (t.cpu() for t in head.agg.nearest(z, head.proxies))
     # Where votes are equal, the nearest proxy counts as the largest.
     places = torch.arange(far.shape[1], dtype=torch.float64)
-    votes = head.agg._votes(far) * (1 - 1e-9 * places)
+    votes = head.agg.vote_weights(far) * (1 - 1e-9 * places)
     return votes.new_zeros(len(z), len(head.proxies)).scatter(1, nearest, votes)
 
 

@@ -176,20 +176,6 @@ def gram_of(gen: Any) -> str:
     return "pooled" if gen.needs_gram else "none"
 
 
-def head_of_sums(
-    moments: Moments,
-    parts: Recipe,
-    head: ImprintedHead,
-    class_names: list[str] | None = None,
-    seed: int = 0,
-    classifier: Tensor | None = None,
-) -> ImprintedHead:
-    """Makes the head of the sums of NORM_pre(x), of temperature 1, with the NORM_inf of an empty
-    head. A class without samples has no proxy."""
-    request = Request(moments.num_classes, class_names, seed, classifier)
-    return Sums(parts.norm_pre, head.norm_inf, moments).head(parts, request)
-
-
 def keywords_of(head: ImprintedHead) -> dict[str, Any]:
     """The keywords of the recipe of a head, for `resolve`.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from imprint_pl.errors import ImprintError
-from imprint_pl.numerics.draws import sample
+from imprint_pl.numerics.draws import rows_by_class, sample
 from imprint_pl.numerics.moments import CHUNK, Moments
 from imprint_pl.numerics.values import check_count, is_number
 
@@ -44,7 +44,9 @@ def draw_shots(y: Tensor, shots: int, seed: int) -> Tensor:
     tensor([1, 3, 5])
     """
     check_count("shots", shots)
-    kept = [rows[sample(len(rows), shots, seed).to(y.device)] for rows in _members(y)]
+    kept = [
+        rows[sample(len(rows), shots, seed).to(y.device)] for rows in rows_by_class(y) if len(rows)
+    ]
     return torch.cat(kept).sort().values
 
 
@@ -86,7 +88,7 @@ def weibull_typical(x: Tensor, y: Tensor, lower: float, upper: float) -> Tensor:
             for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True)
         ]
     )
-    kept = [rows[_typical(distances[rows], lower, upper)] for rows in _members(y)]
+    kept = [rows[_typical(distances[rows], lower, upper)] for rows in rows_by_class(y) if len(rows)]
     return torch.cat(kept).sort().values
 
 
@@ -104,12 +106,6 @@ def _check_bounds(lower: Any, upper: Any) -> None:
             f"weibull bounds lower={lower!r}, upper={upper!r}: give two probabilities with "
             "0 ≤ lower < upper ≤ 1, such as 0.1 and 0.9"
         )
-
-
-def _members(y: Tensor) -> list[Tensor]:
-    """Ascending positions of each class that has samples."""
-    order = torch.argsort(y, stable=True)
-    return [rows for rows in order.split(torch.bincount(y).tolist()) if len(rows)]
 
 
 def _typical(distances: Tensor, lower: float, upper: float) -> Tensor:

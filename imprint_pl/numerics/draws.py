@@ -1,4 +1,4 @@
-"""Random draws by a seed."""
+"""Random draws by a seed, and the samples of each class that they draw from."""
 
 from __future__ import annotations
 
@@ -37,6 +37,23 @@ def sample(n: int, count: int, seed: int) -> Tensor:
     """`(min(n, count),)` different positions in 0..n−1, on the CPU; fewer are a prefix of more."""
     # On the CPU on purpose: the draws are the same on every device.
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count]
+
+
+def rows_by_class(y: Tensor, num_classes: int = 0) -> list[Tensor]:
+    """The ascending positions of the samples of each class.
+
+    Args:
+        y: `(N,)`, labels from 0.
+        num_classes: C; the largest label + 1 by default.
+
+    Returns:
+        C tensors `(n,)`, empty for a class without samples.
+
+    >>> rows_by_class(torch.tensor([1, 0, 1]), 3)
+    [tensor([1]), tensor([0, 2]), tensor([], dtype=torch.int64)]
+    """
+    order = y.argsort(stable=True)
+    return list(order.split(torch.bincount(y, minlength=num_classes).tolist()))
 
 
 def place_in_class(y: Tensor, order: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from imprint_pl.errors import ImprintError, did_you_mean, warn
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.imprinting import imprint_parts
-from imprint_pl.method.pipeline import head_of_sums, keywords_of
+from imprint_pl.method.pipeline import Request, Sums, keywords_of
 from imprint_pl.method.recipes import Recipe, resolve
 from imprint_pl.method.selection import weibull_typical
 from imprint_pl.method.threshold import set_threshold
@@ -310,8 +310,9 @@ class KeptSums(State):
 
     def head(self) -> ImprintedHead:
         parts, names = self.parts, list(self.class_names)
-        _, head = _fresh(parts, self.embedding_dim, int(self.counts.sum()), self.seed)
-        head = head_of_sums(self.moments, parts, head, names, self.seed, self.classifier)
+        norm_pre, empty = _fresh(parts, self.embedding_dim, int(self.counts.sum()), self.seed)
+        request = Request(len(names), names, self.seed, self.classifier)
+        head = Sums(norm_pre, empty.norm_inf, self.moments).head(parts, request)
         head.temperature, head.threshold = self.temperature, self.threshold
         if not self.calibrated:
             head.settings["calibrated"] = False

@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from imprint_pl import imprint
-from imprint_pl.method.pipeline import head_of_sums
+from imprint_pl.method.pipeline import Request, Sums
 from imprint_pl.method.recipes import resolve
 
 X, Y = load_digits(return_X_y=True)
@@ -93,6 +93,6 @@ def test_fewer_samples_than_features_give_what_the_gram_matrix_of_all_features_g
     parts = resolve(recipe, **options)
     norm_pre, empty = parts.fresh()
     moments = norm_pre.fit_sums(x, y, 3)
-    expected = head_of_sums(moments, parts, empty)
+    expected = Sums(norm_pre, empty.norm_inf, moments).head(parts, Request(3))
     torch.testing.assert_close(head.scores(x), expected.scores(x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(head.proxies, expected.proxies, rtol=1e-3, atol=1e-5)

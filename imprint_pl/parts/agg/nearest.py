@@ -125,7 +125,7 @@ class NearestProxies(Aggregation):
 
     def vote(self, far: Tensor, classes: Tensor, num_classes: int) -> Tensor:
         """Return the scores `(B, C)`, from the nearest proxies' distances and classes `(B, m)`."""
-        votes = self._votes(far)
+        votes = self.vote_weights(far)
         scores = votes.new_zeros(far.shape[0], num_classes)
         scores = scores.scatter_add(1, classes, votes)
         if self.votes == "uniform" and not self.as_published:
@@ -139,7 +139,8 @@ class NearestProxies(Aggregation):
             scores = scores.scatter(1, scores.argmax(1, keepdim=True), ahead)
         return scores
 
-    def _votes(self, far: Tensor) -> Tensor:
+    def vote_weights(self, far: Tensor) -> Tensor:
+        """Distances of the m nearest proxies `(B, m)` → what the vote of each weighs, `(B, m)`."""
         if self.votes == "weighted_by_distance":
             return 1 / (far + 1e-10)
         if self.votes == "softmax" and self.temperature is not None:

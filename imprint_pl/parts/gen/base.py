@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from imprint_pl.numerics.draws import rows_by_class
 from imprint_pl.ranks import share
 
 
@@ -83,9 +84,7 @@ class PerClass(Generator):
         self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, progress: bool = False
     ) -> Proxies:
         """Embeddings `x (N, d)`, labels `y (N,)` in 0..C−1 → `Proxies`."""
-        order = torch.argsort(y, stable=True)
-        members = order.split(torch.bincount(y, minlength=num_classes).tolist())
-        xs = [x[rows] for rows in members]
+        xs = [x[rows] for rows in rows_by_class(y, num_classes)]
         if self.shared:
             weights = share(self.of_classes, xs, seed, progress)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from imprint_pl.numerics.draws import rows_by_class
 from imprint_pl.numerics.kmeans import check_settings
 from imprint_pl.numerics.moments import CHUNK, Moments
 from imprint_pl.parts.gen.base import Generator, Proxies
@@ -69,8 +70,7 @@ def pseudo_classes(
     Returns:
         The cluster of each sample `(N,)` and the class of each cluster `(P,)`; none is empty.
     """
-    order = torch.argsort(y, stable=True)
-    members = order.split(torch.bincount(y, minlength=num_classes).tolist())
+    members = rows_by_class(y, num_classes)
     xs = [x[rows] for rows in members]
     centroids = share(KMeans(k, engine).of_classes, xs, seed, progress)
     cluster = torch.empty_like(y)
