@@ -90,7 +90,13 @@ def test_every_page_with_python_has_an_outcome():
     assert {name for name, text in PAGES.items() if blocks(text, "python")} == set(SHOWN)
 
 
-@pytest.mark.parametrize("page", SHOWN)
+# The page on Lightning fits several models: as long as all the others together.
+LONG = "docs/guides/lightning.md"
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=[pytest.mark.slow] if p == LONG else []) for p in SHOWN]
+)
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(DOCS / "examples")

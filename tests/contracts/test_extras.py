@@ -77,6 +77,7 @@ def fitted(tmp_path_factory):
     return folder, results
 
 
+@pytest.mark.slow
 def test_fit_with_its_pictures_and_predict_need_only_the_base(fitted):
     folder, (fit, predict, head, *_, logged) = fitted
     for status, _, err in (fit, predict, head, logged):
@@ -88,6 +89,7 @@ def test_fit_with_its_pictures_and_predict_need_only_the_base(fitted):
     assert (folder / "head" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_command_whose_extra_is_missing_says_in_one_line_what_to_install(fitted):
     _, (_, _, _, export, sweep, report, online, offline, _) = fitted
     for (status, out, err), extra, package in [
@@ -104,6 +106,7 @@ def test_a_command_whose_extra_is_missing_says_in_one_line_what_to_install(fitte
         assert re.search(cure, line), line
 
 
+@pytest.mark.slow
 def test_every_command_helps_without_extras(tmp_path):
     lines = [f"{command} --help" for command in (*COMMANDS, *FILE_COMMANDS)]
     for line, (status, out, err) in zip(lines, commands(tmp_path, *lines), strict=True):

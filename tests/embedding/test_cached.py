@@ -343,6 +343,7 @@ def summary_of(output):
     return json.loads(Path(folder, "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_fit_through_the_cache_equals_fit_without_it(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     assert main(["embed", *QUICK, "--cache_dir", "cache"]) == 0

@@ -21,6 +21,7 @@ def accuracy(head, acceptance):
     return 100 * right.double().mean().item()
 
 
+@pytest.mark.slow
 def test_auto_on_real_embeddings_beats_a_trained_probe_and_knows_how_sure_it_is(acceptance):
     head = imprint(acceptance["train_embeddings"], acceptance["train_labels"])
     assert accuracy(head, acceptance) >= 88.4

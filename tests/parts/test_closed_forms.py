@@ -301,6 +301,7 @@ def accuracy(data, recipe, **arguments):
     return 100 * correct.double().mean().item()
 
 
+@pytest.mark.slow
 def test_whitened_and_lda_on_real_embeddings(acceptance):
     assert accuracy(acceptance, "whitened") == pytest.approx(87.28, abs=0.1)
     assert accuracy(acceptance, "lda") >= 86.8
@@ -311,6 +312,7 @@ def test_ridge_on_real_embeddings(acceptance, lam, expected):
     assert accuracy(acceptance, "ridge", lam=lam) == pytest.approx(expected, abs=0.03)
 
 
+@pytest.mark.slow
 def test_ridge_chooses_a_lambda_near_the_best_on_real_embeddings(acceptance):
     chosen = accuracy(acceptance, "ridge")
     best = max(accuracy(acceptance, "ridge", lam=lam) for lam in (1e-4, 1e-3, 1e-2, 1e-1))
