@@ -71,11 +71,14 @@ class Layer(NamedTuple):
         name: The module's name in the model.
         pooling: Its output to one vector per image.
         width: How many numbers that vector has.
+        parts: How many pooled vectors it is made of, of one width: the mean and the deviation of a
+            feature map, or the class tokens and the mean of the patches.
     """
 
     name: str
     pooling: Pooling
     width: int
+    parts: int = 1
 
 
 class ReadLayers:
@@ -116,10 +119,16 @@ class ReadLayers:
 
     @property
     def widths(self) -> list[int] | None:
-        """The widths of all layers in their order, the last one's too; None for the last alone."""
+        """The widths of all pooled vectors in their order, the last layer's too.
+
+        None for the last layer alone.
+        """
         if not self.layers or self.last_width is None:
             return None
-        return [*(layer.width for layer in self.layers), self.last_width]
+        # Each of the parts of a layer is to count like a layer where they are joined: the last
+        # layer, which is a mean, would count more than other means otherwise.
+        parts = [layer.width // layer.parts for layer in self.layers for _ in range(layer.parts)]
+        return [*parts, self.last_width]
 
     def find(self, model: nn.Module, batch: Tensor) -> None:
         """Choose the layers, once.
@@ -335,12 +344,14 @@ class _Ran:
             return Layer(key, Pooling(layout), shape[1])
         if layout in ("channels_first", "channels_last"):
             channels = shape[1] if layout == "channels_first" else shape[-1]
-            return Layer(key, Pooling(layout), 2 * channels)
+            return Layer(key, Pooling(layout), 2 * channels, 2)
         tokens = shape[0] if layout == "sequence_first" else shape[1]
         if not self._with_prefix(tokens):
             return Layer(key, Pooling(layout), shape[2])
         vectors = self.class_tokens + (tokens > self.prefix)
-        return Layer(key, Pooling(layout, self.class_tokens, self.prefix), vectors * shape[2])
+        return Layer(
+            key, Pooling(layout, self.class_tokens, self.prefix), vectors * shape[2], vectors
+        )
 
     def _layout(self, key: str, shape: Shape) -> Layout | None:
         """Tell where the channels are; None where nothing tells."""

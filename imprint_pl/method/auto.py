@@ -23,18 +23,36 @@ from imprint_pl.numerics.draws import place_in_class, sample
 # features that are positive and on ones that have a sign, nothing else was the best so often, or so
 # seldom far from it. Its other form leaves out the square root, which suits positive features; the
 # rest is there for embeddings that are unlike those.
-CANDIDATES: tuple[dict[str, Any], ...] = (
+ONE_LAYER: tuple[dict[str, Any], ...] = (
     dict(recipe="kernel"),
     dict(recipe="kernel", norm_pre="l2+nystrom"),
     dict(recipe="ridge"),
     dict(recipe="lda"),
+    dict(recipe="knn"),
     dict(recipe="robust", k=20),
     dict(recipe="robust", k=1),
 )
-# Samples that candidates are imprinted on, and landmarks of `kernel` there: enough to rank them,
-# in a fraction of the time that the winner takes on all samples.
+# Several layers that were joined have features of both signs and one scale, which the square root
+# and the unit length do not improve. The last layer alone stays a candidate: it is made for images
+# such as those that the backbone was trained on.
+SEVERAL_LAYERS: tuple[dict[str, Any], ...] = (
+    dict(recipe="kernel", norm_pre="join+nystrom"),
+    dict(recipe="kernel", norm_pre="join+power+l2+nystrom"),
+    dict(recipe="ridge", norm_pre="join"),
+    dict(recipe="lda", norm_pre="join"),
+    dict(recipe="kernel", norm_pre="last+power+l2+nystrom"),
+    dict(recipe="knn", norm_pre="last+l2"),
+)
+# Numbers in the proxies of `knn`, which are all samples: 128 MB in the head.
+NEIGHBOURS = 2**25
+# Features for each sample that a candidate is imprinted on, from which on `lda` is not tried: the
+# inverse of its covariance would take longer than all other candidates together.
+FEATURES_OF_LDA = 2
+# Samples that candidates are imprinted on, and landmarks of `kernel` there: enough to rank them, in
+# a fraction of the time that the winner takes on all samples. With fewer landmarks `ridge` would
+# look better than it is beside the whole kernel.
 TRAINED = 2000
-LANDMARKS = 500
+LANDMARKS = 1000
 # Samples that they then label: the standard error of a difference is about half a point.
 LABELLED = 3000
 # Standard errors by which another candidate has to beat the first. With six candidates and few
@@ -55,10 +73,10 @@ def choose(x: Tensor, y: Tensor, request: Request, layer_widths: list[int] | Non
     With fewer than 3,000 samples candidates are compared by cross-validation, over two to five
     stratified folds; so, too, with so many classes that two samples of each are nearly all. With
     more, 2,000 random samples are imprinted and up to 3,000 others labelled.
-    A candidate replaces `kernel` if its accuracy there is higher by more than two standard errors
-    of the paired difference, √(n₊ + n₋ + 1 − (n₊ − n₋)²/(n + 2)) / (n + 2), n₊ and n₋ the samples
-    that only one or only the other has right, of n. Where nothing can be held out (one sample a
-    class), it is `kernel`. Every candidate takes `layer_widths`.
+    The candidates are `ONE_LAYER`, or `SEVERAL_LAYERS`. One replaces the first, `kernel`, if its
+    accuracy there is higher by more than two standard errors of the paired difference,
+    √(n₊ + n₋ + 1 − (n₊ − n₋)²/(n + 2)) / (n + 2), n₊ and n₋ the samples that only one or only the
+    other has right, of n. Where nothing can be held out (one sample a class), it is `kernel`.
 
     Returns:
         The recipe, and for each candidate its keywords, `accuracy`, `difference` from the first and
@@ -67,12 +85,15 @@ def choose(x: Tensor, y: Tensor, request: Request, layer_widths: list[int] | Non
     Source: Agresti & Min 2005, "Simple improved confidence intervals for comparing matched
     proportions" (the standard error).
     """
-    rows, held = _comparison(y, request.seed)
+    samples, (rows, held) = len(y), _comparison(y, request.seed)
     widths = {"layer_widths": layer_widths}
     x, y = x[rows], y[rows]
     tried: list[dict[str, Any]] = []
     first: Tensor | None = None
-    shown = tqdm(CANDIDATES, "auto", leave=False, disable=not request.progress, delay=2)
+    candidates = _candidates(
+        x.shape[1], samples, layer_widths, len(y) - len(held[0]) if held else 0
+    )
+    shown = tqdm(candidates, "auto", leave=False, disable=not request.progress, delay=2)
     for candidate in shown if held else []:
         shown.set_postfix_str(candidate["recipe"], refresh=False)
         correct = _labelled(x, y, candidate | widths, request, held)
@@ -82,7 +103,7 @@ def choose(x: Tensor, y: Tensor, request: Request, layer_widths: list[int] | Non
     best = max(clear, key=lambda i: tried[i]["accuracy"], default=0)
     for i, row in enumerate(tried):
         row["chosen"] = i == best
-    return Chosen(_parts(CANDIDATES[best] | widths), tried)
+    return Chosen(_parts(candidates[best] | widths), tried)
 
 
 def _comparison(y: Tensor, seed: int) -> tuple[Tensor, list[Tensor]]:
@@ -100,6 +121,20 @@ def _comparison(y: Tensor, seed: int) -> tuple[Tensor, list[Tensor]]:
         return everything, _places(folds(y, seed, enough=LABELLED))
     rows = order[: trained + LABELLED]
     return rows, [torch.arange(trained, len(rows), device=y.device)]
+
+
+def _candidates(
+    dim: int, samples: int, layer_widths: list[int] | None, trained: int
+) -> list[dict[str, Any]]:
+    """The candidates for `samples` embeddings of `dim` numbers, `trained` of them in comparison."""
+    several = layer_widths is not None and len(layer_widths) > 1
+    last = layer_widths[-1] if layer_widths else dim
+    candidates = list(SEVERAL_LAYERS if several else ONE_LAYER)
+    if samples * last > NEIGHBOURS:
+        candidates = [one for one in candidates if one["recipe"] != "knn"]
+    if several and dim > FEATURES_OF_LDA * trained:
+        candidates = [one for one in candidates if one["recipe"] != "lda"]
+    return candidates
 
 
 def _places(masks: list[Tensor]) -> list[Tensor]:
