@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: fit test test-slow lint docs wheel bench soak gpu-check clean
+.PHONY: fit test test-slow lint docs wheel bench bench-accuracy soak gpu-check clean
 
 fit: $(INSTALLED)  ## Imprint the embedded backbone on scikit-learn's digits.
 	$(BIN)/python -m imprint_pl fit --config configs/quickstart.yaml
@@ -47,6 +47,9 @@ bench: $(INSTALLED)  ## Ratios against scikit-learn, faiss and the bare forward 
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/growth.py
+
+bench-accuracy: $(INSTALLED)  ## Real tasks: auto beside trained probes (the first time 15 minutes).
+	$(BIN)/python benchmarks/accuracy.py
 
 soak: $(INSTALLED)  ## Ten minutes of fit and predict: memory and open files must not grow.
 	$(BIN)/python benchmarks/soak.py
