@@ -15,7 +15,8 @@ from imprint_pl.embedding.layers import Layer, Pooling, _evenly
 from imprint_pl.errors import ImprintError
 
 LITE0 = ["bn1", *(f"blocks.{i}" for i in range(7))]
-LITE0_WIDTHS = [32, 16, 24, 40, 80, 112, 192, 320, 1280]
+# The mean and the deviation of each feature map, and the last layer.
+LITE0_WIDTHS = [32, 32, 16, 16, 24, 24, 40, 40, 80, 80, 112, 112, 192, 192, 320, 320, 1280]
 
 
 @pytest.fixture(scope="module")
@@ -91,16 +92,28 @@ IMAGES = torch.rand(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
 MEANS = IMAGES.mean((2, 3))
 
 
+def pooled(maps):
+    """The mean and the standard deviation of each channel `(B, C, H, W)` over the positions."""
+    return torch.cat([maps.mean((2, 3)), maps.flatten(2).std(2, correction=0)], 1)
+
+
 # Pooling ---------------------------------------------------------------------------------------
 
 
-def test_channels_first_are_averaged_over_positions():
-    torch.testing.assert_close(read(Model(Stage(3, lambda x: x)), IMAGES), MEANS)
+def test_feature_maps_become_mean_and_deviation_of_each_channel():
+    maps = torch.tensor([[[[1.0, 3.0], [1.0, 3.0]], [[5.0, 5.0], [5.0, 5.0]]]])
+    expected = torch.tensor([[2.0, 5.0, 1.0, 0.0]])
+    assert torch.equal(Pooling("channels_first")(maps), expected)
+    assert torch.equal(Pooling("channels_last")(maps.permute(0, 2, 3, 1)), expected)
 
 
-def test_channels_last_are_averaged_over_positions():
+def test_channels_first_are_pooled_over_positions():
+    torch.testing.assert_close(read(Model(Stage(3, lambda x: x)), IMAGES), pooled(IMAGES))
+
+
+def test_channels_last_are_pooled_over_positions():
     stage = Stage(3, lambda x: x.permute(0, 2, 3, 1))
-    torch.testing.assert_close(read(Model(stage), IMAGES), MEANS)
+    torch.testing.assert_close(read(Model(stage), IMAGES), pooled(IMAGES))
 
 
 def test_the_parameters_tell_where_channels_are_when_the_shape_fits_both():
@@ -109,8 +122,8 @@ def test_the_parameters_tell_where_channels_are_when_the_shape_fits_both():
     wide = torch.cat([batch, batch], 3)  # 2 x 4
     first = Stage(2, lambda x: x[:, :, :, :2])
     last = Stage(5, lambda x: torch.rand(len(x), 4, 4, 5) * 0 + 7)
-    torch.testing.assert_close(read(Model(first), wide), batch.mean((2, 3)))
-    assert torch.equal(read(Model(last), wide), torch.full((2, 5), 7.0))
+    torch.testing.assert_close(read(Model(first), wide), pooled(batch))
+    assert torch.equal(read(Model(last), wide)[:, :5], torch.full((2, 5), 7.0))
 
 
 @pytest.mark.parametrize("last", [True, False])
@@ -133,7 +146,7 @@ def test_where_nothing_else_tells_the_layout_is_that_of_most_modules(last):
     cube = read(Two(), square, ["cube"])
     # The numbers are those of axis 1.
     expected = torch.full((2, 4), 1.5) if last else torch.arange(4.0).expand(2, 4)
-    assert torch.equal(cube, expected)
+    assert torch.equal(cube[:, :4], expected)
 
 
 def tokens_of(x, front=0):
@@ -187,14 +200,16 @@ def test_vectors_stay_and_of_a_tuple_the_first_tensor_is_taken():
     torch.testing.assert_close(
         read(Model(Stage(3, lambda x: x.amax((2, 3)))), IMAGES), IMAGES.amax((2, 3))
     )
-    torch.testing.assert_close(read(Model(Stage(3, lambda x: (None, [x], 1))), IMAGES), MEANS)
-    torch.testing.assert_close(read(Model(Stage(3, lambda x: {"a": x})), IMAGES), MEANS)
+    for stage in (Stage(3, lambda x: (None, [x], 1)), Stage(3, lambda x: {"a": x})):
+        torch.testing.assert_close(read(Model(stage), IMAGES), pooled(IMAGES))
 
 
-def test_halves_are_averaged_in_full_precision():
+def test_halves_are_pooled_in_full_precision():
     x = torch.full((1, 1, 100, 100), 1.0, dtype=torch.bfloat16)
     x[..., :50, :] = 1.0078125
-    assert Pooling("channels_first")(x).item() == pytest.approx(1.00390625, abs=1e-6)
+    mean, deviation = Pooling("channels_first")(x)[0].tolist()
+    assert mean == pytest.approx(1.00390625, abs=1e-6)
+    assert deviation == pytest.approx(0.00390625, abs=1e-6)
     assert Pooling("tokens")(x[0]).dtype == torch.float32
 
 
@@ -203,23 +218,23 @@ def test_halves_are_averaged_in_full_precision():
 
 def test_efficientnet_gives_stem_stages_and_the_last_layer_bit_for_bit(lite0, photographs):
     assert (lite0.layers, lite0.layer_widths) == (LITE0, LITE0_WIDTHS)
-    assert lite0.embedding_dim == 2096
+    assert lite0.embedding_dim == 2912
     wide = lite0(photographs)
     last = load_backbone("efficientnet_lite0", image_size=96)
-    assert torch.equal(wide[:, 816:], last(photographs))
+    assert torch.equal(wide[:, 1632:], last(photographs))
     batch = lite0.preprocess(photographs)
     x = lite0.model.bn1(lite0.model.conv_stem(batch))
-    torch.testing.assert_close(wide[:, :32], x.mean((2, 3)))
+    torch.testing.assert_close(wide[:, :64], pooled(x))
     for block in lite0.model.blocks:
         x = block(x)
-    torch.testing.assert_close(wide[:, 496:816], x.mean((2, 3)))
+    torch.testing.assert_close(wide[:, 992:1632], pooled(x))
 
 
 @pytest.mark.parametrize(
     ("name", "layers"),
     [
-        ("torchvision/resnet18", ["maxpool", "layer1", "layer2", "layer3"]),
-        ("timm/resnet10t", ["conv1", "layer1", "layer2", "layer3"]),
+        ("torchvision/resnet18", ["maxpool", "layer1", "layer2", "layer3", "layer4"]),
+        ("timm/resnet10t", ["conv1", "layer1", "layer2", "layer3", "layer4"]),
         ("timm/test_vit", ["patch_embed", *(f"blocks.{i}" for i in range(6))]),
     ],
 )
@@ -228,17 +243,16 @@ def test_stages_are_found_and_what_is_the_last_layer_already_is_not_taken_twice(
 
 
 def test_names_are_taken_in_the_order_of_the_forward_pass(photographs, lite0):
-    named = [
+    backbones = [
         load_backbone("efficientnet_lite0", image_size=96, layers=layers)
         for layers in (["blocks.5", "blocks.2"], "blocks.2, blocks.5")
     ]
-    for backbone in named:
+    for backbone in backbones:
         assert backbone.layers == ["blocks.2", "blocks.5"]
-        assert backbone.layer_widths == [40, 192, 1280]
+        assert backbone.layer_widths == [40, 40, 192, 192, 1280]
         columns = lite0(photographs).split(LITE0_WIDTHS, 1)
-        assert torch.equal(
-            backbone(photographs), torch.cat([columns[3], columns[6], columns[8]], 1)
-        )
+        named = torch.cat([*columns[6:8], *columns[12:14], columns[16]], 1)
+        assert torch.equal(backbone(photographs), named)
 
 
 @pytest.mark.parametrize(
@@ -272,12 +286,12 @@ def test_a_module_of_one_s_own_is_known_at_once_with_preprocessing_else_at_the_f
     preprocess = {"size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
     known = load_backbone(SmallNet(), preprocess=preprocess, layers="all")
     assert known.layers == ["stages.0", "stages.1", "stages.2"]
-    assert (known.layer_widths, known.embedding_dim) == ([4, 5, 6, 2], 17)
+    assert (known.layer_widths, known.embedding_dim) == ([4, 4, 5, 5, 6, 6, 2], 32)
     later = load_backbone(SmallNet(), layers="all")
     assert (later.layers, later.layer_widths) == ([], None)
     assert later.source()["layers"] == "all"
-    assert later(IMAGES).shape == (2, 17)
-    assert (later.layers, later.embedding_dim) == (known.layers, 17)
+    assert later(IMAGES).shape == (2, 32)
+    assert (later.layers, later.embedding_dim) == (known.layers, 32)
     assert later.source()["layers"] == known.layers
 
 
@@ -438,7 +452,7 @@ def test_embeddings_have_no_layers_and_no_mirror_image(settings):
 
 
 def test_embeddings_still_pass_through_a_named_backbone(lite0):
-    wide = torch.rand(3, 2096)
+    wide = torch.rand(3, 2912)
     assert torch.equal(lite0(wide), wide)
 
 
@@ -475,8 +489,8 @@ def test_the_cache_keys_layers_and_views_and_says_their_widths(tmp_path):
         for settings in ({}, {"layers": "all"}, {"layers": "stages.1"}, {"views": "flip"})
     ]
     assert [result.use.embedded for result in results] == [1797] * 4
-    assert [result.layer_widths for result in results] == [None, [4, 5, 6, 2], [5, 2], None]
-    assert [result.arrays()[0].shape[1] for result in results] == [2, 17, 7, 2]
+    assert [result.layer_widths for result in results] == [None, [4, 4, 5, 5, 6, 6, 2], [5, 5, 2], None]
+    assert [result.arrays()[0].shape[1] for result in results] == [2, 32, 12, 2]
     assert cached(tmp_path, layers="all").use.embedded == 0
 
 
@@ -527,7 +541,7 @@ def test_embed_takes_layers_and_views_for_a_name_and_a_module(tmp_path):
             return Splits(splits.class_names, part, part)
 
     result = embed(SmallNet(), FloatDigits(), tmp_path, name="small", layers="all", views="flip")
-    assert result.layer_widths == [4, 5, 6, 2]
+    assert result.layer_widths == [4, 4, 5, 5, 6, 6, 2]
     expected = load_backbone(SmallNet(), layers="all", views="flip")(
         FloatDigits().load().train.images
     )
