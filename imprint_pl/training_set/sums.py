@@ -136,6 +136,8 @@ class TrainingSums:
             sums = Sums.of(norm_pre, self.norm_inf, gen, x, y, C)
         else:
             sums = Sums(norm_pre, self.norm_inf, self.moments)
+        # Of more samples these rows are a random part, and near-copies outside it stay unknown.
+        sums = sums.with_rows(gen, x, y, self.seed)
         head = sums.head(self.parts, request)
         calibrate_head(head, x, y, self.parts, request, sums, samples)
         return head
