@@ -6,6 +6,7 @@ leaves a sample out leaves its near-copies out, too.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,8 @@ MARGIN = 1.5
 BLOCK = 2**22
 # Rows whose usual distances the median is taken of.
 MEDIAN_OF = 500
+# Neighbours that a row may have by chance that are as near as copies.
+CHANCE = 1e-3
 # Pairs that are compared in full at a time.
 PAIRS = 4096
 
@@ -70,9 +73,10 @@ class Copies:
 class CopyFinder:
     """Finds near-copies of rows of a data set.
 
-    A pair counts if its distance is less than `SHARE` of the usual distance: that of the row to its
-    k-th nearest row, or the median of these, whichever is less. k is a third of the usual size of a
-    class, at most ten: the rows of a tight class are no copies of each other. Neither are rows in a
+    A pair counts if its distance is less than `SHARE` of the usual distance, or a smaller share in
+    data of low dimension, where chance brings rows so near. The usual distance is that of the row
+    to its k-th nearest row, or the median of these, whichever is less. k is a third of the usual
+    size of a class, at most ten: the rows of a tight class are no copies of each other. Neither are rows in a
     dense part of the data. Where values are few, so that a row has k equal ones, equal rows are
     usual, and none is a copy. In classes of fewer than six none is found.
 
@@ -99,12 +103,20 @@ class CopyFinder:
         self.short = _projected(self.x, self.x[self.reference].mean(0), self.scale)
         self.squares = self.short.square().sum(1)
         if len(self.reference) > 2:
-            self.usual = self._usual(self.reference[:MEDIAN_OF]).median()
+            some = self.reference[:MEDIAN_OF]
+            usual, half = self._usual(some), self._usual(some, (self.neighbours + 1) // 2)
+            self.usual = usual.median()
+            # Within a distance r of a row there are k (r / usual)^D others, D the dimension of the
+            # data: where it is low, some are as near as copies by chance.
+            ratio = (half / usual.clamp_min(1e-30)).median().clamp(1e-3, 0.999).item()
+            growth = self.neighbours / ((self.neighbours + 1) // 2)
+            dimension = math.log(growth) / -math.log(ratio) if growth > 1 else math.inf
+            self.share = min(SHARE, (CHANCE / self.neighbours) ** (1 / dimension))
 
     def find(self, places: Tensor | None = None) -> Copies:
         """The near-copies of the rows at `places (n,)`, by default of all; of each the nearest 15.
 
-        >>> x = torch.tensor([[0.0], [0.1], [1.0], [2.0], [3.0], [4.0]])
+        >>> x = torch.tensor([[0.0], [1e-4], [1.0], [2.0], [3.0], [4.0]])
         >>> CopyFinder(x, torch.zeros(6, dtype=torch.int64)).find().of(torch.tensor([0]))
         tensor([1])
         """
@@ -114,11 +126,13 @@ class CopyFinder:
         asked = everything if places is None else places.to(self.x.device)
         if len(self.reference) < 3 or not len(asked):
             return Copies(nothing, nothing, total)
-        limit = SHARE * self._usual(asked).clamp_max(self.usual)
+        limit = self.share * self._usual(asked).clamp_max(self.usual)
         found: list[tuple[Tensor, Tensor]] = []
         size = max(1, BLOCK // total)
         for rows, nearer in zip(asked.split(size), limit.split(size), strict=True):
-            candidates = self._apart(rows, everything) < (MARGIN * nearer).square()[:, None]
+            # The rounding of projected distances counts, too: candidates are then checked in full.
+            bound = (MARGIN * nearer).square() + 1e-6 * self.squares[rows]
+            candidates = self._apart(rows, everything) < bound[:, None]
             row, other = candidates.nonzero().T
             exact = torch.cat(
                 [
@@ -138,10 +152,11 @@ class CopyFinder:
         pairs = torch.cat([first * total + second, (second * total + first)[back]]).unique()
         return Copies(pairs // total, pairs % total, total)
 
-    def _usual(self, places: Tensor) -> Tensor:
+    def _usual(self, places: Tensor, k: int | None = None) -> Tensor:
         """The distance of the rows at `places (n,)` to their k-th neighbour: `(n,)`."""
+        k = k or self.neighbours
         found = [
-            self._apart(rows, self.reference).kthvalue(self.neighbours, 1).values.sqrt()
+            self._apart(rows, self.reference).kthvalue(k, 1).values.sqrt()
             for rows in places.split(max(1, BLOCK // len(self.reference)))
         ]
         return torch.cat(found)

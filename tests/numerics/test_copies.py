@@ -20,18 +20,17 @@ def points(n, d=20, seed=0):
 
 
 def test_the_one_pair_that_lies_close_is_found_in_both_orders():
-    x = torch.tensor([[0.0], [0.1], [1.0], [2.0], [3.0], [4.0]])
+    x = torch.tensor([[0.0], [1e-4], [1.0], [2.0], [3.0], [4.0]])
     assert pairs(x) == {(0, 1), (1, 0)}
     # A copy with another label is a copy.
-    assert pairs(torch.cat([x, x]).add(torch.arange(12)[:, None] * 1e-3)) >= {(0, 6), (6, 0)}
+    y = torch.tensor([0, 1, 0, 0, 0, 0])
+    assert pairs(x.repeat(1, 9), y) == {(0, 1), (1, 0)}
 
 
-@pytest.mark.parametrize("d", [3, 20, 64, 65, 1280])
+@pytest.mark.parametrize("d", [10, 20, 64, 65, 1280])
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_slightly_changed_rows_are_found_and_no_others_in_any_dimension_and_scale(d, scale):
     x = points(200, d)
-    if d == 3:
-        x = torch.cartesian_prod(*[torch.arange(6.0)] * 3)[:200]
     changed = x[:20] + 0.02 * points(20, d, 1)
     found = pairs(scale * (7 + torch.cat([x, changed])))
     assert found == {(i, 200 + i) for i in range(20)} | {(200 + i, i) for i in range(20)}
