@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from imprint_pl.method.calibration import ENOUGH, folds
-from imprint_pl.method.holdout import held_out_scores
+from imprint_pl.method.holdout import copies_of, held_out_scores
 from imprint_pl.method.pipeline import Request
 from imprint_pl.method.recipes import Recipe, resolve
 from imprint_pl.numerics.draws import place_in_class, sample
@@ -72,7 +72,9 @@ def choose(x: Tensor, y: Tensor, request: Request, layer_widths: list[int] | Non
 
     With fewer than 3,000 samples candidates are compared by cross-validation, over two to five
     stratified folds; so, too, with so many classes that two samples of each are nearly all. With
-    more, 2,000 random samples are imprinted and up to 3,000 others labelled.
+    more, 2,000 random samples are imprinted and up to 3,000 others labelled. No candidate sees a
+    near-copy of a sample that it labels.
+
     The candidates are `ONE_LAYER`, or `SEVERAL_LAYERS`. One replaces the first, `kernel`, if its
     accuracy there is higher by more than two standard errors of the paired difference,
     √(n₊ + n₋ + 1 − (n₊ − n₋)²/(n + 2)) / (n + 2), n₊ and n₋ the samples that only one or only the
@@ -88,6 +90,7 @@ def choose(x: Tensor, y: Tensor, request: Request, layer_widths: list[int] | Non
     samples, (rows, held) = len(y), _comparison(y, request.seed)
     widths = {"layer_widths": layer_widths}
     x, y = x[rows], y[rows]
+    copies = copies_of(x, y, held)
     tried: list[dict[str, Any]] = []
     first: Tensor | None = None
     candidates = _candidates(
@@ -96,7 +99,7 @@ def choose(x: Tensor, y: Tensor, request: Request, layer_widths: list[int] | Non
     shown = tqdm(candidates, "auto", leave=False, disable=not request.progress, delay=2)
     for candidate in shown if held else []:
         shown.set_postfix_str(candidate["recipe"], refresh=False)
-        correct = _labelled(x, y, candidate | widths, request, held)
+        correct = _labelled(x, y, candidate | widths, request, held, copies)
         first = first if tried else correct
         tried.append(dict(candidate) | _compared(correct, first))
     clear = [i for i, row in enumerate(tried) if _is_clearly_better(row)]
@@ -148,13 +151,18 @@ def _parts(keywords: dict[str, Any]) -> Recipe:
 
 
 def _labelled(
-    x: Tensor, y: Tensor, candidate: dict[str, Any], request: Request, held: list[Tensor]
+    x: Tensor,
+    y: Tensor,
+    candidate: dict[str, Any],
+    request: Request,
+    held: list[Tensor],
+    copies: list[Tensor],
 ) -> Tensor | None:
     """Which held-out samples the candidate labels right; `None` if it cannot be imprinted."""
     keywords = dict(candidate)
     if keywords["recipe"] == "kernel":
         keywords["projection_dim"] = LANDMARKS
-    held_out = held_out_scores(x, y, _parts(keywords), request, held)
+    held_out = held_out_scores(x, y, _parts(keywords), request, held, copies=copies)
     # Where a fold fails (such as a within-class covariance of one sample a class), the candidate
     # would be compared on other samples than the first.
     return None if held_out.error else held_out.scores.argmax(1) == held_out.y

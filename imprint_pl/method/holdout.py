@@ -33,6 +33,7 @@ from imprint_pl.method.pipeline import (
     make_head,
 )
 from imprint_pl.method.recipes import Recipe
+from imprint_pl.numerics.copies import CopyFinder
 from imprint_pl.numerics.draws import random_keys
 from imprint_pl.numerics.moments import Moments
 from imprint_pl.numerics.order import keys
@@ -109,8 +110,12 @@ def held_out_scores(
     held: list[Tensor],
     sums: Sums | None = None,
     enough: float = math.inf,
+    copies: list[Tensor] | None = None,
 ) -> HeldOut:
     """Scores of held-out samples by a head that is made of the others, fold by fold of `held`.
+
+    Near-copies of held-out samples are held out with them, but get no score: a head that has seen
+    them would be too sure.
 
     Where `holds_out_of_sums`, the held-out samples are taken out of the sums of all: NORM_pre is
     fitted once, on all samples, and λ is chosen once. Where a fold has no head, it is tried with a
@@ -121,25 +126,63 @@ def held_out_scores(
         held: places `(n,)` of the samples to hold out.
         sums: of all samples, where these are to be held out of them.
         enough: samples with a score, after which no further fold is looked at.
+        copies: the near-copies of each fold, as `copies_of` gives them; looked for by default.
     """
+    finder = CopyFinder(x, y, torch.cat(held)) if held and copies is None else None
+
+    def hidden(rows: Tensor) -> Tensor:
+        if finder is not None:
+            return copies_of_fold(finder, y, rows)
+        place = next(i for i, fold in enumerate(held) if fold is rows)
+        return (copies or [])[place]
+
     # Rows to add up: each time the others, or once all of them and then the held-out ones.
     out = sum(map(len, held))
     fewer = len(held) * len(y) - out > len(y) + out
     if sums is None and not (fewer and holds_out_of_sums(parts)):
-        return score_folds(held, lambda rows: _without_rows(x, y, rows, parts, request), enough)
+        return score_folds(
+            held, lambda rows: _without_rows(x, y, rows, hidden(rows), parts, request), enough
+        )
     if sums is None:
         norm_pre, head = parts.fresh()
         sums = Sums.fitted(norm_pre, head.norm_inf, parts.gen, x, y, request)
         if getattr(parts.gen, "lam", None) in CHOICES:
-            parts = with_lam(parts, parts.gen(sums.moments.present()).chosen["lam"])
+            sums = sums.with_rows(parts.gen, x, y, request.seed)
+            parts = with_lam(parts, sums.generated(sums.moments, parts.gen).chosen["lam"])
     known = sums
-    return score_folds(held, lambda rows: _out_of_sums(known, x, y, rows, parts, request), enough)
+    return score_folds(
+        held, lambda rows: _out_of_sums(known, x, y, rows, hidden(rows), parts, request), enough
+    )
 
 
-def _without_rows(x: Tensor, y: Tensor, rows: Tensor, parts: Recipe, request: Request) -> Fold:
-    """Scores samples by a head that is made of the other rows."""
+def copies_of(x: Tensor, y: Tensor, held: list[Tensor]) -> list[Tensor]:
+    """The near-copies of each fold of `held` among all rows, see `copies_of_fold`."""
+    finder = CopyFinder(x, y, torch.cat(held)) if held else None
+    return [] if finder is None else [copies_of_fold(finder, y, rows) for rows in held]
+
+
+def copies_of_fold(finder: CopyFinder, y: Tensor, rows: Tensor) -> Tensor:
+    """The near-copies of the rows of a fold that are not in it: places `(m,)`.
+
+    Those of a class stay where they are all that is left of it: its samples are just alike.
+    """
+    found = finder.find(rows).of(rows)
+    left = torch.ones(len(y), dtype=torch.bool, device=y.device)
+    left[rows] = False
+    without = left.clone()
+    without[found] = False
+    lost = y[left].unique()
+    lost = lost[~torch.isin(lost, y[without])]
+    return found[~torch.isin(y[found], lost)]
+
+
+def _without_rows(
+    x: Tensor, y: Tensor, rows: Tensor, hidden: Tensor, parts: Recipe, request: Request
+) -> Fold:
+    """Scores samples by a head that is made of the other rows, without the `hidden`."""
     others = torch.ones(len(y), dtype=torch.bool, device=y.device)
     others[rows] = False
+    others[hidden] = False
     # No names in messages of a head that nobody asked for, nor a bar.
     request = Request(request.num_classes, seed=request.seed, classifier=request.classifier)
     head = with_larger_lam(
@@ -150,17 +193,25 @@ def _without_rows(x: Tensor, y: Tensor, rows: Tensor, parts: Recipe, request: Re
 
 
 def _out_of_sums(
-    sums: Sums, x: Tensor, y: Tensor, rows: Tensor, parts: Recipe, request: Request
+    sums: Sums,
+    x: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    hidden: Tensor,
+    parts: Recipe,
+    request: Request,
 ) -> Fold:
-    """Scores samples by a head of the sums of all less those of the samples."""
-    z = transform(sums.norm_pre, x[rows])
+    """Scores samples by a head of the sums of all less those of the samples and the `hidden`."""
+    out = torch.cat([rows, hidden])
+    z = transform(sums.norm_pre, x[out])
     C, gram = request.num_classes, gram_of(parts.gen)
     if sums.coordinates is None and learns_from_sums(sums.norm_pre):
         # The sums of all came about in this way, so that nothing but rounding is left of these.
-        held = sums_of(sums.norm_pre, x[rows], y[rows], C, gram)
+        held = sums_of(sums.norm_pre, x[out], y[out], C, gram)
     else:
-        own = z if sums.coordinates is None else sums.coordinates[rows.to(sums.coordinates.device)]
-        held = Moments.of(own, y[rows].to(own.device), C, gram=gram)
+        own = z if sums.coordinates is None else sums.coordinates[out.to(sums.coordinates.device)]
+        held = Moments.of(own, y[out].to(own.device), C, gram=gram)
+    z = z[: len(rows)]
     others = sums.moments - held
     proxies = with_larger_lam(parts, lambda changed: sums.proxies(others, changed, request))
     shown = rows_to_score(rows, C)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from imprint_pl.numerics.factorisations import double
 from imprint_pl.numerics.moments import Moments
 from imprint_pl.parts.by_name import steps_of
 from imprint_pl.parts.gen import Proxies
+from imprint_pl.parts.gen.ridge import LeftOut, rows_left_out
 from imprint_pl.parts.norm.base import Norm, sums_of, transform
 from imprint_pl.parts.norm.layers import JoinLayers
 from imprint_pl.parts.norm.quantile import Quantile
@@ -65,6 +66,7 @@ def make_head(x: Tensor, y: Tensor, parts: Recipe, request: Request) -> Made:
     norm_pre, head = parts.fresh()
     if parts.gen.from_moments:
         sums = Sums.fitted(norm_pre, head.norm_inf, parts.gen, x, y, request)
+        sums = sums.with_rows(parts.gen, x, y, request.seed)
         return Made(sums.head(parts, request), sums if holds_out_of_sums(parts) else None)
     present, labels = torch.unique(y, return_inverse=True)
     if getattr(norm_pre, "learns", False):
@@ -89,6 +91,7 @@ class Sums:
         moments: the sums, of C classes.
         coordinates, basis: `(N, N)` and `(N, p)`, whose product is NORM_pre(x); or `None`.
         device: where proxies go that a basis gives.
+        left: some rows of the sums, where GEN needs them.
     """
 
     norm_pre: nn.Module
@@ -97,6 +100,7 @@ class Sums:
     coordinates: Tensor | None = None
     basis: Tensor | None = None
     device: torch.device | None = None
+    left: LeftOut | None = None
 
     @classmethod
     def fitted(
@@ -146,6 +150,31 @@ class Sums:
         moments = Moments.of(coordinates, y, num_classes, gram=gram_of(gen))
         return cls(norm_pre, norm_inf, moments, coordinates, basis.T, x.device)
 
+    def with_rows(self, gen: Any, x: Tensor, y: Tensor, seed: int) -> Sums:
+        """Adds the rows that GEN needs beside the sums.
+
+        Args:
+            gen: of the recipe.
+            x, y: all embeddings and labels, in the order in which they were added up; or a random
+                sample of them, as `rows_left_out` takes it.
+            seed: fixes which rows are drawn.
+        """
+        if not getattr(gen, "needs_rows", False):
+            return self
+        if self.coordinates is not None:
+            return replace(self, left=rows_left_out(x, y, self.coordinates, seed))
+        left = rows_left_out(x, y, lambda rows: transform(self.norm_pre, x[rows]), seed)
+        return replace(self, left=left)
+
+    def generated(self, moments: Moments, gen: Any) -> Proxies:
+        """What GEN makes of these sums, or of others in the same space, of the same classes;
+        classes are numbered without those that have no samples."""
+        if self.left is None or not getattr(gen, "needs_rows", False):
+            return gen(moments.present())
+        places = (moments.counts > 0).long().cumsum(0) - 1
+        y = places[self.left.y.to(places.device)]
+        return gen(moments.present(), left=self.left._replace(y=y))
+
     def head(self, parts: Recipe, request: Request) -> ImprintedHead:
         """Makes the head of all samples, of temperature 1. A class without samples has no proxy."""
         head = ImprintedHead(self.norm_inf, copy.deepcopy(parts.agg))
@@ -156,7 +185,7 @@ class Sums:
         present = (moments.counts > 0).nonzero().flatten()
         if not len(present):
             raise ImprintError("the held-out samples are all there are")
-        proxies = parts.gen(moments.present())
+        proxies = self.generated(moments, parts.gen)
         if self.basis is not None:
             weights = (double(proxies.weights) @ self.basis).float()
             proxies = proxies._replace(

@@ -53,7 +53,7 @@ DistanceName: TypeAlias = (
     Literal["euclidean", "cosine", "manhattan", "chebyshev", "mahalanobis"] | str
 )
 VotesName: TypeAlias = Literal["uniform", "weighted_by_distance", "softmax"] | str
-LamName: TypeAlias = Literal["gcv", "holdout"] | str
+LamName: TypeAlias = Literal["loo", "gcv", "holdout"] | str
 ShrinkageName: TypeAlias = Literal["oas"] | str
 EngineName: TypeAlias = Literal["auto", "faiss", "torch", "exact"] | str
 PriorName: TypeAlias = Literal["empirical", "uniform"] | str
@@ -211,8 +211,9 @@ def resolve(
         m: of mnn: how many proxies vote.
         distance: of mnn: between embeddings and proxies.
         votes: of mnn: what a vote weighs.
-        lam: λ of ls, kls, ridge and kridge; for ridge and kridge also "gcv" (generalised
-            cross-validation) or "holdout".
+        lam: λ of ls, kls, ridge and kridge; for ridge also "loo" (leave-one-out, near-copies
+            left out together), for ridge and kridge "gcv" (generalised cross-validation) or
+            "holdout".
         shrinkage: of whiten and lda: from 0 to 1, towards round classes, or "oas" (chosen from the
             embeddings).
         projection_dim: features of random_projection and nystrom.

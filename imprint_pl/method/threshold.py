@@ -12,6 +12,7 @@ from imprint_pl.method.inputs import checked
 from imprint_pl.method.pipeline import Request, holds_out_of_sums, keywords_of
 from imprint_pl.method.recipes import Recipe, resolve
 from imprint_pl.numerics.order import in_order
+from imprint_pl.parts.gen.ridge import CHOICES
 
 # How many parts are held out, one a head: many where that is cheap. Scores of `lda` shrink with
 # the number of samples, so that those of a head of four fifths of them are too small.
@@ -62,7 +63,7 @@ def _held_out(
     x, y, _ = checked(x, y, head.num_classes, None, allow_empty=True, values_checked=True)
     seed, chosen = head.settings.get("seed", 0), head.settings.get("chosen_lam")
     settings = keywords_of(head)
-    if chosen is not None and settings.get("lam") in ("gcv", "holdout"):
+    if chosen is not None and settings.get("lam") in CHOICES:
         settings["lam"] = chosen
     parts = resolve(**settings)
     assert isinstance(parts, Recipe)  # a head's settings name the recipe that auto has chosen

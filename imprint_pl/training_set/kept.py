@@ -112,6 +112,9 @@ class State(ABC):
                 weibull=None if weibull is None else (float(weibull[0]), float(weibull[1])),
                 **shared,
             )._in_order()
+        if getattr(_parts_of(shared["settings"]).gen, "needs_rows", False):
+            # No rows are kept to choose λ by anew: it stays, as the temperature does.
+            shared["settings"]["lam"] = float(head.settings["chosen_lam"])
         parts = _parts_of(shared["settings"])
         _refuse_moments(parts, weibull)
         norm_pre, _ = _fresh(parts, x.shape[1], len(y), shared["seed"])
@@ -298,7 +301,8 @@ class KeptSums(State):
 
     Attributes:
         moments: the sums, with a pooled Gram matrix where GEN needs one; see `kept_sums`.
-        temperature, threshold: the head's. Sums cannot fit them anew, so they stay.
+        temperature, threshold: the head's. Sums cannot fit them anew, so they stay; so does a λ
+            that was chosen by leaving out rows, which `settings` then has as a number.
         calibrated: whether the temperature was fitted on these very samples.
     """
 

@@ -142,6 +142,8 @@ class TrainingSums:
         if samples == len(y) and few_for(gen, sums.norm_pre, x):
             # All rows are there, and are solved faster than a Gram matrix of so many features.
             sums = Sums.of(sums.norm_pre, sums.norm_inf, gen, x, y, C)
+        # Of more samples these rows are a random part, and near-copies outside it stay unknown.
+        sums = sums.with_rows(gen, x, y, self.seed)
         head = sums.head(self.parts, request)
         calibrate_head(head, x, y, self.parts, request, sums, samples)
         return head

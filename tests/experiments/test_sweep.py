@@ -60,7 +60,7 @@ def keywords_of(row):
         return {"recipe": "auto"}
     names = [n for n in (*SLOTS, *PARAMETERS) if not pd.isna(row[n])]
     given = {n: row[n] for n in names}
-    if "lam" in given and given["lam"] not in ("gcv", "holdout"):
+    if "lam" in given and given["lam"] not in ("loo", "gcv", "holdout"):
         given["lam"] = float(given["lam"])
     for name in ("k", "m", "projection_dim"):
         if name in given:
@@ -611,7 +611,7 @@ def test_files_have_one_schema_and_say_the_same(digits, tmp_path):
     rows = pd.read_csv(tmp_path / "s" / "results.csv")
     assert rows.accuracy.tolist() == table.accuracy.tolist()
     assert rows.id.tolist() == table.id.tolist()
-    assert set(rows.lam.dropna()) == {"0.0001", "gcv"}
+    assert set(rows.lam.dropna()) == {"0.0001", "loo"}
 
 
 def test_a_line_that_a_kill_cut_short_does_not_count(tmp_path):

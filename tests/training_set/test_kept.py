@@ -20,7 +20,7 @@ RECIPES = {
     "hosoda": {},
     "janson": {},
     "ls": {},
-    "ridge": {},
+    "ridge": {"lam": "gcv"},
     "lda": {},
     "ranpac": {"projection_dim": 6},
     "robust": {"k": 3},
@@ -283,3 +283,14 @@ def test_labels_of_any_integer_type_are_kept(blobs, tmp_path, dtype):
     state = State.of(x, y, imprint(x, y, "qi"), "embeddings")
     state = read_state(write_state(state, tmp_path / "state.safetensors"))
     assert state.add_class("new", x[:2]).counts.tolist() == [*torch.bincount(y).tolist(), 2]
+
+
+def test_sums_keep_the_lambda_that_rows_chose():
+    x = torch.cat([POOL[name][:8] for name in "abc"])
+    y = torch.arange(3).repeat_interleave(8)
+    head = imprint(x, y, "ridge", class_names=list("abc"), calibrate=False)
+    state = State.of(x, y, head, "moments")
+    assert head.settings["lam"] == "loo"
+    assert torch.allclose(state.head().proxies, head.proxies, atol=1e-5)
+    grown = state.add_class("d", POOL["d"][:8]).head()
+    assert grown.settings["lam"] == head.settings["chosen_lam"]

@@ -77,7 +77,8 @@ class Variant:
             return True
         learned = [s for s in steps_of(self.parts.norm_pre) if getattr(s, "learns", False)]
         gen = self.parts.gen
-        fixed = getattr(gen, "from_moments", False) or declared(gen, "fixed")
+        sums = getattr(gen, "from_moments", False) and not getattr(gen, "needs_rows", False)
+        fixed = sums or declared(gen, "fixed")
         return not (fixed and all(declared(step, "fixed") for step in learned))
 
 

@@ -25,7 +25,7 @@ def is_shared(c: Configuration) -> bool:
     if isinstance(parts, Auto) or c.variant.weibull is not None:
         return False
     gen, norms = parts.gen, (*steps_of(parts.norm_pre), *steps_of(parts.norm_inf))
-    sums = getattr(gen, "from_moments", False)
+    sums = getattr(gen, "from_moments", False) and not getattr(gen, "needs_rows", False)
     shares = sums or declared(gen, "per_class") or declared(gen, "clusters")
     return bool(shares) and all(declared(norm, "row_by_row") for norm in norms)
 

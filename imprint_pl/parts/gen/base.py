@@ -41,6 +41,8 @@ class Generator:
         name: what messages and progress bars call it.
         from_moments: it is called with `Moments`, instead of embeddings and labels.
         needs_gram: these `Moments` need a Gram matrix.
+        needs_rows: with these `Moments` it is given some of their rows, as `left`; see
+            `imprint_pl.parts.gen.ridge.LeftOut`.
         spans: its proxies lie in the space that the samples span, and turn with it.
         per_class: the proxies of a class depend on the samples of that class alone.
         prefix_of_larger_k: the first k proxies of a class are those of any larger k.
@@ -54,6 +56,7 @@ class Generator:
     name = "own"
     from_moments = False
     needs_gram = False
+    needs_rows = False
     spans = False
     per_class = False
     prefix_of_larger_k = False

@@ -19,7 +19,8 @@ class KRidge(Generator):
 
     Args:
         k: clusters a class; a class with fewer samples has each sample as a cluster.
-        lam: λ, "gcv" or "holdout", see `Ridge`.
+        lam: λ, "gcv" or "holdout", see `Ridge`. Not "loo": the rows that are left out would have to
+            be clustered anew each time.
         intercept: see `Ridge`.
         engine: what clusters, see `imprint_pl.numerics.kmeans.kmeans_classes`.
 
@@ -36,7 +37,7 @@ class KRidge(Generator):
     ) -> None:
         check_settings(k, engine)
         self.k = k
-        self.lam = checked_lam(lam)
+        self.lam = checked_lam(lam, ("gcv", "holdout"))
         self.intercept = intercept
         self.engine = engine
 
