@@ -77,8 +77,8 @@ class CopyFinder:
     data of low dimension, where chance brings rows so near. The usual distance is that of the row
     to its k-th nearest row, or the median of these, whichever is less. k is a third of the usual
     size of a class, at most ten: the rows of a tight class are no copies of each other. Neither are
-    rows in a dense part of the data. Where values are few, so that a row has k equal ones, equal rows are
-    usual, and none is a copy. In classes of fewer than six none is found.
+    rows in a dense part of the data. Where values are few, so that a row has k equal ones,
+    equal rows are usual, and none is a copy. In classes of fewer than six none is found.
 
     Not all pairs are compared in full: rows are projected to 64 random directions first.
 
