@@ -489,7 +489,8 @@ def test_the_cache_keys_layers_and_views_and_says_their_widths(tmp_path):
         for settings in ({}, {"layers": "all"}, {"layers": "stages.1"}, {"views": "flip"})
     ]
     assert [result.use.embedded for result in results] == [1797] * 4
-    assert [result.layer_widths for result in results] == [None, [4, 4, 5, 5, 6, 6, 2], [5, 5, 2], None]
+    widths = [None, [4, 4, 5, 5, 6, 6, 2], [5, 5, 2], None]
+    assert [result.layer_widths for result in results] == widths
     assert [result.arrays()[0].shape[1] for result in results] == [2, 32, 12, 2]
     assert cached(tmp_path, layers="all").use.embedded == 0
 
