@@ -241,9 +241,13 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
 
         The first call reads the parameters and settles the recipe, the choice of "auto" included;
         a NORM_pre that learns is fitted on that first batch and stays, so let it be large and
-        mixed. GENs that need sums alone (mean, ls, lda, ridge unless `lam="holdout"`) keep sums and
-        at most 2,000 rows; with a NORM_pre that does not learn, batches give what `fit` gives on
-        all rows. For the other GENs, such as k-means, **every row is kept**, and memory grows.
+        mixed. `join` alone (`ridge`, `lda` or `ls` on several layers) learns from all rows so far;
+        in a chain, such as `join` and `l2`, it is fitted on the first batch, too.
+
+        GENs that need sums alone (mean, ls, lda, ridge unless `lam="holdout"`) keep sums and at
+        most 2,000 rows; with a NORM_pre that does not learn, or with `join` alone, batches give
+        what `fit` gives on all rows. For the other GENs, such as k-means, **every row is kept**,
+        and memory grows.
 
         `fit` keeps neither: `partial_fit` after it starts anew, with a warning.
 
