@@ -110,7 +110,8 @@ class Backbone(nn.Module):
 
     def _find_layers(self, preprocess: Preprocess) -> None:
         channels = len(preprocess.config["mean"])
-        grey = preprocess.mean.new_zeros(1, channels, *preprocess.size)
+        home = next((p.device for p in self.model.parameters()), preprocess.mean.device)
+        grey = torch.zeros(1, channels, *preprocess.size, device=home)
         self.reader.find(self.model, self._as_input(grey))
         self.embedding_dim = sum(self.layer_widths or ()) or self.embedding_dim
 
@@ -248,6 +249,15 @@ def load_backbone(
             no effect.
     """
     if isinstance(backbone, Backbone):
+        for what, value, own in (
+            ("layers", layers, (backbone.reader.asked, backbone.layers)),
+            ("views", views, (backbone.views,)),
+        ):
+            if value not in ("last" if what == "layers" else "none", *own):
+                raise ImprintError(
+                    f"{what}={value!r}, but this backbone is loaded with {what}={own[0]!r}: give "
+                    f"{what} to load_backbone"
+                )
         return backbone
     full_name = backbone if isinstance(backbone, str) and backbone != "identity" else None
     if full_name is not None and preprocess is not None:

@@ -20,6 +20,8 @@ MOST_LAYERS = 8
 MOST_NUMBERS = 8192
 # A model is taken apart until it has so many parts that have parts of their own.
 FEWEST_COMPOSITES = 4
+# A part with more than this share of the modules that run is taken apart, too.
+LARGEST_SHARE = 0.8
 VIEWS = ("none", "flip")
 # Hooks sit on modules that another thread may run at the same time.
 _ONE_AT_A_TIME = threading.RLock()
@@ -238,7 +240,8 @@ def find_layers(
 
     A module can be taken if it runs in the forward pass and its output can be pooled. "all" begins
     with the model's children. While fewer than four of them have parts of their own, the one with
-    the most parameters is replaced by its parts. Layers without parts, such as a convolution, its
+    the most parameters is replaced by its parts, and so is one that holds nearly the whole depth.
+    Layers without parts, such as a convolution, its
     norm and activation, count as one. At most eight stages are kept, evenly spread, the deepest
     among them, and at most 8,192 numbers. A stage that holds the numbers of the last layer
     already is left out.
@@ -306,6 +309,10 @@ class _Ran:
             if votes.count("channels_last") > votes.count("channels_first")
             else "channels_first"
         )
+
+    def share(self, key: str) -> float:
+        """Return which part of the modules that run is inside of a module."""
+        return sum(name.startswith(f"{key}.") for name in self.shapes) / len(self.shapes)
 
     def layer(self, key: str) -> Layer:
         """Describe how a module's output is pooled."""
@@ -391,7 +398,8 @@ def _stages(ran: _Ran) -> list[str]:
     while True:
         composites = [key for key in parts if _is_composite(ran, key)]
         if len(composites) >= FEWEST_COMPOSITES:
-            break
+            # One that holds nearly the whole depth is no stage.
+            composites = [key for key in composites if ran.share(key) > LARGEST_SHARE]
         few = len(_grouped(ran, parts)) < FEWEST_COMPOSITES
         # A block of a small model stays whole: its parts would be no stages.
         opened = [
@@ -437,7 +445,7 @@ def _grouped(ran: _Ran, parts: list[str]) -> list[str]:
             grouping = False
         elif any(p.ndim > 1 for p in ran.modules[key].parameters()):
             grouping = True
-        elif not grouping:
+        elif not grouping or isinstance(ran.modules[key], (nn.Dropout, nn.Identity)):
             continue
         elif ran.shapes[key] is not None:
             stages.pop()
@@ -471,12 +479,19 @@ def _repeats_last(ran: _Ran, stage: Layer, batch: Tensor) -> bool:
 def _evenly(stages: list[Layer], room: int) -> list[Layer]:
     """Choose stages evenly, the deepest among them, that fit into so many numbers."""
     last = len(stages) - 1
-    for count in range(min(MOST_LAYERS, len(stages)), 0, -1):
-        places = [last - round(i * last / max(count - 1, 1)) for i in range(count)]
-        kept = [stages[place] for place in sorted(places)]
+    most = min(MOST_LAYERS, len(stages))
+    kept: list[Layer] = []
+    for count in range(most, 0, -1):
+        kept = [stages[last - round(i * last / max(count - 1, 1))] for i in reversed(range(count))]
         if sum(layer.width for layer in kept) <= room:
-            return kept
-    return []
+            break
+    else:
+        kept = []
+    widths = sorted(layer.width for layer in stages)
+    if len(kept) < most / 2 and widths[-1] > 2 * widths[len(widths) // 2]:
+        # One wide layer, such as the first linear one of a VGG, would push out all others.
+        return _evenly([layer for layer in stages if layer.width < widths[-1]], room)
+    return kept
 
 
 def _checked(names: list[str], ran: _Ran) -> list[str]:
