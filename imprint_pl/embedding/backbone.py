@@ -84,9 +84,9 @@ class Backbone(nn.Module):
         first batch can tell."""
         if self.reader.layers is None:
             return None if self.reader.asked == "auto" else self.reader.asked
-        return (
-            "all" if self.layers and self.reader.asked in ("all", "auto") else self.layers or "last"
-        )
+        if self.layers and self.reader.asked in ("all", "auto"):
+            return "all"
+        return self.layers or "last"
 
     def read(self, layers: str | list[str]) -> None:
         """Take other layers from now on, as `load_backbone` takes them."""
