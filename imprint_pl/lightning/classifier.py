@@ -48,6 +48,9 @@ from imprint_pl.method.recipes import AUTO, Auto, Recipe, RecipeName, resolve
 from imprint_pl.method.selection import checked_bounds
 from imprint_pl.parts.by_name import import_parts
 
+# Stands for the widths of layers before the first batch tells them.
+UNKNOWN_WIDTHS = [1]
+
 
 class ImprintedClassifier(Growing, LightningModule):
     """Images to class scores, by a head imprinted in one epoch without a gradient.
@@ -144,9 +147,9 @@ class ImprintedClassifier(Growing, LightningModule):
         self.weibull = None if weibull is None else checked_bounds(weibull)
         self.options = EpochOptions(seed, self.weibull, keep, keep_sources, accept, max_per_class)
         import_parts(parts)
-        # A mistake in the recipe shows before the weights are loaded, which takes long.
-        self.parts = resolve(recipe, **parts)
         self._recipe, self._keywords = recipe, parts
+        # A mistake in the recipe shows before the weights are loaded, which takes long.
+        self._resolved(None)
         if isinstance(backbone, Backbone):
             check_made_with(backbone, layers, views)
             layers = backbone.reader.asked
@@ -175,12 +178,18 @@ class ImprintedClassifier(Growing, LightningModule):
 
     def _finish_recipe(self, layer_widths: list[int] | None) -> Recipe | Auto:
         """The recipe for embeddings of these layers, which the hyperparameters name from now on."""
-        widths = self._keywords.get("layer_widths") or layer_widths
-        self.parts = resolve(self._recipe, **(self._keywords | {"layer_widths": widths}))
-        noted = {"layers": self.backbone.layers_in_short, "layer_widths": widths}
+        self.parts = self._resolved(layer_widths)
+        widths = self.parts.parameters.get("layer_widths")
+        noted = {"layers": self.backbone.layers_in_short}
+        noted["layer_widths"] = None if widths == UNKNOWN_WIDTHS else widths
         for known in (self._hparams, self._hparams_initial):
             known.update({n: v for n, v in noted.items() if v is not None or n in known})
         return self.parts
+
+    def _resolved(self, layer_widths: list[int] | None) -> Recipe | Auto:
+        """The recipe for embeddings of these layers; of widths that the user gave, if any."""
+        widths = self._keywords.get("layer_widths") or layer_widths or UNKNOWN_WIDTHS
+        return resolve(self._recipe, **(self._keywords | {"layer_widths": widths}))
 
     @property
     def hparams_initial(self) -> Any:
@@ -287,7 +296,7 @@ class ImprintedClassifier(Growing, LightningModule):
             fits = own is not None and sum(own) == embeddings.shape[1]
             widths = told or (own if fits else None)
             follow_data(self.backbone, widths, self._layers)
-        return self._finish_recipe(widths)
+        return self._finish_recipe(widths or [embeddings.shape[1]])
 
     # Where the whole module is compiled, the backbone is what gains.
     @torch.compiler.disable

@@ -112,7 +112,7 @@ def test_auto_takes_all_layers_and_a_named_recipe_the_last(keywords, layers):
     model = ImprintedClassifier(NAME, **RANDOM, **keywords)
     assert model.hparams["layers"] == model.hparams_initial["layers"] == layers
     assert (model.backbone.layer_widths is None) == (layers == "last")
-    assert model.parts.layer_widths == model.backbone.layer_widths
+    assert model.hparams.get("layer_widths") == model.backbone.layer_widths
 
 
 def test_embeddings_have_one_layer_where_they_do_not_say_otherwise():
