@@ -90,7 +90,8 @@ class Backbone(nn.Module):
 
     def read(self, layers: str | list[str]) -> None:
         """Take other layers from now on, as `load_backbone` takes them."""
-        self.embedding_dim = (self.layer_widths or [self.embedding_dim])[-1]
+        if self.layer_widths is not None:
+            self.embedding_dim = self.layer_widths[-1]
         self.reader = ReadLayers(layers, self.views, self.name)
         if self.preprocess and self.reader.layers is None:
             self._find_layers(self.preprocess)

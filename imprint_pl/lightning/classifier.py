@@ -182,7 +182,8 @@ class ImprintedClassifier(Growing, LightningModule):
         widths = self.parts.parameters.get("layer_widths")
         noted = {"layers": self.backbone.layers_in_short}
         noted["layer_widths"] = None if widths == UNKNOWN_WIDTHS else widths
-        for known in (self._hparams, self._hparams_initial):
+        both: list[Any] = [self._hparams, self._hparams_initial]
+        for known in both:
             known.update({n: v for n, v in noted.items() if v is not None or n in known})
         return self.parts
 

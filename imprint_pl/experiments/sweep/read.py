@@ -188,7 +188,7 @@ def _variants(block: dict[str, Any], place: str, several: bool = False) -> Itera
     Where a source has `several` layers, `join` and `last` may be among the NORMs. Their widths are
     known when the embeddings are there.
     """
-    widths = {"layer_widths": [1]} if several else {}
+    widths: dict[str, Any] = {"layer_widths": [1]} if several else {}
     try:
         own = _own_keywords(block)
     except ImprintError as error:

@@ -72,7 +72,7 @@ class Work:
             return Collapse(float("nan"), float("nan"))
         norm: nn.Module = L2()
         if self.samples.layer_widths is not None:
-            norm = Chain([LastLayer(self.samples.layer_widths), norm])
+            norm = Chain([LastLayer(self.samples.layer_widths), L2()])
         name = json.dumps(describe(norm))  # as in `Variant.keys`
         sums = [self.proxies.sum_after(norm, name, g).value for g in groups]
         counts = torch.cat([s.counts for s in sums])
