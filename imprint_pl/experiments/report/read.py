@@ -120,7 +120,11 @@ def read_results(path: str | Path) -> pd.DataFrame:
         rows[column] = rows[column].astype(object).where(rows[column].notna(), "").map(str)
     for column in (name for name in USUAL if name in rows):
         # A backbone with other layers, or views, is compared as another backbone.
-        named = [f" {column}={value}" if _given(value) else "" for value in rows[column].to_list()]
+        given = rows[column].notna().to_list()
+        named = [
+            f" {column}={value}" if there else ""
+            for value, there in zip(rows[column].to_list(), given, strict=True)
+        ]
         rows["backbone"] = [b + n for b, n in zip(rows["backbone"], named, strict=True)]
     records = cast("list[dict[str, Any]]", rows[["recipe", *keywords]].to_dict("records"))
     rows["method"] = [method_of(row, keywords) for row in records]
