@@ -22,6 +22,8 @@ from imprint_pl.files import local_path
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.parts.agg.logsumexp import LogSumExp
 from imprint_pl.parts.agg.nearest import NearestProxies
+from imprint_pl.parts.by_name import steps_of
+from imprint_pl.parts.norm.layers import JoinLayers, LastLayer
 from imprint_pl.training_set.kept import KeptRows, State
 
 if TYPE_CHECKING:
@@ -33,7 +35,12 @@ CELL, GAP, NARROWEST = 1.7, 0.12, 3.6
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A training image: its source (file or "train 17"), class and cosine to the sample."""
+    """A training image: its source (file or "train 17"), class and cosine to the sample.
+
+    The cosine is that of the embeddings. Where they hold several layers, it is taken where the head
+    has made the layers count alike (`join`), or of the last layer alone where the head takes only
+    that (`last`).
+    """
 
     source: str
     class_name: str
@@ -88,7 +95,7 @@ def explain(
     scores = head.scores(x)
     labels, best = head.decide(scores).tolist(), scores.argmax(1)
     parts = _contributions(head, x).cpu()
-    near = [()] * len(x) if state is None else _neighbours(x, state, neighbours)
+    near = [()] * len(x) if state is None else _neighbours(head, x, state, neighbours)
     classes, explained = head.proxy_classes.cpu(), []
     for row, label, winner, close in zip(parts, labels, best.tolist(), near, strict=True):
         own = (classes == winner).nonzero().flatten()
@@ -238,9 +245,22 @@ def _share(head: ImprintedHead, own: Tensor) -> float:
     return 1.0
 
 
-def _neighbours(x: Tensor, state: KeptRows, count: int) -> list[tuple[Neighbour, ...]]:
-    kept = functional.normalize(state.x.float(), dim=1)
-    cosines = functional.normalize(x.float().cpu(), dim=1) @ kept.T
+def _of_layers(head: ImprintedHead, x: Tensor) -> Tensor:
+    """Embeddings `(n, d)` as they are, or after the head's `join` or `last`; on the CPU."""
+    steps = steps_of(head.norm_inf)
+    for i, step in enumerate(steps):
+        if isinstance(step, JoinLayers | LastLayer):
+            x = x.to(head.proxies.device)
+            for before in steps[: i + 1]:
+                x = before(x)
+    return x.cpu()
+
+
+def _neighbours(
+    head: ImprintedHead, x: Tensor, state: KeptRows, count: int
+) -> list[tuple[Neighbour, ...]]:
+    kept = functional.normalize(_of_layers(head, state.x.float()), dim=1)
+    cosines = functional.normalize(_of_layers(head, x.float()), dim=1) @ kept.T
     nearest = cosines.topk(min(count, len(kept)), dim=1)
     sources = state.sources or ("",) * len(kept)
     return [

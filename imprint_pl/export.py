@@ -346,16 +346,24 @@ def check(
 
 
 def head_config(head: ImprintedHead, backbone: Backbone | None = None) -> dict[str, Any]:
-    """Returns what `config.json` says about a head: its classes, its recipe and its backbone."""
+    """Returns what `config.json` says about a head: its classes, its recipe and its backbone.
+
+    `layer_widths` is `None` where the head takes one layer.
+    """
     config = {
         "library": f"imprint_pl {__version__}",
         "class_names": [head.name_of(label) for label in range(head.num_classes)],
         "embedding_dim": head.embedding_dim,
+        "layer_widths": head.layer_widths,
         "recipe": head.settings,
         "threshold": head.threshold,
     }
     config = json.loads(json.dumps(config, default=to_json_value))
-    return config | ({"backbone": backbone.source()} if backbone is not None else {})
+    if backbone is None:
+        return config
+    # Whoever embeds for this head has to know both, also where they are the usual ones.
+    read = {"layers": backbone.layers or "last", "views": backbone.views}
+    return config | {"backbone": backbone.source() | read}
 
 
 def _format(name: str) -> Format:
@@ -437,9 +445,9 @@ class Embedder(nn.Module):
                 "preprocess=dict(size=…, mean=…, std=…)"
             )
         self.resize = MatrixResize(backbone.preprocess)
+        self.reader = backbone.reader
         model = copy.deepcopy(backbone.model).cpu()
         self.model = model.to(memory_format=torch.contiguous_format).float().eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        embeddings = self.model(self.resize(images))
-        return embeddings.flatten(1) if embeddings.ndim == 4 else embeddings
+        return self.reader(self.model, self.resize(images))

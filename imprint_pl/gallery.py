@@ -75,7 +75,8 @@ def proxy_gallery(
     """Finds the training samples that each proxy stands for.
 
     A sample belongs to that proxy of its own class which AGG finds nearest: the largest inner
-    product (plus bias) for max and logsumexp, the smallest distance for mnn.
+    product (plus bias) for max and logsumexp, the smallest distance for mnn. It is taken where the
+    head compares them, after NORM_inf: with several layers all of them count.
 
     Args:
         head: filled.

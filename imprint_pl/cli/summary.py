@@ -26,6 +26,8 @@ DATA_PARAMETERS = (
     "batch_size",
 )
 BACKBONE_PARAMETERS = ("pretrained", "weights", "image_size", "precision")
+# More names of layers than these are not listed in the terminal.
+LAYERS_SHOWN = 3
 MEASURED = ("accuracy", "macro_f1", "calibration_error")
 # What Lightning appends to the name of a figure when there are several loaders.
 OF_LOADER = "/dataloader_idx_"
@@ -87,6 +89,10 @@ def summarise(trainer: Trainer, model: ImprintedClassifier, stage: str) -> dict[
         "num_proxies": len(head.proxies),
         "backbone": backbone["name"],
         **{name: backbone[name] for name in BACKBONE_PARAMETERS},
+        "layers": model.backbone.layers_in_short,
+        "layer_widths": head.layer_widths,
+        "views": model.backbone.views,
+        "embedding_dim": head.embedding_dim,
         "weights_sha256": backbone["sha256"],
         **{name: getattr(data, name) for name in DATA_PARAMETERS if hasattr(data, name)},
     }
@@ -150,7 +156,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         for name in rows[0]
         if any(row[name] is not None for row in rows)
     }
-    print(f"\n{_what(summary)}")
+    print(f"\n{_what(summary)}\n{_layers(summary)}")
     print_table(columns, ([row[name] for name in columns] for row in rows))
     if not summary.get("calibrated", True):
         print("the probabilities are not calibrated: no temperature was fitted")
@@ -221,6 +227,19 @@ def _what(summary: dict[str, Any]) -> str:
         f"{summary['norm_post']} / {summary['norm_inf']} / {summary['agg']}, "
         f"{summary['num_proxies']} proxies for {summary['num_classes']} classes"
     )
+
+
+def _layers(summary: dict[str, Any]) -> str:
+    layers, widths = summary["layers"], summary["layer_widths"]
+    if widths is None:
+        text = f"last ({summary['embedding_dim']:,} numbers)"
+    else:
+        shown = "all" if layers == "all" else "some"
+        if isinstance(layers, list) and len(layers) <= LAYERS_SHOWN:
+            shown = ", ".join([*layers, "last"])
+        text = f"{shown} ({len(widths)}, {summary['embedding_dim']:,} numbers)"
+    views = "" if summary["views"] == "none" else f"; views: {summary['views']}"
+    return f"layers: {text}{views}"
 
 
 def _json_number(value: float) -> float | None:

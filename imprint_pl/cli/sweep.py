@@ -89,15 +89,17 @@ def run(argv: list[str]) -> None:
 
 def _print_best(table: pd.DataFrame) -> None:
     """Prints the best methods, by accuracy averaged over tasks, backbones and seeds."""
-    from imprint_pl.experiments.results import COLUMNS
+    from imprint_pl.experiments.results import COLUMNS, USUAL
 
     # All keywords tell rows apart. Those of a user's own parts have further columns. The rarer
     # keywords are shown only where rows differ in them.
-    more = {str(n) for n in table if n in KEYWORDS or n not in COLUMNS}
+    wide = [n for n in USUAL if n in table]
+    table = table.assign(**{n: table[n].fillna(USUAL[n]) for n in wide})
+    more = {str(n) for n in table if n in KEYWORDS or n not in COLUMNS} - set(wide)
     keywords = [*SLOTS, *sorted(more - {*SLOTS, "weibull"})]
     # `auto` chooses other parts on each task: they are left out, so that its rows are averaged.
     table = table.assign(**{n: table[n].mask(table["recipe"] == AUTO) for n in keywords})
-    keywords = ["recipe", *keywords, *(n for n in ["weibull"] if n in table)]
+    keywords = ["recipe", *keywords, *(n for n in ["weibull", *wide] if n in table)]
     usual = ["recipe", "norm_pre", "gen", "k", "norm_post", "norm_inf", "agg", "m", "distance"]
     names = [n for n in usual if n in keywords]
     names += [n for n in keywords if n not in usual and table[n].dropna().nunique() > 1]

@@ -1,4 +1,4 @@
-"""What the data say of their classes before the first batch comes."""
+"""What the data say of their classes and embeddings before the first batch comes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from imprint_pl.numerics.labels import names_of
 
 
 class DataFacts:
-    """Names, number and sizes of the classes as a DataModule gives them; each is read once, when it
-    is asked for, and `None` where the data do not say.
+    """Names, number and sizes of the classes, and the layers in embeddings, as a DataModule gives
+    them; each is read once, when it is asked for, and `None` where the data do not say.
 
     Args:
         data: a DataModule, or anything else.
@@ -35,3 +35,8 @@ class DataFacts:
     def class_counts(self) -> Tensor | None:
         """`(C,)`, the training samples of each class."""
         return getattr(self.data, "class_counts", None)
+
+    @cached_property
+    def layer_widths(self) -> list[int] | None:
+        """The width of each layer, where batches are embeddings of several layers."""
+        return getattr(self.data, "layer_widths", None)

@@ -79,6 +79,24 @@ class Backbone(nn.Module):
         return [layer.name for layer in self.reader.layers or ()]
 
     @property
+    def layers_in_short(self) -> str | list[str] | None:
+        """The layers as `load_backbone` takes them: "all", "last", or names; None where only the
+        first batch can tell."""
+        if self.reader.layers is None:
+            return None if self.reader.asked == "auto" else self.reader.asked
+        if self.layers and self.reader.asked in ("all", "auto"):
+            return "all"
+        return self.layers or "last"
+
+    def read(self, layers: str | list[str]) -> None:
+        """Take other layers from now on, as `load_backbone` takes them."""
+        if self.layer_widths is not None:
+            self.embedding_dim = self.layer_widths[-1]
+        self.reader = ReadLayers(layers, self.views, self.name)
+        if self.preprocess and self.reader.layers is None:
+            self._find_layers(self.preprocess)
+
+    @property
     def layer_widths(self) -> list[int] | None:
         """Widths of all layers, the last one's too; None where the last layer is alone.
 

@@ -28,6 +28,9 @@ def _dtype(kind: Any) -> str:
     return {int: WHOLE, float: NUMBER, bool: TRUTH}.get(kinds[0], TEXT) if len(kinds) == 1 else TEXT
 
 
+# What a backbone's entry leaves out, so that rows and ids are those of sweeps without layers. Where
+# a row has others, the columns `layers` and `views` stand behind the rest.
+USUAL = {"layers": "last", "views": "none"}
 # A cell is empty where a keyword is not used. A keyword of a user's own part has a column behind
 # these, of the type of its values, where a row has one.
 COLUMNS: dict[str, str] = {
@@ -84,9 +87,9 @@ class Results:
     def ids(self) -> set[str]:
         return set(self._rows)
 
-    def has(self, **values: str) -> bool:
-        """Whether a row has these values."""
-        return any(all(row[n] == v for n, v in values.items()) for row in self._rows.values())
+    def has(self, **values: str | None) -> bool:
+        """Whether a row has these values; `None` stands for an empty cell or no such column."""
+        return any(all(row.get(n) == v for n, v in values.items()) for row in self._rows.values())
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Keeps rows: after this no kill loses them."""

@@ -7,7 +7,7 @@ and metrics go on as they were. `callback.py` does the same inside a Trainer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -78,6 +78,7 @@ def attach(
     >>> detach(net, "1")
     Linear(in_features=2, out_features=5, bias=True)
     """
+    refuse_layers(overrides)
     configure(module, layer)
     head = ImprintedHead()
     if data is not None:
@@ -128,6 +129,16 @@ def put_head(
         put_head(averaged, name, copy.deepcopy(head))
         if not trained:
             averaged.get_submodule(name).requires_grad_(False)
+
+
+def refuse_layers(overrides: Collection[str]) -> None:
+    """Raises for keywords of backbones among those of a recipe."""
+    for name in ("layers", "views"):
+        if name in overrides:
+            raise ImprintError(
+                f"{name}= is a keyword of ImprintedClassifier and load_backbone: here the input of "
+                "the layer that you name is the embedding; leave it out"
+            )
 
 
 def class_settings(data: Any) -> dict[str, Any]:

@@ -24,7 +24,13 @@ from imprint_pl.data.batch_hooks import datamodule_of, in_training, transfer_of
 from imprint_pl.data.lightning_packages import averaging_callbacks, both, callbacks_of, overrides
 from imprint_pl.data.loaders import loader_at, sampler_length
 from imprint_pl.errors import ImprintError, did_you_mean
-from imprint_pl.lightning.attaching import RECIPE, class_settings, detach, put_head
+from imprint_pl.lightning.attaching import (
+    RECIPE,
+    class_settings,
+    detach,
+    put_head,
+    refuse_layers,
+)
 from imprint_pl.lightning.layer import (
     Unpack,
     at_rest,
@@ -94,6 +100,7 @@ class ImprintCallback(Callback):
         **overrides: Any,
     ) -> None:
         super().__init__()
+        refuse_layers(overrides)
         if when not in WHEN:
             raise ImprintError(
                 f"unknown when={when!r}{did_you_mean(when, WHEN)} (known: {', '.join(WHEN)})"

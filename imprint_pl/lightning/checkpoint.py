@@ -187,11 +187,11 @@ def _check_source(saved: Any, backbone: Backbone) -> None:
                 f"this one has {key}={source[key]!r}: give the same backbone and weights "
                 "(save_backbone=True keeps them in the checkpoint)"
             )
-    for key in ("image_size", "preprocess", "precision"):
-        if saved.get(key) != source[key]:
+    for key in ("image_size", "preprocess", "precision", "views"):
+        if saved.get(key) != source.get(key):
             rank_zero_warn(
                 f"the checkpoint was imprinted with {key}={saved.get(key)!r}, this model has "
-                f"{key}={source[key]!r}: embeddings may differ"
+                f"{key}={source.get(key)!r}: embeddings may differ"
             )
 
 

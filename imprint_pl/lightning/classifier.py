@@ -17,7 +17,7 @@ from torch import Tensor
 
 from imprint_pl.data.batch import images_of, split_batch
 from imprint_pl.data.lightning_packages import callbacks_of
-from imprint_pl.embedding.backbone import load_backbone
+from imprint_pl.embedding.backbone import Backbone, load_backbone
 from imprint_pl.errors import ImprintError
 from imprint_pl.lightning.checkpoint import (
     empty,
@@ -32,6 +32,7 @@ from imprint_pl.lightning.epoch import (
     ImprintEpoch,
     warn_of_absent,
 )
+from imprint_pl.lightning.following import check_made_with, follow_checkpoint, follow_data
 from imprint_pl.lightning.growing import Growing
 from imprint_pl.lightning.intended_warnings import IntendedWarnings
 from imprint_pl.lightning.layer import averaged_copies, values_of_callbacks
@@ -43,9 +44,12 @@ from imprint_pl.lightning.trainer import (
     outside_the_trainers_precision,
 )
 from imprint_pl.method.head import ImprintedHead
-from imprint_pl.method.recipes import RecipeName, resolve
+from imprint_pl.method.recipes import AUTO, Auto, Recipe, RecipeName, resolve
 from imprint_pl.method.selection import checked_bounds
 from imprint_pl.parts.by_name import import_parts
+
+# Stands for the widths of layers before the first batch tells them.
+UNKNOWN_WIDTHS = [1]
 
 
 class ImprintedClassifier(Growing, LightningModule):
@@ -82,6 +86,11 @@ class ImprintedClassifier(Growing, LightningModule):
         preprocess: for an `nn.Module` that is to read uint8 images: `dict(size=, mean=, std=)`.
         precision: "32", "bf16" or "16": autocast inside the backbone.
         compile: `torch.compile` the backbone.
+        layers: which layers of the backbone make the embedding, see `load_backbone`: "last", "all",
+            or names of modules. Unset it is "all" for the recipe "auto" on images, and "last" for
+            every other recipe, for embeddings, and for a module in which no other can be taken.
+        views: "flip" averages the embeddings of an image and of its mirror image: a little more
+            accurate, at twice the time.
         save_backbone: keep the backbone in checkpoints too.
         parts: `norm_pre, gen, k, norm_post, norm_inf, agg` and more; see `resolve`. A part of your
             own is an instance, or the import path of its class (`gen="my_parts.Trimmed"`), which
@@ -119,6 +128,8 @@ class ImprintedClassifier(Growing, LightningModule):
         preprocess: dict[str, Any] | None = None,
         precision: str | int = "32",
         compile: bool = False,
+        layers: str | list[str] | None = None,
+        views: str = "none",
         save_backbone: bool = False,
         **parts: Any,
     ) -> None:
@@ -136,7 +147,14 @@ class ImprintedClassifier(Growing, LightningModule):
         self.weibull = None if weibull is None else checked_bounds(weibull)
         self.options = EpochOptions(seed, self.weibull, keep, keep_sources, accept, max_per_class)
         import_parts(parts)
-        self.parts = resolve(recipe, **parts)
+        self._recipe, self._keywords = recipe, parts
+        # A mistake in the recipe shows before the weights are loaded, which takes long.
+        self._resolved(None)
+        if isinstance(backbone, Backbone):
+            check_made_with(backbone, layers, views)
+            layers = backbone.reader.asked
+        # As given, or `None`: then data and checkpoints may ask for others than the usual ones.
+        self._layers = layers
         self.backbone = load_backbone(
             backbone,
             pretrained=pretrained,
@@ -145,7 +163,10 @@ class ImprintedClassifier(Growing, LightningModule):
             preprocess=preprocess,
             compile=compile,
             precision=str(precision),
+            layers=layers or ("auto" if recipe == AUTO else "last"),
+            views=views,
         )
+        self._finish_recipe(self.backbone.layer_widths)
         self.head = self.parts.empty_head()
         self.class_accuracy: Tensor | None = None
         # None where there is no head to measure.
@@ -154,6 +175,22 @@ class ImprintedClassifier(Growing, LightningModule):
         self._imprinted = self._cut_short = self._validated = self._warned = False
         self.register_state_dict_post_hook(leave_out_backbone)
         self.register_load_state_dict_pre_hook(put_backbone)
+
+    def _finish_recipe(self, layer_widths: list[int] | None) -> Recipe | Auto:
+        """The recipe for embeddings of these layers, which the hyperparameters name from now on."""
+        self.parts = self._resolved(layer_widths)
+        widths = self.parts.parameters.get("layer_widths")
+        noted = {"layers": self.backbone.layers_in_short}
+        noted["layer_widths"] = None if widths == UNKNOWN_WIDTHS else widths
+        both: list[Any] = [self._hparams, self._hparams_initial]
+        for known in both:
+            known.update({n: v for n, v in noted.items() if v is not None or n in known})
+        return self.parts
+
+    def _resolved(self, layer_widths: list[int] | None) -> Recipe | Auto:
+        """The recipe for embeddings of these layers; of widths that the user gave, if any."""
+        widths = self._keywords.get("layer_widths") or layer_widths or UNKNOWN_WIDTHS
+        return resolve(self._recipe, **(self._keywords | {"layer_widths": widths}))
 
     @property
     def hparams_initial(self) -> Any:
@@ -239,7 +276,28 @@ class ImprintedClassifier(Growing, LightningModule):
         # hook.
         epoch = self._epoch or self._start_epoch()
         images, labels = epoch.split(batch)
-        self._take(epoch, self.embed(images), labels)
+        embeddings = self.embed(images)
+        if epoch.batches == 0:
+            epoch.begin(self._recipe_of_first(images, embeddings, epoch.facts.layer_widths))
+        self._take(epoch, embeddings, labels)
+
+    def _recipe_of_first(
+        self, images: Any, embeddings: Tensor, told: list[int] | None
+    ) -> Recipe | Auto:
+        """The recipe for the layers that the first batch has.
+
+        Args:
+            images: the batch's.
+            embeddings: `(B, d)`, theirs.
+            told: the widths of the layers where the data are embeddings and say so.
+        """
+        widths = own = self.backbone.layer_widths
+        if isinstance(images, Tensor) and images.ndim == 2:
+            # Embeddings, which may be of another backbone.
+            fits = own is not None and sum(own) == embeddings.shape[1]
+            widths = told or (own if fits else None)
+            follow_data(self.backbone, widths, self._layers)
+        return self._finish_recipe(widths or [embeddings.shape[1]])
 
     # Where the whole module is compiled, the backbone is what gains.
     @torch.compiler.disable
@@ -375,6 +433,8 @@ class ImprintedClassifier(Growing, LightningModule):
         keep_loadable(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        follow_checkpoint(self.backbone, checkpoint, self._layers)
+        self._finish_recipe(dict(checkpoint["hyper_parameters"]).get("layer_widths"))
         # Loaded on trial into a head of its own: `self.head` may have the parts of another fit.
         saved = saved_head(checkpoint, self.parts.empty_head(), self.backbone)
         self._cut_short = bool(checkpoint.get("cut_short"))

@@ -104,28 +104,39 @@ class ImprintEpoch:
 
     Args:
         trainer: in its train loop, at the start of the epoch.
-        parts: of the recipe.
+        parts: of the recipe; `begin` gives those that the first batch needs.
         options: what the fit asks for besides.
 
     Attributes:
         batches: how many batches have come.
 
     Raises:
-        ImprintError: several training loaders; `max_per_class` where sums are kept.
+        ImprintError: several training loaders.
     """
 
     def __init__(self, trainer: Trainer, parts: Recipe | Auto, options: EpochOptions) -> None:
-        self.trainer, self.parts, self.options = trainer, parts, options
+        self.trainer, self.options = trainer, options
         self.facts = DataFacts(datamodule_of(trainer))
         loader, self._keys = the_loader(trainer.train_dataloader)
         # Cut short on purpose, it may miss classes. A limit of 1 is one batch, 1.0 all of them.
         limit = trainer.limit_train_batches
         self.shortened = is_fast_dev_run(trainer) or limit != 1.0 or isinstance(limit, int)
         self.samples = expected_samples(loader, trainer.num_training_batches, trainer.world_size)
+        self._dealt = sampler_length(loader)
         self.seen = self.batches = 0
         self.start = time.perf_counter()
+        self.begin(parts)
+
+    def begin(self, parts: Recipe | Auto) -> None:
+        """Chooses what to keep for the parts of a recipe; called again with the first batch, which
+        tells the layers in the embeddings.
+
+        Raises:
+            ImprintError: `max_per_class` where sums are kept.
+        """
+        self.parts, options = parts, self.options
         self.kept: Collector
-        dealt, num_classes = sampler_length(loader), self.facts.num_classes
+        dealt, num_classes = self._dealt, self.facts.num_classes
         most = options.max_per_class
         self._summed = not options.needs_rows and needs_only_sums(parts, self.samples)
         if self._summed and isinstance(parts, Recipe):

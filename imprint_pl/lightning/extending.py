@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from imprint_pl.data.lightning_packages import both
 from imprint_pl.embedding.batches import Unpack, unlabelled
 from imprint_pl.errors import ImprintError
-from imprint_pl.lightning.attaching import RECIPE
+from imprint_pl.lightning.attaching import RECIPE, refuse_layers
 from imprint_pl.lightning.layer import configure, gather_embeddings, layer_of, put_module
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.imprinting import imprint
@@ -99,6 +99,7 @@ def extend(
     >>> extend(net, "0", {"zebra": torch.tensor([[3.0, -3.0], [3.1, -2.9]])})
     Linear(in_features=2, out_features=3, bias=True)
     """
+    refuse_layers(overrides)
     configure(module, layer)
     old = layer_of(module, layer)
     if not isinstance(old, nn.Linear) or old.out_features < 2:

@@ -77,8 +77,16 @@ class Growing(LightningModule):
         return write_state(self.kept_state(), state_path(checkpoint))
 
     def load_state(self, checkpoint: str | Path) -> None:
-        """Reads the state beside a checkpoint."""
-        self.state = read_state(state_path(checkpoint))
+        """Reads the state beside a checkpoint.
+
+        Raises:
+            ImprintError: there is none, or it is of other embeddings than the head.
+        """
+        path = state_path(checkpoint)
+        state = read_state(path)
+        if not self.head.is_empty:
+            _check_same(path, state, self.head)
+        self.state = state
 
     def kept_state(self) -> State:
         """Returns what was kept of the training set.
@@ -105,6 +113,22 @@ class Growing(LightningModule):
 
         x, _ = embed_loader(self.embed, _batches(images), transfer=transfer, unpack=unlabelled)
         return x.cpu()
+
+
+def _check_same(path: Path, state: State, head: ImprintedHead) -> None:
+    """Raises where a state keeps other embeddings than a head takes."""
+    kept, taken = (
+        f"{dim} numbers" + (f" of layers {widths}" if widths else "")
+        for dim, widths in (
+            (state.embedding_dim, state.settings.get("layer_widths")),
+            (head.embedding_dim, head.layer_widths),
+        )
+    )
+    if kept != taken:
+        raise ImprintError(
+            f"{path} keeps embeddings of {kept}, and the checkpoint's head takes {taken}: they are "
+            "of different fits; fit again with keep=, or give the state of this checkpoint"
+        )
 
 
 def _batches(images: Any) -> Iterator[Any]:

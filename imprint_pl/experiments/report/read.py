@@ -12,7 +12,7 @@ from typing import Any, cast
 import pandas as pd
 
 from imprint_pl.errors import ImprintError, did_you_mean
-from imprint_pl.experiments.results import COLUMNS
+from imprint_pl.experiments.results import COLUMNS, USUAL
 from imprint_pl.files import local_path
 from imprint_pl.method.recipes import KEYWORDS, RECIPES, resolve
 from imprint_pl.parts.by_name import SLOTS, every_parameter
@@ -64,7 +64,8 @@ def find_results(path: str | Path) -> Path:
 def read_results(path: str | Path) -> pd.DataFrame:
     """Returns the rows of a results file, with the columns `method` and `group` added.
 
-    Accuracy and macro F1 are fractions. A missing column is added empty. Rows without an accuracy
+    Layers and views, where a row has them, become a part of the backbone's name. Accuracy and macro
+    F1 are fractions. A missing column is added empty. Rows without an accuracy
     are left out.
 
     Raises:
@@ -117,6 +118,14 @@ def read_results(path: str | Path) -> pd.DataFrame:
         )
     for column in ("backbone", "data", "task", "recipe"):
         rows[column] = rows[column].astype(object).where(rows[column].notna(), "").map(str)
+    for column in (name for name in USUAL if name in rows):
+        # A backbone with other layers, or views, is compared as another backbone.
+        given = rows[column].notna().to_list()
+        named = [
+            f" {column}={value}" if there else ""
+            for value, there in zip(rows[column].to_list(), given, strict=True)
+        ]
+        rows["backbone"] = [b + n for b, n in zip(rows["backbone"], named, strict=True)]
     records = cast("list[dict[str, Any]]", rows[["recipe", *keywords]].to_dict("records"))
     rows["method"] = [method_of(row, keywords) for row in records]
     rows["group"] = rows[list(GROUP)].apply(
@@ -138,7 +147,7 @@ def parameters(rows: pd.DataFrame | None = None) -> list[str]:
         for slot in SLOTS
         if slot in rows
     ):
-        more |= {str(name) for name in rows} - set(COLUMNS)
+        more |= {str(name) for name in rows} - set(COLUMNS) - set(USUAL)
     return [*ours, *sorted(more - set(ours))]
 
 

@@ -36,6 +36,7 @@ class Embeddings:
         train_y, test_y: int64 `(N,)`, indices into `class_names`.
         order: int64 `(N,)`, the places of the training rows in the data set.
         rank: int64 `(N,)`, their places in the order in which `imprint` takes them.
+        layer_widths: of the layers side by side in an embedding; `None` where it is one.
         classifier: `(·, d)`, of the backbone; the reference of NORM_post quantile.
     """
 
@@ -46,6 +47,7 @@ class Embeddings:
     test_y: np.ndarray
     order: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     rank: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    layer_widths: list[int] | None = None
     classifier: np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -90,7 +92,7 @@ def load_embeddings(
     backbone_entry, entry = source
     module, splits = load_splits(entry)
     needed = sorted({c for t in tasks for g in t.groups(splits.class_names) for c in g})
-    classifier = None
+    classifier, widths = None, entry.get("layer_widths")
     if module is not None:
         assert backbone_entry is not None
         arguments = dict(backbone_entry)
@@ -101,6 +103,7 @@ def load_embeddings(
         if len(needed) < len(splits.class_names):
             module.classes = [splits.class_names[c] for c in needed]
         splits = embed(backbone, module, cache_dir).splits
+        widths = backbone.layer_widths
         if backbone.classifier is not None:
             classifier = backbone.classifier.float().cpu().numpy()
     arrays: list[np.ndarray] = []
@@ -120,7 +123,20 @@ def load_embeddings(
                 f"{name} sample: leave it out of the tasks"
             )
     train_x, train_y, test_x, test_y = arrays
-    return Embeddings(splits.class_names, train_x, train_y, test_x, test_y, classifier=classifier)
+    if widths is not None and sum(widths) != train_x.shape[1]:
+        raise ImprintError(
+            f"data {entry['name']!r}: layer_widths={widths} add up to {sum(widths)}, and the "
+            f"embeddings have {train_x.shape[1]} numbers: give the width of every layer"
+        )
+    return Embeddings(
+        splits.class_names,
+        train_x,
+        train_y,
+        test_x,
+        test_y,
+        layer_widths=widths,
+        classifier=classifier,
+    )
 
 
 def _from_file(entry: dict[str, Any]) -> Splits:

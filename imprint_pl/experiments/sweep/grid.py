@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from imprint_pl.data.tasks import resolve_task
-from imprint_pl.experiments.results import COLUMNS, TEXT
+from imprint_pl.experiments.results import COLUMNS, TEXT, USUAL
 from imprint_pl.files import digest
-from imprint_pl.method.recipes import Auto, Recipe
+from imprint_pl.method.recipes import AUTO, Auto, Recipe, resolve
 from imprint_pl.parts.by_name import SLOTS, declared, describe, steps_of
 
 
@@ -23,6 +23,16 @@ class Source(NamedTuple):
 
     backbone: dict[str, Any] | None
     data: dict[str, Any]
+
+    @property
+    def wide(self) -> dict[str, str]:
+        """`layers` and `views`, where they are not the last layer and none."""
+        entry = self.data if self.backbone is None else self.backbone
+        return {name: _as_text(entry[name]) for name in USUAL if name in entry}
+
+
+def _as_text(layers: Any) -> str:
+    return ",".join(map(str, layers)) if isinstance(layers, list | tuple) else str(layers)
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,14 @@ class Variant:
         assert isinstance(self.parts, Recipe)
         return self.parts
 
+    def on(self, layer_widths: list[int]) -> Variant:
+        """The variant for embeddings of these layers; its parameters stay those of the grid."""
+        keywords = {n: v for n, v in self.parameters.items() if n not in ("recipe", "weibull")}
+        if isinstance(self.parts, Auto):
+            return replace(self, parts=resolve(AUTO, layer_widths=layer_widths))
+        name = self.parameters.get("recipe") or "qi"
+        return replace(self, parts=resolve(name, **keywords, layer_widths=layer_widths))
+
     @property
     def k(self) -> int | None:
         """The k of GEN."""
@@ -84,7 +102,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class Configuration:
-    """One row of the results. `seed` is `None` where nothing is random."""
+    """One row of the results. `seed` is `None` where nothing is random; `wide` is that of the
+    source, as pairs."""
 
     backbone: str
     data: str
@@ -92,6 +111,7 @@ class Configuration:
     variant: Variant
     shots: int | None
     seed: int | None
+    wide: tuple[tuple[str, str], ...] = ()
     id: str = field(default="", compare=False)
 
     def columns(self) -> dict[str, Any]:
@@ -99,6 +119,7 @@ class Configuration:
         return {
             "backbone": self.backbone,
             "data": self.data,
+            **dict(self.wide),
             "task": self.task.name,
             "d": self.task.d,
             "num_labels": self.task.num_labels,
@@ -154,6 +175,7 @@ class Sweep:
             key = {
                 "backbone": backbone,
                 "data": data,
+                **source.wide,
                 "classes": task.classes,
                 "d": task.d,
                 "num_labels": task.num_labels,
@@ -163,8 +185,9 @@ class Sweep:
                 "parameters": parameters,
             }
             name = digest(key)[:16]
+            wide = tuple(source.wide.items())
             kept.setdefault(
-                name, Configuration(backbone, data, task, variant, shots, drawn, id=name)
+                name, Configuration(backbone, data, task, variant, shots, drawn, wide, id=name)
             )
         return list(kept.values())
 

@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 
 from imprint_pl.data.tasks import SUBSETS
+from imprint_pl.embedding.layers import VIEWS
 from imprint_pl.errors import ImprintError, did_you_mean
+from imprint_pl.experiments.results import USUAL
 from imprint_pl.experiments.sweep.grid import Source, Sweep, Task, Variant, names_of
 from imprint_pl.files import digest, local_path
 from imprint_pl.method.recipes import AUTO, RECIPES, Auto, Recipe, drop_unused, resolve
@@ -23,9 +25,11 @@ from imprint_pl.parts.by_name import (
     keywords_of_parts,
     step_names,
 )
+from imprint_pl.parts.norm.layers import checked_widths
 
 KEYS = ("name", "backbones", "data", "tasks", "grid", "seeds", "prune")
 TASK_KEYS = ("name", "classes", "d", "num_labels", "task_seed", "shots")
+OF_EMBEDDINGS = ("name", "embeddings", "backbone", "class_names", "layer_widths", *USUAL)
 # What the task's name is made of, at most.
 CLASSES_SHOWN = 10
 
@@ -55,14 +59,14 @@ def checked_sweep(given: dict[str, Any], place: str = "the sweep") -> Sweep:
     sources: list[Source] = []
     for data in map(_named, _list(given["data"])):
         if "embeddings" in data:
-            _known(data, ("name", "embeddings", "backbone", "class_names"), f"{place}, data")
-            sources.append(Source(None, data))
+            _known(data, OF_EMBEDDINGS, f"{place}, data")
+            sources.append(Source(None, _of_layers(data, place)))
             continue
-        backbones = [_named(entry) for entry in _list(given.get("backbones"))]
+        backbones = [b for e in _list(given.get("backbones")) for b in _wide(_named(e), place)]
         if not backbones:
             raise ImprintError(f"{place}: data {data['name']!r} asks for backbones")
         sources += [Source(backbone, data) for backbone in backbones]
-    columns = [names_of(source) for source in sources]
+    columns = [(*names_of(source), source.wide) for source in sources]
     for pair in columns:
         if columns.count(pair) > 1:
             raise ImprintError(
@@ -82,11 +86,12 @@ def checked_sweep(given: dict[str, Any], place: str = "the sweep") -> Sweep:
             raise ImprintError(f"{place}: seeds holds {seed!r}: give whole numbers from 0")
     variants: list[Variant] = []
     full = 0
+    several = any("layers" in source.wide for source in sources)
     for number, block in enumerate(_list(given["grid"]), 1):
         where = f"{place}, grid block {number}"
         if not isinstance(block, dict):
             raise ImprintError(f"{where}: expected keywords, such as recipe: [qi, robust]")
-        found = list(_variants(block, where))
+        found = list(_variants(block, where, several))
         variants += [variant for variant in found if variant is not None]
         full += len(found)
     full *= len(tasks) * len(seeds)
@@ -143,8 +148,47 @@ def _classes_name(classes: Any, place: str) -> str:
     return ",".join("+".join(map(str, c)) if isinstance(c, tuple) else str(c) for c in classes)
 
 
-def _variants(block: dict[str, Any], place: str) -> Iterator[Variant | None]:
-    """The product of a block's values; `None` where it holds nothing that another does not."""
+def _wide(entry: dict[str, Any], place: str) -> Iterator[dict[str, Any]]:
+    """A backbone's entry for each of its `layers` and `views`, which may be lists of several; the
+    usual ones are left out, as in sweeps without."""
+    values = [_list(entry.get(name, usual)) for name, usual in USUAL.items()]
+    for name, given in zip(USUAL, values, strict=True):
+        if not given or (name == "views" and set(given) - set(VIEWS)):
+            raise ImprintError(
+                f"{place}: backbone {entry['name']!r}: {name}={entry[name]!r}: give "
+                + ("last, all or names of modules" if name == "layers" else "none or flip")
+            )
+    for chosen in itertools.product(*values):
+        wide = dict(zip(USUAL, chosen, strict=True))
+        unusual = {name: value for name, value in wide.items() if value != USUAL[name]}
+        yield {name: value for name, value in entry.items() if name not in USUAL} | unusual
+
+
+def _of_layers(data: dict[str, Any], place: str) -> dict[str, Any]:
+    """The entry of embeddings, with `layers` named where they hold several."""
+    usual = {name: value for name, value in data.items() if value != USUAL.get(name, ...)}
+    widths = data.get("layer_widths")
+    if widths is None:
+        if "layers" in usual:
+            raise ImprintError(
+                f"{place}: data {data['name']!r}: layers={data['layers']!r} needs layer_widths, "
+                "the number of columns of each layer, such as [320, 1280]"
+            )
+        return usual
+    try:
+        several = len(checked_widths(widths)) > 1
+    except ImprintError as error:
+        raise ImprintError(f"{place}: data {data['name']!r}: {error}") from error
+    return ({"layers": "all"} if several else {}) | usual
+
+
+def _variants(block: dict[str, Any], place: str, several: bool = False) -> Iterator[Variant | None]:
+    """The product of a block's values; `None` where it holds nothing that another does not.
+
+    Where a source has `several` layers, `join` and `last` may be among the NORMs. Their widths are
+    known when the embeddings are there.
+    """
+    widths: dict[str, Any] = {"layer_widths": [1]} if several else {}
     try:
         own = _own_keywords(block)
     except ImprintError as error:
@@ -194,11 +238,13 @@ def _variants(block: dict[str, Any], place: str) -> Iterator[Variant | None]:
         used |= set(kept)
         refused = refused or (_refusal(recipe or "qi", given) if len(kept) < len(given) else "")
         try:
-            parts = resolve(recipe or "qi", **kept)
+            parts = resolve(recipe or "qi", **kept, **widths)
         except ImprintError as error:
             raise ImprintError(f"{place}: {error}") from error
         assert isinstance(parts, Recipe)
-        parameters = {n: v for n, v in parts.parameters.items() if v is not None}
+        parameters = {
+            n: v for n, v in parts.parameters.items() if v is not None and n not in widths
+        }
         parameters["recipe"] = recipe or _recipe_of(parameters)
         # The same as without the keywords that were left out: one of them stands for all.
         yield Variant(parts, parameters | chosen, shots, weibull)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from imprint_pl.errors import ImprintError, needs
 from imprint_pl.experiments import CHUNK_BYTES
-from imprint_pl.experiments.results import Results
+from imprint_pl.experiments.results import USUAL, Results
 from imprint_pl.experiments.sweep.embeddings import Embeddings, load_embeddings, load_splits
 from imprint_pl.experiments.sweep.grid import Configuration, Source, Sweep, Task, names_of
 from imprint_pl.experiments.sweep.plan import cost, units
@@ -67,22 +68,27 @@ def sweep(
     folder = Path(local_path(results_dir)) / plan.name
     with _alone_in(folder), _where(n_jobs, dask):
         results = Results(folder)
-        order: list[str] = []
+        ids: dict[int, list[str]] = {}
         failed: list[str] = []
         for task in plan.tasks:
             made_of = digest({"classes": task.classes})
             _check_same(folder, f"task {task.name}", made_of, results.has(task=task.name))
-        for source in plan.sources:
+        # Several layers first: the last one alone is then read from the cache of these.
+        for place in sorted(range(len(plan.sources)), key=lambda i: not plan.sources[i].wide):
+            source = plan.sources[place]
             facts = _facts(source)
             backbone, data = names_of(source)
-            of_names = results.has(backbone=backbone, data=data)
-            _check_same(folder, f"{backbone} on {data}", facts.made_of, of_names)
+            wide: dict[str, str | None] = dict.fromkeys(USUAL) | source.wide
+            of_names = results.has(backbone=backbone, data=data, **wide)
+            name = "".join(f", {n} {v}" for n, v in source.wide.items())
+            _check_same(folder, f"{backbone} on {data}{name}", facts.made_of, of_names)
             configurations = plan.configurations(source, facts.class_names, facts.num_train)
-            order += [c.id for c in configurations]
+            ids[place] = [c.id for c in configurations]
             todo = {c.id for c in configurations} - results.ids
             if todo:
                 tasks = list(dict.fromkeys(c.task for c in configurations))
                 embeddings = load_embeddings(source, tasks, cache_dir)
+                configurations = _on_layers(configurations, embeddings)
                 shared = Shared(
                     digest({"ids": [c.id for c in configurations], "time": time.time_ns()}),
                     embeddings,
@@ -90,6 +96,7 @@ def sweep(
                 )
                 jobs = None if dask else n_jobs
                 failed += _run(shared, configurations, todo, results, jobs, progress)
+        order = [i for place in range(len(plan.sources)) for i in ids[place]]
         _check_some(plan, len(order))
         results.save(order)
         if failed:
@@ -98,6 +105,18 @@ def sweep(
                 f"first: {failed[0]}"
             )
         return results.table(order)
+
+
+def _on_layers(configurations: list[Configuration], embeddings: Embeddings) -> list[Configuration]:
+    """The configurations for the layers that the embeddings have."""
+    widths = embeddings.layer_widths or [embeddings.train_x.shape[1]]
+    variants = {id(c.variant): c.variant for c in configurations}
+    on = {
+        place: variant.on(widths)
+        for place, variant in variants.items()
+        if embeddings.layer_widths or variant.parts.layer_widths
+    }
+    return [replace(c, variant=on.get(id(c.variant), c.variant)) for c in configurations]
 
 
 class Shared(NamedTuple):

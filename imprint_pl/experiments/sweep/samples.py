@@ -22,6 +22,7 @@ class Samples:
         x, test_x: `(N, d)`; the training rows are sorted by class.
         order, rank: `(N,)`, the places of the training rows in the data set, and in the order in
             which `imprint` takes them.
+        layer_widths: of the layers in an embedding; `None` where it is one.
         test_y: `(N_test,)`, original classes.
         classifier: `(d,)`, the quantiles of the backbone's classifier, all that NORM_post asks of
             it, or `None`.
@@ -31,7 +32,7 @@ class Samples:
         self.class_names = embeddings.class_names
         self.x, self.test_x = tensor(embeddings.train_x), tensor(embeddings.test_x)
         self.test_y, self.order = tensor(embeddings.test_y), tensor(embeddings.order)
-        self.rank = tensor(embeddings.rank)
+        self.rank, self.layer_widths = tensor(embeddings.rank), embeddings.layer_widths
         classifier = embeddings.classifier
         self.classifier = None if classifier is None else quantiles(tensor(classifier))
         classes, counts = torch.unique_consecutive(tensor(embeddings.train_y), return_counts=True)

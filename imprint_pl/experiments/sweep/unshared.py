@@ -23,7 +23,7 @@ from imprint_pl.parts.gen import Proxies
 from imprint_pl.parts.norm.base import NoNorm
 
 # Entries of a head's settings besides the parameters that `auto` has chosen.
-NOT_CHOSEN = ("recipe", "seed", "chosen_by", "chosen_lam")
+NOT_CHOSEN = ("recipe", "seed", "chosen_by", "chosen_lam", "layer_widths")
 
 
 class Result(NamedTuple):

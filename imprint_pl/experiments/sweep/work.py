@@ -10,7 +10,7 @@ import time
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imprint_pl.collapse import nc1_of, vci_of_moments
 from imprint_pl.errors import ImprintError
@@ -31,7 +31,9 @@ from imprint_pl.experiments.sweep.timed import Timed
 from imprint_pl.experiments.sweep.unshared import Result, alone
 from imprint_pl.numerics.moments import Moments
 from imprint_pl.parts.by_name import describe
+from imprint_pl.parts.norm.base import Chain
 from imprint_pl.parts.norm.l2 import L2
+from imprint_pl.parts.norm.layers import LastLayer
 
 
 class Collapse(NamedTuple):
@@ -63,11 +65,14 @@ class Work:
         self.proxies = SharedProxies(self.samples, chunk_bytes)
 
     def collapse(self, task: Task) -> Collapse:
-        """NC1 and VCI of the task's l2-normalised training embeddings, whatever the shots."""
+        """NC1 and VCI of the task's l2-normalised training embeddings, whatever the shots; of
+        several layers those of the last."""
         groups = self.samples.groups(task)
         if len(groups) < 2:
             return Collapse(float("nan"), float("nan"))
-        norm = L2()
+        norm: nn.Module = L2()
+        if self.samples.layer_widths is not None:
+            norm = Chain([LastLayer(self.samples.layer_widths), L2()])
         name = json.dumps(describe(norm))  # as in `Variant.keys`
         sums = [self.proxies.sum_after(norm, name, g).value for g in groups]
         counts = torch.cat([s.counts for s in sums])
