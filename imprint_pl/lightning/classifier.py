@@ -147,9 +147,11 @@ class ImprintedClassifier(Growing, LightningModule):
         self.weibull = None if weibull is None else checked_bounds(weibull)
         self.options = EpochOptions(seed, self.weibull, keep, keep_sources, accept, max_per_class)
         import_parts(parts)
-        self._recipe, self._keywords = recipe, parts
-        # A mistake in the recipe shows before the weights are loaded, which takes long.
-        self._resolved(None)
+        self._recipe, self._keywords = recipe, {**parts}
+        parts["layer_widths"] = parts.get("layer_widths") or UNKNOWN_WIDTHS
+        # A mistake in the recipe shows before the weights are loaded, which takes long. The command
+        # line finds the recipe's keywords by this call.
+        self.parts = resolve(recipe, **parts)
         if isinstance(backbone, Backbone):
             check_made_with(backbone, layers, views)
             layers = backbone.reader.asked

@@ -193,5 +193,6 @@ def test_the_help_names_both(capsys):
         [sys.executable, "-m", "imprint_pl", "fit", "--help"],
         cwd=ROOT, text=True, capture_output=True, check=True,
     )  # fmt: skip
-    for option in ("--model.layers", "--model.views"):
+    # Beside the recipe's own keywords.
+    for option in ("--model.layers", "--model.views", "--model.k ", "--model.layer_widths"):
         assert option in done.stdout

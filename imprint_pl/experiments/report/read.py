@@ -121,11 +121,11 @@ def read_results(path: str | Path) -> pd.DataFrame:
     for column in (name for name in USUAL if name in rows):
         # A backbone with other layers, or views, is compared as another backbone.
         given = rows[column].notna().to_list()
-        named = [
+        texts = [
             f" {column}={value}" if there else ""
             for value, there in zip(rows[column].to_list(), given, strict=True)
         ]
-        rows["backbone"] = [b + n for b, n in zip(rows["backbone"], named, strict=True)]
+        rows["backbone"] = rows["backbone"].str.cat(texts)
     records = cast("list[dict[str, Any]]", rows[["recipe", *keywords]].to_dict("records"))
     rows["method"] = [method_of(row, keywords) for row in records]
     rows["group"] = rows[list(GROUP)].apply(
