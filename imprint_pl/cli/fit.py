@@ -21,8 +21,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from imprint_pl.cli.arguments import PROGRAM
 from imprint_pl.cli.fit_parser import Parser, named_parts
 from imprint_pl.cli.predictions import PredictionWriter
-from imprint_pl.cli.summary import print_summary, summarise, write_summary
+from imprint_pl.cli.summary import print_summary, print_weakest, summarise, write_summary
 from imprint_pl.cli.wandb_results import WandbResults
+from imprint_pl.data.base import ImageDataModule
 from imprint_pl.data.lightning_packages import run_folder
 from imprint_pl.embedding import embed
 from imprint_pl.errors import ImprintError
@@ -31,6 +32,7 @@ from imprint_pl.files import local_path
 from imprint_pl.gallery import ImprintGallery
 from imprint_pl.lightning.checkpoint import hyperparameters, read_checkpoint
 from imprint_pl.lightning.classifier import ImprintedClassifier
+from imprint_pl.lightning.evaluation import Evaluation
 from imprint_pl.method.recipes import KEYWORDS, drop_unused
 from imprint_pl.parts.by_name import import_parts, keywords_of_parts
 from imprint_pl.training_set.kept_file import read_state, state_path
@@ -152,6 +154,15 @@ class ImprintCLI(LightningCLI):
             )
         else:
             parser.set_defaults({"verbose": False})
+        if subcommand != "predict":
+            parser.add_argument(
+                "--evaluation",
+                type=bool | Literal["wandb"],
+                default=True,
+                help="Write predictions, figures of each class, wrong images and a page that shows "
+                "them into the run's folder (default), or not (false); with wandb log page and "
+                "pictures there too: they leave this machine.",
+            )
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -225,6 +236,12 @@ class ImprintCLI(LightningCLI):
                 self._get(self.config, "output"), self._get(self.config, "top")
             )
             callbacks.append(self.writer)
+        self.evaluation: Evaluation | None = None
+        if self.subcommand != "predict" and self._get(self.config, "evaluation"):
+            # With a cache the data are replaced by their embeddings, which have no images.
+            has_images = isinstance(self.datamodule, ImageDataModule)
+            self.evaluation = Evaluation(self.datamodule if has_images else None)
+            callbacks.append(self.evaluation)
         self.gallery: ImprintGallery | None = None
         self.results: WandbResults | None = None
         if self.subcommand == "fit" and self._get(self.config, "gallery"):
@@ -320,11 +337,19 @@ class ImprintCLI(LightningCLI):
         drawn = self.gallery.gallery if self.gallery is not None else None
         if drawn and drawn.purity is not None:
             summary["purity"], summary["purity_of_one_proxy"] = drawn.purity, drawn.chance
-        write_summary(folder, summary, self.model)
+        evaluated = {} if self.evaluation is None else self.evaluation.written
+        # The evaluation of a single loader has a richer table of the classes in the same place.
+        in_folder = any(one.page.parent == folder for one in evaluated.values())
+        write_summary(folder, summary, self.model, with_classes=not in_folder)
         if self.results is not None:
             pictures = self._get(self.config, "gallery") == "wandb"
-            self.results.send(summary, self.model, self.gallery, pictures)
+            sent = self.evaluation if self._get(self.config, "evaluation") == "wandb" else None
+            self.results.send(summary, self.gallery, pictures, sent)
         print_summary(summary)
+        for number, written in evaluated.items():
+            print_weakest(written.measured, str(number) if len(evaluated) > 1 else "")
+            print(f"next: {written.next_step.text}")
+            print(f"evaluation: {written.page}")
         if self.gallery is not None and drawn:
             print(f"gallery: {self.gallery.path}")
         self._say_unreadable(folder)

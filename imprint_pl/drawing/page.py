@@ -40,6 +40,7 @@ class PageTable(NamedTuple):
         note: explains it; may be empty.
         columns: of the table.
         rows: a cell for each column.
+        filtered: whether it has a field for words that rows must have.
     """
 
     name: str
@@ -47,6 +48,7 @@ class PageTable(NamedTuple):
     note: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell]]
+    filtered: bool = True
 
 
 def render(template: Path, **values: Any) -> str:
