@@ -80,6 +80,8 @@ def bootstrap(confusion: Confusion, seed: int = 0) -> Bootstrapped:
         confusion: of all images.
         seed: of the draws.
     """
+    if not len(confusion.counts):
+        return Bootstrapped(None, None)
     C, sizes = confusion.num_classes, confusion.sums(confusion.true).numpy()
     draws = max(FEWEST_DRAWS, min(MOST_DRAWS, CELLS // max(1, len(confusion.counts))))
     generator = np.random.default_rng(seed)

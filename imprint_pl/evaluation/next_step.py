@@ -28,13 +28,15 @@ from imprint_pl.evaluation.predictions import Predictions
 # An image is likely labelled wrong where the head gives another class at least this probability,
 # and its label at most that.
 SURE, UNLIKELY = 0.9, 0.05
+# Where the head recognises a smaller share of a class, it is not the labels that are wrong.
+RECOGNISED = 0.5
 # A class has few training images with fewer than these, or than this part of the median class.
 FEW, FEW_OF_MEDIAN = 20, 0.5
 # One class dominates the errors of another, or a pair the errors of all, from these shares and
 # this number on.
 OF_CLASS, OF_ALL, PAIR_ERRORS = 0.5, 1 / 3, 5
 # An accuracy is hardly known where its interval is wider.
-WIDE = 0.15
+WIDE = 0.1
 
 
 class Pair(NamedTuple):
@@ -48,6 +50,10 @@ class Pair(NamedTuple):
 def suspicious(predictions: Predictions) -> Tensor:
     """The images that are likely labelled wrong, `(S,)` int64, the likeliest first."""
     worst = predictions.worst()
+    C, labels = len(predictions.class_names), predictions.labels
+    right = torch.bincount(labels[labels == predictions.predicted], minlength=C)
+    recognised = right >= RECOGNISED * torch.bincount(labels, minlength=C)
+    worst = worst[recognised[labels[worst]]]
     sure = predictions.probabilities[worst] >= SURE
     return worst[sure & (predictions.of_true[worst] <= UNLIKELY)]
 
@@ -82,6 +88,8 @@ def next_step(measured: Measured, predictions: Predictions) -> Step:
     """Says what to do next, by the first rule that holds."""
     if not measured.images:
         return Step("none", "No image was measured: give validation or test images.")
+    if len(measured.classes) == 1:
+        return Step("none", "There is a single class, so that every image is right: add a second.")
     weakest = measured.weakest()[0]
     weak = weakest if _is_weak(weakest, measured) else None
     if weak is not None and _has_few(weak, measured):

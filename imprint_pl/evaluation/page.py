@@ -85,7 +85,9 @@ def evaluation_page(
     """
     worst, labels = predictions.worst().tolist(), suspicious(predictions).tolist()
     others = [index for index in worst if index not in set(labels)]
-    of_labels, of_worst = labels[:SUSPICIOUS_SHOWN], others[:WORST_SHOWN]
+    of_labels = labels[:SUSPICIOUS_SHOWN]
+    # Without pictures the table of errors says as much.
+    of_worst = others[:WORST_SHOWN] if thumbnails is not None else []
     step = next_step(measured, predictions)
     tables = [
         _figures(run, measured),
@@ -168,8 +170,8 @@ def _figures(run: Run, measured: Measured) -> PageTable:
     rows += [[Cell(name), Cell(value), Cell("")] for name, value in run.figures.items()]
     note = (
         "Balanced accuracy is the mean of the classes' recalls, so that rare classes count as much "
-        "as others. The interval says how far the figure may be off by the choice of the images; "
-        "none is given where no image is wrong, for all but shares."
+        "as others. The interval says how far off a figure may be because the images are few; "
+        "balanced accuracy and macro F1 have none where no image is wrong."
     )
     columns = [Column("figure", False), Column("value", False), Column("95 % interval", False)]
     return PageTable("figures", "Figures", note, columns, rows, filtered=False)

@@ -44,8 +44,8 @@ class Evaluation(PredictionKeeper):
     is surest) and `evaluation.html`, a page that shows all of it and says what to do next. They lie
     in the folder of the Trainer's first logger, or in `evaluation/` of its `default_root_dir` where
     it has no logger; those of several loaders in `dataloader_idx_0/`, …; those of a `test` after a
-    fit with the same callback in `test/`. No image goes through the backbone once more. A TensorBoard
-    logger gets the confusion matrix.
+    fit with the same callback in `test/`. No image goes through the backbone once more. A
+    TensorBoard logger gets the confusion matrix.
 
     Works on `ImprintedClassifier`, and on any LightningModule that has one `ImprintedHead` and
     takes batches `(images, labels)`.
