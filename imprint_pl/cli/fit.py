@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from imprint_pl.cli.arguments import PROGRAM
@@ -39,6 +39,8 @@ from imprint_pl.training_set.kept_file import read_state, state_path
 
 # How many of the skipped images the terminal lists.
 UNREADABLE_SHOWN = 10
+# The folder of all runs, where no other is given.
+RUNS = "runs"
 USAGE = "[--config FILE.yaml] [--data NAME] [--data.…] [--model.…] [--trainer.…]"
 DESCRIPTIONS = {
     "fit": "Imprint a head on the training images in one epoch, and measure it.",
@@ -227,8 +229,9 @@ class ImprintCLI(LightningCLI):
             loggers = [entry for entry in given if entry not in (None, True)]
             if not any(isinstance(entry, CSVLogger) for entry in loggers):
                 name = type(self.datamodule).__name__
-                loggers.insert(0, CSVLogger(config.get("default_root_dir") or "runs", name=name))
-            kwargs["logger"] = sorted(loggers, key=lambda entry: not isinstance(entry, CSVLogger))
+                loggers.insert(0, CSVLogger(config.get("default_root_dir") or RUNS, name=name))
+            loggers = sorted(loggers, key=lambda entry: not isinstance(entry, CSVLogger))
+            kwargs["logger"] = [_in_run_folder(entry, loggers[0]) for entry in loggers]
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
         if self.subcommand == "predict":
@@ -392,6 +395,14 @@ class EmbedCLI(ImprintCLI):
         self._say_unreadable()
         for folder in self.datamodule.use.folders:
             print(f"cache: {folder}")
+
+
+def _in_run_folder(logger: Any, first: CSVLogger) -> Any:
+    """A TensorBoardLogger that was to write among the runs writes into the folder of this one,
+    which the first logger has; any other stays as it is."""
+    if not isinstance(logger, TensorBoardLogger) or logger.save_dir not in (RUNS, first.root_dir):
+        return logger
+    return TensorBoardLogger(first.log_dir, name="", version="", default_hp_metric=False)
 
 
 def _configurations_first(args: list[str]) -> list[str]:

@@ -88,15 +88,17 @@ class Evaluation(PredictionKeeper):
         self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A broadcast, which every rank must take part in.
+        # A broadcast, which every rank must take part in. Without a logger, or with one that has no
+        # folder for the run, it is a folder that other runs share.
         own = trainer.log_dir
+        own = own if getattr(trainer.logger, "log_dir", None) else None
         predictions, self.predictions = self.predictions, {}
         if not trainer.is_global_zero or is_fast_dev_run(trainer):
             return
         if not predictions:
             rank_zero_info("no evaluation is written: no head was measured on any image")
             return
-        # Without a logger's folder, a folder of its own: the names of the files are common ones.
+        # There, a folder of its own: the names of the files are common ones.
         folder = Path(self.folder or own or Path(trainer.default_root_dir, "evaluation"))
         if self._used.setdefault(folder, self._stage) != self._stage:
             folder = folder / WHAT[self._stage]
