@@ -402,7 +402,7 @@ def _in_run_folder(logger: Any, first: CSVLogger) -> Any:
     which the first logger has; any other stays as it is."""
     if not isinstance(logger, TensorBoardLogger) or logger.save_dir not in (RUNS, first.root_dir):
         return logger
-    return TensorBoardLogger(first.log_dir, name="", version="", default_hp_metric=False)
+    return TensorBoardLogger(first.log_dir, name="", version="")
 
 
 def _configurations_first(args: list[str]) -> list[str]:

@@ -120,7 +120,7 @@ def _tables(found: Predictions, suffix: str) -> dict[str, Any]:
     import wandb
 
     header, rows = per_class_table(measure(found))
-    tables: dict[str, Any] = {"per_class": wandb.Table(columns=header, data=rows)}
+    tables: dict[str, Any] = {"per_class": wandb.Table(columns=[*header], data=[*rows])}
     if len(found.class_names) <= MOST_CLASSES:
         tables["confusion_matrix"] = wandb.plot.confusion_matrix(
             y_true=found.labels.tolist(),
@@ -130,5 +130,5 @@ def _tables(found: Predictions, suffix: str) -> dict[str, Any]:
         )
     if len(found) <= MOST_PREDICTIONS:
         header, samples = prediction_table(replace(found, names=None))
-        tables["predictions"] = wandb.Table(columns=header, data=list(samples))
+        tables["predictions"] = wandb.Table(columns=[*header], data=[*samples])
     return tables

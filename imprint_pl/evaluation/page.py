@@ -200,9 +200,9 @@ def _classes(measured: Measured) -> PageTable:
                 Cell(mistaken),
             ]
         )
-    texts = ("class", "95 % interval", "mostly taken for")
+    texts = ("class", "95 % interval", "most often taken for")
     names = ["class", "recall", "95 % interval", "images", "right"]
-    names += [*(["training images"] if known else []), "precision", "F1", "mostly taken for"]
+    names += [*(["training images"] if known else []), "precision", "F1", "most often taken for"]
     columns = [Column(name, name not in texts) for name in names]
     note = "The weakest first. Recall: the share of the class's images that were taken for it."
     if len(measured.classes) > CLASSES_LISTED:

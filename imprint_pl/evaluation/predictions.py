@@ -144,8 +144,6 @@ def from_rows(
         least: the logit that an image has to reach; `None` accepts all.
     """
     predicted, scores = rows[:, 0].long(), rows[:, 1]
-    probabilities = rows[:, 2:].masked_fill(rows[:, 2:] < 0, torch.nan)
+    best, of_true = rows[:, 2:].masked_fill(rows[:, 2:] < 0, torch.nan).unbind(1)
     accepted = None if least is None else scores >= least
-    return Predictions(
-        labels, predicted, scores, *probabilities.unbind(1), class_names, names, accepted
-    )
+    return Predictions(labels, predicted, scores, best, of_true, class_names, names, accepted)

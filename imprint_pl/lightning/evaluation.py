@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -185,5 +185,5 @@ def _to_tensorboard(trainer: Trainer, confusion: Path | None, stage: str, suffix
     for logger in trainer.loggers:
         if confusion is not None and isinstance(logger, both(TensorBoardLogger)):
             pixels = np.asarray(Image.open(confusion).convert("RGB"))
-            writer: Any = logger.experiment
+            writer: Any = cast(TensorBoardLogger, logger).experiment
             writer.add_image(name, pixels, trainer.global_step, dataformats="HWC")
