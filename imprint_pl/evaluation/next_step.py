@@ -3,9 +3,9 @@
 The first rule that holds says the step:
 
 1. a weak class has few training images: add some;
-2. images are likely labelled wrong: look at their labels;
-3. most of a weak class's errors go to one other class: compare the two;
-4. a class is weak otherwise: add images like those that were missed;
+2. most of a weak class's errors go to one other class: compare the two;
+3. a class is weak otherwise: add images like those that were missed;
+4. images are perhaps labelled wrong: look at their labels;
 5. two classes make up a large part of all errors: compare them;
 6. there are so few test images that the accuracy is hardly known: hold out more;
 7. nothing stands out.
@@ -25,9 +25,9 @@ from imprint_pl.errors import shown
 from imprint_pl.evaluation.classes import ClassFigures, Figure, Measured
 from imprint_pl.evaluation.predictions import Predictions
 
-# An image is likely labelled wrong where the head gives another class at least this probability,
+# An image is perhaps labelled wrong where the head gives another class at least this probability,
 # and its label at most that.
-SURE, UNLIKELY = 0.9, 0.05
+SURE, UNLIKELY = 0.95, 0.02
 # Where the head recognises a smaller share of a class, it is not the labels that are wrong.
 RECOGNISED = 0.5
 # A class has few training images with fewer than these, or than this part of the median class.
@@ -48,7 +48,7 @@ class Pair(NamedTuple):
 
 
 def suspicious(predictions: Predictions) -> Tensor:
-    """The images that are likely labelled wrong, `(S,)` int64, the likeliest first."""
+    """The images that are perhaps labelled wrong, `(S,)` int64, the likeliest first."""
     worst = predictions.worst()
     C, labels = len(predictions.class_names), predictions.labels
     right = torch.bincount(labels[labels == predictions.predicted], minlength=C)
@@ -75,7 +75,7 @@ class Step(NamedTuple):
     """What to do next.
 
     Attributes:
-        rule: "few", "label", "confused", "weak", "pair", "unsure", "good", or "none" where no image
+        rule: "few", "confused", "weak", "label", "pair", "unsure", "good", or "none" where no image
             was measured.
         text: a sentence with the numbers that it follows from.
     """
@@ -98,10 +98,6 @@ def next_step(measured: Measured, predictions: Predictions) -> Step:
             f"Add training images of {name_of(weak)}: it has {weak.trained:,}, and a recall of "
             f"{recall_of(weak)}.",
         )
-    labels = suspicious(predictions)
-    if len(labels):
-        doubt = suspicion(predictions, int(labels[0]), len(labels))
-        return Step("label", f"Check the label of {doubt}.")
     names = [name_of(found) for found in measured.classes]
     if weak is not None and weak.mistaken_for is not None:
         if weak.mistaken >= OF_CLASS * weak.wrong and weak.mistaken > 1:
@@ -116,6 +112,10 @@ def next_step(measured: Measured, predictions: Predictions) -> Step:
             f"Add images of {name_of(weak)} like those that were missed: its recall is "
             f"{recall_of(weak)}, below the accuracy of all images, {percent(measured.accuracy)}.",
         )
+    labels = suspicious(predictions)
+    if len(labels):
+        doubt = suspicion(predictions, int(labels[0]), len(labels))
+        return Step("label", f"Check the label of {doubt}.")
     wrong = measured.images - measured.right
     pair = most_confused(measured)
     if pair is not None and pair.errors >= max(PAIR_ERRORS, OF_ALL * wrong):
@@ -143,7 +143,7 @@ def next_step(measured: Measured, predictions: Predictions) -> Step:
 
 
 def suspicion(predictions: Predictions, index: int, count: int = 1) -> str:
-    """Says why the label of an image is likely wrong, and how many more there are."""
+    """Says why the label of an image is in doubt, and how many more there are."""
     names = predictions.class_names
     more = f"; {count - 1:,} more below" if count > 1 else ""
     return (

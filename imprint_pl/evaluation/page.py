@@ -1,5 +1,5 @@
-"""The page of an evaluation: one HTML file that tells the weakest class, the images that are likely
-labelled wrong, and what to do next.
+"""The page of an evaluation: one HTML file that tells the weakest class, the images that are
+perhaps labelled wrong, and what to do next.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def evaluation_page(
         suspicious=[_image(predictions, index, thumbnails) for index in of_labels],
         suspicious_note=(
             f"Another class has a probability of at least {100 * SURE:.0f} %, the label at most "
-            f"{100 * UNLIKELY:.0f} %. Look whether the label is right."
+            f"{100 * UNLIKELY:.0f} %. Either the label is wrong, or the image is unlike its class."
             + _left_out(len(labels) - len(of_labels))
         ),
         worst=[_image(predictions, index, thumbnails) for index in of_worst],
@@ -145,7 +145,7 @@ def _sentences(
         sentences.append(f"Weakest class: {weakness(weakest, measured)}.")
     if labels and rule != "label":
         sentences.append(
-            f"Likely labelled wrong: {suspicion(predictions, labels[0], len(labels))}."
+            f"Perhaps labelled wrong: {suspicion(predictions, labels[0], len(labels))}."
         )
     elif weakest.wrong and not labels and rule != "good":
         sentences.append("No image looks labelled wrong.")

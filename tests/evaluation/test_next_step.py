@@ -46,7 +46,7 @@ def test_a_label_that_the_head_is_sure_against_is_looked_at():
     assert "image 0: labelled dog, but taken for ant with a probability of 97.0 %" in step.text
 
 
-@pytest.mark.parametrize(("probability", "of_true"), [(0.85, 0.01), (0.91, 0.06)])
+@pytest.mark.parametrize(("probability", "of_true"), [(0.94, 0.01), (0.96, 0.03)])
 def test_a_label_is_not_doubted_for_less(probability, of_true):
     found = case((0, 0, 90), *GOOD)
     found.labels[0], found.probabilities[0], found.of_true[0] = 3, probability, of_true

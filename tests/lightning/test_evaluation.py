@@ -238,7 +238,7 @@ def test_an_image_with_a_wrong_label_is_named_on_the_page(photos, tmp_path):
     wrong = [row for row in samples if row["label"] != row["true_label"]]
     assert {(row["true_class"], row["class"]) for row in wrong} == {("digit0", "digit2")}
     text = (folder / "evaluation.html").read_text()
-    assert "Likely labelled wrong" in text
+    assert "Perhaps labelled wrong" in text
     assert f"digit0/{wrong[0]['file'][-7:]}" in text
     # The same image is a picture on the page.
     assert "data:image/jpeg" in text
