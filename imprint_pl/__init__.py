@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from imprint_pl.lightning.attaching import attach, detach
     from imprint_pl.lightning.callback import ImprintCallback
     from imprint_pl.lightning.classifier import ImprintedClassifier
+    from imprint_pl.lightning.evaluation import Evaluation
     from imprint_pl.lightning.extending import extend
     from imprint_pl.method.head import ImprintedHead
     from imprint_pl.method.imprinting import imprint
@@ -28,6 +29,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0+unknown"
 
 _HOMES = {
+    "Evaluation": "lightning.evaluation",
     "ImprintCallback": "lightning.callback",
     "ImprintError": "errors",
     "ImprintEstimator": "estimator",
@@ -39,6 +41,7 @@ _HOMES = {
     "imprint": "method.imprinting",
 }
 __all__ = [
+    "Evaluation",
     "ImprintCallback",
     "ImprintError",
     "ImprintEstimator",

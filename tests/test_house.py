@@ -12,7 +12,7 @@ FLOORS = [
     ["experiments", "export"],
     ["explain"],
     ["lightning", "estimator"],
-    ["gallery", "training_set"],
+    ["gallery", "training_set", "evaluation"],
     ["method"],
     ["parts", "embedding", "collapse"],
     ["data"],

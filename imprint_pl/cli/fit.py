@@ -15,14 +15,15 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from imprint_pl.cli.arguments import PROGRAM
 from imprint_pl.cli.fit_parser import Parser, named_parts
 from imprint_pl.cli.predictions import PredictionWriter
-from imprint_pl.cli.summary import print_summary, summarise, write_summary
+from imprint_pl.cli.summary import print_summary, print_weakest, summarise, write_summary
 from imprint_pl.cli.wandb_results import WandbResults
+from imprint_pl.data.base import ImageDataModule
 from imprint_pl.data.lightning_packages import run_folder
 from imprint_pl.embedding import embed
 from imprint_pl.errors import ImprintError
@@ -31,12 +32,15 @@ from imprint_pl.files import local_path
 from imprint_pl.gallery import ImprintGallery
 from imprint_pl.lightning.checkpoint import hyperparameters, read_checkpoint
 from imprint_pl.lightning.classifier import ImprintedClassifier
+from imprint_pl.lightning.evaluation import Evaluation
 from imprint_pl.method.recipes import KEYWORDS, drop_unused
 from imprint_pl.parts.by_name import import_parts, keywords_of_parts
 from imprint_pl.training_set.kept_file import read_state, state_path
 
 # How many of the skipped images the terminal lists.
 UNREADABLE_SHOWN = 10
+# The folder of all runs, where no other is given.
+RUNS = "runs"
 USAGE = "[--config FILE.yaml] [--data NAME] [--data.…] [--model.…] [--trainer.…]"
 DESCRIPTIONS = {
     "fit": "Imprint a head on the training images in one epoch, and measure it.",
@@ -152,6 +156,15 @@ class ImprintCLI(LightningCLI):
             )
         else:
             parser.set_defaults({"verbose": False})
+        if subcommand != "predict":
+            parser.add_argument(
+                "--evaluation",
+                type=bool | Literal["wandb"],
+                default=True,
+                help="Write predictions, figures of each class, wrong images and a page that shows "
+                "them into the run's folder (default), or not (false); with wandb log page and "
+                "pictures there too: they leave this machine.",
+            )
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -216,8 +229,9 @@ class ImprintCLI(LightningCLI):
             loggers = [entry for entry in given if entry not in (None, True)]
             if not any(isinstance(entry, CSVLogger) for entry in loggers):
                 name = type(self.datamodule).__name__
-                loggers.insert(0, CSVLogger(config.get("default_root_dir") or "runs", name=name))
-            kwargs["logger"] = sorted(loggers, key=lambda entry: not isinstance(entry, CSVLogger))
+                loggers.insert(0, CSVLogger(config.get("default_root_dir") or RUNS, name=name))
+            loggers = sorted(loggers, key=lambda entry: not isinstance(entry, CSVLogger))
+            kwargs["logger"] = [_in_run_folder(entry, loggers[0]) for entry in loggers]
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
         if self.subcommand == "predict":
@@ -225,6 +239,12 @@ class ImprintCLI(LightningCLI):
                 self._get(self.config, "output"), self._get(self.config, "top")
             )
             callbacks.append(self.writer)
+        self.evaluation: Evaluation | None = None
+        if self.subcommand != "predict" and self._get(self.config, "evaluation"):
+            # With a cache the data are replaced by their embeddings, which have no images.
+            has_images = isinstance(self.datamodule, ImageDataModule)
+            self.evaluation = Evaluation(self.datamodule if has_images else None)
+            callbacks.append(self.evaluation)
         self.gallery: ImprintGallery | None = None
         self.results: WandbResults | None = None
         if self.subcommand == "fit" and self._get(self.config, "gallery"):
@@ -320,11 +340,19 @@ class ImprintCLI(LightningCLI):
         drawn = self.gallery.gallery if self.gallery is not None else None
         if drawn and drawn.purity is not None:
             summary["purity"], summary["purity_of_one_proxy"] = drawn.purity, drawn.chance
-        write_summary(folder, summary, self.model)
+        evaluated = {} if self.evaluation is None else self.evaluation.written
+        # The evaluation of a single loader has a richer table of the classes in the same place.
+        in_folder = any(one.page.parent == folder for one in evaluated.values())
+        write_summary(folder, summary, self.model, with_classes=not in_folder)
         if self.results is not None:
             pictures = self._get(self.config, "gallery") == "wandb"
-            self.results.send(summary, self.model, self.gallery, pictures)
+            sent = self.evaluation if self._get(self.config, "evaluation") == "wandb" else None
+            self.results.send(summary, self.gallery, pictures, sent)
         print_summary(summary)
+        for number, written in evaluated.items():
+            print_weakest(written.measured, str(number) if len(evaluated) > 1 else "")
+            print(f"next: {written.next_step.text}")
+            print(f"evaluation: {written.page}")
         if self.gallery is not None and drawn:
             print(f"gallery: {self.gallery.path}")
         self._say_unreadable(folder)
@@ -367,6 +395,14 @@ class EmbedCLI(ImprintCLI):
         self._say_unreadable()
         for folder in self.datamodule.use.folders:
             print(f"cache: {folder}")
+
+
+def _in_run_folder(logger: Any, first: CSVLogger) -> Any:
+    """A TensorBoardLogger that was to write among the runs writes into the folder of this one,
+    which the first logger has; any other stays as it is."""
+    if not isinstance(logger, TensorBoardLogger) or logger.save_dir not in (RUNS, first.root_dir):
+        return logger
+    return TensorBoardLogger(first.log_dir, name="", version="")
 
 
 def _configurations_first(args: list[str]) -> list[str]:

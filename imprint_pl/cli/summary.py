@@ -12,6 +12,8 @@ from lightning.pytorch import Trainer
 
 from imprint_pl.cli.tables import Side, print_table
 from imprint_pl.data.batch_hooks import datamodule_of
+from imprint_pl.evaluation.classes import Measured
+from imprint_pl.evaluation.next_step import between, weakness
 from imprint_pl.files import write_whole
 from imprint_pl.lightning.classifier import ImprintedClassifier
 from imprint_pl.method.recipes import AUTO
@@ -28,9 +30,11 @@ DATA_PARAMETERS = (
 BACKBONE_PARAMETERS = ("pretrained", "weights", "image_size", "precision")
 # More names of layers than these are not listed in the terminal.
 LAYERS_SHOWN = 3
-MEASURED = ("accuracy", "macro_f1", "calibration_error")
+MEASURED = ("accuracy", "balanced_accuracy", "macro_f1", "calibration_error")
 # What Lightning appends to the name of a figure when there are several loaders.
 OF_LOADER = "/dataloader_idx_"
+# How many of the weakest classes the terminal shows.
+WEAKEST = 3
 # What the callback `lightning.outsiders.Outsiders` logs.
 OUTSIDERS = ("outsiders_auroc", "accepted", "rejected")
 
@@ -109,15 +113,18 @@ def _of_loaders(metrics: dict[str, float], stage: str) -> dict[str, float]:
     }
 
 
-def write_summary(folder: Path, summary: dict[str, Any], model: ImprintedClassifier) -> None:
-    """Writes `summary.json`, and `per_class.csv` with each class's accuracy, a column a loader."""
+def write_summary(
+    folder: Path, summary: dict[str, Any], model: ImprintedClassifier, with_classes: bool = True
+) -> None:
+    """Writes `summary.json` and, `with_classes`, `per_class.csv` with each class's accuracy, a
+    column a loader."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = {
         name: _json_number(value) if isinstance(value, float) else value
         for name, value in summary.items()
     }
     write_whole(folder / "summary.json", f"{json.dumps(plain, indent=2)}\n".encode())
-    table = per_class(model)
+    table = per_class(model) if with_classes else None
     if table is not None:
         with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -164,6 +171,23 @@ def print_summary(summary: dict[str, Any]) -> None:
         print(_outsiders(summary))
 
 
+def print_weakest(measured: Measured, loader: str = "") -> None:
+    """Prints the three weakest classes.
+
+    Args:
+        measured: of a loader.
+        loader: its number, where there are several.
+    """
+    weakest = [found for found in measured.weakest() if found.wrong][:WEAKEST]
+    of = f" of loader {loader}" if loader else ""
+    if not weakest:
+        print(f"weakest classes{of}: none, no image is wrong ({between(measured.accuracy)})")
+        return
+    print(f"weakest classes{of}:")
+    for found in weakest:
+        print(f"  {weakness(found, measured)}")
+
+
 def _row(summary: dict[str, Any], suffix: str) -> dict[str, str | None]:
     """The table's row for the only loader (`suffix` is empty) or for one of several."""
     return {
@@ -171,6 +195,7 @@ def _row(summary: dict[str, Any], suffix: str) -> dict[str, str | None]:
         "loader": suffix.removeprefix(OF_LOADER) or None,
         "recipe": summary.get("chosen_recipe") or summary["recipe"],
         "accuracy": _number(summary.get(f"accuracy{suffix}"), 100, 2, " %"),
+        "balanced": _number(summary.get(f"balanced_accuracy{suffix}"), 100, 2, " %"),
         "macro F1": _number(summary.get(f"macro_f1{suffix}"), 100, 2, " %"),
         "ECE": _number(summary.get(f"calibration_error{suffix}"), 100, 2, " %"),
         "NC1": _number(summary["nc1"], 1, 3),

@@ -7,8 +7,11 @@ from typing import Literal
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
+# Columns of a screen on which every table fits.
+WIDEST = 10_000
 Side = Literal["left", "right"]
 
 
@@ -32,4 +35,9 @@ def print_table(
     for row in rows:
         table.add_row(*row)
     # Names from strangers may look like rich's markup or emoji codes.
-    Console(markup=False, emoji=False, width=width).print(table)
+    console = Console(markup=False, emoji=False, width=width)
+    wide = console.options.update(width=WIDEST)
+    if Measurement.get(console, wide, table).maximum > console.width:
+        # On a narrow screen, numbers would be broken into lines before their units.
+        table.padding = (0, 0)
+    console.print(table)

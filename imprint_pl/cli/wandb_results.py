@@ -1,35 +1,37 @@
-"""What a fit leaves in wandb besides its metrics: summary, per-class table, confusion matrix, and
-the proxy gallery. The commands add this callback where there is a WandbLogger.
+"""What a fit leaves in wandb besides its metrics: summary, tables of classes and predictions,
+confusion matrix, and the proxy gallery. The commands add this callback to a WandbLogger.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-from imprint_pl.cli.summary import OF_LOADER, per_class
-from imprint_pl.data.batch import split_batch
+from imprint_pl.cli.summary import OF_LOADER
 from imprint_pl.data.lightning_packages import both
-from imprint_pl.data.loaders import loader_at, sampler_length
 from imprint_pl.errors import ImprintError
+from imprint_pl.evaluation.classes import measure
+from imprint_pl.evaluation.predictions import Predictions
+from imprint_pl.evaluation.write import per_class_table, prediction_table
 from imprint_pl.experiments.dashboard import FIGURES, tags_of
 from imprint_pl.gallery import ImprintGallery
-from imprint_pl.lightning.classifier import ImprintedClassifier
-from imprint_pl.training_set.store import RowStore
+from imprint_pl.lightning.evaluation import Evaluation
+from imprint_pl.lightning.predictions import PredictionKeeper
 
 # Largest number of classes of a confusion matrix: wandb stores a row for each cell, and nobody
 # could read a larger matrix.
 MOST_CLASSES = 100
+# wandb cuts a longer table.
+MOST_PREDICTIONS = 10_000
 # Paths of this machine, which are not sent.
 KEPT_HERE = ("checkpoint", "weights")
 
 
-class WandbResults(Callback):
+class WandbResults(PredictionKeeper):
     """Keeps the predictions of a validation or test, and logs the results when `send` is called.
 
     Attributes:
@@ -38,107 +40,35 @@ class WandbResults(Callback):
     """
 
     def __init__(self) -> None:
-        self.confusion: Tensor | None = None
-        self._confusions: dict[str, Tensor] = {}
+        super().__init__()
         self._loggers: list[WandbLogger] = []
-        self._hook: RemovableHandle | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         loggers = [logger for logger in trainer.loggers if isinstance(logger, both(WandbLogger))]
         self._loggers = cast(list[WandbLogger], loggers)
 
-    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stores: dict[int, RowStore] = {}
-        self._scores: Tensor | None = None
-        self.confusion, self._confusions = None, {}
-
-        def keep(module: nn.Module, inputs: Any, scores: Tensor) -> None:
-            self._scores = scores
-
-        # The module's steps return nothing, so that the scores are read from the head's output.
-        self._hook = _classifier(pl_module).head.register_forward_hook(keep)
-
-    def _add(self, pl_module: LightningModule, batch: Any, number: int, loaders: Any) -> None:
-        # None where the head was empty.
-        if self._scores is not None:
-            labels = _classifier(pl_module).labels_of_head(split_batch(batch)[1])
-            if number not in self._stores:
-                self._stores[number] = RowStore(sampler_length(loader_at(number, loaders)))
-            self._stores[number].add(self._scores.argmax(1)[:, None].float(), labels)
-            self._scores = None
-
-    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._remove_hook()
-        C = _classifier(pl_module).head.num_classes
-        for number, store in self._stores.items():
-            gathered = store.gather()
-            if gathered is None or not len(gathered[1]):
-                continue
-            predicted, labels = gathered[0][:, 0].long(), gathered[1]
-            confusion = torch.bincount(labels * C + predicted, minlength=C * C).view(C, C)
-            several = len(self._stores) > 1
-            self._confusions[f"{OF_LOADER}{number}" if several else ""] = confusion
-        self.confusion = next(iter(self._confusions.values()), None)
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        self._remove_hook()
-
-    def _remove_hook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer, pl_module)
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer, pl_module)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._add(pl_module, batch, dataloader_idx, trainer.val_dataloaders)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._add(pl_module, batch, dataloader_idx, trainer.test_dataloaders)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end(trainer, pl_module)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end(trainer, pl_module)
+    @property
+    def confusion(self) -> Tensor | None:
+        first = next(iter(self.predictions.values()), None)
+        return None if first is None else first.confusion.dense()
 
     def send(
         self,
         summary: dict[str, Any],
-        model: ImprintedClassifier,
         gallery: ImprintGallery | None = None,
         with_images: bool = False,
+        evaluation: Evaluation | None = None,
     ) -> None:
         """Logs what the run left behind.
 
         Args:
             summary: what `summarise` returned; its figures become wandb's summary, the rest its
                 config. Paths of this machine are left out.
-            model: has the names and accuracies of the classes.
             gallery: what each proxy stands for, logged as a table of numbers.
             with_images: log the gallery's picture as well. Training images then leave this machine.
+
+            evaluation: its page and its pictures of errors are logged, which hold images and names
+                of files.
 
         Raises:
             ImprintError: the picture is wanted, and no gallery was drawn.
@@ -155,22 +85,11 @@ class WandbResults(Callback):
             for name, value in summary.items()
             if name not in figures and name not in KEPT_HERE and value is not None
         }
-        head = model.head
-        names = [head.name_of(label) for label in range(head.num_classes)]
         tables: dict[str, Any] = {}
-        if (accuracies := per_class(model)) is not None:
-            tables["per_class"] = wandb.Table(
-                columns=[*accuracies.columns], data=[*accuracies.rows]
-            )
-        for suffix, confusion in self._confusions.items() if len(names) <= MOST_CLASSES else ():
-            true, predicted = confusion.nonzero().T
-            times = confusion[true, predicted]
-            tables[f"confusion_matrix{suffix}"] = wandb.plot.confusion_matrix(
-                y_true=true.repeat_interleave(times).tolist(),
-                preds=predicted.repeat_interleave(times).tolist(),
-                class_names=names,
-                title=f"Confusion matrix{suffix}",
-            )
+        several = len(self.predictions) > 1
+        for number, found in self.predictions.items():
+            suffix = f"{OF_LOADER}{number}" if several else ""
+            tables |= {f"{name}{suffix}": table for name, table in _tables(found, suffix).items()}
         if gallery is not None and gallery.rows:
             tables["proxies"] = wandb.Table(
                 columns=[*gallery.rows[0]], data=[[*row.values()] for row in gallery.rows]
@@ -179,6 +98,11 @@ class WandbResults(Callback):
             if gallery is None or gallery.path is None:
                 raise ImprintError("no gallery was drawn: give --gallery wandb to a `fit`")
             tables["gallery"] = wandb.Image(str(gallery.path))
+        for number, written in evaluation.written.items() if evaluation is not None else ():
+            suffix = f"{OF_LOADER}{number}" if several else ""
+            tables[f"evaluation{suffix}"] = wandb.Html(written.page.read_text())
+            if written.errors is not None:
+                tables[f"errors{suffix}"] = wandb.Image(str(written.errors))
         for logger in self._loggers:
             run = logger.experiment
             run.config.update(rest, allow_val_change=True)
@@ -188,6 +112,23 @@ class WandbResults(Callback):
             run.summary.update(figures)
 
 
-def _classifier(module: LightningModule) -> ImprintedClassifier:
-    """The module that the commands run, which is always ours."""
-    return cast(ImprintedClassifier, module)
+def _tables(found: Predictions, suffix: str) -> dict[str, Any]:
+    """The figures of each class, the confusion matrix and the predictions, as tables of wandb.
+
+    Images have their numbers: the names of files stay on this machine.
+    """
+    import wandb
+
+    header, rows = per_class_table(measure(found))
+    tables: dict[str, Any] = {"per_class": wandb.Table(columns=[*header], data=[*rows])}
+    if len(found.class_names) <= MOST_CLASSES:
+        tables["confusion_matrix"] = wandb.plot.confusion_matrix(
+            y_true=found.labels.tolist(),
+            preds=found.predicted.tolist(),
+            class_names=found.class_names,
+            title=f"Confusion matrix{suffix}",
+        )
+    if len(found) <= MOST_PREDICTIONS:
+        header, samples = prediction_table(replace(found, names=None))
+        tables["predictions"] = wandb.Table(columns=[*header], data=[*samples])
+    return tables

@@ -19,6 +19,7 @@ NAME = "imprinting recipes"
 # Fits and sweeps log these figures under the same names, so that one workspace compares both.
 FIGURES = (
     "accuracy",
+    "balanced_accuracy",
     "macro_f1",
     "nc1",
     "vci",

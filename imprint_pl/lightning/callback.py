@@ -66,7 +66,8 @@ class ImprintCallback(Callback):
             fine-tuned with the rest of the module (Qi et al. 2018); its `proxies` and `log_scale`
             are parameters. "validation": the module is trained and validated as it is; for each
             validation a head is imprinted from the embeddings of that moment and measured on the
-            same samples: `imprinted/accuracy` and `imprinted/macro_f1`. "train_end": after training
+            same samples: `imprinted/accuracy`, `imprinted/balanced_accuracy` and
+            `imprinted/macro_f1`. "train_end": after training
             the head takes the layer's place, and `imprinted.ckpt` is written beside the other
             checkpoints (none where checkpointing is off).
         data: imprint from this instead of the training data: a loader, a LightningDataModule, or
@@ -396,5 +397,6 @@ def _measure(head: ImprintedHead, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     labels = torch.cat([head(rows.to(device)).argmax(1) for rows in x.split(4096)]).cpu()
     return {
         "accuracy": multiclass_accuracy(labels, y, C, average="micro"),
+        "balanced_accuracy": multiclass_accuracy(labels, y, C, average=None)[y.unique()].mean(),
         "macro_f1": multiclass_f1_score(labels, y, C, average="macro"),
     }

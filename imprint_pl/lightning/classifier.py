@@ -36,7 +36,7 @@ from imprint_pl.lightning.following import check_made_with, follow_checkpoint, f
 from imprint_pl.lightning.growing import Growing
 from imprint_pl.lightning.intended_warnings import IntendedWarnings
 from imprint_pl.lightning.layer import averaged_copies, values_of_callbacks
-from imprint_pl.lightning.metrics import Evaluation, TaskMetrics
+from imprint_pl.lightning.metrics import Measurement, TaskMetrics
 from imprint_pl.lightning.trainer import (
     check_saved,
     check_trainer,
@@ -102,8 +102,9 @@ class ImprintedClassifier(Growing, LightningModule):
     found by name.
 
     Logged: `train/nc1`, `train/temperature`, `train/embed_seconds`, `train/gen_seconds`,
-    `train/images_per_second`; `val/…` and `test/…`: `accuracy` (micro), `macro_f1`,
-    `calibration_error` (expected, 15 bins), and `accuracy/<class>` up to 20 classes. Of several
+    `train/images_per_second`; `val/…` and `test/…`: `accuracy` (micro),
+    `balanced_accuracy` (the mean of the classes'), `macro_f1`, `calibration_error` (expected,
+    15 bins), and `accuracy/<class>` up to 20 classes. Of several
     loaders each has its own, `val/accuracy/dataloader_idx_0`, ….
 
     Attributes:
@@ -172,7 +173,7 @@ class ImprintedClassifier(Growing, LightningModule):
         self.head = self.parts.empty_head()
         self.class_accuracy: Tensor | None = None
         # None where there is no head to measure.
-        self._evaluation: Evaluation | None = None
+        self._evaluation: Measurement | None = None
         self._epoch: ImprintEpoch | None = None
         self._imprinted = self._cut_short = self._validated = self._warned = False
         self.register_state_dict_post_hook(leave_out_backbone)
@@ -378,7 +379,7 @@ class ImprintedClassifier(Growing, LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._evaluation = None
         if not self.head.is_empty:
-            self._evaluation = Evaluation(self, self.head)
+            self._evaluation = Measurement(self, self.head)
         elif self.trainer.state.fn != "fit":
             command = "test" if self.trainer.testing else "validate"
             raise ImprintError(f"cannot {command}: {empty(self.trainer.ckpt_path)}")

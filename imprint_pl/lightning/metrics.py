@@ -34,7 +34,7 @@ def stage_of(trainer: Trainer) -> str:
     return "test" if trainer.testing else "val"
 
 
-class Evaluation:
+class Measurement:
     """A validation or a test: measures the loaders, each on its own, and logs what it measured.
 
     Args:
@@ -63,10 +63,7 @@ class Evaluation:
         Raises:
             ImprintError: a label that is none of the data's classes.
         """
-        if self._places is None:
-            return labels
-        check_labels(labels, len(self._places))
-        return self._places.to(labels.device)[labels]
+        return labels_of_head(labels, self._places)
 
     def add(self, logits: Tensor, labels: Tensor, batch: int, loader: int) -> None:
         """Adds a batch: logits `(B, C)`, labels of the head `(B,)`, and the numbers of the batch
@@ -115,6 +112,25 @@ class Evaluation:
             for label, value in enumerate(accuracies):
                 if not value.isnan():  # a class without samples
                     log(f"{self.stage}/accuracy/{self.head.name_of(label)}{suffix}", value)
+
+
+def labels_of_head(labels: Tensor, places: Tensor | None, num_classes: int | None = None) -> Tensor:
+    """The head's labels `(B,)` for labels of the data.
+
+    Args:
+        labels: `(B,)`.
+        places: what `places_of` returned.
+        num_classes: of the head, where labels that need no change are to be checked as well.
+
+    Raises:
+        ImprintError: a label that is none of the data's classes, or of the head's.
+    """
+    if places is None:
+        if num_classes is not None:
+            check_labels(labels, num_classes)
+        return labels
+    check_labels(labels, len(places))
+    return places.to(labels.device)[labels]
 
 
 def places_of(names: list[str], head: ImprintedHead) -> Tensor | None:
@@ -186,9 +202,18 @@ class ClassAccuracy(MulticlassAccuracy):
         return super().compute().masked_fill(samples == 0, torch.nan)
 
 
+class BalancedAccuracy(ClassAccuracy):
+    """Mean of the accuracies of the classes that have samples; NaN where none has."""
+
+    def compute(self) -> Tensor:
+        """A scalar."""
+        # torchmetrics' own average counts a class that is predicted and has no samples as 0.
+        return super().compute().nanmean()
+
+
 class TaskMetrics(MetricCollection):
-    """`accuracy` (micro), `macro_f1`, `calibration_error` (expected; for C > 1) and
-    `class_accuracy` `(C,)`, as fractions; NaN for a class without samples.
+    """`accuracy` (micro), `balanced_accuracy`, `macro_f1`, `calibration_error` (expected; for
+    C > 1) and `class_accuracy` `(C,)`, as fractions; NaN for a class without samples.
 
     Args:
         num_classes: C.
@@ -199,6 +224,7 @@ class TaskMetrics(MetricCollection):
         rooms = max(num_classes, 2)
         metrics: dict[str, Metric | MetricCollection] = {
             "accuracy": MulticlassAccuracy(rooms, average="micro"),
+            "balanced_accuracy": BalancedAccuracy(rooms),
             "macro_f1": MulticlassF1Score(rooms, average="macro"),
             "class_accuracy": ClassAccuracy(rooms),
         }

@@ -375,8 +375,12 @@ def test_tensorboard_by_its_overlay(tmp_path):
     assert main(["fit", *QUICK, "--config", "configs/loggers/tensorboard.yaml"]) == 0
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(next(tmp_path.glob("runs/**/events.out.*"))))
+    (file,) = tmp_path.glob("runs/**/events.out.*")
+    # In the run's folder, with the picture of the confusion matrix.
+    assert (file.parent / "summary.json").is_file()
+    events = EventAccumulator(str(file))
     events.Reload()
+    assert events.Tags()["images"] == ["val/confusion_matrix"]
     accuracy = events.Scalars("val/accuracy")[-1].value
     assert accuracy == pytest.approx(summary_of_any(tmp_path)["accuracy"], abs=1e-6)
 

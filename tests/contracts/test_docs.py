@@ -66,6 +66,7 @@ def names_of_a_reader():
 
 # What each page must have computed, so that its code has done what the page says.
 SHOWN = {
+    "docs/guides/after.md": lambda n: n["evaluation"].written[0].page.is_file(),
     "README.md": lambda n: (n["labels"] == n["y"]).all() and n["head"].embedding_dim == 64,
     "docs/guides/arrays.md": lambda n: (
         n["estimator"].score(n["X_test"], n["y_test"]) > 0.9

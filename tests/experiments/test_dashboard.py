@@ -153,7 +153,8 @@ def test_a_fit_logs_its_results_and_images_only_when_asked(gallery):
     assert config["gen"] == "kmeans"
     assert config["task"] == own["task"]
     assert "checkpoint" not in config
-    assert "per_class" in history
+    assert {"per_class", "predictions"} <= set(history)
+    assert not {"evaluation", "errors"} & set(history)
     assert any(name.startswith("confusion_matrix") for name in history)
     assert ("proxies" in history) == (gallery is not None)
     images = list(folder.rglob("*.png"))
@@ -165,6 +166,15 @@ def test_a_fit_logs_its_results_and_images_only_when_asked(gallery):
     right = sum(row[count] for row in counted["data"] if row[0] == row[1])
     total = sum(row[count] for row in counted["data"])
     assert right / total == pytest.approx(own["accuracy"], abs=1e-6)
+
+
+def test_the_page_of_an_evaluation_is_logged_only_when_asked():
+    assert main(["fit", *FIT, "--evaluation", "wandb"]) == 0
+    folder = the_run()
+    summary, _, _, history = records(folder)
+    assert 0 < summary["balanced_accuracy"] <= 1
+    assert {"evaluation", "errors", "per_class", "predictions"} <= set(history)
+    assert len(list(folder.rglob("*.html"))) == len(list(folder.rglob("errors*.png"))) == 1
 
 
 def test_a_sweep_is_a_run_each_grouped_and_tagged(tmp_path, capfd):

@@ -115,7 +115,7 @@ def test_confusion_and_outsiders_are_each_loaders_own(tmp_path):
     run.fit(model, CLEAN)
     run.test(model, [CLEAN, SHIFTED], verbose=False)
     assert results.confusion.tolist() == [[2, 0, 0], [0, 2, 0], [0, 0, 2]]
-    second = results._confusions["/dataloader_idx_1"]
+    second = results.predictions[1].confusion.dense()
     assert second.tolist() == [[0, 0, 0], [2, 0, 0], [0, 1, 0]]
     for loader in (0, 1):
         assert f"test/outsiders_auroc/dataloader_idx_{loader}" in run.callback_metrics

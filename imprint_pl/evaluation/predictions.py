@@ -1,0 +1,149 @@
+"""The predictions of a validation or test: what the head said of each image, and what is true."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+# How many numbers `row_of` keeps of an image.
+COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """A confusion matrix without its zeros, ordered by true class and then by predicted class: with
+    many classes there are far more zeros than images.
+
+    Attributes:
+        true, predicted, counts: `(M,)` int64, the cells that are not zero.
+        num_classes: C.
+    """
+
+    true: Tensor
+    predicted: Tensor
+    counts: Tensor
+    num_classes: int
+
+    def dense(self, classes: list[int] | None = None) -> Tensor:
+        """The matrix of some classes in their order, `(c, c)`; of all by default."""
+        chosen = list(range(self.num_classes)) if classes is None else classes
+        place = torch.full((self.num_classes,), -1)
+        place[chosen] = torch.arange(len(chosen))
+        row, column = place[self.true], place[self.predicted]
+        inside = (row >= 0) & (column >= 0)
+        matrix = torch.zeros(len(chosen), len(chosen), dtype=torch.int64)
+        matrix[row[inside], column[inside]] = self.counts[inside]
+        return matrix
+
+    def without_diagonal(self) -> Confusion:
+        """The errors alone."""
+        wrong = self.true != self.predicted
+        return Confusion(
+            self.true[wrong], self.predicted[wrong], self.counts[wrong], self.num_classes
+        )
+
+    def sums(self, of: Tensor) -> Tensor:
+        """`(C,)`: the counts summed by `true` or by `predicted`."""
+        zeros = torch.zeros(self.num_classes, dtype=torch.int64)
+        return zeros.index_add(0, of, self.counts)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The images of a loader in its order.
+
+    Attributes:
+        labels: `(N,)` int64, the true classes, of the C of the head.
+        predicted: `(N,)` int64, the class of the best score, whatever the threshold.
+        scores: `(N,)`, the logit of that class.
+        probabilities: `(N,)`, its probability; NaN where an embedding is not finite.
+        of_true: `(N,)`, the probability of the true class.
+        class_names: C names.
+        names: a file for each image; `None` where the images come from arrays.
+        accepted: `(N,)` bool, whether the best score reaches the head's threshold; `None` where it
+            has none.
+    """
+
+    labels: Tensor
+    predicted: Tensor
+    scores: Tensor
+    probabilities: Tensor
+    of_true: Tensor
+    class_names: list[str]
+    names: list[str] | None = None
+    accepted: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def confusion(self) -> Confusion:
+        """How many images of each true class were taken for each class."""
+        C = len(self.class_names)
+        pairs, counts = torch.unique(self.labels * C + self.predicted, return_counts=True)
+        return Confusion(pairs // C, pairs % C, counts, C)
+
+    def worst(self) -> Tensor:
+        """The wrong images, `(E,)` int64: first those of which the head is surest."""
+        wrong = (self.labels != self.predicted).nonzero().flatten()
+        surplus = (self.probabilities - self.of_true)[wrong].nan_to_num(-1)
+        return wrong[surplus.argsort(descending=True, stable=True)]
+
+    @cached_property
+    def folder(self) -> str | None:
+        """The folder that all files lie below; `None` where there is none."""
+        try:
+            common = os.path.commonpath([os.path.dirname(name) for name in self.names or []])
+        except ValueError:  # no file, or on several drives
+            return None
+        return common or None
+
+    def name_of(self, index: int) -> str:
+        """Names an image: its file below `folder`, or its place in the loader."""
+        if self.names is None:
+            return f"image {index}"
+        name = self.names[index]
+        return name if self.folder is None else os.path.relpath(name, self.folder)
+
+
+def rows_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """What is kept of a batch: logits `(B, C)` and labels `(B,)` to rows `(B, 4)`, float32.
+
+    A row has the predicted class, its logit, its probability and that of the true class. A
+    probability of −1 stands for NaN, which a store of rows does not take.
+    """
+    best, predicted = logits.float().max(1)
+    probabilities = logits.float().softmax(1)
+    of_both = torch.stack([predicted, labels.to(predicted)], 1)
+    # Class indices are whole numbers below 2^24, exact in float32. The logit of a class without
+    # proxies is −∞.
+    numbers = [predicted.float()[:, None], best[:, None], probabilities.gather(1, of_both)]
+    rows = torch.cat(numbers, 1)
+    rows[:, 1] = rows[:, 1].nan_to_num(neginf=torch.finfo(torch.float32).min)
+    rows[:, 2:] = rows[:, 2:].nan_to_num(-1)
+    return rows
+
+
+def from_rows(
+    rows: Tensor,
+    labels: Tensor,
+    class_names: list[str],
+    names: list[str] | None,
+    least: float | None,
+) -> Predictions:
+    """Rows `(N, 4)` of `rows_of` and labels `(N,)` as predictions.
+
+    Args:
+        rows, labels: of all batches, in the loader's order.
+        class_names: C names.
+        names: as for `Predictions`.
+        least: the logit that an image has to reach; `None` accepts all.
+    """
+    predicted, scores = rows[:, 0].long(), rows[:, 1]
+    best, of_true = rows[:, 2:].masked_fill(rows[:, 2:] < 0, torch.nan).unbind(1)
+    accepted = None if least is None else scores >= least
+    return Predictions(labels, predicted, scores, best, of_true, class_names, names, accepted)

@@ -1,0 +1,189 @@
+"""The callback `Evaluation`: writes what a validation or test has shown into the run's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from imprint_pl.data.base import ImageDataModule
+from imprint_pl.data.batch_hooks import datamodule_of
+from imprint_pl.data.facts import DataFacts
+from imprint_pl.data.lightning_packages import both, callbacks_of, is_fast_dev_run
+from imprint_pl.data.loaders import loader_at
+from imprint_pl.evaluation.page import Run
+from imprint_pl.evaluation.pictures import Thumbnails, of_dataset, of_files
+from imprint_pl.evaluation.write import Written, write_evaluation
+from imprint_pl.gallery import ImprintGallery
+from imprint_pl.lightning.metrics import places_of, stage_of
+from imprint_pl.lightning.predictions import PredictionKeeper, in_order
+from imprint_pl.method.head import ImprintedHead
+from imprint_pl.numerics.labels import names_of
+
+WHAT = {"val": "validation", "test": "test"}
+# Figures that are logged under a stage, or by the fit, and their names on the page.
+LOGGED = {
+    "calibration_error": "calibration error (ECE)",
+    "outsiders_auroc": "AUROC against outsiders",
+    "accepted": "own images accepted",
+    "rejected": "outsiders rejected",
+}
+
+
+class Evaluation(PredictionKeeper):
+    """Writes an evaluation when a `fit`, `validate` or `test` ends.
+
+    The files are `predictions.csv` (the columns of the command `predict`, and the true class),
+    `per_class.csv`, `confusion_matrix.csv` and `.png`, `errors.png` (the errors of which the head
+    is surest) and `evaluation.html`, a page that shows all of it and says what to do next. They lie
+    in the folder of the Trainer's first logger, or in `evaluation/` of its `default_root_dir` where
+    it has no logger; those of several loaders in `dataloader_idx_0/`, …; those of a `test` after a
+    fit with the same callback in `test/`. No image goes through the backbone once more. A
+    TensorBoard logger gets the confusion matrix.
+
+    Works on `ImprintedClassifier`, and on any LightningModule that has one `ImprintedHead` and
+    takes batches `(images, labels)`.
+
+    Args:
+        images: where the pictures come from, where the Trainer's data are embeddings.
+        folder: the files are written into it; the run's folder by default.
+
+    Attributes:
+        written: for each loader by its number, on rank 0: the figures, and the paths of the files.
+    """
+
+    def __init__(self, images: ImageDataModule | None = None, folder: str | None = None) -> None:
+        super().__init__()
+        self.images = images
+        self.folder = folder
+        self.written: dict[int, Written] = {}
+        # The stage whose files lie in a folder.
+        self._used: dict[Path, str] = {}
+        # Kept until the files are written: the Trainer has forgotten the stage by then.
+        self._stage = "val"
+        self._loaders: Any = None
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super()._start(trainer, pl_module)
+        if not trainer.sanity_checking:
+            self.written = {}
+            self._stage = stage_of(trainer)
+            self._loaders = getattr(trainer, f"{self._stage}_dataloaders")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Within a fit there may be a further validation.
+        if trainer.state.fn == "validate":
+            self._write(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer, pl_module)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A broadcast, which every rank must take part in. Without a logger, or with one that has no
+        # folder for the run, it is a folder that other runs share.
+        own = trainer.log_dir
+        own = own if getattr(trainer.logger, "log_dir", None) else None
+        predictions, self.predictions = self.predictions, {}
+        if not trainer.is_global_zero or is_fast_dev_run(trainer):
+            return
+        if not predictions:
+            rank_zero_info("no evaluation is written: no head was measured on any image")
+            return
+        # There, a folder of its own: the names of the files are common ones.
+        folder = Path(self.folder or own or Path(trainer.default_root_dir, "evaluation"))
+        if self._used.setdefault(folder, self._stage) != self._stage:
+            folder = folder / WHAT[self._stage]
+        head = next(module for module in pl_module.modules() if isinstance(module, ImprintedHead))
+        several = isinstance(self._loaders, list | tuple | dict) and len(self._loaders) > 1
+        for number, found in predictions.items():
+            suffix = f"dataloader_idx_{number}" if several else ""
+            loader = loader_at(number, self._loaders)
+            self.written[number] = write_evaluation(
+                folder / suffix,
+                _run(trainer, pl_module, head, self._stage, suffix),
+                found,
+                _trained(trainer, head),
+                self._thumbnails(loader, found.names, len(found)),
+                _gallery(trainer),
+            )
+            _to_tensorboard(trainer, self.written[number].confusion, self._stage, suffix)
+
+    def _thumbnails(self, loader: Any, files: list[str] | None, count: int) -> Thumbnails | None:
+        if files is not None:
+            return of_files(files)
+        if not in_order(loader):
+            return None
+        found = of_dataset(loader.dataset)
+        if found is None and self.images is not None:
+            self.images.setup()
+            dataset = getattr(self.images, f"{self._stage}_dataset")
+            found = of_dataset(dataset) if len(dataset) >= count else None
+        return found
+
+
+def _run(
+    trainer: Trainer, pl_module: LightningModule, head: ImprintedHead, stage: str, suffix: str
+) -> Run:
+    data = datamodule_of(trainer)
+    facts = []
+    if callable(source := getattr(getattr(pl_module, "backbone", None), "source", None)):
+        facts.append(str(source()["name"]))
+    recipe = str(head.settings.get("recipe", ""))
+    facts += [f"auto chose {recipe}" if head.tried else recipe] if recipe else []
+    facts.append(f"{len(head.proxies):,} proxies for {head.num_classes:,} classes")
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    end = f"/{suffix}" if suffix else ""
+    figures = {
+        shown: f"{logged[key]:.3f}" if "auroc" in name else f"{100 * logged[key]:.1f} %"
+        for name, shown in LOGGED.items()
+        if (key := f"{stage}/{name}{end}") in logged
+    }
+    if "train/nc1" in logged:
+        figures["NC1 of the training images"] = f"{logged['train/nc1']:.3f}"
+    name = str(getattr(data, "task", type(data or pl_module).__name__))
+    name = f"{name}, loader {suffix.rsplit('_', 1)[1]}" if suffix else name
+    # What auto tried in an earlier fit was on data that may be others.
+    tried = head.tried if trainer.state.fn == "fit" else []
+    return Run(name, WHAT[stage], facts, figures, tried)
+
+
+def _trained(trainer: Trainer, head: ImprintedHead) -> Tensor | None:
+    """`(C,)`, the training images of each class of the head; `None` where nobody knows, as in a
+    test of a checkpoint, whose training data may be others than these."""
+    if trainer.state.fn != "fit":
+        return None
+    data = datamodule_of(trainer)
+    counts = DataFacts(data).class_counts
+    if counts is None:
+        return None
+    counts = torch.as_tensor(counts).long().cpu()
+    places = places_of(names_of(data), head)
+    places = torch.arange(len(counts)) if places is None else places
+    if len(counts) != len(places) or len(counts) > head.num_classes:
+        return None
+    return torch.zeros(head.num_classes, dtype=torch.int64).index_add(0, places, counts)
+
+
+def _gallery(trainer: Trainer) -> Path | None:
+    drawn = [c.path for c in callbacks_of(trainer) if isinstance(c, ImprintGallery) and c.path]
+    return drawn[-1] if drawn and trainer.state.fn == "fit" else None
+
+
+def _to_tensorboard(trainer: Trainer, confusion: Path | None, stage: str, suffix: str) -> None:
+    from PIL import Image
+
+    name = f"{stage}/confusion_matrix{f'/{suffix}' if suffix else ''}"
+    for logger in trainer.loggers:
+        if confusion is not None and isinstance(logger, both(TensorBoardLogger)):
+            pixels = np.asarray(Image.open(confusion).convert("RGB"))
+            writer: Any = cast(TensorBoardLogger, logger).experiment
+            writer.add_image(name, pixels, trainer.global_step, dataformats="HWC")

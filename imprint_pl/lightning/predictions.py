@@ -1,0 +1,164 @@
+"""Keeps what the head says of each image of a validation or test, for callbacks that report it.
+
+The scores are those that the module computes anyway: a hook on its head reads them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DistributedSampler, SequentialSampler, Subset
+from torch.utils.hooks import RemovableHandle
+
+from imprint_pl.data.batch import split_batch
+from imprint_pl.data.batch_hooks import datamodule_of
+from imprint_pl.data.loaders import loader_at, sampler_length
+from imprint_pl.errors import ImprintError
+from imprint_pl.evaluation.predictions import Predictions, from_rows, rows_of
+from imprint_pl.lightning.metrics import labels_of_head, places_of, stage_of
+from imprint_pl.method.head import ImprintedHead
+from imprint_pl.numerics.labels import names_of
+from imprint_pl.training_set.store import RowStore
+
+
+class PredictionKeeper(Callback):
+    """Keeps the predictions of the last validation or test; subclasses say what becomes of them.
+
+    Attributes:
+        predictions: for each loader by its number, on rank 0, where every rank's images are in the
+            loader's order; empty where the module had no filled head.
+    """
+
+    def __init__(self) -> None:
+        self.predictions: dict[int, Predictions] = {}
+        self._stores: dict[int, RowStore] = {}
+        self._head: ImprintedHead | None = None
+        self._hook: RemovableHandle | None = None
+        # Of the batch that is on its way.
+        self._scores: Tensor | None = None
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+        self.predictions, self._stores, self._scores = {}, {}, None
+        heads = [module for module in pl_module.modules() if isinstance(module, ImprintedHead)]
+        # Without a head, as before an ImprintCallback puts one in, there is nothing to keep.
+        self._head = heads[0] if len(heads) == 1 and not trainer.sanity_checking else None
+        if self._head is not None:
+            self._hook = self._head.register_forward_hook(self._hear)
+            data = names_of(datamodule_of(trainer))
+            self._places = None if self._head.is_empty else places_of(data, self._head)
+
+    def _hear(self, head: ImprintedHead, inputs: Any, scores: Tensor) -> None:
+        self._scores = scores.detach()
+
+    def _add(self, trainer: Trainer, batch: Any, loader: int) -> None:
+        scores, self._scores = self._scores, None
+        # None where the head was empty.
+        if scores is None or self._head is None:
+            return
+        labels = split_batch(batch)[1]
+        if len(labels) != len(scores):
+            raise ImprintError(
+                f"the head has scored {len(scores)} embeddings for a batch of {len(labels)} "
+                f"images, so that {type(self).__name__} cannot tell which are whose: leave the "
+                "callback out"
+            )
+        labels = labels_of_head(labels, self._places, self._head.num_classes)
+        if loader not in self._stores:
+            loaders = getattr(trainer, f"{stage_of(trainer)}_dataloaders")
+            self._stores[loader] = RowStore(sampler_length(loader_at(loader, loaders)))
+        self._stores[loader].add(rows_of(scores, labels.to(scores.device)), labels)
+
+    def _end(self, trainer: Trainer) -> None:
+        head, stores = self._head, self._stores
+        self._stop()
+        if head is None:
+            return
+        least = None if head.threshold is None else head.threshold / head.temperature
+        class_names = [head.name_of(label) for label in range(head.num_classes)]
+        for number, store in sorted(stores.items()):
+            gathered = store.gather()
+            if gathered is None or not len(gathered[1]):
+                continue
+            rows, labels = gathered
+            loader = loader_at(number, getattr(trainer, f"{stage_of(trainer)}_dataloaders"))
+            files = files_of(loader.dataset) if in_order(loader) else None
+            files = None if files is None or len(files) < len(labels) else files[: len(labels)]
+            self.predictions[number] = from_rows(rows, labels, class_names, files, least)
+
+    def _stop(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._head = None
+        self._stores = {}
+
+    # The hooks of Lightning, the same for validation and test.
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(trainer, pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._add(trainer, batch, dataloader_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._add(trainer, batch, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end(trainer)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._stop()
+
+
+def in_order(loader: Any) -> bool:
+    """Whether a loader gives the samples of its data set in their order, so that image i of the
+    loader is sample i of the data set."""
+    sampler = getattr(loader, "sampler", None)
+    batches = getattr(loader, "batch_sampler", None)
+    # A batch sampler of the user's own has its own order, whatever the sampler beside it.
+    own = batches is not None and type(batches) is not torch.utils.data.BatchSampler
+    if isinstance(sampler, DistributedSampler):
+        return not own and not sampler.shuffle and sampler.dataset is loader.dataset
+    return not own and isinstance(sampler, SequentialSampler)
+
+
+def files_of(dataset: Any) -> list[str] | None:
+    """The file of each sample of a data set, ours or torchvision's; `None` where it has none."""
+    if isinstance(dataset, Subset):
+        files = files_of(dataset.dataset)
+        return None if files is None else [files[index] for index in dataset.indices]
+    paths = getattr(dataset, "paths", None)
+    if paths is None:
+        pairs = getattr(dataset, "samples", None)
+        is_pairs = isinstance(pairs, list) and all(isinstance(p, tuple) and p for p in pairs)
+        paths = [pair[0] for pair in pairs or []] if is_pairs else None
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        return None
+    return paths
