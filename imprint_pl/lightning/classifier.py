@@ -41,6 +41,7 @@ from imprint_pl.lightning.trainer import (
     check_trainer,
     no_head,
     outside_the_trainers_precision,
+    samples_to_come,
 )
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.recipes import RecipeName, resolve
@@ -82,6 +83,8 @@ class ImprintedClassifier(Growing, LightningModule):
         preprocess: for an `nn.Module` that is to read uint8 images: `dict(size=, mean=, std=)`.
         precision: "32", "bf16" or "16": autocast inside the backbone.
         compile: `torch.compile` the backbone.
+        runtime: "torch", "onnxruntime", "openvino", or "auto" for what is fast on a CPU; see
+            `load_backbone`. Checkpoints do not keep it.
         save_backbone: keep the backbone in checkpoints too.
         parts: `norm_pre, gen, k, norm_post, norm_inf, agg` and more; see `resolve`. A part of your
             own is an instance, or the import path of its class (`gen="my_parts.Trimmed"`), which
@@ -119,6 +122,7 @@ class ImprintedClassifier(Growing, LightningModule):
         preprocess: dict[str, Any] | None = None,
         precision: str | int = "32",
         compile: bool = False,
+        runtime: str = "auto",
         save_backbone: bool = False,
         **parts: Any,
     ) -> None:
@@ -128,6 +132,8 @@ class ImprintedClassifier(Growing, LightningModule):
         ignored = [] if isinstance(backbone, str) else ["backbone"]
         if weights is not None and not str(weights).isidentifier():
             ignored.append("weights")
+        # Nor does what runs on this machine: a checkpoint loads anywhere.
+        ignored.append("runtime")
         self.save_hyperparameters(ignore=ignored)
         self.automatic_optimization = False
         self.strict_loading = False
@@ -145,6 +151,7 @@ class ImprintedClassifier(Growing, LightningModule):
             preprocess=preprocess,
             compile=compile,
             precision=str(precision),
+            runtime=runtime,
         )
         self.head = self.parts.empty_head()
         self.class_accuracy: Tensor | None = None
@@ -230,6 +237,7 @@ class ImprintedClassifier(Growing, LightningModule):
     def _start_epoch(self) -> ImprintEpoch:
         self.head.clear()  # of what an earlier epoch has put in
         self._epoch = ImprintEpoch(self.trainer, self.parts, self.options)
+        self.backbone.expect(self._epoch.samples)
         self._warned = self._validated = False
         return self._epoch
 
@@ -319,6 +327,8 @@ class ImprintedClassifier(Growing, LightningModule):
         self._evaluation = None
         if not self.head.is_empty:
             self._evaluation = Evaluation(self, self.head)
+            if self.trainer.state.fn != "fit":
+                self.backbone.expect(samples_to_come(self.trainer))
         elif self.trainer.state.fn != "fit":
             command = "test" if self.trainer.testing else "validate"
             raise ImprintError(f"cannot {command}: {empty(self.trainer.ckpt_path)}")
@@ -355,6 +365,7 @@ class ImprintedClassifier(Growing, LightningModule):
     def on_predict_start(self) -> None:
         if self.head.is_empty:
             raise ImprintError(f"cannot predict: {empty(self.trainer.ckpt_path)}")
+        self.backbone.expect(samples_to_come(self.trainer))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Images with or without labels → logits `(B, C)`; NaN for files that were skipped."""
