@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import logging
 import os
 import warnings
@@ -151,9 +150,7 @@ def export_graph(module: nn.Module, example: Tensor) -> bytes:
             verbose=False,
         )
         assert exported is not None  # only the old exporter, without dynamo, returns None
-        content = io.BytesIO()
-        exported.save(content, external_data=False)
-    return content.getvalue()
+    return exported.model_proto.SerializeToString()
 
 
 @contextlib.contextmanager
