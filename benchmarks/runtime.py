@@ -2,10 +2,10 @@
 
     python benchmarks/runtime.py [--models NAME …] [--rounds 5] [--threads 2]
 
-Random weights, batches of 32 images of 224 pixels, in turns in one process. "cold" is the time until
-the first batch without a kept graph, "warm" with one. On a busy machine look at processor time: the
-threads of torch wait for each other in a loop, which processor time counts too, so that --threads 1
-gives the most careful ratios. A runtime that is not installed is left out.
+Random weights, batches of 32 images of 224 pixels, in turns in one process. "cold" is the time
+until the first batch without a kept graph, "warm" with one. On a busy machine look at processor
+time: the threads of torch wait for each other in a loop, which processor time counts too, so that
+--threads 1 gives the most careful ratios. A runtime that is not installed is left out.
 """
 
 import argparse

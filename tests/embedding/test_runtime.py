@@ -16,6 +16,7 @@ from torch import nn
 from trainers import quiet_trainer
 
 from imprint_pl import ImprintedClassifier
+from imprint_pl.cli import main
 from imprint_pl.data import Digits
 from imprint_pl.embedding import embed, graphs, runtime
 from imprint_pl.embedding.backbone import load_backbone
@@ -402,6 +403,20 @@ def test_fit_and_predict_agree_and_a_checkpoint_does_not_keep_the_runtime(tmp_pa
     data.setup()
     images = data.test_dataset.images[:50]
     assert torch.equal(loaded(images).argmax(1), fitted["auto"](images).argmax(1))
+
+
+def test_fit_says_which_runtime_was_used_where_it_was_not_torch(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = (
+        f"fit --data Digits --data.shots 3 --model.recipe qi --model.backbone {NAME} "
+        "--model.pretrained false --model.image_size 32 --trainer.accelerator cpu --model.runtime"
+    )
+    assert main([*line.split(), "onnxruntime"]) == 0
+    assert "the backbone ran in onnxruntime" in capsys.readouterr().out
+    (file,) = tmp_path.glob("runs/**/summary.json")
+    assert json.loads(file.read_text())["runtime"] == "onnxruntime"
+    assert main([*line.split(), "onnx"]) == 2
+    assert "runtime 'onnx'; did you mean 'onnxruntime'?" in capsys.readouterr().err
 
 
 def keys_in(folder):
