@@ -43,6 +43,7 @@ bench: $(INSTALLED)  ## Ratios against scikit-learn, faiss and the bare forward 
 	$(BIN)/python benchmarks/aggregation.py
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/fit_overhead.py
+	$(BIN)/python benchmarks/runtime.py
 	$(BIN)/python benchmarks/auto.py
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/startup.py

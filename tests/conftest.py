@@ -1,6 +1,7 @@
 """Fixtures that several test files use."""
 
 import logging
+import os
 import sys
 
 import pytest
@@ -10,6 +11,8 @@ from places import ACCEPTANCE
 
 
 def pytest_configure(config):
+    # Graphs that tests export stay out of the user's cache; later runs find them.
+    os.environ["IMPRINT_PL_GRAPHS"] = str(config.cache.mkdir("graphs"))
     if asked_for():
         config.pluginmanager.register(ExpectedSkips(), "expected-skips")
 

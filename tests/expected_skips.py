@@ -20,6 +20,7 @@ REASONS = (
     r"no chromium on this machine",
     r"pillow-heif is installed here",
     r"could not import 'pillow_heif'",
+    r"could not import 'openvino'",
     # Data that is not in the repository; tests/contracts/test_evidence.py takes a part that is.
     r"\.\./shared/",
     # Other systems than Linux.

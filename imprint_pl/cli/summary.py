@@ -92,6 +92,7 @@ def summarise(trainer: Trainer, model: ImprintedClassifier, stage: str) -> dict[
         "num_classes": head.num_classes,
         "num_proxies": len(head.proxies),
         "backbone": backbone["name"],
+        **({"runtime": runtime} if (runtime := model.backbone.runtime.running) != "torch" else {}),
         **{name: backbone[name] for name in BACKBONE_PARAMETERS},
         "layers": model.backbone.layers_in_short,
         "layer_widths": head.layer_widths,
@@ -164,6 +165,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         if any(row[name] is not None for row in rows)
     }
     print(f"\n{_what(summary)}\n{_layers(summary)}")
+    if "runtime" in summary:
+        print(f"the backbone ran in {summary['runtime']}")
     print_table(columns, ([row[name] for name in columns] for row in rows))
     if not summary.get("calibrated", True):
         print("the probabilities are not calibrated: no temperature was fitted")

@@ -4,7 +4,6 @@ A `Backbone` carries its own preprocessing, so data modules hand out uint8 image
 never ask which backbone will read them. It knows nothing of tasks, labels or Lightning.
 """
 
-import hashlib
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from imprint_pl.embedding.layers import ReadLayers
 from imprint_pl.embedding.preprocess import PREPROCESS_KEYS, Preprocess, pair_of_sides
+from imprint_pl.embedding.runtime import Runtime, hash_of_weights
 from imprint_pl.embedding.sources import EMBEDDED, SOURCES, unknown
 from imprint_pl.embedding.weights import load_fitting, read_state_dict
 from imprint_pl.errors import ImprintError
@@ -29,6 +29,7 @@ class Backbone(nn.Module):
         model: The model.
         preprocess: Images to the model's input, or None.
         reader: Runs the model and puts the layers side by side.
+        runtime: Decides whether torch or another runtime runs the model.
         embedding_dim: d, all layers together, or None where only a first forward pass can tell.
         image_size: Pixels, or (height, width) where they differ; None for embeddings and for
             modules without `preprocess`.
@@ -50,6 +51,7 @@ class Backbone(nn.Module):
         classifier: Tensor | None = None,
         layers: str | list[str] = "last",
         views: str = "none",
+        runtime: str = "auto",
     ) -> None:
         super().__init__()
         if precision not in PRECISIONS:
@@ -66,6 +68,7 @@ class Backbone(nn.Module):
             model.to(memory_format=torch.channels_last)
         self.train()
         self.reader = ReadLayers(layers, views, name)
+        self.runtime = Runtime(runtime, name, own, precision, size)
         if preprocess and self.reader.layers is None:
             self._find_layers(preprocess)
 
@@ -109,6 +112,24 @@ class Backbone(nn.Module):
         """Which views of an image are averaged: "none" or "flip"."""
         return self.reader.views
 
+    def expect(self, images: int | None) -> None:
+        """Say how many images are to come, which `runtime="auto"` looks at; None is unknown."""
+        if line := self.runtime.expect(self.model, images):
+            # On demand: a backbone alone does not wait for Lightning.
+            from lightning.pytorch.utilities import rank_zero_info
+
+            rank_zero_info(line)
+
+    def runtime_on(self, device: torch.device) -> str:
+        """Return what is to run the model on a device: "torch", "onnxruntime" or "openvino".
+
+        Raises:
+            ImprintError: If the user asked for a runtime that cannot run there.
+        """
+        parameter = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+        dtype = torch.float32 if parameter is None else parameter.dtype
+        return self.runtime.choose(self.model, device, dtype)
+
     def _find_layers(self, preprocess: Preprocess) -> None:
         channels = len(preprocess.config["mean"])
         home = next((p.device for p in self.model.parameters()), preprocess.mean.device)
@@ -127,16 +148,11 @@ class Backbone(nn.Module):
             Plain values without paths. `sha256` is the hash of the model's state dict (names,
             types, shapes, values), computed at each call, since weights may change in place.
         """
-        digest = hashlib.sha256()
-        for key, value in sorted(self.model.state_dict().items()):
-            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-            value = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(value.view(torch.uint8).numpy().data)
         return {
             "name": self.name,
             "pretrained": self.pretrained,
             "weights": self.weights,
-            "sha256": digest.hexdigest(),
+            "sha256": hash_of_weights(self.model),
             "image_size": list(size) if isinstance(size := self.image_size, tuple) else size,
             "precision": self.precision,
             "preprocess": self.preprocess.config if self.preprocess else None,
@@ -171,17 +187,22 @@ class Backbone(nn.Module):
         batch = self._prepare(images)
         if batch.ndim == 2 and not self._own:
             return batch.float()
-        batch = self._as_input(batch)
-        dtype = PRECISIONS[self.precision]
-        with torch.autocast(batch.device.type, dtype) if dtype else nullcontext():
-            embeddings = self.reader(self.model, batch)
+        batch = self._as_float(batch)
+        embeddings = self.runtime.run(self.model, self.reader, batch)
+        if embeddings is None:
+            dtype = PRECISIONS[self.precision]
+            with torch.autocast(batch.device.type, dtype) if dtype else nullcontext():
+                embeddings = self.reader(self.model, self._as_input(batch))
         if self.embedding_dim is None:
             self.embedding_dim = embeddings.shape[1]
         return embeddings.float()
 
-    def _as_input(self, batch: Tensor) -> Tensor:
+    def _as_float(self, batch: Tensor) -> Tensor:
         parameter = next((p for p in self.model.parameters() if p.is_floating_point()), None)
-        batch = batch.to(torch.float32 if parameter is None else parameter.dtype)
+        return batch.to(torch.float32 if parameter is None else parameter.dtype)
+
+    def _as_input(self, batch: Tensor) -> Tensor:
+        batch = self._as_float(batch)
         return batch if self._own else batch.contiguous(memory_format=torch.channels_last)
 
     def _prepare(self, images: Tensor | list[Tensor]) -> Tensor:
@@ -221,6 +242,7 @@ def load_backbone(
     precision: str = "32",
     layers: str | list[str] = "last",
     views: str = "none",
+    runtime: str = "auto",
 ) -> Backbone:
     """Load a frozen embedder.
 
@@ -244,6 +266,10 @@ def load_backbone(
             such as `["blocks.2", "blocks.5"]` or "blocks.2,blocks.5". `Backbone.layers` says which
             were taken.
         views: "flip" averages the embeddings of an image and its mirror image, at twice the time.
+        runtime: "torch"; "onnxruntime" or "openvino", faster on CPUs (extras `onnx`, `openvino`);
+            "auto": ONNX Runtime for models that gain much and where 1,000 images of 224 pixels, or
+            more smaller ones, are to come (`Backbone.expect`), else torch. Embeddings differ by
+            rounding. A GPU, `compile` and a precision other than "32" mean torch.
 
     Raises:
         ImprintError: If the name is unknown, weights are missing or do not fit, or a setting has
@@ -273,7 +299,7 @@ def load_backbone(
     if file and not pretrained:
         raise ImprintError(f"weights={str(file)!r} and pretrained=False: give one of the two")
     if full_name is None:
-        result = _own(backbone, preprocess, file, precision, layers, views)
+        result = _own(backbone, preprocess, file, precision, layers, views, runtime)
     else:
         if prefix not in SOURCES or not (prefix or name in EMBEDDED):
             raise unknown(full_name)
@@ -293,8 +319,13 @@ def load_backbone(
             classifier=source.classifier,
             layers=layers,
             views=views,
+            runtime=runtime,
         )
     if compile:
+        if result.runtime.is_explicit:
+            raise ImprintError(
+                f"runtime={runtime!r} and compile=True, which compiles for torch: give one of them"
+            )
         # Module.compile works in place, so the keys of the state dict stay the same.
         result.model.compile()
     return result
@@ -307,6 +338,7 @@ def _own(
     precision: str,
     layers: str | list[str],
     views: str,
+    runtime: str,
 ) -> Backbone:
     if backbone is not None and backbone != "identity" and not isinstance(backbone, nn.Module):
         raise ImprintError(f"backbone {backbone!r}: expected a name, an nn.Module or None")
@@ -340,4 +372,5 @@ def _own(
         precision=precision,
         layers=layers,
         views=views,
+        runtime=runtime,
     )

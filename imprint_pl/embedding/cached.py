@@ -77,6 +77,7 @@ def embed(
     device: torch.device | str | None = None,
     layers: str | list[str] = "last",
     views: str = "none",
+    runtime: str = "auto",
 ) -> CachedEmbeddings:
     """The embeddings of a data set's task, from the cache where they are in it.
 
@@ -97,6 +98,9 @@ def embed(
         device: where the backbone runs; a GPU where there is one.
         layers: as for `load_backbone`; a `Backbone` has its own.
         views: as for `load_backbone`; a `Backbone` has its own.
+        runtime: as for `load_backbone`; a `Backbone` has its own. "auto" looks at the size of the
+            whole data set, not at what is asked for or missing. Each runtime has files of its own,
+            so that embeddings do not depend on who filled the cache.
 
     Returns:
         The task on embeddings, set up; `use` is a `CacheUse`. Its `splits` are whole, so that other
@@ -119,7 +123,7 @@ def embed(
             f"{type(datamodule).__name__}.{hooked[0]} may change batches, which the embedding "
             "cache does not see: do that where load() reads the images, or go without the cache"
         )
-    backbone = load_backbone(backbone, layers=layers, views=views)
+    backbone = load_backbone(backbone, layers=layers, views=views, runtime=runtime)
     source = backbone.source()
     # Only a named backbone says whether it is pretrained.
     if source["pretrained"] is None and name is None:
@@ -127,6 +131,8 @@ def embed(
             f"the backbone {source['name']!r} is a module of your own, whose code no cache can "
             "see: give embed(…, name=…) a name that changes when the code does"
         )
+    if device is None and backbone.runtime.is_explicit:
+        device = "cpu"
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -145,12 +151,25 @@ def embed(
         key["layers"] = {"names": backbone.layers, "widths": backbone.layer_widths}
     if backbone.views != "none":
         key["views"] = backbone.views
+    backbone.expect(sum(len(getattr(dataset, "labels", ())) for dataset in _of(splits)))
     filler = _Filler(backbone, device, datamodule, key, Path(local_path(cache_dir)))
-    cached = {
-        id(dataset): filler.cached(dataset)
-        for dataset in (splits.train, splits.test, splits.val)
-        if dataset is not None
-    }
+    try:
+        embedded = _through_cache(filler, splits)
+    except OtherRuntimeError:
+        # A warning has said why. Torch runs now, and its embeddings have files of their own.
+        filler = _Filler(backbone, device, datamodule, key, filler.cache_dir)
+        embedded = _through_cache(filler, splits)
+    filler.use.seconds = time.perf_counter() - start
+    return embedded
+
+
+def _of(splits: Splits) -> list[Any]:
+    return [one for one in (splits.train, splits.test, splits.val) if one is not None]
+
+
+def _through_cache(filler: _Filler, splits: Splits) -> CachedEmbeddings:
+    datamodule = filler.datamodule
+    cached = {id(dataset): filler.cached(dataset) for dataset in _of(splits)}
     embedded = CachedEmbeddings(
         Splits(
             splits.class_names,
@@ -160,7 +179,7 @@ def embed(
             splits.original_class_names,
         ),
         name=datamodule.name,
-        layer_widths=backbone.layer_widths,
+        layer_widths=filler.backbone.layer_widths,
         batch_size=datamodule.batch_size,
         seed=datamodule.seed,
         **{option: getattr(datamodule, option) for option in TASK_OPTIONS},
@@ -168,7 +187,6 @@ def embed(
     embedded.use = filler.use
     embedded.unreadable = datamodule.unreadable
     embedded.setup()
-    filler.use.seconds = time.perf_counter() - start
     return embedded
 
 
@@ -216,6 +234,10 @@ class CachedDataset(SplitDataset):
         return selected
 
 
+class OtherRuntimeError(ImprintError):
+    """The backbone cannot run in the runtime that a cache was opened for."""
+
+
 @dataclass
 class _Filler:
     backbone: Backbone
@@ -224,6 +246,11 @@ class _Filler:
     key: dict[str, Any]
     cache_dir: Path
     use: CacheUse = field(default_factory=CacheUse)
+
+    def __post_init__(self) -> None:
+        self.runtime = self.backbone.runtime_on(self.device)
+        if self.runtime != "torch":
+            self.key = {**self.key, "runtime": self.runtime}
 
     def cached(self, dataset: Dataset) -> CachedDataset:
         parts = dataset.parts if isinstance(dataset, UnionDataset) else [dataset]
@@ -312,7 +339,13 @@ class _Filler:
     def _embed(self, images: Tensor | list[Tensor]) -> Tensor:
         images = move_data_to_device(images, self.device)
         # A copy: a view, such as the first token of all, would keep the whole in memory.
-        return self.backbone(images).to(torch.float32, copy=True)
+        embeddings = self.backbone(images).to(torch.float32, copy=True)
+        if self.backbone.runtime.running != self.runtime:
+            raise OtherRuntimeError(
+                f"{self.backbone.name} does not run in {self.runtime}, for which the cache was "
+                "opened: open it again, or give runtime='torch'"
+            )
+        return embeddings
 
     def _check(self, rows: Tensor, dataset: Any, positions: Tensor) -> None:
         finite = rows.isfinite().all(1)

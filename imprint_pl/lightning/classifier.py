@@ -42,6 +42,7 @@ from imprint_pl.lightning.trainer import (
     check_trainer,
     no_head,
     outside_the_trainers_precision,
+    samples_to_come,
 )
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.recipes import AUTO, Auto, Recipe, RecipeName, resolve
@@ -91,6 +92,8 @@ class ImprintedClassifier(Growing, LightningModule):
             every other recipe, for embeddings, and for a module in which no other can be taken.
         views: "flip" averages the embeddings of an image and of its mirror image: a little more
             accurate, at twice the time.
+        runtime: "torch", "onnxruntime", "openvino", or "auto" for what is fast on a CPU; see
+            `load_backbone`. Checkpoints do not keep it.
         save_backbone: keep the backbone in checkpoints too.
         parts: `norm_pre, gen, k, norm_post, norm_inf, agg` and more; see `resolve`. A part of your
             own is an instance, or the import path of its class (`gen="my_parts.Trimmed"`), which
@@ -131,6 +134,7 @@ class ImprintedClassifier(Growing, LightningModule):
         compile: bool = False,
         layers: str | list[str] | None = None,
         views: str = "none",
+        runtime: str = "auto",
         save_backbone: bool = False,
         **parts: Any,
     ) -> None:
@@ -140,6 +144,8 @@ class ImprintedClassifier(Growing, LightningModule):
         ignored = [] if isinstance(backbone, str) else ["backbone"]
         if weights is not None and not str(weights).isidentifier():
             ignored.append("weights")
+        # Nor does what runs on this machine: a checkpoint loads anywhere.
+        ignored.append("runtime")
         self.save_hyperparameters(ignore=ignored)
         self.automatic_optimization = False
         self.strict_loading = False
@@ -168,6 +174,7 @@ class ImprintedClassifier(Growing, LightningModule):
             precision=str(precision),
             layers=layers or ("auto" if recipe == AUTO else "last"),
             views=views,
+            runtime=runtime,
         )
         self._finish_recipe(self.backbone.layer_widths)
         self.head = self.parts.empty_head()
@@ -270,6 +277,7 @@ class ImprintedClassifier(Growing, LightningModule):
     def _start_epoch(self) -> ImprintEpoch:
         self.head.clear()  # of what an earlier epoch has put in
         self._epoch = ImprintEpoch(self.trainer, self.parts, self.options)
+        self.backbone.expect(self._epoch.samples)
         self._warned = self._validated = False
         return self._epoch
 
@@ -380,6 +388,8 @@ class ImprintedClassifier(Growing, LightningModule):
         self._evaluation = None
         if not self.head.is_empty:
             self._evaluation = Measurement(self, self.head)
+            if self.trainer.state.fn != "fit":
+                self.backbone.expect(samples_to_come(self.trainer))
         elif self.trainer.state.fn != "fit":
             command = "test" if self.trainer.testing else "validate"
             raise ImprintError(f"cannot {command}: {empty(self.trainer.ckpt_path)}")
@@ -416,6 +426,7 @@ class ImprintedClassifier(Growing, LightningModule):
     def on_predict_start(self) -> None:
         if self.head.is_empty:
             raise ImprintError(f"cannot predict: {empty(self.trainer.ckpt_path)}")
+        self.backbone.expect(samples_to_come(self.trainer))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Images with or without labels → logits `(B, C)`; NaN for files that were skipped."""

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from lightning.pytorch.utilities import rank_zero_warn
 
 from imprint_pl.data.lightning_packages import both, callbacks_of, is_fast_dev_run
+from imprint_pl.data.loaders import expected_samples, loader_at
 from imprint_pl.errors import ImprintError
 
 STOPPED = "the Trainer was told to stop (max_time, or a callback's should_stop)"
@@ -59,6 +60,23 @@ def the_loader(loaders: Any) -> tuple[Any, list[Any]]:
         keys.append(next(iter(loaders)) if isinstance(loaders, Mapping) else 0)
         loaders = loaders[keys[-1]]
     return loaders, keys
+
+
+def samples_to_come(trainer: Trainer) -> int | None:
+    """How many samples a Trainer that validates, tests or predicts will see; None where a loader
+    does not say."""
+    if trainer.predicting:
+        loaders, batches = trainer.predict_dataloaders, trainer.num_predict_batches
+    elif trainer.testing:
+        loaders, batches = trainer.test_dataloaders, trainer.num_test_batches
+    else:
+        loaders, batches = trainer.val_dataloaders, trainer.num_val_batches
+    counts = [
+        expected_samples(loader_at(index, loaders), of_loader, trainer.world_size)
+        for index, of_loader in enumerate(batches)
+    ]
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def no_head(trainer: Trainer) -> str:

@@ -96,6 +96,8 @@ def load_embeddings(
     if module is not None:
         assert backbone_entry is not None
         arguments = dict(backbone_entry)
+        # Results of the paper's recipes come from torch, unless the grid says otherwise.
+        arguments.setdefault("runtime", "torch")
         try:
             backbone = load_backbone(arguments.pop("name"), **arguments)
         except TypeError as error:
