@@ -33,7 +33,7 @@ def test_auto_on_real_embeddings_beats_a_trained_probe_and_knows_how_sure_it_is(
 def test_it_says_what_it_tried_and_what_it_chose(acceptance):
     x, y = acceptance["train_embeddings"][:400], acceptance["train_labels"][:400]
     head = imprint(x, y, "auto", seed=3)
-    assert [row["recipe"] for row in head.tried] == [c["recipe"] for c in auto.CANDIDATES]
+    assert [row["recipe"] for row in head.tried] == [c["recipe"] for c in auto.ONE_LAYER]
     assert sum(row["chosen"] for row in head.tried) == 1
     chosen = next(row for row in head.tried if row["chosen"])
     assert head.settings["recipe"] == chosen["recipe"]
@@ -46,7 +46,7 @@ def test_it_says_what_it_tried_and_what_it_chose(acceptance):
 def test_what_it_gives_is_the_chosen_recipes_head(acceptance):
     x, y = acceptance["train_embeddings"][:400], acceptance["train_labels"][:400]
     head = imprint(x, y, "auto", seed=3)
-    chosen = dict(auto.CANDIDATES[[row["chosen"] for row in head.tried].index(True)])
+    chosen = dict(auto.ONE_LAYER[[row["chosen"] for row in head.tried].index(True)])
     same = imprint(x, y, **chosen, seed=3)
     assert torch.equal(head(x), same(x))
 
@@ -72,7 +72,7 @@ def test_a_lead_within_two_standard_errors_changes_nothing(monkeypatch):
     little[80:83] = True  # three more right: 0.03 against 2 · 0.02
     much[80:90] = True
     answers = iter([right, little])
-    monkeypatch.setattr(auto, "CANDIDATES", (dict(recipe="qi"), dict(recipe="lda")))
+    monkeypatch.setattr(auto, "ONE_LAYER", (dict(recipe="qi"), dict(recipe="lda")))
     monkeypatch.setattr(auto, "_labelled", lambda *_: next(answers))
     x, y = torch.randn(20, 3), torch.arange(20) % 2
     assert imprint(x, y).settings["recipe"] == "qi"
