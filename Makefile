@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
+# Photographs for `make bench`, in train/<class>/ and test/<class>/: make bench PHOTOS=trashnet
+PHOTOS ?= trashnet
+
 .PHONY: fit test test-slow lint docs wheel bench soak gpu-check clean
 
 fit: $(INSTALLED)  ## Imprint the embedded backbone on scikit-learn's digits.
@@ -47,6 +50,7 @@ bench: $(INSTALLED)  ## Ratios against scikit-learn, faiss and the bare forward 
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/whole_job.py $(PHOTOS)
 
 soak: $(INSTALLED)  ## Ten minutes of fit and predict: memory and open files must not grow.
 	$(BIN)/python benchmarks/soak.py

@@ -128,10 +128,12 @@ def embed(
     }
     if datamodule.trainer is None:
         datamodule.prepare_data()
+    # The rows are of this backbone alone, and of the data module's own `max_side`.
+    datamodule.shrink_for(None, backbone.least_side)
     splits = datamodule.load()
     filler = _Filler(backbone, device, datamodule, key, Path(local_path(cache_dir)))
     cached = {
-        id(dataset): filler.cached(dataset)
+        id(dataset): filler.cached(datamodule.sized(dataset))
         for dataset in (splits.train, splits.test, splits.val)
         if dataset is not None
     }
@@ -148,6 +150,7 @@ def embed(
         seed=datamodule.seed,
         **{option: getattr(datamodule, option) for option in TASK_OPTIONS},
     )
+    embedded.max_side = datamodule.max_side
     embedded.use = filler.use
     embedded.unreadable = datamodule.unreadable
     embedded.setup()
