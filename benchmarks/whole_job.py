@@ -84,7 +84,7 @@ def run(command: list[str], folder: Path) -> Run:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
-        sys.exit(done.stderr)
+        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
     summaries = list(folder.glob("runs/**/summary.json"))
     accuracy = json.loads(summaries[0].read_text())["accuracy"] if summaries else float(done.stdout)
     shutil.rmtree(folder / "runs", ignore_errors=True)
@@ -123,18 +123,19 @@ def main() -> None:
         folder, photos = Path(name), options.photos.resolve()
         if options.per_class:
             photos = part_of(photos, options.per_class, folder / "photos")
+        splits = [photos / "train", photos / "test"]
+        images = sum(len(files) for split in splits for *_, files in os.walk(split))
         (folder / "script.py").write_text(SCRIPT)
         # A validation split would be read, too, which the script does not do.
         (folder / "data").mkdir()
-        for split in ("train", "test"):
-            os.symlink(photos / split, folder / "data" / split)
+        for split in splits:
+            os.symlink(split, folder / "data" / split.name)
         script = [sys.executable, "script.py", "data"]
         fit = [sys.executable, "-m", "imprint_pl", "fit", "--data", "ImageFolder"]
         fit += ["--data.root", "data", "--trainer.accelerator", "cpu", *options.fit]
         # The first of each also fills the file cache.
         firsts = run(script, folder), run(fit, folder)
         pairs = [(run(script, folder), run(fit, folder)) for _ in range(options.rounds)]
-    images = sum(len(files) for split in ("train", "test") for *_, files in os.walk(photos / split))
     table = Table(title=f"{images:,} photographs; median of {len(pairs)} rounds and spread")
     for column in ("", "s", "processor s", "× the script", "× its processor s", "accuracy"):
         table.add_column(column, justify="right")
