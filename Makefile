@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
+# Photographs for `make bench`, in train/<class>/ and test/<class>/: make bench PHOTOS=trashnet
+PHOTOS ?= trashnet
+
 .PHONY: fit test test-slow lint docs wheel bench bench-accuracy soak gpu-check clean
 
 fit: $(INSTALLED)  ## Imprint the embedded backbone on scikit-learn's digits.
@@ -48,6 +51,7 @@ bench: $(INSTALLED)  ## Ratios against scikit-learn, faiss and the bare forward 
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/whole_job.py $(PHOTOS)
 
 bench-accuracy: $(INSTALLED)  ## Real tasks: auto beside trained probes (the first time 15 minutes).
 	$(BIN)/python benchmarks/accuracy.py

@@ -175,7 +175,11 @@ def _pixels(image: Tensor | str) -> np.ndarray:
 
 
 def explain_files(
-    model: ImprintedClassifier, paths: list[str], folder: str | Path, state: State | None = None
+    model: ImprintedClassifier,
+    paths: list[str],
+    folder: str | Path,
+    state: State | None = None,
+    max_side: int | None = None,
 ) -> Path:
     """Writes `explanations.json` and a PNG for each image file into a folder.
 
@@ -188,6 +192,7 @@ def explain_files(
         paths: the image files.
         folder: made where it does not exist.
         state: kept with the classifier; without rows no training images are drawn.
+        max_side: longest side in pixels to which the images are shrunk; the fit's where left out.
 
     Returns:
         The folder.
@@ -198,7 +203,7 @@ def explain_files(
     records = []
     for i, path in enumerate(paths):
         try:
-            image = read_image(path)
+            image = read_image(path, max_side or model.max_side, model.backbone.least_side)
         except ImprintError:
             continue
         x = model.embed([image.to(model.device)])

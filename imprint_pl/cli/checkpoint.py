@@ -43,6 +43,7 @@ def run_on_file(argv: list[str]) -> None:
         if data.on_error == "skip":
             print(data.leave_out_unreadable(), end="")
         data.setup()
+        data.shrink_for(model.max_side, model.backbone.least_side)
         images, paths = data.predict_dataloader(), data.paths
     # New files are named only where the others are.
     state = model.kept_state()

@@ -314,7 +314,8 @@ class ImprintCLI(LightningCLI):
         paths = self.datamodule.sample_names("predict")
         beside = state_path(self._get(self.config, "ckpt_path"))
         state = read_state(beside) if beside.is_file() else None
-        print(f"explanations: {explain_files(self.model, paths, folder, state)}")
+        side = self.datamodule.max_side
+        print(f"explanations: {explain_files(self.model, paths, folder, state, side)}")
 
     def _is_trial(self) -> bool:
         # Lightning sets this attribute without declaring it.

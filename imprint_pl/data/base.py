@@ -4,7 +4,7 @@ A data set only says how its splits are read (`load`); this file does all that a
 are `(images, labels)` with uint8 images at their native size, in the data set's own order.
 """
 
-import os
+import math
 from typing import Any
 
 import torch
@@ -58,7 +58,8 @@ class ImageDataModule(LightningDataModule):
             the paper.
         batch_size: Images in a batch (of each process).
         num_workers: Processes that decode image files. Default: one for each processor core that
-            this process may use (16 at most), and none for data sets in memory.
+            this process may use, within the limits of its container (16 at most), but no more than
+            there are batches, and none for a single batch and for data sets in memory.
         download: Whether to fetch missing files.
         seed: Seed of the shots and of the held-out part.
 
@@ -69,9 +70,11 @@ class ImageDataModule(LightningDataModule):
         original_class_names: Names of `original_labels`.
         task: Short name, such as `"mnist"` or `"mnist (classes 0,1,2)"`.
         unreadable: Files that `on_error="skip"` left out, each with the reason.
+        max_side: Longest side in pixels to which image files are shrunk, where it is set.
     """
 
     name = "images"
+    max_side: int | None = None
 
     def __init__(
         self,
@@ -112,6 +115,23 @@ class ImageDataModule(LightningDataModule):
         self.seed = seed
         self.unreadable: dict[str, str] = {}
         self._is_set_up = False
+        self._wanted: tuple[int | None, int | None] = (None, None)
+
+    def shrink_for(self, max_side: int | None, least_side: int | None) -> None:
+        """Read image files as a model wants them, in loaders that are made from now on.
+
+        Args:
+            max_side: Longest side in pixels, as in the fit of the model, where this data module has
+                no `max_side` of its own.
+            least_side: Pixels that the model's preprocessing needs: `max_side` does not shrink the
+                shorter side below them.
+        """
+        self._wanted = max_side, least_side
+
+    def sized(self, dataset: SplitDataset) -> SplitDataset:
+        """Return a data set of `load` or `setup` that reads image files as `shrink_for` says."""
+        sized = getattr(dataset, "sized", None)
+        return dataset if sized is None else sized(*self._wanted)
 
     def load(self) -> Splits:
         """Read the whole splits from disk, without a network."""
@@ -230,9 +250,13 @@ class ImageDataModule(LightningDataModule):
     ) -> DataLoader:
         """Load batches of a data set of `load` or `setup`, in its order or the sampler's."""
         from_files = getattr(dataset, "from_files", False)
+        dataset = self.sized(dataset)
         workers = self.num_workers
         if workers is None:
-            workers = self._free_processors() if from_files else 0
+            samples = len(dataset if sampler is None else sampler)
+            batches = math.ceil(samples / self.batch_size)
+            # A single batch is decoded no faster in another process.
+            workers = min(self._free_processors(), batches) if from_files and batches > 1 else 0
         loader_class = ImageFileLoader if from_files else DataLoader
         return loader_class(
             dataset,
@@ -250,11 +274,11 @@ class ImageDataModule(LightningDataModule):
         return "cuda" if self.trainer is None else self.trainer.strategy.root_device.type
 
     def _free_processors(self) -> int:
-        available = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        )
+        # joblib knows the limits of affinity and of a container (cgroups), which Python does not.
+        from joblib import cpu_count
+
         processes = self.trainer.num_devices if self.trainer is not None else 1
-        return min(max((available or 1) // processes, 1), MOST_WORKERS)
+        return min(max(cpu_count() // processes, 1), MOST_WORKERS)
 
 
 def _select(

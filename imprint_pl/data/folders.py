@@ -60,7 +60,9 @@ class ImageFolder(ImageDataModule):
         root: The folder.
         test_fraction: Part of each class held out as the test split where the folder has no split
             of its own. It depends on no seed, so that a later test never sees training images.
-        max_side: Longest side in pixels; larger images are shrunk in the workers. By default images
+        max_side: Longest side in pixels; larger images are shrunk in the workers, and JPEG files
+            are then decoded several times faster. The shorter side keeps what the backbone needs.
+            A checkpoint keeps `max_side`, and later images are read likewise. By default images
             keep their size: a photo of 12 megapixels takes 36 MB, a batch of 64 of them 2.3 GB, and
             each worker has two batches under way.
         batch_size: Images in a batch (of each process); smaller than for sets in memory, since
@@ -220,9 +222,10 @@ class ImageFiles(ImageDataModule):
         paths: Files, folders (searched with their subfolders, sorted) and patterns such as
             `photos/*.jpg` or `photos/**/*.png`; each file is taken once, in the order given.
         batch_size: Images in a batch (of each process).
-        num_workers: Processes that decode image files. Default: one for each processor core that
-            this process may use (16 at most).
-        max_side: Longest side in pixels; larger images are shrunk in the workers.
+        num_workers: Processes that decode image files. Default: as for `ImageDataModule`.
+        max_side: Longest side in pixels; larger images are shrunk in the workers. Default: as in
+            the fit of the classifier that predicts. A number beyond the images' sides reads them
+            whole.
         on_error: What to do with a file that cannot be read: "fail", or "skip" and name it.
 
     A warning counts the files of folders and patterns that are left out, as for `ImageFolder`. A

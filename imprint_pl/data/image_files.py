@@ -4,6 +4,7 @@ A batch is a list of images of different sizes. A worker sends it to the main pr
 tensor, since a shared-memory file for each image would soon exhaust the number of open files.
 """
 
+import copy
 import hashlib
 import os
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ class ImageFileDataset(SplitDataset):
         paths: One file for each sample.
         labels: `(N,)` int64; None for images to predict, which then have no attribute `labels`.
         max_side: Longest side in pixels; larger images are shrunk.
+        least_side: Pixels below which `max_side` does not shrink the shorter side.
         on_error: "fail", or "skip" for images to predict: a file that cannot be read is replaced by
             a black image, and its batch is a dict of `images` and of `skipped`, which maps the
             place in the batch to the reason. Use `unreadable` for images with labels.
@@ -49,12 +51,14 @@ class ImageFileDataset(SplitDataset):
         max_side: int | None = None,
         on_error: str = "fail",
         advice: str = "",
+        least_side: int | None = None,
     ) -> None:
         self.paths = list(paths)
         self.has_labels = labels is not None
         if labels is not None:
             self.labels = labels
         self.max_side = max_side
+        self.least_side = least_side
         self.on_error = on_error
         self.advice = advice
 
@@ -62,14 +66,14 @@ class ImageFileDataset(SplitDataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | Tensor:
-        image = read_image(self.paths[index], self.max_side)
+        image = self._read(index)
         return (image, self.labels[index]) if self.has_labels else image
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         if self.on_error == "skip":
             return self._readable(indices)
         try:
-            images = [read_image(self.paths[index], self.max_side) for index in indices]
+            images = [self._read(index) for index in indices]
         except ImprintError as error:
             advised = ImprintError(f"{error} {self.advice}".rstrip())
             if get_worker_info() is None:
@@ -82,7 +86,7 @@ class ImageFileDataset(SplitDataset):
         skipped: dict[int, str] = {}
         for place, index in enumerate(indices):
             try:
-                images.append(read_image(self.paths[index], self.max_side))
+                images.append(self._read(index))
             except ImprintError as error:
                 images.append(torch.zeros(3, 8, 8, dtype=torch.uint8))
                 skipped[place] = str(error)
@@ -91,14 +95,34 @@ class ImageFileDataset(SplitDataset):
     def select(self, positions: Tensor, labels: Tensor) -> "ImageFileDataset":
         """Return the samples at `positions` `(M,)`, with new labels `(M,)`."""
         paths = [self.paths[position] for position in positions.tolist()]
-        return ImageFileDataset(paths, labels, self.max_side, advice=self.advice)
+        return ImageFileDataset(
+            paths, labels, self.max_side, advice=self.advice, least_side=self.least_side
+        )
+
+    def sized(self, max_side: int | None, least_side: int | None) -> "ImageFileDataset":
+        """Return the data set as a model wants its images read.
+
+        Args:
+            max_side: Longest side in pixels, where the data set has no `max_side` of its own.
+            least_side: Pixels below which the shorter side is not shrunk.
+        """
+        sized = copy.copy(self)
+        sized.max_side = max_side if self.max_side is None else self.max_side
+        sized.least_side = least_side
+        return sized
+
+    def _read(self, index: int) -> Tensor:
+        return read_image(self.paths[index], self.max_side, self.least_side)
 
     def fingerprint(self) -> str:
         """Return a hash of the files' names below their folder, sizes and times, and of `max_side`.
 
+        Where `max_side` is set, `least_side` belongs to it.
+
         The files are not read: for a million images that would take longer than embedding them.
         """
-        digest = hashlib.sha256(f"files {self.max_side}".encode())
+        least = "" if None in (self.max_side, self.least_side) else f" {self.least_side}"
+        digest = hashlib.sha256(f"files {self.max_side}{least}".encode())
         root = os.path.commonpath(self.paths) if len(self.paths) > 1 else ""
         for path in self.paths:
             try:

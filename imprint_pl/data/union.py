@@ -3,6 +3,7 @@
 Classes of the same name are one class. Images keep their sizes and channels, so a batch is a list.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -76,6 +77,15 @@ class UnionDataset(SplitDataset):
         parts = [part.select(own, labels[places]) for part, places, own in self.split(positions)]
         return UnionDataset(parts, labels)
 
+    def sized(self, max_side: int | None, least_side: int | None) -> "UnionDataset":
+        """Return the union with its image files read as a model wants, as `ImageFileDataset`."""
+        union = copy.copy(self)
+        union.parts = [
+            part.sized(max_side, least_side) if hasattr(part, "sized") else part
+            for part in self.parts
+        ]
+        return union
+
 
 class Union(ImageDataModule):
     """Several data sets as one: their classes in order of appearance, those of one name merged.
@@ -104,6 +114,9 @@ class Union(ImageDataModule):
         self.sources = list(sources)
         if type(self) is Union:
             self.name = "+".join(source.name for source in sources)
+        sides = {source.max_side for source in sources}
+        # Sources of different sizes have no single one that later images could share.
+        self.max_side = sides.pop() if len(sides) == 1 else None
 
     def prepare_data(self) -> None:
         for source in self.sources:

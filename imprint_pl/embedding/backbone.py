@@ -141,6 +141,11 @@ class Backbone(nn.Module):
         """Stay in eval mode: the BatchNorm statistics of a frozen model must not change."""
         return super().train(False)
 
+    @property
+    def least_side(self) -> int | None:
+        """Pixels that the shorter side of an image needs; None without preprocessing."""
+        return None if self.preprocess is None else self.preprocess.least_side
+
     def source(self) -> dict[str, Any]:
         """Describe what the embeddings depend on, for checkpoints and caches.
 

@@ -139,6 +139,8 @@ def embed(
     autocast = torch.is_autocast_enabled(device.type)
     if datamodule.trainer is None:
         datamodule.prepare_data()
+    # The rows are of this backbone alone, and of the data module's own `max_side`.
+    datamodule.shrink_for(None, backbone.least_side)
     splits = datamodule.load()
     if backbone.reader.layers is None:
         _first_image(backbone, datamodule, splits)
@@ -169,7 +171,7 @@ def _of(splits: Splits) -> list[Any]:
 
 def _through_cache(filler: _Filler, splits: Splits) -> CachedEmbeddings:
     datamodule = filler.datamodule
-    cached = {id(dataset): filler.cached(dataset) for dataset in _of(splits)}
+    cached = {id(dataset): filler.cached(datamodule.sized(dataset)) for dataset in _of(splits)}
     embedded = CachedEmbeddings(
         Splits(
             splits.class_names,
@@ -184,6 +186,7 @@ def _through_cache(filler: _Filler, splits: Splits) -> CachedEmbeddings:
         seed=datamodule.seed,
         **{option: getattr(datamodule, option) for option in TASK_OPTIONS},
     )
+    embedded.max_side = datamodule.max_side
     embedded.use = filler.use
     embedded.unreadable = datamodule.unreadable
     embedded.setup()

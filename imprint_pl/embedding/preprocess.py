@@ -88,6 +88,11 @@ class Preprocess(nn.Module):
             values = torch.tensor(self.config[name]).view(1, -1, 1, 1)
             self.register_buffer(name, values, persistent=False)
 
+    @property
+    def least_side(self) -> int:
+        """Pixels that the shorter side of an image needs in order not to be enlarged."""
+        return max(self.resize)
+
     def forward(self, images: Tensor | list[Tensor]) -> Tensor:
         if isinstance(images, Tensor):
             return self._batch(images)

@@ -24,6 +24,7 @@ from imprint_pl.errors import ImprintError, did_you_mean
 from imprint_pl.files import check_tensor, damaged, local_path
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.recipes import KEYWORDS
+from imprint_pl.numerics.values import is_count
 from imprint_pl.parts.by_name import check_imported, import_parts, keywords_of_parts
 
 # How the names of their tensors begin.
@@ -151,6 +152,21 @@ def saved_head(
     own = {name: value for name, value in state.items() if name.startswith(HEAD)}
     head.load_state_dict({name.removeprefix(HEAD): value for name, value in own.items()})
     return head.check()
+
+
+def saved_max_side(checkpoint: dict[str, Any]) -> int | None:
+    """The longest side of the images that a checkpoint was fitted on; `None` without a limit.
+
+    Raises:
+        ImprintError: the value is no whole number above 0.
+    """
+    side = checkpoint.get("max_side")
+    if side is None or is_count(side):
+        return side
+    raise ImprintError(
+        f"the checkpoint has max_side={side!r:.200}, where pixels belong: ImprintedClassifier did "
+        "not write it"
+    )
 
 
 def _check_keys(state: Mapping[str, Any], head: ImprintedHead) -> None:

@@ -15,7 +15,9 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from imprint_pl.data.base import ImageDataModule
 from imprint_pl.data.batch import images_of, split_batch
+from imprint_pl.data.batch_hooks import datamodule_of
 from imprint_pl.data.lightning_packages import callbacks_of
 from imprint_pl.embedding.backbone import Backbone, load_backbone
 from imprint_pl.errors import ImprintError
@@ -26,6 +28,7 @@ from imprint_pl.lightning.checkpoint import (
     load_classifier,
     put_backbone,
     saved_head,
+    saved_max_side,
 )
 from imprint_pl.lightning.epoch import (
     EpochOptions,
@@ -111,6 +114,9 @@ class ImprintedClassifier(Growing, LightningModule):
     loaders each has its own, `val/accuracy/dataloader_idx_0`, ….
 
     Attributes:
+        max_side: longest side in pixels to which the fit's image files were shrunk; `None` where
+            they kept their size. Later images are shrunk in the same way, unless their data module
+            has a `max_side` of its own.
         class_accuracy: `(C,)`, of the last validation or test; `(L, C)` where it had L loaders.
     """
 
@@ -178,6 +184,7 @@ class ImprintedClassifier(Growing, LightningModule):
         )
         self._finish_recipe(self.backbone.layer_widths)
         self.head = self.parts.empty_head()
+        self.max_side: int | None = None
         self.class_accuracy: Tensor | None = None
         # None where there is no head to measure.
         self._evaluation: Measurement | None = None
@@ -264,6 +271,15 @@ class ImprintedClassifier(Growing, LightningModule):
             self.head.clear()
             # A Trainer that has done its epoch before would do none, and leave the head empty.
             self.trainer.fit_loop.epoch_progress.reset()
+            data = datamodule_of(self.trainer)
+            self.max_side = data.max_side if isinstance(data, ImageDataModule) else None
+        self._shrink_images()
+
+    def _shrink_images(self) -> None:
+        """Has the data read as the fit's were, before their loaders are made."""
+        data = datamodule_of(self.trainer)
+        if isinstance(data, ImageDataModule):
+            data.shrink_for(self.max_side, self.backbone.least_side)
 
     def on_fit_start(self) -> None:
         # A gradient scaler (16-mixed) cannot step without gradients.
@@ -444,6 +460,8 @@ class ImprintedClassifier(Growing, LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["backbone"] = self.backbone.source()
         checkpoint["cut_short"] = self._cut_short
+        if self.max_side is not None:
+            checkpoint["max_side"] = self.max_side
         keep_loadable(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -452,6 +470,11 @@ class ImprintedClassifier(Growing, LightningModule):
         # Loaded on trial into a head of its own: `self.head` may have the parts of another fit.
         saved = saved_head(checkpoint, self.parts.empty_head(), self.backbone)
         self._cut_short = bool(checkpoint.get("cut_short"))
+        if self._trainer is None or self._trainer.state.fn != "fit":
+            self.max_side = saved_max_side(checkpoint)
+            if self._trainer is not None:
+                # A Trainer sets up before it reads the checkpoint.
+                self._shrink_images()
         if saved.is_empty or self._cut_short:
             # Saved within the epoch, or where it was stopped, and the embeddings are gone: a fit
             # that resumes does it again from its start.

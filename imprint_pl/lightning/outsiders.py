@@ -12,8 +12,10 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
+from imprint_pl.data.base import ImageDataModule
 from imprint_pl.data.batch_hooks import in_training, transfer_of
 from imprint_pl.embedding.batches import run_batches, unlabelled
+from imprint_pl.lightning.classifier import ImprintedClassifier
 from imprint_pl.method.head import ImprintedHead
 
 
@@ -97,6 +99,9 @@ class Outsiders(Callback):
             self._loader = "outside"
             self.data.prepare_data()
             self.data.setup("test")
+            if isinstance(module, ImprintedClassifier) and isinstance(self.data, ImageDataModule):
+                # Outsiders are measured as the fit's images were read.
+                self.data.shrink_for(module.max_side, module.backbone.least_side)
             transfer = transfer_of(trainer, module, self.data)
             with (
                 in_training(module, self.data, trainer),

@@ -1,6 +1,7 @@
 """The commands as a user types them, in an empty folder, without a network."""
 
 import csv
+import gc
 import json
 import pickle
 import subprocess
@@ -576,3 +577,19 @@ def test_a_summary_prints_names_that_look_like_markup(capsys):
     output = capsys.readouterr().out
     assert "[/x]" in output
     assert "[/b]: none" in output
+
+
+def test_a_command_in_somebody_elses_process_leaves_its_garbage_collector_alone(tmp_path):
+    before = gc.isenabled(), gc.get_freeze_count()
+    assert main(["report", str(tmp_path / "nothing")]) == 2
+    assert (gc.isenabled(), gc.get_freeze_count()) == before
+
+
+def test_a_command_of_its_own_process_collects_no_garbage_among_what_it_imports(monkeypatch):
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    monkeypatch.setattr(sys, "argv", ["imprint-pl", "report", "nothing"])
+    assert main() == 2
+    # Once after the import, and once at the end, when collections go on again.
+    assert frozen == [False, True]
+    assert gc.isenabled()

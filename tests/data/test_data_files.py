@@ -596,7 +596,7 @@ def test_max_side_reaches_the_workers_and_survives_selection(tmp_path):
 
 
 def test_workers_decode_by_default_and_no_more_than_there_are_processors(tmp_path):
-    module = ImageFolder(make_folder(tmp_path, train=1, test=1))
+    module = ImageFolder(make_folder(tmp_path, train=1, test=1), batch_size=1)
     workers = module.train_dataloader().num_workers
     assert 1 <= workers <= max(os.cpu_count(), 1)
 
