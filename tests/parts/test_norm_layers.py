@@ -18,7 +18,13 @@ from imprint_pl.parts.norm.l2 import L2
 from imprint_pl.parts.norm.layers import JoinLayers, LastLayer, last_columns
 
 WIDTHS = [4, 3, 5]
-OPTIONS = {"whitened": {"shrinkage": 0.2}, "ranpac": {"projection_dim": 30}}
+# λ is chosen by samples that are drawn by what their rows hold, which is another thing once joined.
+OPTIONS = {
+    "whitened": {"shrinkage": 0.2},
+    "ranpac": {"projection_dim": 30},
+    "kernel": {"lam": "gcv"},
+    "ridge": {"lam": "gcv"},
+}
 
 
 @pytest.fixture
