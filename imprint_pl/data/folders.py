@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from imprint_pl.data import tasks
 from imprint_pl.data.base import ImageDataModule
 from imprint_pl.data.decode import extensions
+from imprint_pl.data.exclude import Excluded
 from imprint_pl.data.finding import (
     files_at,
     find_images,
@@ -68,6 +69,9 @@ class ImageFolder(ImageDataModule):
         on_error: "fail" at the first image that cannot be read, or "skip": before anything else,
             each image is decoded once, and those that cannot be read are named in a warning and
             left out, as if they were not there (`unreadable`).
+        exclude: Files that are not read: their names below `root`, or one name, a CSV with a column
+            `file`, such as the fix list of `audit`. A name that is no image below `root` is an
+            error.
         task: Further keywords of `ImageDataModule` but `download`.
     """
 
@@ -78,6 +82,7 @@ class ImageFolder(ImageDataModule):
         max_side: int | None = None,
         batch_size: int = 64,
         on_error: str = "fail",
+        exclude: str | list[str] | None = None,
         **task: Any,
     ) -> None:
         super().__init__(root=root, batch_size=batch_size, download=False, **task)
@@ -91,11 +96,13 @@ class ImageFolder(ImageDataModule):
         self.test_fraction = test_fraction
         self.max_side = max_side
         self.on_error = _checked_on_error(on_error)
+        self.exclude = exclude
         # Files that were decoded once, to see whether they can be read.
         self._looked_at: set[str] = set()
 
     def load(self) -> Splits:
         folders = split_folders(Path(self.root))
+        self._excluded = Excluded(self.exclude, self.root)
         train_folder = folders.get("train", Path(self.root))
         _check_classes(train_folder)
         class_names, train = self._read(train_folder)
@@ -104,6 +111,7 @@ class ImageFolder(ImageDataModule):
             for split in ("val", "test")
             if split in folders
         }
+        self._excluded.check_all_found()
         if others:
             test = others["test"] if "test" in others else others["val"]
             return Splits(class_names, train, test, others.get("val"))
@@ -167,6 +175,12 @@ class ImageFolder(ImageDataModule):
                 raise ImprintError(
                     f"the class folder {folder / name} holds no image{other_kinds(counts)}: add "
                     f"images ({', '.join(extensions())}) or remove the folder"
+                )
+            images = self._excluded.without(images)
+            if not images and not is_test:
+                raise ImprintError(
+                    f"exclude leaves no image of the class folder {folder / name}: exclude fewer, "
+                    "or remove the folder"
                 )
             paths += images
             labels += [place] * len(images)
