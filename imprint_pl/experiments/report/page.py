@@ -4,23 +4,20 @@ to use. The template escapes all text from results.
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jinja2
 import pandas as pd
 
 from imprint_pl import __version__
+from imprint_pl.drawing.page import Cell, Column, PageTable, cell, data_url, render
 from imprint_pl.experiments.report.read import most_samples, whole_tasks
 from imprint_pl.experiments.report.statistics import ALPHA, Significance
 from imprint_pl.experiments.report.tables import shown
 from imprint_pl.files import write_whole
 
-# A longer word is broken, since its column would push the others off the page.
-LONG_WORD = 40
 # How many rows of a table the page has; the CSV has all.
 MOST_ROWS = 1500
 
@@ -147,23 +144,16 @@ def write_page(
         figures: title and SVG, by name.
         galleries: PNGs.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     shots = most_samples(rows)["shots"].max()
     samples = (
         f"up to {shots:,.0f} training samples a class" if shots > 0 else "all training samples"
     )
-    page = environment.get_template("page.html.jinja").render(
+    page = render(
+        Path(__file__).with_name("page.html.jinja"),
         name=name,
         sentences=sentences,
         tests=tests,
         samples=samples,
-        long_word=LONG_WORD,
         version=__version__,
         counts={
             "runs": len(rows),
@@ -172,10 +162,13 @@ def write_page(
             "data sets": sorted(rows["data"].unique()),
         },
         figures=[
-            PageFigure(id, title, CAPTIONS.get(id, ""), _data(svg, "image/svg+xml"))
+            PageFigure(id, title, CAPTIONS.get(id, ""), data_url(svg.read_bytes(), "image/svg+xml"))
             for id, (title, svg) in figures.items()
         ],
-        galleries=[(gallery.parent.name, _data(gallery, "image/png")) for gallery in galleries],
+        galleries=[
+            (gallery.parent.name, data_url(gallery.read_bytes(), "image/png"))
+            for gallery in galleries
+        ],
         tables=[_cells(id, title, table) for id, (title, table) in made.items()],
     )
     return write_whole(path, page.encode())
@@ -186,13 +179,12 @@ def _numbers(values: pd.Series) -> dict[str, float]:
     return {str(name): float(value) for name, value in values.items()}
 
 
-def _cells(name: str, title: str, table: pd.DataFrame) -> dict[str, Any]:
+def _cells(name: str, title: str, table: pd.DataFrame) -> PageTable:
     """Returns a table as the template takes it."""
     numeric = [pd.api.types.is_numeric_dtype(table[column]) for column in table.columns]
     body = [
         [
-            # A click on the header sorts by the number itself, not by its shown digits.
-            (shown(value, column), repr(float(value)) if number and value == value else "")
+            cell(value, shown(value, column)) if number else Cell(shown(value, column))
             for value, column, number in zip(row, table.columns, numeric, strict=True)
         ]
         for row in table.head(MOST_ROWS).itertuples(index=False)
@@ -200,13 +192,8 @@ def _cells(name: str, title: str, table: pd.DataFrame) -> dict[str, Any]:
     note = NOTES.get(name, "")
     if len(table) > MOST_ROWS:
         note += f" The first {MOST_ROWS:,} of {len(table):,} rows; the CSV has all."
-    return {
-        "name": name,
-        "title": title,
-        "note": note,
-        "columns": list(zip(table.columns, numeric, strict=True)),
-        "rows": body,
-    }
+    columns = [Column(str(n), number) for n, number in zip(table.columns, numeric, strict=True)]
+    return PageTable(name, title, note, columns, body)
 
 
 def _p(value: float) -> str:
@@ -216,7 +203,3 @@ def _p(value: float) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
-
-
-def _data(path: Path, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
