@@ -66,6 +66,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         temperature, engine, width, prior, intercept, as_published: as for
             `imprint_pl.method.recipes.resolve`; spelled out, since scikit-learn reads the
             signature.
+        layer_widths: features of each layer, where `X` holds several layers of a model side by
+            side, the last layer in the last columns; see `resolve`.
         keep: what `fit` keeps, so that classes can come and go later: "embeddings" (float32;
             suffices for every step) or "moments" (sums: see `imprint_pl.training_set.kept`).
         seed: an integer that fixes every random choice; what `random_state` is elsewhere, but never
@@ -115,6 +117,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         prior: PriorName | None = None,
         intercept: bool | None = None,
         as_published: bool | None = None,
+        layer_widths: list[int] | None = None,
         keep: str | None = None,
         seed: int = 0,
         device: str | torch.device | None = None,
@@ -139,6 +142,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         self.prior = prior
         self.intercept = intercept
         self.as_published = as_published
+        self.layer_widths = layer_widths
         self.keep = keep
         self.seed = seed
         self.device = device
@@ -237,9 +241,13 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
 
         The first call reads the parameters and settles the recipe, the choice of "auto" included;
         a NORM_pre that learns is fitted on that first batch and stays, so let it be large and
-        mixed. GENs that need sums alone (mean, ls, lda, ridge unless `lam="holdout"`) keep sums and
-        at most 2,000 rows; with a NORM_pre that does not learn, batches give what `fit` gives on
-        all rows. For the other GENs, such as k-means, **every row is kept**, and memory grows.
+        mixed. `join` alone (`ridge`, `lda` or `ls` on several layers) learns from all rows so far;
+        in a chain, such as `join` and `l2`, it is fitted on the first batch, too.
+
+        GENs that need sums alone (mean, ls, lda, ridge unless `lam="holdout"`) keep sums and at
+        most 2,000 rows; with a NORM_pre that does not learn, or with `join` alone, batches give
+        what `fit` gives on all rows. For the other GENs, such as k-means, **every row is kept**,
+        and memory grows.
 
         `fit` keeps neither: `partial_fit` after it starts anew, with a warning.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from imprint_pl.data.arrays import ArrayDataset
 from imprint_pl.data.base import ImageDataModule
 from imprint_pl.data.splits import Splits
+from imprint_pl.errors import ImprintError
 
 TASK_OPTIONS = ("classes", "d", "num_labels", "task_seed", "shots", "val_fraction")
 
@@ -25,16 +26,49 @@ class EmbeddingDataModule(ImageDataModule):
     Args:
         splits: The whole splits, each an `ArrayDataset(x, y)` with x float32 `(N, d)` and y `(N,)`.
         name: Name of the data set, for `task`.
+        layer_widths: How many columns each layer of the backbone has, in their order, where x holds
+            several layers side by side.
         task: Keywords of `ImageDataModule` but `root`, `download` and `num_workers`.
     """
 
-    def __init__(self, splits: Splits, name: str = "embeddings", **task: Any) -> None:
+    def __init__(
+        self,
+        splits: Splits,
+        name: str = "embeddings",
+        layer_widths: list[int] | None = None,
+        **task: Any,
+    ) -> None:
         super().__init__(root="data", download=False, num_workers=None, **task)
+        if layer_widths is not None:
+            layer_widths = list(layer_widths)
+            if not layer_widths or not all(isinstance(n, int) and n > 0 for n in layer_widths):
+                raise ImprintError(
+                    f"layer_widths={layer_widths!r}: expected how many columns each layer has, "
+                    "such as [320, 1280]"
+                )
         self.splits = splits
         self.name = name
+        self.layer_widths = layer_widths
 
     def load(self) -> Splits:
         return self.splits
+
+    def setup(self, stage: str | None = None) -> None:
+        """Select the task's samples, and check that their columns are those of the layers.
+
+        Raises:
+            ImprintError: If the widths of the layers do not add up to the number of columns.
+        """
+        super().setup(stage)
+        for split in ("train", "val", "test") if self.layer_widths else ():
+            rows = cast(ArrayDataset, self._dataset(split)).images
+            if rows.shape[1] != sum(self.layer_widths or ()):
+                raise ImprintError(
+                    f"layer_widths={self.layer_widths} add up to {sum(self.layer_widths or ())}, "
+                    f"but the {split} embeddings of {self.name!r} have {rows.shape[1]} columns: "
+                    "give the widths of the backbone's layers (Backbone.layer_widths), or leave "
+                    "layer_widths out"
+                )
 
     def arrays(self, split: str = "train") -> tuple[Tensor, Tensor]:
         """Return the embeddings `(N, d)`, float32, and the labels `(N,)` of a split of the task."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from imprint_pl.embedding.layers import ReadLayers
 from imprint_pl.embedding.preprocess import PREPROCESS_KEYS, Preprocess, pair_of_sides
 from imprint_pl.embedding.sources import EMBEDDED, SOURCES, unknown
 from imprint_pl.embedding.weights import load_fitting, read_state_dict
@@ -27,7 +28,8 @@ class Backbone(nn.Module):
         name: The name, or the class of a module.
         model: The model.
         preprocess: Images to the model's input, or None.
-        embedding_dim: d, or None where only a first forward pass can tell.
+        reader: Runs the model and puts the layers side by side.
+        embedding_dim: d, all layers together, or None where only a first forward pass can tell.
         image_size: Pixels, or (height, width) where they differ; None for embeddings and for
             modules without `preprocess`.
         classifier: Weights `(classes, d)` of the removed classifier, or None where they are not
@@ -46,6 +48,8 @@ class Backbone(nn.Module):
         weights: str | None = None,
         precision: str = "32",
         classifier: Tensor | None = None,
+        layers: str | list[str] = "last",
+        views: str = "none",
     ) -> None:
         super().__init__()
         if precision not in PRECISIONS:
@@ -61,6 +65,38 @@ class Backbone(nn.Module):
             # Channels last makes convolutions up to 1.5 times faster; transformers stay as fast.
             model.to(memory_format=torch.channels_last)
         self.train()
+        self.reader = ReadLayers(layers, views, name)
+        if preprocess and self.reader.layers is None:
+            self._find_layers(preprocess)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the modules that are read beside the last layer, in the order of the forward.
+
+        Empty for the last layer alone, and before the first batch of a module of the user's own
+        without `preprocess`.
+        """
+        return [layer.name for layer in self.reader.layers or ()]
+
+    @property
+    def layer_widths(self) -> list[int] | None:
+        """Widths of all layers, the last one's too; None where the last layer is alone.
+
+        A module of the user's own without `preprocess` knows them after its first batch.
+        """
+        return self.reader.widths
+
+    @property
+    def views(self) -> str:
+        """Which views of an image are averaged: "none" or "flip"."""
+        return self.reader.views
+
+    def _find_layers(self, preprocess: Preprocess) -> None:
+        channels = len(preprocess.config["mean"])
+        home = next((p.device for p in self.model.parameters()), preprocess.mean.device)
+        grey = torch.zeros(1, channels, *preprocess.size, device=home)
+        self.reader.find(self.model, self._as_input(grey))
+        self.embedding_dim = sum(self.layer_widths or ()) or self.embedding_dim
 
     def train(self, mode: bool = True) -> "Backbone":
         """Stay in eval mode: the BatchNorm statistics of a frozen model must not change."""
@@ -86,7 +122,18 @@ class Backbone(nn.Module):
             "image_size": list(size) if isinstance(size := self.image_size, tuple) else size,
             "precision": self.precision,
             "preprocess": self.preprocess.config if self.preprocess else None,
-        }
+        } | self._wide_source()
+
+    def _wide_source(self) -> dict[str, Any]:
+        """Layers and views, only where they are not the last and none: old descriptions stay."""
+        wide: dict[str, Any] = {}
+        if self.reader.layers is None:
+            wide["layers"] = self.reader.asked
+        elif self.reader.layers:
+            wide["layers"] = self.layers
+        if self.views != "none":
+            wide["views"] = self.views
+        return wide
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor:
         """Embed a batch.
@@ -106,28 +153,18 @@ class Backbone(nn.Module):
         batch = self._prepare(images)
         if batch.ndim == 2 and not self._own:
             return batch.float()
-        parameter = next((p for p in self.model.parameters() if p.is_floating_point()), None)
-        batch = batch.to(torch.float32 if parameter is None else parameter.dtype)
-        if not self._own:
-            batch = batch.contiguous(memory_format=torch.channels_last)
+        batch = self._as_input(batch)
         dtype = PRECISIONS[self.precision]
         with torch.autocast(batch.device.type, dtype) if dtype else nullcontext():
-            embeddings = self.model(batch)
-        if not isinstance(embeddings, Tensor):
-            raise ImprintError(
-                f"backbone {self.name!r} returned a {type(embeddings).__name__}: "
-                "wrap it so that it returns one tensor (B, d)"
-            )
-        if embeddings.ndim == 4 and embeddings.shape[2:] == (1, 1):
-            embeddings = embeddings.flatten(1)
-        if embeddings.ndim != 2:
-            raise ImprintError(
-                f"backbone {self.name!r} returned the shape {tuple(embeddings.shape)} for images "
-                f"{tuple(batch.shape)}: expected (B, d); pool or flatten its features first"
-            )
+            embeddings = self.reader(self.model, batch)
         if self.embedding_dim is None:
             self.embedding_dim = embeddings.shape[1]
         return embeddings.float()
+
+    def _as_input(self, batch: Tensor) -> Tensor:
+        parameter = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+        batch = batch.to(torch.float32 if parameter is None else parameter.dtype)
+        return batch if self._own else batch.contiguous(memory_format=torch.channels_last)
 
     def _prepare(self, images: Tensor | list[Tensor]) -> Tensor:
         if isinstance(images, Tensor):
@@ -164,6 +201,8 @@ def load_backbone(
     preprocess: dict[str, Any] | None = None,
     compile: bool = False,
     precision: str = "32",
+    layers: str | list[str] = "last",
+    views: str = "none",
 ) -> Backbone:
     """Load a frozen embedder.
 
@@ -182,12 +221,26 @@ def load_backbone(
         compile: Whether to compile the model with `torch.compile`.
         precision: "32", or "bf16" or "16" for autocast around the model. Embeddings are always
             float32.
+        layers: "last"; "all": stages of the model, pooled, and the last layer, side by side;
+            "auto": the same, or the last layer where no other can be taken; or names of modules,
+            such as `["blocks.2", "blocks.5"]` or "blocks.2,blocks.5". `Backbone.layers` says which
+            were taken.
+        views: "flip" averages the embeddings of an image and its mirror image, at twice the time.
 
     Raises:
         ImprintError: If the name is unknown, weights are missing or do not fit, or a setting has
             no effect.
     """
     if isinstance(backbone, Backbone):
+        for what, value, own in (
+            ("layers", layers, (backbone.reader.asked, backbone.layers)),
+            ("views", views, (backbone.views,)),
+        ):
+            if value not in ("last" if what == "layers" else "none", *own):
+                raise ImprintError(
+                    f"{what}={value!r}, but this backbone is loaded with {what}={own[0]!r}: give "
+                    f"{what} to load_backbone"
+                )
         return backbone
     full_name = backbone if isinstance(backbone, str) and backbone != "identity" else None
     if full_name is not None and preprocess is not None:
@@ -202,7 +255,7 @@ def load_backbone(
     if file and not pretrained:
         raise ImprintError(f"weights={str(file)!r} and pretrained=False: give one of the two")
     if full_name is None:
-        result = _own(backbone, preprocess, file, precision)
+        result = _own(backbone, preprocess, file, precision, layers, views)
     else:
         if prefix not in SOURCES or not (prefix or name in EMBEDDED):
             raise unknown(full_name)
@@ -220,6 +273,8 @@ def load_backbone(
             weights=Path(file).name if file else source.entry,
             precision=precision,
             classifier=source.classifier,
+            layers=layers,
+            views=views,
         )
     if compile:
         # Module.compile works in place, so the keys of the state dict stay the same.
@@ -232,6 +287,8 @@ def _own(
     preprocess: dict[str, Any] | None,
     file: str | None,
     precision: str,
+    layers: str | list[str],
+    views: str,
 ) -> Backbone:
     if backbone is not None and backbone != "identity" and not isinstance(backbone, nn.Module):
         raise ImprintError(f"backbone {backbone!r}: expected a name, an nn.Module or None")
@@ -249,5 +306,20 @@ def _own(
             )
         prepare = Preprocess(**preprocess)
     name = type(model).__name__ if model is backbone else "identity"
-    weights = Path(file).name if file else None
-    return Backbone(model, name, prepare, own=True, weights=weights, precision=precision)
+    if model is not backbone:
+        if layers not in ("last", "auto") or views != "none":
+            raise ImprintError(
+                f"backbone {backbone!r} takes embeddings as they are, which have no "
+                f"layers={layers!r} and views={views!r}: leave out both"
+            )
+        layers = "last"
+    return Backbone(
+        model,
+        name,
+        prepare,
+        own=True,
+        weights=Path(file).name if file else None,
+        precision=precision,
+        layers=layers,
+        views=views,
+    )

@@ -7,6 +7,8 @@ a task asks for are embedded.
 
 from __future__ import annotations
 
+import glob
+import json
 import re
 import time
 from dataclasses import dataclass, field
@@ -29,7 +31,7 @@ from imprint_pl.data.splits import SplitDataset
 from imprint_pl.data.union import UnionDataset
 from imprint_pl.embedding.backbone import Backbone, load_backbone
 from imprint_pl.embedding.batches import run_batches
-from imprint_pl.embedding.row_cache import RowCache
+from imprint_pl.embedding.row_cache import RowCache, WiderRows
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import digest, local_path
 
@@ -58,7 +60,10 @@ class CacheUse:
 
 
 class CachedEmbeddings(EmbeddingDataModule):
-    """A task on embeddings that came through the cache; `use` says what the cache did."""
+    """A task on embeddings that came through the cache; `use` says what the cache did.
+
+    `layer_widths` are those of the backbone: None where the last layer is alone.
+    """
 
     use: CacheUse
 
@@ -70,14 +75,17 @@ def embed(
     *,
     name: str | None = None,
     device: torch.device | str | None = None,
+    layers: str | list[str] = "last",
+    views: str = "none",
 ) -> CachedEmbeddings:
     """The embeddings of a data set's task, from the cache where they are in it.
 
     The cache is keyed by the backbone's name, the hash of its weights, its preprocessing and
-    precision, and a fingerprint of the images: for arrays a hash of their bytes, for files their
-    names, sizes and times. What is missing is embedded and added, so that a run that was killed
-    goes on where it was, and tasks of one data set share what they have in common. One process
-    writes at a time, others wait for it. Embeddings are float32.
+    precision, its layers and views, and a fingerprint of the images: for arrays a hash of their
+    bytes, for files their names, sizes and times. The last layer alone is read from the files of
+    several layers, where they are there. What is missing is embedded and added, so that a run that
+    was killed goes on where it was, and tasks of one data set share what they have in common. One
+    process writes at a time, others wait for it. Embeddings are float32.
 
     Args:
         backbone: of `load_backbone`, or what it takes.
@@ -87,6 +95,8 @@ def embed(
         name: names a module of your own, whose code no hash can see: give it another name when
             the code changes.
         device: where the backbone runs; a GPU where there is one.
+        layers: as for `load_backbone`; a `Backbone` has its own.
+        views: as for `load_backbone`; a `Backbone` has its own.
 
     Returns:
         The task on embeddings, set up; `use` is a `CacheUse`. Its `splits` are whole, so that other
@@ -109,7 +119,7 @@ def embed(
             f"{type(datamodule).__name__}.{hooked[0]} may change batches, which the embedding "
             "cache does not see: do that where load() reads the images, or go without the cache"
         )
-    backbone = load_backbone(backbone)
+    backbone = load_backbone(backbone, layers=layers, views=views)
     source = backbone.source()
     # Only a named backbone says whether it is pretrained.
     if source["pretrained"] is None and name is None:
@@ -121,14 +131,20 @@ def embed(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     autocast = torch.is_autocast_enabled(device.type)
+    if datamodule.trainer is None:
+        datamodule.prepare_data()
+    splits = datamodule.load()
+    if backbone.reader.layers is None:
+        _first_image(backbone, datamodule, splits)
     key = {
         "backbone": name or source["name"],
         **{part: source[part] for part in ("sha256", "image_size", "precision", "preprocess")},
         "autocast": str(torch.get_autocast_dtype(device.type)) if autocast else None,
     }
-    if datamodule.trainer is None:
-        datamodule.prepare_data()
-    splits = datamodule.load()
+    if backbone.layers:
+        key["layers"] = {"names": backbone.layers, "widths": backbone.layer_widths}
+    if backbone.views != "none":
+        key["views"] = backbone.views
     filler = _Filler(backbone, device, datamodule, key, Path(local_path(cache_dir)))
     cached = {
         id(dataset): filler.cached(dataset)
@@ -144,6 +160,7 @@ def embed(
             splits.original_class_names,
         ),
         name=datamodule.name,
+        layer_widths=backbone.layer_widths,
         batch_size=datamodule.batch_size,
         seed=datamodule.seed,
         **{option: getattr(datamodule, option) for option in TASK_OPTIONS},
@@ -153,6 +170,17 @@ def embed(
     embedded.setup()
     filler.use.seconds = time.perf_counter() - start
     return embedded
+
+
+def _first_image(backbone: Backbone, datamodule: ImageDataModule, splits: Splits) -> None:
+    """Show a backbone one image, so that it knows its layers."""
+    home = next((tensor.device for tensor in backbone.state_dict().values()), torch.device("cpu"))
+    image = splits.train.select(torch.tensor([0]), splits.train.labels[:1])
+
+    def embed_one(images: Tensor | list[Tensor]) -> Tensor:
+        return backbone(move_data_to_device(images, home))
+
+    list(run_batches(embed_one, datamodule.loader(image)))
 
 
 class CachedDataset(SplitDataset):
@@ -209,9 +237,24 @@ class _Filler:
             )
         key = {**self.key, "images": dataset.fingerprint()}
         readable = re.sub(r"[^\w.-]+", "-", key["backbone"])
-        cache = RowCache(self.cache_dir / f"{readable}-{digest(key)[:16]}", key)
+        wider = [] if "layers" in key else self._wider(readable, key)
+        cache = RowCache(self.cache_dir / f"{readable}-{digest(key)[:16]}", key, wider)
         self.use.folders.append(cache.folder)
         return cache
+
+    def _wider(self, readable: str, key: dict[str, Any]) -> list[WiderRows]:
+        """The caches of the same images with several layers, whose last one is wanted."""
+        wider = []
+        for path in sorted(self.cache_dir.glob(f"{glob.escape(readable)}-*/key.json")):
+            try:
+                theirs = json.loads(path.read_text())
+                columns = int(theirs["layers"]["widths"][-1])
+            except (OSError, ValueError, KeyError, TypeError, IndexError):
+                continue  # it has one layer, or is damaged
+            # Compared by what a file can hold: a tuple comes back as a list.
+            if digest({part: theirs[part] for part in theirs if part != "layers"}) == digest(key):
+                wider.append(WiderRows(RowCache(path.parent, theirs), columns))
+        return wider
 
     def rows(self, cache: RowCache, dataset: Any, positions: Tensor) -> Tensor:
         """The embeddings of the samples at `positions`, ascending."""

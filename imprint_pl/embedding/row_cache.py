@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,13 @@ class Found(NamedTuple):
     faults: dict[Path, str]
 
 
+class WiderRows(NamedTuple):
+    """A cache of longer rows, and how many of their last columns are wanted."""
+
+    cache: RowCache
+    columns: int
+
+
 class RowCache:
     """Float32 rows by position in one folder.
 
@@ -51,11 +58,14 @@ class RowCache:
     Args:
         folder: made when the first rows are written.
         key: plain values that name what the rows are; a part written under another key is foreign.
+        wider: caches whose rows end in the rows of this one; `read` takes from them what is not
+            here.
     """
 
-    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, key: dict[str, Any], wider: Sequence[WiderRows] = ()) -> None:
         self.folder = folder
         self.key = key
+        self.wider = tuple(wider)
         self._digest = digest(key)
 
     def read(self, positions: Tensor) -> Found:
@@ -88,6 +98,19 @@ class RowCache:
             hit = held[index] == wanted
             rows[hit] = embeddings[index[hit]]
             found |= hit
+        for cache, columns in self.wider:
+            if found.all():
+                break
+            # Its damaged parts are removed by those who fill it.
+            there = cache.read(positions[~torch.from_numpy(found)])
+            if there.rows is None or (rows is not None and columns != rows.shape[1]):
+                continue
+            if rows is None:
+                rows = np.empty((len(wanted), columns), dtype=np.float32)
+            hits = there.found.numpy()
+            places = (~found).nonzero()[0][hits]
+            rows[places] = there.rows.numpy()[hits, -columns:]
+            found[places] = True
         read = None if rows is None else torch.from_numpy(rows)
         return Found(read, torch.from_numpy(found), faults)
 

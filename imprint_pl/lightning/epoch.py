@@ -27,6 +27,7 @@ from imprint_pl.method.imprinting import imprint_parts
 from imprint_pl.method.recipes import Auto, Recipe
 from imprint_pl.method.selection import weibull_typical
 from imprint_pl.method.threshold import set_threshold
+from imprint_pl.parts.norm.layers import last_columns
 from imprint_pl.ranks import on_rank_zero
 from imprint_pl.training_set.kept import KEEP, State
 from imprint_pl.training_set.memory import check_memory
@@ -261,8 +262,9 @@ class ImprintEpoch:
                 weibull=options.weibull,
                 classifier=classifier,
             )
-        # As the paper has it: on unit vectors, whatever the recipe.
-        value = nc1(nn.functional.normalize(x), y) if len(y.unique()) > 1 else float("nan")
+        # As the paper has it: on unit vectors of the last layer, whatever the recipe.
+        unit = nn.functional.normalize(last_columns(x, self.parts.layer_widths))
+        value = nc1(unit, y) if len(y.unique()) > 1 else float("nan")
         return Imprinted(head, value, len(y), state)
 
     def _sources(self, samples: int) -> list[str]:

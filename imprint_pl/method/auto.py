@@ -49,7 +49,7 @@ class Chosen(NamedTuple):
     tried: list[dict[str, Any]]
 
 
-def choose(x: Tensor, y: Tensor, request: Request) -> Chosen:
+def choose(x: Tensor, y: Tensor, request: Request, layer_widths: list[int] | None = None) -> Chosen:
     """Chooses the recipe for embeddings `x (N, d)`, labels `y (N,)` that were checked.
 
     With fewer than 3,000 samples candidates are compared by cross-validation, over two to five
@@ -58,7 +58,7 @@ def choose(x: Tensor, y: Tensor, request: Request) -> Chosen:
     A candidate replaces `kernel` if its accuracy there is higher by more than two standard errors
     of the paired difference, √(n₊ + n₋ + 1 − (n₊ − n₋)²/(n + 2)) / (n + 2), n₊ and n₋ the samples
     that only one or only the other has right, of n. Where nothing can be held out (one sample a
-    class), it is `kernel`.
+    class), it is `kernel`. Every candidate takes `layer_widths`.
 
     Returns:
         The recipe, and for each candidate its keywords, `accuracy`, `difference` from the first and
@@ -68,20 +68,21 @@ def choose(x: Tensor, y: Tensor, request: Request) -> Chosen:
     proportions" (the standard error).
     """
     rows, held = _comparison(y, request.seed)
+    widths = {"layer_widths": layer_widths}
     x, y = x[rows], y[rows]
     tried: list[dict[str, Any]] = []
     first: Tensor | None = None
     shown = tqdm(CANDIDATES, "auto", leave=False, disable=not request.progress, delay=2)
     for candidate in shown if held else []:
         shown.set_postfix_str(candidate["recipe"], refresh=False)
-        correct = _labelled(x, y, candidate, request, held)
+        correct = _labelled(x, y, candidate | widths, request, held)
         first = first if tried else correct
         tried.append(dict(candidate) | _compared(correct, first))
     clear = [i for i, row in enumerate(tried) if _is_clearly_better(row)]
     best = max(clear, key=lambda i: tried[i]["accuracy"], default=0)
     for i, row in enumerate(tried):
         row["chosen"] = i == best
-    return Chosen(_parts(CANDIDATES[best]), tried)
+    return Chosen(_parts(CANDIDATES[best] | widths), tried)
 
 
 def _comparison(y: Tensor, seed: int) -> tuple[Tensor, list[Tensor]]:

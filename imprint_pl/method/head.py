@@ -18,7 +18,7 @@ from imprint_pl.method.pretrained import Pretrained
 from imprint_pl.numerics.constants import Constants
 from imprint_pl.numerics.values import MAX_CLASSES, is_number, to_json_value
 from imprint_pl.parts.agg.max import Max
-from imprint_pl.parts.by_name import build, describe
+from imprint_pl.parts.by_name import build, describe, steps_of
 from imprint_pl.parts.gen.base import Proxies
 from imprint_pl.parts.norm.base import NoNorm
 
@@ -129,6 +129,15 @@ class ImprintedHead(Constants, Pretrained):
     def feature_dim(self) -> int:
         """d of the proxies, which differs where NORM_inf maps to other dimensions."""
         return self.proxies.shape[1]
+
+    @property
+    def layer_widths(self) -> list[int] | None:
+        """Features of each layer in the embeddings that go in; `None` where there is one layer."""
+        for step in steps_of(self.norm_inf):
+            widths = getattr(step, "layer_widths", None)
+            if widths is not None and len(widths) > 1:
+                return list(widths)
+        return None
 
     @property
     def temperature(self) -> float:

@@ -24,13 +24,20 @@ from imprint_pl.method.calibration import (
     set_temperature,
 )
 from imprint_pl.method.head import ImprintedHead
-from imprint_pl.method.pipeline import Request, Sums, gram_of, holds_out_of_sums, make_head
+from imprint_pl.method.pipeline import (
+    Request,
+    Sums,
+    gram_of,
+    holds_out_of_sums,
+    learns_from_sums,
+    make_head,
+)
 from imprint_pl.method.recipes import Recipe
 from imprint_pl.numerics.draws import random_keys
 from imprint_pl.numerics.moments import Moments
 from imprint_pl.numerics.order import keys
 from imprint_pl.parts.gen.ridge import CHOICES
-from imprint_pl.parts.norm.base import transform
+from imprint_pl.parts.norm.base import sums_of, transform
 
 # Samples that may be held out to fit a temperature; of more, a random sample of so many.
 HELD = 2000
@@ -147,9 +154,13 @@ def _out_of_sums(
 ) -> Fold:
     """Scores samples by a head of the sums of all less those of the samples."""
     z = transform(sums.norm_pre, x[rows])
-    own = z if sums.coordinates is None else sums.coordinates[rows.to(sums.coordinates.device)]
-    C = request.num_classes
-    held = Moments.of(own, y[rows].to(own.device), C, gram=gram_of(parts.gen))
+    C, gram = request.num_classes, gram_of(parts.gen)
+    if sums.coordinates is None and learns_from_sums(sums.norm_pre):
+        # The sums of all came about in this way, so that nothing but rounding is left of these.
+        held = sums_of(sums.norm_pre, x[rows], y[rows], C, gram)
+    else:
+        own = z if sums.coordinates is None else sums.coordinates[rows.to(sums.coordinates.device)]
+        held = Moments.of(own, y[rows].to(own.device), C, gram=gram)
     others = sums.moments - held
     proxies = with_larger_lam(parts, lambda changed: sums.proxies(others, changed, request))
     shown = rows_to_score(rows, C)

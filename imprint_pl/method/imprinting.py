@@ -23,6 +23,7 @@ from imprint_pl.numerics.labels import checked_names
 from imprint_pl.numerics.order import in_order
 from imprint_pl.numerics.values import checked_seed
 from imprint_pl.parts.by_name import import_parts
+from imprint_pl.parts.norm.layers import check_width
 
 
 def imprint(
@@ -60,6 +61,7 @@ def imprint(
             gives probabilities. Costs a second, smaller imprinting.
         overrides: `norm_pre, gen, k, norm_post, norm_inf, agg` and more; see `resolve`. A part of
             your own is an instance, or the import path of its class: `gen="my_parts.Trimmed"`.
+            `layer_widths` says that `x` holds several layers of a model side by side.
 
     Returns:
         An `ImprintedHead`, embeddings `(B, d)` → logits `(B, C)`, on `x`'s device.
@@ -123,12 +125,16 @@ def imprint_parts(
             `check_values`.
     """
     x, y, num_classes = checked(x, y, num_classes, class_names, allow_empty, values_checked)
+    check_width(parts.layer_widths, x.shape[1])
     # Draws and folds then depend on the set of samples alone, not on the order in which they came.
     rows = in_order(x, y)
     x, y = x[rows], y[rows]
     classifier = None if classifier is None else checked_classifier(classifier)
     request = Request(num_classes, class_names, seed, classifier, progress)
-    recipe, tried = choose(x, y, request) if isinstance(parts, Auto) else (parts, [])
+    if isinstance(parts, Auto):
+        recipe, tried = choose(x, y, request, parts.layer_widths)
+    else:
+        recipe, tried = parts, []
     head, sums = make_head(x, y, recipe, request)
     if calibrate:
         calibrate_head(head, x, y, recipe, request, sums)

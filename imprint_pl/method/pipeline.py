@@ -21,6 +21,8 @@ from imprint_pl.numerics.moments import Moments
 from imprint_pl.parts.by_name import steps_of
 from imprint_pl.parts.gen import Proxies
 from imprint_pl.parts.norm.base import Norm, sums_of, transform
+from imprint_pl.parts.norm.layers import JoinLayers
+from imprint_pl.parts.norm.quantile import Quantile
 from imprint_pl.parts.norm.random_projection import RandomProjection
 
 # Settings of a head that are results, not keywords of its recipe.
@@ -112,6 +114,19 @@ class Sums:
         return cls(norm_pre, norm_inf, moments.relabelled(present, request.num_classes))
 
     @classmethod
+    def of_kept(cls, norm_pre: Any, norm_inf: nn.Module, moments: Moments) -> Sums:
+        """Takes sums that were kept of samples which went by; see `kept_sums`.
+
+        Where they are sums of the samples before NORM_pre, copies of NORM_pre and NORM_inf learn
+        from them.
+        """
+        if not learns_from_sums(norm_pre):
+            return cls(norm_pre, norm_inf, moments)
+        norm_pre, norm_inf = copy.deepcopy((norm_pre, norm_inf))
+        norm_pre.fit_moments(moments)
+        return cls(norm_pre, norm_inf, norm_pre.of_moments(moments))
+
+    @classmethod
     def of(
         cls,
         norm_pre: nn.Module,
@@ -176,6 +191,42 @@ def gram_of(gen: Any) -> str:
     return "pooled" if gen.needs_gram else "none"
 
 
+def learns_from_sums(norm_pre: nn.Module) -> bool:
+    """Whether NORM_pre learns from the sums of all samples, which are kept as they come."""
+    return getattr(norm_pre, "from_moments", False)
+
+
+def kept_gram(parts: Recipe) -> str:
+    """The Gram matrix of the sums that are kept for a recipe, as `Moments.zeros` takes it."""
+    gram = gram_of(parts.gen)
+    return "diagonal" if gram == "none" and learns_from_sums(parts.norm_pre) else gram
+
+
+def kept_sums(parts: Recipe, norm_pre: nn.Module, x: Tensor, y: Tensor, classes: int) -> Moments:
+    """The sums to keep of `x (N, d)`, `y (N,)`: of NORM_pre(x), or of x where NORM_pre
+    `learns_from_sums`."""
+    if learns_from_sums(norm_pre):
+        return Moments.of(x, y, classes, gram=kept_gram(parts))
+    return sums_of(norm_pre, x, y, classes, kept_gram(parts))
+
+
+def check_reference(parts: Recipe, classifier: Tensor | None) -> None:
+    """Raises an `ImprintError` where NORM_post takes a classifier of one layer as the reference for
+    proxies of several."""
+    uses = any(isinstance(s, Quantile) and not s.as_published for s in steps_of(parts.norm_post))
+    joins = any(isinstance(s, JoinLayers) for s in steps_of(parts.norm_pre))
+    widths = parts.layer_widths or []
+    if classifier is None or not (uses and joins and len(widths) > 1):
+        return
+    if classifier.shape[-1] != sum(widths):
+        raise ImprintError(
+            f"norm_post='quantile' takes its values from a classifier of {classifier.shape[-1]} "
+            f"numbers, and the proxies have the {sum(widths)} of {len(widths)} layers: take the "
+            "last layer alone (norm_pre='last', or layers='last' of the backbone), or another "
+            "norm_post"
+        )
+
+
 def keywords_of(head: ImprintedHead) -> dict[str, Any]:
     """The keywords of the recipe of a head, for `resolve`.
 
@@ -205,6 +256,7 @@ def _finished(
     proxies: Proxies, parts: Recipe, present: Tensor, classifier: Tensor | None
 ) -> Proxies:
     """The proxies after NORM_post, with labels of the task instead of places among `present`."""
+    check_reference(parts, classifier)
     norm_post: Any = parts.norm_post
     weights = norm_post.of_proxies(proxies.weights, proxies.classes, classifier)
     return proxies._replace(weights=weights, classes=present[proxies.classes])

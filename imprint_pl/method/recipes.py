@@ -23,6 +23,7 @@ from imprint_pl.parts.by_name import (
     steps_of,
 )
 from imprint_pl.parts.norm.base import Chain, Norm
+from imprint_pl.parts.norm.layers import JoinLayers, LastLayer, checked_widths
 
 # The recipe that chooses one of the others; see `auto.py`.
 AUTO: Literal["auto"] = "auto"
@@ -36,6 +37,7 @@ RecipeName: TypeAlias = (
 )
 NormNames: TypeAlias = (
     Literal["none", "l2", "power", "centre", "whiten", "random_projection", "nystrom"]
+    | Literal["join", "last"]
     | str
     | list[str]
 )
@@ -123,7 +125,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 class Recipe:
     """The five parts of a recipe, ready to use, and the plain parameters that name them.
 
-    Parts that learn are not fitted here: every head gets its own copy.
+    Parts that learn are not fitted here: every head gets its own copy. `layer_widths` are those of
+    the embeddings that it takes, or `None` where those are of any width.
     """
 
     norm_pre: nn.Module
@@ -132,6 +135,7 @@ class Recipe:
     norm_inf: nn.Module
     agg: nn.Module
     parameters: dict[str, Any]
+    layer_widths: list[int] | None = None
 
     def empty_head(self) -> ImprintedHead:
         """A head with these NORM_inf and AGG, to be filled, or to load a state dict."""
@@ -152,6 +156,7 @@ class Auto:
     """Stands for the `Recipe` that `auto` will choose, once it has seen embeddings."""
 
     parameters: dict[str, Any] = field(default_factory=lambda: {"recipe": AUTO})
+    layer_widths: list[int] | None = None
 
     def empty_head(self) -> ImprintedHead:
         """A head that takes its parts from the state dict that it loads."""
@@ -179,6 +184,7 @@ def resolve(
     prior: PriorName | None = None,
     intercept: bool | None = None,
     as_published: bool | None = None,
+    layer_widths: list[int] | None = None,
     **own: Any,
 ) -> Recipe | Auto:
     """Builds the parts of a recipe; an explicit keyword beats the recipe's.
@@ -190,9 +196,10 @@ def resolve(
 
     Args:
         recipe: "auto" (compares recipes on held-out embeddings and takes the best; it takes no
-            other keyword), "kernel" (what auto mostly takes), "robust" (the paper's best: k-means,
-            20 proxies a class), "qi" (the class mean), "hosoda", "janson", "ls" (least squares),
-            "knn" (nearest neighbours), "whitened", "ridge", "lda" or "ranpac".
+            other keyword than layer_widths), "kernel" (what auto mostly takes), "robust" (the
+            paper's best: k-means, 20 proxies a class), "qi" (the class mean), "hosoda", "janson",
+            "ls" (least squares), "knn" (nearest neighbours), "whitened", "ridge", "lda" or
+            "ranpac".
         norm_pre: normalisation before GEN, or a list of several, `[whiten, l2]`, which may also be
             written "whiten+l2". The recipe's where not given, as are all the keywords below.
         gen: generator of the proxies.
@@ -215,6 +222,10 @@ def resolve(
         prior: of lda: the share of each class.
         intercept: of ridge and kridge: whether there is one.
         as_published: do quantile and mnn as the paper's code does, faults included.
+        layer_widths: features of each layer in the embeddings, the last layer's included, where
+            they hold several layers side by side. Any recipe takes them: `join` then comes before
+            NORM_pre and NORM_inf, unless NORM_pre has `join` or `last` already. One width changes
+            nothing.
         own: keywords of parts of your own.
 
     Raises:
@@ -231,17 +242,24 @@ norm_inf='l2', agg='max': leave it out, or choose a part that takes it (m: mnn)
     typed = locals()
     overrides = {name: typed[name] for name in KEYWORDS} | own
     given = {name: value for name, value in overrides.items() if value is not None}
+    widths = None if layer_widths is None else checked_widths(layer_widths)
+    several = {"layer_widths": widths} if widths is not None and len(widths) > 1 else {}
     if recipe == AUTO:
+        given.pop("layer_widths", None)
         if given:
             name = next(iter(given))
             raise ImprintError(
                 f"{name}={given[name]!r} is not used by recipe='auto', which chooses every part "
                 f"from the embeddings: leave it out, or name a recipe ({', '.join(RECIPES)})"
             )
-        return Auto()
+        return Auto({"recipe": AUTO} | several, widths)
     if not isinstance(recipe, str) or recipe not in RECIPES:
         raise ImprintError(f"unknown recipe {recipe!r}{near_names(recipe, [AUTO, *RECIPES])}")
     chosen: dict[str, Any] = RECIPES[recipe] | given
+    joined = bool(several) and not _takes_layers("norm_pre", chosen["norm_pre"])
+    for slot in ("norm_pre", "norm_inf") if joined else ():
+        if chosen[slot] != "same" and not _takes_layers(slot, chosen[slot]):
+            chosen[slot] = _after_join(chosen[slot])
     parts: dict[str, Any] = {}
     parameters: dict[str, Any] = {"recipe": recipe}
     used: set[str] = set()
@@ -249,9 +267,13 @@ norm_inf='l2', agg='max': leave it out, or choose a part that takes it (m: mnn)
         learned: dict[str, Any] = {}
         if slot == "norm_inf":
             learned = {
-                name_of(s): s for s in steps_of(parts["norm_pre"]) if getattr(s, "learns", False)
+                name_of(s): s
+                for s in steps_of(parts["norm_pre"])
+                if getattr(s, "learns", False) or isinstance(s, LastLayer)
             }
-            if learned and slot not in given:
+            # A `join` that was put before both leaves them as different as they were.
+            own_steps = set(learned) - ({JoinLayers.name} if joined else set())
+            if slot not in given and (own_steps or (joined and chosen[slot] == chosen["norm_pre"])):
                 chosen[slot] = "same"
             if chosen[slot] == "same":
                 parts[slot], parameters[slot] = parts["norm_pre"], "same"
@@ -269,10 +291,14 @@ norm_inf='l2', agg='max': leave it out, or choose a part that takes it (m: mnn)
                 # Two parts that share a keyword have one value, unless they came as instances.
                 same = parameters.get(name, value) == value
                 parameters[name if same else f"{step.name}_{name}"] = value
+    if widths is not None and (not several or parameters.get("layer_widths") == widths):
+        used.add("layer_widths")
     unused = set(given) - set(SLOTS) - used
     if unused:
         raise ImprintError(_unused_message(unused, given, parameters))
-    return Recipe(**parts, parameters=parameters)
+    return Recipe(
+        **parts, parameters=parameters, layer_widths=widths or parameters.get("layer_widths")
+    )
 
 
 # The keywords in their order and their types, such as `int | None`.
@@ -296,8 +322,26 @@ def drop_unused(
     """
     chosen = RECIPES.get(recipe or "", {}) | {n: v for n, v in overrides.items() if v is not None}
     taken = {name for part in classes_named(chosen) for name in parameters_of(part)}
+    # Every recipe takes them.
+    taken.add("layer_widths")
     every = every_parameter() | set(own)
     return {n: v for n, v in overrides.items() if n in taken or n not in every or n in kept}
+
+
+def _takes_layers(slot: str, norm: Any) -> bool:
+    """Whether a NORM has a step for embeddings of several layers."""
+    kinds = [
+        class_named(slot, step) if isinstance(step, str) else type(step)
+        for part in step_names(norm)
+        for step in steps_of(part)
+    ]
+    return any(issubclass(kind, JoinLayers | LastLayer) for kind in kinds)
+
+
+def _after_join(norm: Any) -> list[Any]:
+    """The steps of a NORM, behind `join`."""
+    steps = [step for part in step_names(norm) for step in steps_of(part)]
+    return [JoinLayers.name, *(step for step in steps if step != "none")]
 
 
 def _part(

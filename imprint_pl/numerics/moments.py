@@ -35,7 +35,8 @@ class Moments:
         counts: `(C,)`, samples of each class.
         sums: `(C, d)`, sum of each class.
         gram: `(d, d)`, Σ w z zᵀ over all samples, w the weight of the sample's class; `(C, d, d)`,
-            a Gram matrix a class; or `None` where only counts and sums are kept.
+            a Gram matrix a class; `(d,)`, the diagonal of Σ z zᵀ; or `None` where only counts and
+            sums are kept.
         class_weights: `(C,)` or `None` for ones; used in `gram` alone. With 1 / count, known
             beforehand, the weighted Gram gives the average of the classes' covariances.
     """
@@ -55,8 +56,14 @@ class Moments:
         class_weights: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> Moments:
-        """Empty sums. `gram` is "none", "pooled" `(d, d)` or "per_class" `(C, d, d)`."""
-        shapes = {"none": (), "pooled": (dim, dim), "per_class": (num_classes, dim, dim)}
+        """Empty sums. `gram` is "none", "diagonal" `(d,)`, "pooled" `(d, d)` or "per_class"
+        `(C, d, d)`."""
+        shapes = {
+            "none": (),
+            "diagonal": (dim,),
+            "pooled": (dim, dim),
+            "per_class": (num_classes, dim, dim),
+        }
         if gram not in shapes:
             raise ValueError(f"gram={gram!r}: expected one of {list(shapes)}")
         dtype = sum_dtype(torch.device(device))
@@ -86,6 +93,13 @@ class Moments:
         if self.gram is None or self.gram.ndim != 2 or self.class_weights is not None:
             raise ValueError('this asks for Moments with gram="pooled" and no class_weights')
         return self.gram
+
+    @property
+    def squares(self) -> Tensor:
+        """`(d,)`, the squares of each feature over all samples: the diagonal of the pooled Gram."""
+        if self.gram is not None and self.gram.ndim == 1:
+            return self.gram
+        return self.pooled_gram.diagonal()
 
     @property
     def means(self) -> Tensor:
@@ -171,7 +185,9 @@ class Moments:
             self.sums.index_add_(0, labels, rows)
             if self.gram is None:
                 continue
-            if self.gram.ndim == 3:
+            if self.gram.ndim == 1:
+                self.gram += rows.square().sum(0)
+            elif self.gram.ndim == 3:
                 for c in labels.unique().tolist():
                     of_class = rows[labels == c]
                     _add_upper(self.gram[c], of_class, of_class)
@@ -179,7 +195,7 @@ class Moments:
                 _add_upper(self.gram, rows, rows)
             else:
                 _add_upper(self.gram, rows * self.class_weights[labels, None], rows)
-        if self.gram is None:
+        if self.gram is None or self.gram.ndim == 1:
             return self
         if self.gram.ndim == 2:
             _mirror(self.gram)
@@ -206,14 +222,22 @@ class Moments:
         )
 
     def shifted(self, by: Tensor) -> Moments:
-        """The sums of z − by, `by (d,)`; the Gram matrix has to be pooled and unweighted."""
-        by = by.to(self.sums)
-        gram = self.gram
-        if gram is not None:
-            gram = self.pooled_gram
-            cross = torch.outer(self.sums.sum(0) - self.counts.sum() / 2 * by, by)
-            gram = gram - cross - cross.T
+        """The sums of z − by, `by (d,)`; a Gram matrix has to be pooled and unweighted."""
+        by, gram = by.to(self.sums), self.gram
+        half = self.sums.sum(0) - self.counts.sum() / 2 * by
+        if gram is not None and gram.ndim == 1:
+            gram = gram - 2 * half * by
+        elif gram is not None:
+            cross = torch.outer(half, by)
+            gram = self.pooled_gram - cross - cross.T
         return Moments(self.counts, self.sums - torch.outer(self.counts, by), gram)
+
+    def scaled(self, by: Tensor) -> Moments:
+        """The sums of z · by, `by (d,)`, feature by feature."""
+        by, gram = by.to(self.sums), self.gram
+        if gram is not None:
+            gram = gram * by.square() if gram.ndim == 1 else by[:, None] * gram * by
+        return Moments(self.counts, self.sums * by, gram, self.class_weights)
 
     def within(self, average: str = "macro") -> Tensor:
         """Σ_W `(d, d)`, the within-class covariance (biased: divided by n).
@@ -225,7 +249,7 @@ class Moments:
         present = self.counts > 0
         counts, sums = self.counts[present], self.sums[present]
         weights = torch.ones_like(counts) if average == "micro" else 1 / counts
-        if self.gram is None:
+        if self.gram is None or self.gram.ndim == 1:
             raise ValueError("the within-class covariance asks for Moments with a Gram matrix")
         if self.gram.ndim == 3:
             gram = torch.einsum("c,cij->ij", weights, self.gram[present])

@@ -22,14 +22,14 @@ from imprint_pl.parts.agg.table import AGGS
 from imprint_pl.parts.gen import GENERATORS
 from imprint_pl.parts.gen.base import Generator
 from imprint_pl.parts.norm.base import Chain, Norm
-from imprint_pl.parts.norm.table import LEARNED, NORMS, PROXY_NORMS
+from imprint_pl.parts.norm.table import LAYERS, LEARNED, NORMS, PROXY_NORMS
 
 # The slots of a recipe, in the order of the figure, and the parts that fit each.
 SLOTS: dict[str, dict[str, Any]] = {
-    "norm_pre": NORMS | LEARNED,
+    "norm_pre": NORMS | LEARNED | LAYERS,
     "gen": GENERATORS,
     "norm_post": PROXY_NORMS,
-    "norm_inf": NORMS | LEARNED,
+    "norm_inf": NORMS | LEARNED | LAYERS,
     "agg": AGGS,
 }
 

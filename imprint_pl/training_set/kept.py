@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from imprint_pl.errors import ImprintError, did_you_mean, warn
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.imprinting import imprint_parts
-from imprint_pl.method.pipeline import Request, Sums, keywords_of
+from imprint_pl.method.pipeline import (
+    Request,
+    Sums,
+    kept_sums,
+    keywords_of,
+    learns_from_sums,
+)
 from imprint_pl.method.recipes import Recipe, resolve
 from imprint_pl.method.selection import weibull_typical
 from imprint_pl.method.threshold import set_threshold
@@ -28,8 +34,7 @@ from imprint_pl.numerics.labels import check_name, place_of
 from imprint_pl.numerics.moments import Moments
 from imprint_pl.numerics.order import in_order
 from imprint_pl.numerics.values import check_values, to_json_value
-from imprint_pl.parts.by_name import steps_of
-from imprint_pl.parts.norm.base import sums_of
+from imprint_pl.parts.by_name import name_of, steps_of
 from imprint_pl.parts.norm.random_projection import RandomProjection
 
 KEEP = ("moments", "embeddings")
@@ -110,9 +115,8 @@ class State(ABC):
         parts = _parts_of(shared["settings"])
         _refuse_moments(parts, weibull)
         norm_pre, _ = _fresh(parts, x.shape[1], len(y), shared["seed"])
-        gram = "pooled" if parts.gen.needs_gram else "none"
         return KeptSums(
-            moments=sums_of(norm_pre, x, y, head.num_classes, gram),
+            moments=kept_sums(parts, norm_pre, x, y, head.num_classes),
             temperature=head.temperature,
             calibrated=head.settings.get("calibrated", True),
             threshold=head.threshold,
@@ -289,10 +293,11 @@ class KeptRows(State):
 
 @dataclass(frozen=True, kw_only=True)
 class KeptSums(State):
-    """The sums of the training embeddings after NORM_pre: they tell nothing of single samples.
+    """The sums of the training embeddings after NORM_pre, or before it where NORM_pre learns from
+    sums (`join`): they tell nothing of single samples.
 
     Attributes:
-        moments: the sums, with a pooled Gram matrix where GEN needs one.
+        moments: the sums, with a pooled Gram matrix where GEN needs one; see `kept_sums`.
         temperature, threshold: the head's. Sums cannot fit them anew, so they stay.
         calibrated: whether the temperature was fitted on these very samples.
     """
@@ -312,7 +317,7 @@ class KeptSums(State):
         parts, names = self.parts, list(self.class_names)
         norm_pre, empty = _fresh(parts, self.embedding_dim, int(self.counts.sum()), self.seed)
         request = Request(len(names), names, self.seed, self.classifier)
-        head = Sums(norm_pre, empty.norm_inf, self.moments).head(parts, request)
+        head = Sums.of_kept(norm_pre, empty.norm_inf, self.moments).head(parts, request)
         head.temperature, head.threshold = self.temperature, self.threshold
         if not self.calibrated:
             head.settings["calibrated"] = False
@@ -347,10 +352,13 @@ class KeptSums(State):
         """The sums of a class, from all its embeddings, which are compared with what is kept."""
         name, count = self.class_names[label], int(self.counts[label])
         if x is None:
+            reason = f"gen={self.settings['gen']!r} needs the Gram matrix, which is one"
+            if not self.parts.gen.needs_gram:
+                reason = f"norm_pre={self.settings['norm_pre']!r} needs the squares, one sum"
             raise ImprintError(
-                f"cannot remove class {name!r} from sums: gen={self.settings['gen']!r} needs the "
-                "Gram matrix, which is one for all classes. Give the class's own images (all "
-                f'{count}), or keep="embeddings" from the start, which suffices for every step'
+                f"cannot remove class {name!r} from sums: {reason} for all classes. Give the "
+                f'class\'s own images (all {count}), or keep="embeddings" from the start, which '
+                "suffices for every step"
             )
         x = self._checked(x, name)
         own = self._sums(x, torch.full((len(x),), label), -count)
@@ -368,8 +376,7 @@ class KeptSums(State):
         self._check_features(more)
         samples = int(self.counts.sum())
         norm_pre, _ = _fresh(self.parts, self.embedding_dim, samples, self.seed)
-        gram = "none" if self.moments.gram is None else "pooled"
-        return sums_of(norm_pre, x, y, len(self.class_names), gram)
+        return kept_sums(self.parts, norm_pre, x, y, len(self.class_names))
 
     def _check_features(self, more: int) -> None:
         """Raises where `more` samples would change the number of random features."""
@@ -416,16 +423,20 @@ def _refuse_moments(parts: Recipe, weibull: tuple[float, float] | None) -> None:
         step.name
         for step in steps_of(parts.norm_pre)
         if getattr(step, "learns", False) and step not in drawn
+        if not learns_from_sums(parts.norm_pre)
     ]
-    reason = None
+    reason, recipes = None, "qi, hosoda, janson, ls, ridge, lda, ranpac"
+    if "join" in learned:
+        recipes = "hosoda, janson, ls, ridge, lda"
     if not parts.gen.from_moments:
         reason = f"gen={parts.gen.name!r} has to see every sample"
     elif learned:
-        reason = f"norm_pre={learned[0]!r} learns from the samples and would learn anew"
+        part = name_of(parts.norm_pre) if learned[0] == "join" else learned[0]
+        reason = f"norm_pre={part!r} learns from the samples and would learn anew"
     elif weibull is not None:
         reason = "weibull chooses among the samples"
     if reason:
         raise ImprintError(
             f'keep="moments" does not suffice: {reason}. Give keep="embeddings", or one of the '
-            "recipes that need sums alone: qi, hosoda, janson, ls, ridge, lda, ranpac"
+            f"recipes that need sums alone: {recipes}"
         )

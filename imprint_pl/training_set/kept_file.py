@@ -14,6 +14,7 @@ from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import damaged, local_path, read_tensors, save_tensors
+from imprint_pl.method.pipeline import kept_gram
 from imprint_pl.method.selection import checked_bounds
 from imprint_pl.numerics.labels import checked_names
 from imprint_pl.numerics.moments import Moments
@@ -118,9 +119,10 @@ def _rows_fit(state: KeptRows) -> bool:
 def _sums_fit(state: KeptSums) -> bool:
     counts, sums, gram = state.moments.counts, state.moments.sums, state.moments.gram
     classes, features = len(state.class_names), sums.shape[1]
+    shape = {"none": None, "diagonal": (features,), "pooled": (features, features)}
     return (
         tuple(counts.shape) == (classes,) == tuple(sums.shape[:1])
-        and (gram is None or tuple(gram.shape) == (features, features))
+        and (None if gram is None else tuple(gram.shape)) == shape[kept_gram(state.parts)]
         and all(t is None or t.dtype == torch.float64 for t in (counts, sums, gram))
         and bool((counts >= 0).all() and sums.isfinite().all())
         and isinstance(state.calibrated, bool)

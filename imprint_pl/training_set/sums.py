@@ -18,12 +18,13 @@ from imprint_pl.collapse import nc1_of
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.holdout import HELD, calibrate_head
 from imprint_pl.method.inputs import checked
-from imprint_pl.method.pipeline import Request, Sums, few_for, gram_of
+from imprint_pl.method.pipeline import Request, Sums, few_for, kept_gram, learns_from_sums
 from imprint_pl.method.recipes import Auto, Recipe
 from imprint_pl.numerics.moments import CHUNK, Moments
 from imprint_pl.numerics.order import in_order, keys
 from imprint_pl.parts.by_name import steps_of
 from imprint_pl.parts.norm.base import transform
+from imprint_pl.parts.norm.layers import check_width, last_columns
 from imprint_pl.ranks import positions_in_dataset, ranks, travelling_device
 from imprint_pl.training_set.reservoir import Reservoir
 from imprint_pl.training_set.store import Collector, check_batch, check_labels
@@ -37,14 +38,14 @@ LARGEST_GRAMS = 2**30
 def needs_only_sums(parts: Recipe | Auto, samples: int | None) -> bool:
     """Whether an epoch can keep sums alone for a recipe; `auto` has to see the embeddings.
 
-    Its GEN takes `Moments`, and its NORM_pre learns nothing from the embeddings: it may draw
-    (`random_projection`). Where there are fewer `samples` than features, the rows are smaller than
-    their Gram matrix, and faster to solve.
+    Its GEN takes `Moments`, and its NORM_pre learns nothing from the embeddings, or from their sums
+    alone (`join`): it may draw (`random_projection`). Where there are fewer `samples` than
+    features, the rows are smaller than their Gram matrix, and faster to solve.
     """
     if isinstance(parts, Auto):
         return False
     learned = [step for step in steps_of(parts.norm_pre) if getattr(step, "learns", False)]
-    drawn = all(hasattr(step, "draw") for step in learned)
+    drawn = all(hasattr(step, "draw") for step in learned) or learns_from_sums(parts.norm_pre)
     few = samples is not None and any(samples < step.features(0, samples) for step in learned)
     return parts.gen.from_moments and drawn and not few
 
@@ -52,9 +53,11 @@ def needs_only_sums(parts: Recipe | Auto, samples: int | None) -> bool:
 class TrainingSums:
     """Sums of NORM_pre(x), and a bounded sample of the rows to hold out for the temperature.
 
-    NORM_pre is fitted on the first batch and stays. The sample is drawn by what the rows hold: the
-    same however they are ordered, batched and dealt to ranks. The head is the one that all rows at
-    once would give, but for what NORM_pre learned.
+    NORM_pre is fitted on the first batch and stays. Where it learns from sums alone (`join`), the
+    sums are those of x instead, and it is fitted anew for each head, on all samples so far. The
+    sample is drawn by what the rows hold: the same however they are ordered, batched and dealt to
+    ranks. The head is the one that all rows at once would give, but for what NORM_pre learned from
+    the first batch.
 
     Args:
         parts: of a recipe whose GEN takes sums.
@@ -67,19 +70,20 @@ class TrainingSums:
     def __init__(
         self, parts: Recipe, x: Tensor, y: Tensor, num_classes: int = 1, seed: int = 0
     ) -> None:
+        check_width(parts.layer_widths, x.shape[1])
         self.parts, self.seed, self.input_dim = parts, seed, x.shape[1]
         self.norm_pre: Any
         self.norm_pre, empty = parts.fresh()
         self.norm_inf = empty.norm_inf
         self.norm_pre.to(x.device)
-        if getattr(self.norm_pre, "learns", False):
+        raw = learns_from_sums(self.norm_pre)
+        if getattr(self.norm_pre, "learns", False) and not raw:
             rows = in_order(x, y)
             present, labels = torch.unique(y.to(x.device)[rows], return_inverse=True)
             self.norm_pre.fit(x[rows], labels, len(present), seed)
-        features = self.norm_pre(x[:1]).shape[1]
-        gram = gram_of(parts.gen)
+        features = x.shape[1] if raw else self.norm_pre(x[:1]).shape[1]
         device = _roomy_device(x, features)
-        self.moments = Moments.zeros(num_classes, features, gram=gram, device=device)
+        self.moments = Moments.zeros(num_classes, features, gram=kept_gram(parts), device=device)
         self._reservoir = Reservoir(HELD, seed)
 
     def __len__(self) -> int:
@@ -98,7 +102,9 @@ class TrainingSums:
         device = self.moments.sums.device
         norm_pre = self.norm_pre.to(device)
         for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-            self.moments.add(transform(norm_pre, rows.to(device)), labels.to(device))
+            z = rows.to(device)
+            z = z if learns_from_sums(norm_pre) else transform(norm_pre, z)
+            self.moments.add(z, labels.to(device))
 
     def relabel(self, places: Tensor, num_classes: int) -> None:
         """Label c becomes `places[c]`, one of `num_classes` from now on."""
@@ -124,18 +130,18 @@ class TrainingSums:
     ) -> ImprintedHead:
         """Makes the head of all samples so far, with its temperature.
 
-        A class without samples has no proxy. The heads share one NORM_inf, which never changes.
+        A class without samples has no proxy. The heads share one NORM_inf, which never changes,
+        unless it learns from sums.
         """
         device = self.moments.sums.device
         x, y = (part.to(device) for part in self.sample())
         samples, C = len(self), self.moments.num_classes
         request = Request(C, class_names, self.seed, classifier)
-        norm_pre, gen = self.norm_pre.to(device), self.parts.gen
-        if samples == len(y) and few_for(gen, norm_pre, x):
+        gen = self.parts.gen
+        sums = Sums.of_kept(self.norm_pre.to(device), self.norm_inf, self.moments)
+        if samples == len(y) and few_for(gen, sums.norm_pre, x):
             # All rows are there, and are solved faster than a Gram matrix of so many features.
-            sums = Sums.of(norm_pre, self.norm_inf, gen, x, y, C)
-        else:
-            sums = Sums(norm_pre, self.norm_inf, self.moments)
+            sums = Sums.of(sums.norm_pre, sums.norm_inf, gen, x, y, C)
         head = sums.head(self.parts, request)
         calibrate_head(head, x, y, self.parts, request, sums, samples)
         return head
@@ -151,7 +157,7 @@ class TrainingSums:
 
 
 class UnitSums:
-    """Sums of unit vectors, for NC1.
+    """Sums of the last layer's unit vectors, for NC1.
 
     They hold one Gram matrix where the class counts are known beforehand, otherwise one for each
     class, or none where that would take too much.
@@ -160,10 +166,18 @@ class UnitSums:
         x: `(n, d)`, the first batch, which is not added yet.
         num_classes: C; labels above it make room for more classes.
         class_counts: `(C,)`, samples of each class, where they are known beforehand.
+        layer_widths: of embeddings that hold several layers.
     """
 
-    def __init__(self, x: Tensor, num_classes: int, class_counts: Tensor | None) -> None:
-        self.class_counts, d = class_counts, x.shape[1]
+    def __init__(
+        self,
+        x: Tensor,
+        num_classes: int,
+        class_counts: Tensor | None,
+        layer_widths: list[int] | None = None,
+    ) -> None:
+        self.class_counts, self.layer_widths = class_counts, layer_widths
+        d = last_columns(x, layer_widths).shape[1]
         weights, gram = None, "per_class"
         if class_counts is not None:
             weights, gram = 1 / class_counts.double().clamp(min=1), "pooled"
@@ -177,7 +191,8 @@ class UnitSums:
         """Adds a batch `(B, d)`, not of unit length yet, with labels `(B,)`."""
         self._make_room(int(y.max()) + 1)
         device = self.moments.sums.device
-        self.moments.add(nn.functional.normalize(x.to(device)), y.to(device))
+        x = last_columns(x, self.layer_widths).to(device)
+        self.moments.add(nn.functional.normalize(x), y.to(device))
 
     def gather(self) -> None:
         """Adds up the sums of all ranks."""
@@ -281,7 +296,8 @@ class EmbeddingSums(Collector):
         if self._started is None:
             C = self.num_classes or 1
             sums = TrainingSums(self.parts, x, labels, C, self.seed)
-            self._started = _Started(sums, UnitSums(x, C, self.class_counts))
+            unit = UnitSums(x, C, self.class_counts, self.parts.layer_widths)
+            self._started = _Started(sums, unit)
         positions = positions_in_dataset(self._seen, len(labels))
         kept = slice(None) if self.dealt is None else positions < self.dealt
         self._rows.append((x[kept], labels[kept]))

@@ -65,7 +65,8 @@ def alone(
         start = time.perf_counter()
         if isinstance(parts, Auto):
             # Not by `imprint`, which takes a classifier and not its quantiles.
-            head = make_head(x, y, choose(x, y, request).parts, request).head
+            found = choose(x, y, request, parts.layer_widths)
+            head = make_head(x, y, found.parts, request).head
             gen = time.perf_counter() - start
             start = time.perf_counter()
             labels = [

@@ -29,6 +29,8 @@ class Norm(nn.Module):
         input_dim: d of the embeddings that it was fitted for; `None` where it takes any.
         fixed: the seed changes nothing in what it learns.
         row_by_row: a row of its output depends on that row of its input alone.
+        from_moments: it needs sums alone. `fit_moments` fits it from sums of its input, and
+            `of_moments` turns them into the sums of its output.
     """
 
     name = "own"
@@ -37,6 +39,7 @@ class Norm(nn.Module):
     maps = False
     fixed = False
     row_by_row = False
+    from_moments = False
 
     # An attribute, so that a NORM of one's own may set it in `fit`; ours compute it.
     input_dim: int | None = None
@@ -65,6 +68,14 @@ class Norm(nn.Module):
         if self.learns:
             self.fit(x, y, num_classes, seed)
         return sums_of(self, x, y, num_classes, gram)
+
+    def fit_moments(self, moments: Moments) -> Norm:
+        """Learn as `fit` does, from sums with squares: for a NORM with `from_moments`."""
+        raise NotImplementedError
+
+    def of_moments(self, moments: Moments) -> Moments:
+        """Turn sums of embeddings into sums of what it makes of them, once fitted."""
+        raise NotImplementedError
 
     def features(self, dim: int, samples: int) -> int:
         """Return the output dimension for embeddings of `dim`, once fitted on `samples` of them."""
@@ -204,7 +215,12 @@ def transform(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def sums_of(norm: nn.Module, x: Tensor, y: Tensor, num_classes: int, gram: str) -> Moments:
-    """Add up `norm(x)` by chunks; `gram` is as in `Moments.zeros`."""
+    """Add up `norm(x)` by chunks; `gram` is as in `Moments.zeros`.
+
+    A NORM with `from_moments` makes them of the sums of `x`, so that rows give what streams give.
+    """
+    if getattr(norm, "from_moments", False):
+        return cast(Norm, norm).of_moments(Moments.of(x, y, num_classes, gram=gram))
     apply = getattr(norm, "of_many", norm)
     first = apply(x[:CHUNK])
     moments = Moments.zeros(num_classes, first.shape[1], gram=gram, device=first.device)

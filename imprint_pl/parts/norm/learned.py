@@ -1,5 +1,5 @@
-"""The base of the NORMs that learn from the training embeddings: `centre`, `whiten`, `nystrom` and
-`random_projection`.
+"""The base of the NORMs that learn from the training embeddings: `centre`, `whiten`, `nystrom`,
+`random_projection` and `join`.
 
 Each is a shift or a map, fitted once and kept in the head as constants.
 """
