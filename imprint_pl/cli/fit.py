@@ -50,20 +50,24 @@ EMBED = (
 )
 
 
-def run(argv: list[str]) -> None:
+def run(argv: list[str], cli: type[ImprintCLI] | None = None, description: str = "") -> None:
     """Runs one command.
 
     Args:
         argv: its name and its arguments.
+        cli: runs a command that is none of `DESCRIPTIONS`, with the options of fit.
+        description: of that command.
     """
     _quieten()
-    command, cli = argv[0], ImprintCLI
+    command = argv[0]
     descriptions = {name: (name, text) for name, text in DESCRIPTIONS.items()}
     if command == "embed":
-        argv, cli = ["fit", *argv[1:]], EmbedCLI
-        descriptions["fit"] = (command, EMBED)
+        cli, description = EmbedCLI, EMBED
+    if cli is not None:
+        argv = ["fit", *argv[1:]]
+        descriptions["fit"] = (command, description)
     try:
-        cli(
+        (cli or ImprintCLI)(
             ImprintedClassifier,
             LightningDataModule,
             subclass_mode_data=True,
