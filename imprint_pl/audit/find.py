@@ -189,6 +189,7 @@ def audit(
     if not 0 < near <= 1:
         raise ImprintError(f"near={near}: give a cosine above 0 and at most 1, such as {NEAR}")
     images.setup()
+    embeddings.setup()
     samples = _samples(images)
     x = torch.cat([_rows(embeddings, split) for split in samples.images])
     if len(x) != len(samples.labels):

@@ -18,7 +18,7 @@ from imprint_pl.drawing.page import Cell, Column, PageTable, cell, data_url, ren
 from imprint_pl.errors import ImprintError, shown
 
 # How many pictures of each kind the page has; the CSVs have all.
-LABELS_SHOWN, PAIRS_SHOWN, ISSUES_SHOWN = 48, 30, 24
+LABELS_SHOWN, PAIRS_SHOWN, ISSUES_SHOWN = 36, 30, 24
 ROWS_SHOWN = 300
 # Longest side of a picture in pixels, and the side up to which it is drawn in sharp squares.
 SIDE, PIXELATED = 176, 48
