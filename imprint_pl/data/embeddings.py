@@ -61,7 +61,7 @@ class EmbeddingDataModule(ImageDataModule):
         """
         super().setup(stage)
         for split in ("train", "val", "test") if self.layer_widths else ():
-            rows = cast(ArrayDataset, self._dataset(split)).images
+            rows = getattr(self, f"{split}_dataset").images
             if rows.shape[1] != sum(self.layer_widths or ()):
                 raise ImprintError(
                     f"layer_widths={self.layer_widths} add up to {sum(self.layer_widths or ())}, "

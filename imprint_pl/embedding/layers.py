@@ -487,10 +487,11 @@ def _evenly(stages: list[Layer], room: int) -> list[Layer]:
             break
     else:
         kept = []
-    widths = sorted(layer.width for layer in stages)
-    if len(kept) < most / 2 and widths[-1] > 2 * widths[len(widths) // 2]:
-        # One wide layer, such as the first linear one of a VGG, would push out all others.
-        return _evenly([layer for layer in stages if layer.width < widths[-1]], room)
+    widest = max((layer.width for layer in stages), default=0)
+    others = [layer for layer in stages if layer.width < widest]
+    if len(kept) < most / 2 and widest > room / 2 and len(others) > len(stages) / 2:
+        # A few wide ones, such as the first linear layer of a VGG, would push out all others.
+        return _evenly(others, room)
     return kept
 
 

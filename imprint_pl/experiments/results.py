@@ -39,7 +39,8 @@ COLUMNS: dict[str, str] = {
     "task_seed": WHOLE,
     "shots": WHOLE,
     "recipe": TEXT,
-    **{name: _dtype(kind) for name, kind in KEYWORDS.items()},
+    # The widths of layers belong to the backbone, and are no choice of a method.
+    **{name: _dtype(kind) for name, kind in KEYWORDS.items() if name != "layer_widths"},
     "seed": WHOLE,
     "num_classes": WHOLE,
     "num_train": WHOLE,

@@ -49,10 +49,13 @@ class Whiten(Learned):
     def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Whiten:
         return self.fit_moments(Moments.of(x, y, num_classes), x)
 
-    def fit_moments(self, moments: Moments, like: Tensor) -> Whiten:
-        """Fit from sums with a pooled Gram matrix; the state goes to the device of `like`."""
+    def fit_moments(self, moments: Moments, like: Tensor | None = None) -> Whiten:
+        """Fit from sums with a pooled Gram matrix; the state goes to the device of `like`,
+        or of the sums."""
         inverse = inverse_factor(*shrunk_within(moments, self.shrinkage))
-        self._set(like, mean=moments.global_mean, matrix=inverse.T)
+        self._set(
+            moments.sums if like is None else like, mean=moments.global_mean, matrix=inverse.T
+        )
         return self
 
     def apply_fitted(self, x: Tensor) -> Tensor:
