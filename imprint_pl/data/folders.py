@@ -224,6 +224,36 @@ class ImageFolder(ImageDataModule):
             )
 
 
+class LabelledFolder(ImageFolder):
+    """Images to measure a classifier on, in a folder for each class; none of them is trained on.
+
+    All images below `<root>/<class>/` are the test and the validation split, or those of
+    `<root>/test/<class>/`, else `<root>/val/<class>/`, where the folder has such splits. Classes
+    are those of the classifier by name, whatever their order; not all of them need be there.
+
+    Args:
+        root: The folder.
+        options: Further keywords of `ImageFolder` but `test_fraction`.
+    """
+
+    def __init__(self, root: str, **options: Any) -> None:
+        # All images are measured, so the fraction is not used.
+        super().__init__(root=root, test_fraction=0.2, **options)
+
+    def load(self) -> Splits:
+        folders = {
+            split: folder
+            for split, names in SPLIT_NAMES.items()
+            for folder in map(Path(self.root).joinpath, subfolders(Path(self.root)))
+            if folder.name.lower() in names and subfolders(folder)
+        }
+        folder = folders.get("test", folders.get("val", Path(self.root)))
+        self._excluded = Excluded(self.exclude, self.root)
+        class_names, images = self._read(folder)
+        self._excluded.check_all_found()
+        return Splits(class_names, images, images)
+
+
 class ImageFiles(ImageDataModule):
     """Image files without labels, to predict.
 
