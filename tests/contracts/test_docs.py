@@ -72,6 +72,9 @@ SHOWN = {
         and (n["labels"] == n["y"]).all()
         and n["head"].settings["k"] == 5
     ),
+    "docs/guides/clean.md": lambda n: (
+        n["scores"].ranking()[0] == 5 and n["data"].exclude == "fix.csv"
+    ),
     "docs/guides/data.md": lambda n: n["few"].shots == 5 and len(n["train_x"]) == 1437,
     "docs/guides/grow.md": lambda n: n["estimator"].classes_.tolist() == [1, 2, 3],
     "docs/guides/lightning.md": lambda n: (
