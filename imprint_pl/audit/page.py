@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from imprint_pl import __version__
 from imprint_pl.audit.find import SURELY_WRONG, Audit, Pair
+from imprint_pl.audit.labels import LabelScores
 from imprint_pl.drawing.page import Cell, Column, PageTable, cell, data_url, render
 from imprint_pl.errors import ImprintError, shown
 
@@ -77,11 +78,7 @@ def audit_page(
             disable=None if progress else True,
         )
     }
-    doubts = []
-    for i in labels if scores is not None else []:
-        likely = found.class_names[int(scores.likely[i])]
-        probability = _percent(float(scores.probability[i]))
-        doubts.append(Doubt(pictures[i], _percent(float(scores.given[i])), likely, probability))
+    doubts = [] if scores is None else [_doubt(found, scores, i, pictures[i]) for i in labels]
     facts = [f"{len(found.samples.labels):,} images", f"{len(found.class_names):,} classes"]
     facts += [f"{len(dataset):,} {split}" for split, dataset in found.samples.images.items()]
     tables = [_classes(counts)]
@@ -183,6 +180,12 @@ def _what(found: Audit, pair: Pair) -> str:
     return " · ".join([kind, *faults])
 
 
+def _doubt(found: Audit, scores: LabelScores, sample: int, picture: Picture) -> Doubt:
+    likely = found.class_names[int(scores.likely[sample])]
+    given, probability = float(scores.given[sample]), float(scores.probability[sample])
+    return Doubt(picture, _percent(given), likely, _percent(probability))
+
+
 def _picture(found: Audit, sample: int) -> Picture:
     samples = found.samples
     dataset = samples.images[samples.split[sample]]
@@ -225,8 +228,8 @@ def _table(
     file: str,
 ) -> PageTable:
     note = _left_out(len(rows) - ROWS_SHOWN, file)
-    columns = [Column(*column) for column in columns]
-    return PageTable(name, title, note, columns, rows[:ROWS_SHOWN])
+    of_table = [Column(*column) for column in columns]
+    return PageTable(name, title, note, of_table, rows[:ROWS_SHOWN])
 
 
 def _classes(counts: Mapping[str, Mapping[str, int]]) -> PageTable:

@@ -58,8 +58,11 @@ def write_audit(found: Audit, folder: str | Path, name: str, progress: bool = Fa
             (samples.names[s], samples.split[s], found.label(s), kind, reason)
             for s, kind, reason in found.issues
         ]
-        columns = "file", "split", "class", "kind", "reason"
-        _write(folder / "images.csv", columns, [*broken, *issues])
+        _write(
+            folder / "images.csv",
+            ("file", "split", "class", "kind", "reason"),
+            [*broken, *issues],
+        )
         counts = class_counts(found)
         rows = [(class_name, *of_class.values()) for class_name, of_class in counts.items()]
         _write(folder / "classes.csv", ("class", *samples.images), rows)

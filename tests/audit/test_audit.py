@@ -166,11 +166,9 @@ def test_an_audit_finds_a_fault_of_each_kind(dirty, found):
     # A contradiction comes first.
     assert found.is_contradiction(found.pairs[0])
     assert found.pairs[0].kind == "identical"
-    reasons = {names[issue.sample]: issue.reason for issue in found.issues}
-    assert ("dog/blank.png", "blank: its pixels hardly differ") in {
-        (names[issue.sample], issue.reason) for issue in found.issues
-    }
-    assert reasons["cat/tiny.png"] == "tiny: 9 × 8 pixels"
+    reasons = {(names[issue.sample], issue.reason) for issue in found.issues}
+    assert ("dog/blank.png", "blank: its pixels hardly differ") in reasons
+    assert ("cat/tiny.png", "tiny: 9 × 8 pixels") in reasons
     assert [path.endswith("broken.png") for path in found.unreadable] == [True]
     first = summary(found)[0]
     assert "1 pair of identical images has different labels" in first

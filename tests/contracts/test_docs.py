@@ -80,6 +80,7 @@ SHOWN = {
     "docs/guides/lightning.md": lambda n: (
         n["probabilities"].shape == (2, 10) and n["net"](n["images"]).shape == (2, 11)
     ),
+    "docs/guides/photos.md": lambda n: n["backbone"].layer_widths[-1] == 1280,
     "docs/guides/recipes.md": lambda n: n["head"].layer_widths == [8, 4],
     "docs/guides/ship.md": lambda n: (n["head"](n["x"]).argmax(1) == n["y"]).all(),
     "docs/how_it_is_built.md": lambda n: (

@@ -227,8 +227,8 @@ def _lines(lines: dict[str, pd.Series], x: str, y: str, title: str, log: bool = 
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, 0), min(high, 100))
         if high > 100:
-            for line in axes.lines:
-                line.set_clip_on(False)
+            for drawn in axes.lines:
+                drawn.set_clip_on(False)
     left_out = len(lines) - len(best)
     axes.set_title(title + (f"; {left_out} lower lines left out" if left_out else ""), fontsize=10)
     _legend(figure, axes)
