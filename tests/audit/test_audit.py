@@ -262,7 +262,7 @@ TRASHNET = SHARED / "data" / "trashnet"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not TRASHNET.is_dir(), reason="no ../shared/data")
+@pytest.mark.skipif(not TRASHNET.is_dir(), reason="TrashNet is not in ../shared/data")
 def test_trashnets_three_contradictory_pairs_are_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ["--model.image_size", "64", "--data.max_side", "64", "--output", "out"]
