@@ -9,7 +9,7 @@ PACKAGE = ROOT / "imprint_pl"
 FLOORS = [
     ["__init__", "__main__"],
     ["cli"],
-    ["experiments", "export"],
+    ["experiments", "export", "audit"],
     ["explain"],
     ["lightning", "estimator"],
     ["gallery", "training_set", "evaluation"],

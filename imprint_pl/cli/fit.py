@@ -24,6 +24,7 @@ from imprint_pl.cli.predictions import PredictionWriter
 from imprint_pl.cli.summary import print_summary, print_weakest, summarise, write_summary
 from imprint_pl.cli.wandb_results import WandbResults
 from imprint_pl.data.base import ImageDataModule
+from imprint_pl.data.folders import ImageFiles
 from imprint_pl.data.lightning_packages import run_folder
 from imprint_pl.embedding import embed
 from imprint_pl.errors import ImprintError
@@ -33,6 +34,7 @@ from imprint_pl.gallery import ImprintGallery
 from imprint_pl.lightning.checkpoint import hyperparameters, read_checkpoint
 from imprint_pl.lightning.classifier import ImprintedClassifier
 from imprint_pl.lightning.evaluation import Evaluation
+from imprint_pl.lightning.outsiders import Outsiders
 from imprint_pl.method.recipes import KEYWORDS, drop_unused
 from imprint_pl.parts.by_name import import_parts, keywords_of_parts
 from imprint_pl.training_set.kept_file import read_state, state_path
@@ -54,20 +56,24 @@ EMBED = (
 )
 
 
-def run(argv: list[str]) -> None:
+def run(argv: list[str], cli: type[ImprintCLI] | None = None, description: str = "") -> None:
     """Runs one command.
 
     Args:
         argv: its name and its arguments.
+        cli: runs a command that is none of `DESCRIPTIONS`, with the options of fit.
+        description: of that command.
     """
     _quieten()
-    command, cli = argv[0], ImprintCLI
+    command = argv[0]
     descriptions = {name: (name, text) for name, text in DESCRIPTIONS.items()}
     if command == "embed":
-        argv, cli = ["fit", *argv[1:]], EmbedCLI
-        descriptions["fit"] = (command, EMBED)
+        cli, description = EmbedCLI, EMBED
+    if cli is not None:
+        argv = ["fit", *argv[1:]]
+        descriptions["fit"] = (command, description)
     try:
-        cli(
+        (cli or ImprintCLI)(
             ImprintedClassifier,
             LightningDataModule,
             subclass_mode_data=True,
@@ -137,6 +143,11 @@ class ImprintCLI(LightningCLI):
                 "--top", type=int, default=1, help="Write so many classes an image, best first."
             )
             parser.add_argument(
+                "--sort_into",
+                type=str,
+                help="Folder to copy the images into, a folder for each class.",
+            )
+            parser.add_argument(
                 "--explain",
                 type=str,
                 help="Folder for explanations of the images: explanations.json and a PNG each.",
@@ -156,6 +167,11 @@ class ImprintCLI(LightningCLI):
             )
         else:
             parser.set_defaults({"verbose": False})
+            parser.add_argument(
+                "--images",
+                type=str,
+                help="Folder of images to measure, in a folder for each class, by name.",
+            )
         if subcommand != "predict":
             parser.add_argument(
                 "--evaluation",
@@ -164,6 +180,11 @@ class ImprintCLI(LightningCLI):
                 help="Write predictions, figures of each class, wrong images and a page that shows "
                 "them into the run's folder (default), or not (false); with wandb log page and "
                 "pictures there too: they leave this machine.",
+            )
+            parser.add_argument(
+                "--outsiders",
+                type=str,
+                help="Folder of images that belong to no class: how well they are told apart.",
             )
         return parser
 
@@ -236,7 +257,9 @@ class ImprintCLI(LightningCLI):
         callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
         if self.subcommand == "predict":
             self.writer = PredictionWriter(
-                self._get(self.config, "output"), self._get(self.config, "top")
+                self._get(self.config, "output"),
+                self._get(self.config, "top"),
+                self._get(self.config, "sort_into"),
             )
             callbacks.append(self.writer)
         self.evaluation: Evaluation | None = None
@@ -251,6 +274,8 @@ class ImprintCLI(LightningCLI):
             # With a cache the data are replaced by their embeddings, which have no images.
             self.gallery = ImprintGallery(self.datamodule)
             callbacks.append(self.gallery)
+        if self.subcommand != "predict" and (places := self._get(self.config, "outsiders")):
+            callbacks.append(Outsiders(ImageFiles(places)))
         if any(isinstance(entry, WandbLogger) for entry in kwargs.get("logger") or []):
             self.results = WandbResults()
             callbacks.append(self.results)
@@ -296,8 +321,9 @@ class ImprintCLI(LightningCLI):
 
     def before_predict(self) -> None:
         named = getattr(self.datamodule, "sample_names", lambda split: None)
-        if self._get(self.config, "explain") and named("predict") is None:
-            raise ImprintError("--explain needs image files: give --images FILES")
+        for option in ("explain", "sort_into"):
+            if self._get(self.config, option) and named("predict") is None:
+                raise ImprintError(f"--{option} needs image files: give --images FILES")
 
     def after_predict(self) -> None:
         if self.trainer.is_global_zero:
@@ -423,6 +449,7 @@ def _files_as_data(args: list[str]) -> list[str]:
     """Writes two short options in full, wherever they are.
 
     `--images a.jpg b/` becomes `--data ImageFiles --data.paths '["a.jpg", "b/"]'`, and
+    for `test` and `validate` `--data LabelledFolder --data.root …`, and
     `--on_error skip` becomes `--data.on_error skip`.
     """
     # `--images=a.jpg` is split into two words.
@@ -443,6 +470,12 @@ def _files_as_data(args: list[str]) -> list[str]:
             rest.append(argument)
         elif argument != option:
             paths.append(argument)
+    if args[:1] in (["test"], ["validate"]):
+        if len(paths) != 1:
+            raise ImprintError(
+                f"{args[0]} --images takes one folder, with a folder for each class in it"
+            )
+        return [*before, "--data", "LabelledFolder", "--data.root", paths[0], *rest, *last]
     # Not as ASCII: YAML does not know JSON's pairs of \u for an emoji.
     names = json.dumps(paths, ensure_ascii=False)
     return [*before, "--data", "ImageFiles", "--data.paths", names, *rest, *last]

@@ -36,6 +36,7 @@ DATA = {
         imprint_pl.data.ImageNet,
         imprint_pl.data.ImageFolder,
         imprint_pl.data.ImageFiles,
+        imprint_pl.data.LabelledFolder,
     )
 }
 

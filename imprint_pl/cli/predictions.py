@@ -12,6 +12,7 @@ import json
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from imprint_pl.cli.sorting import ClassFolders
 from imprint_pl.data.batch_hooks import datamodule_of
 from imprint_pl.data.lightning_packages import run_folder
 from imprint_pl.data.loaders import sampler_length
@@ -31,6 +33,9 @@ from imprint_pl.ranks import positions_in_dataset
 from imprint_pl.training_set.store import RowStore
 
 SUFFIXES = (".csv", ".json", ".jsonl")
+# Of so many images the terminal says each label, of more how many each class has, of at most so
+# many classes.
+FEW, MOST_SAID = 20, 30
 # Takes the place of a label where the image could not be read.
 SKIPPED = -2
 
@@ -47,13 +52,20 @@ class PredictionWriter(Callback):
             `predictions.csv` in the run's folder.
         top: how many classes to write for an image; those after the best are `class_2`,
             `probability_2`, ….
+        sort_into: folder to copy the images into, a folder for each class; they must be files.
 
     Attributes:
         count: how many images were predicted.
+        classes: how many of them each class has.
         unread: a line for each file that was skipped, with the reason.
     """
 
-    def __init__(self, path: str | None = None, top: int = 1) -> None:
+    def __init__(self, path: str | None = None, top: int = 1, sort_into: str | None = None) -> None:
+        self.sort_into = sort_into
+        self.classes: Counter[str] = Counter()
+        self._folders: ClassFolders | None = None
+        # Of few images, what the terminal says of each.
+        self._lines: list[str] = []
         self.path = None if path is None else Path(path)
         self.top = top
         if top < 1:
@@ -69,6 +81,7 @@ class PredictionWriter(Callback):
         if self.path is None:
             self.path = folder / "predictions.csv"
         self.count, self.unread = 0, []
+        self.classes, self._lines = Counter(), []
         self._reasons: dict[int, str] = {}
         self._store = RowStore(sampler_length(trainer.predict_dataloaders))
         data = datamodule_of(trainer)
@@ -76,6 +89,10 @@ class PredictionWriter(Callback):
         self._sample = "index" if self._names is None else "file"
         self._seen = 0
         if trainer.is_global_zero:
+            if self.sort_into is not None:
+                head = _head_of(pl_module)
+                names = [head.name_of(label) for label in range(head.num_classes)]
+                self._folders = ClassFolders(self.sort_into, names)
             top = min(self.top, _head_of(pl_module).num_classes)
             more = [f"{name}_{i}" for i in range(2, top + 1) for name in ("class", "probability")]
             columns = [self._sample, "label", "class", "score", "probability", *more]
@@ -136,7 +153,14 @@ class PredictionWriter(Callback):
 
     def summary(self) -> str:
         """Says what was written, and which files were skipped and why."""
-        lines = [f"{self.count:,} predictions: {shown(self.path or '')}"]
+        lines = self._lines
+        if self.count > FEW:
+            lines = [f"  {n:>9,}  {shown(name)}" for name, n in self.classes.most_common(MOST_SAID)]
+            if len(self.classes) > MOST_SAID:
+                lines.append(f"             and {len(self.classes) - MOST_SAID} more classes")
+        lines = [*lines, f"{self.count:,} predictions: {shown(self.path or '')}"]
+        if self._folders is not None:
+            lines.append(str(self._folders))
         if self.unread:
             lines = [f"skipped {len(self.unread)} that cannot be read:", *self.unread, *lines]
         return "\n".join(lines)
@@ -178,6 +202,12 @@ class PredictionWriter(Callback):
                 record[f"class_{at}"] = head.name_of(int(classes[place]))
                 record[f"probability_{at}"] = round(probabilities[place], 6)
             self._file.put(record)
+            self.classes[record["class"]] += 1
+            if len(self._lines) < FEW:
+                sure = "" if label == NONE else f" ({100 * probabilities[0]:.0f} %)"
+                self._lines.append(f"  {shown(str(sample))}: {shown(record['class'])}{sure}")
+            if self._folders is not None:
+                self._folders.put(str(sample), record["class"])
             self.count += 1
         self._file.flush()
 

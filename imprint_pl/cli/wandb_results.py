@@ -108,6 +108,9 @@ class WandbResults(PredictionKeeper):
             run.config.update(rest, allow_val_change=True)
             tags = tags_of(summary, "backbone", "task", "recipe")
             run.tags = tuple(dict.fromkeys([*(run.tags or ()), *tags]))
+            if logger._wandb_init.get("name") is None:
+                # As in a sweep's runs, instead of two words that wandb draws.
+                run.name = " · ".join(str(summary[n]) for n in ("recipe", "backbone", "task"))
             run.log(tables)
             run.summary.update(figures)
 

@@ -11,7 +11,7 @@ from imprint_pl.data.base import ImageDataModule, Splits
 from imprint_pl.data.cifar import CIFAR10, CIFAR100
 from imprint_pl.data.digit_sets import MNISTM, SVHN, USPS
 from imprint_pl.data.embeddings import EmbeddingDataModule
-from imprint_pl.data.folders import ImageFiles, ImageFolder
+from imprint_pl.data.folders import ImageFiles, ImageFolder, LabelledFolder
 from imprint_pl.data.image_files import ImageFileDataset
 from imprint_pl.data.imagenet import ImageNet
 from imprint_pl.data.union import CombiDigits, Union, UnionDataset
@@ -33,6 +33,7 @@ __all__ = [
     "ImageFiles",
     "ImageFolder",
     "ImageNet",
+    "LabelledFolder",
     "Splits",
     "Union",
     "UnionDataset",

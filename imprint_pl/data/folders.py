@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from imprint_pl.data import tasks
 from imprint_pl.data.base import ImageDataModule
 from imprint_pl.data.decode import extensions
+from imprint_pl.data.exclude import Excluded
 from imprint_pl.data.finding import (
     files_at,
     find_images,
@@ -70,6 +71,9 @@ class ImageFolder(ImageDataModule):
         on_error: "fail" at the first image that cannot be read, or "skip": before anything else,
             each image is decoded once, and those that cannot be read are named in a warning and
             left out, as if they were not there (`unreadable`).
+        exclude: Files that are not read: their names below `root`, or one name, a CSV with a column
+            `file`, such as the fix list of `audit`. A name that is no image below `root` is an
+            error.
         task: Further keywords of `ImageDataModule` but `download`.
     """
 
@@ -80,6 +84,7 @@ class ImageFolder(ImageDataModule):
         max_side: int | None = None,
         batch_size: int = 64,
         on_error: str = "fail",
+        exclude: str | list[str] | None = None,
         **task: Any,
     ) -> None:
         super().__init__(root=root, batch_size=batch_size, download=False, **task)
@@ -93,11 +98,13 @@ class ImageFolder(ImageDataModule):
         self.test_fraction = test_fraction
         self.max_side = max_side
         self.on_error = _checked_on_error(on_error)
+        self.exclude = exclude
         # Files that were decoded once, to see whether they can be read.
         self._looked_at: set[str] = set()
 
     def load(self) -> Splits:
         folders = split_folders(Path(self.root))
+        self._excluded = Excluded(self.exclude, self.root)
         train_folder = folders.get("train", Path(self.root))
         _check_classes(train_folder)
         class_names, train = self._read(train_folder)
@@ -106,6 +113,7 @@ class ImageFolder(ImageDataModule):
             for split in ("val", "test")
             if split in folders
         }
+        self._excluded.check_all_found()
         if others:
             test = others["test"] if "test" in others else others["val"]
             return Splits(class_names, train, test, others.get("val"))
@@ -170,6 +178,12 @@ class ImageFolder(ImageDataModule):
                     f"the class folder {folder / name} holds no image{other_kinds(counts)}: add "
                     f"images ({', '.join(extensions())}) or remove the folder"
                 )
+            images = self._excluded.without(images)
+            if not images and not is_test:
+                raise ImprintError(
+                    f"exclude leaves no image of the class folder {folder / name}: exclude fewer, "
+                    "or remove the folder"
+                )
             paths += images
             labels += [place] * len(images)
         warn_of_left_out(left_out)
@@ -210,6 +224,36 @@ class ImageFolder(ImageDataModule):
                 f"left out: {', '.join(names[:UNREADABLE_SHOWN])}"
                 f"{f' and {more} more' if more > 0 else ''}"
             )
+
+
+class LabelledFolder(ImageFolder):
+    """Images to measure a classifier on, in a folder for each class; none of them is trained on.
+
+    All images below `<root>/<class>/` are the test and the validation split, or those of
+    `<root>/test/<class>/`, else `<root>/val/<class>/`, where the folder has such splits. Classes
+    are those of the classifier by name, whatever their order; not all of them need be there.
+
+    Args:
+        root: The folder.
+        options: Further keywords of `ImageFolder` but `test_fraction`.
+    """
+
+    def __init__(self, root: str, **options: Any) -> None:
+        # All images are measured, so the fraction is not used.
+        super().__init__(root=root, test_fraction=0.2, **options)
+
+    def load(self) -> Splits:
+        folders = {
+            split: folder
+            for split, names in SPLIT_NAMES.items()
+            for folder in map(Path(self.root).joinpath, subfolders(Path(self.root)))
+            if folder.name.lower() in names and subfolders(folder)
+        }
+        folder = folders.get("test", folders.get("val", Path(self.root)))
+        self._excluded = Excluded(self.exclude, self.root)
+        class_names, images = self._read(folder)
+        self._excluded.check_all_found()
+        return Splits(class_names, images, images)
 
 
 class ImageFiles(ImageDataModule):

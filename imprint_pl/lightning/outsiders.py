@@ -14,6 +14,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from imprint_pl.data.base import ImageDataModule
 from imprint_pl.data.batch_hooks import in_training, transfer_of
+from imprint_pl.data.folders import ImageFiles
 from imprint_pl.embedding.batches import run_batches, unlabelled
 from imprint_pl.lightning.classifier import ImprintedClassifier
 from imprint_pl.method.head import ImprintedHead
@@ -44,6 +45,7 @@ class Outsiders(Callback):
 
     Args:
         data: images that belong to no class; its test split is used, with its own batch hooks.
+            Files of a flat folder are `ImageFiles`.
     """
 
     def __init__(self, data: LightningDataModule) -> None:
@@ -107,7 +109,8 @@ class Outsiders(Callback):
                 in_training(module, self.data, trainer),
                 trainer.precision_plugin.forward_context(),
             ):
-                loader = self.data.test_dataloader()
+                of_files = isinstance(self.data, ImageFiles)
+                loader = self.data.predict_dataloader() if of_files else self.data.test_dataloader()
                 for _ in run_batches(module, loader, transfer=transfer, unpack=unlabelled):
                     pass  # `_heard` keeps the scores.
         outside = torch.cat(self._scores.pop("outside"))

@@ -7,12 +7,13 @@ from __future__ import annotations
 import copy
 import json
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from imprint_pl.errors import ImprintError
+from imprint_pl.errors import ImprintError, needs
 from imprint_pl.files import check_tensor
 from imprint_pl.method.pretrained import Pretrained
 from imprint_pl.numerics.constants import Constants
@@ -22,9 +23,14 @@ from imprint_pl.parts.by_name import build, describe, steps_of
 from imprint_pl.parts.gen.base import Proxies
 from imprint_pl.parts.norm.base import NoNorm
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 # Numbers in the proxies. Above that they are a whole training set (GEN `all`), and gradients for
 # them would only take memory.
 TRAINABLE = 2**26
+# Names of classes that `print(head)` shows.
+NAMES_SHOWN = 6
 # The label of what belongs to no class, and its name.
 NONE, NONE_NAME = -1, "none of these"
 
@@ -149,9 +155,11 @@ class ImprintedHead(Constants, Pretrained):
         with torch.inference_mode(False), torch.no_grad():
             self.log_scale = nn.Parameter(torch.full_like(self.log_scale, -math.log(value)))
 
-    def forward(self, embeddings: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor | np.ndarray) -> Tensor:
         """Embeddings `(B, d)` → logits `(B, C)`, the scores over the temperature: their softmax
-        gives probabilities."""
+        gives probabilities. An array of NumPy is taken to the head's device."""
+        if isinstance(embeddings, np.ndarray):
+            embeddings = torch.as_tensor(embeddings).to(self.proxies.device)
         return self.scores(embeddings) * self.log_scale.exp()
 
     def scores(self, embeddings: Tensor) -> Tensor:
@@ -180,6 +188,31 @@ class ImprintedHead(Constants, Pretrained):
         # NaN where the embedding, or its length, is not finite: some parts would drop that, as a
         # relu does, or a vote, and a class would come out of nothing.
         return scores + 0 * embeddings.float().square().sum(-1, keepdim=True).to(scores.dtype)
+
+    def tried_table(self) -> pd.DataFrame:
+        """`tried` as a table, best first; it needs pandas.
+
+        Raises:
+            ImprintError: pandas is not installed.
+        """
+        with needs("sweep", "head.tried_table()", "or read the rows of head.tried"):
+            import pandas as pd
+        table = pd.DataFrame(self.tried)
+        return table.sort_values("accuracy", ascending=False) if len(table) else table
+
+    def extra_repr(self) -> str:
+        """What `print(head)` says first: recipe, classes and proxies."""
+        if self.is_empty:
+            return "empty"
+        names = self.class_names
+        classes = f"{self.num_classes} classes"
+        if names:
+            more = f", … {names[-1]}" if len(names) > NAMES_SHOWN else ""
+            classes += f" ({', '.join(names[:NAMES_SHOWN])}{more})"
+        recipe = self.settings.get("recipe")
+        found = [] if recipe is None else [f"recipe={recipe}"]
+        found += [classes, f"{len(self.proxies)} proxies of {self.feature_dim} numbers"]
+        return ", ".join(found)
 
     def decide(self, scores: Tensor) -> Tensor:
         """Scores `(B, C)` of `scores` → labels `(B,)`; −1 where the best is below the threshold, or

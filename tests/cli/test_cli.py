@@ -354,16 +354,18 @@ def test_wandb_offline_keeps_accuracy_and_nc1(tmp_path):
     import wandb
 
     wandb.finish()
-    found, deadline = {}, time.monotonic() + 30
+    found, names, deadline = {}, set(), time.monotonic() + 30
     # wandb writes from a process of its own.
     while "val/accuracy" not in found and time.monotonic() < deadline:
         for record in wandb_records(next(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))):
+            names.add(record.run.display_name)
             for item in record.history.item:
                 found["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
         time.sleep(0.2)
     summary = summary_of_any(tmp_path)
     assert found["val/accuracy"] == pytest.approx(summary["accuracy"], abs=1e-6)
     assert found["train/nc1"] == pytest.approx(summary["nc1"], abs=1e-6)
+    assert "robust · efficientnet_lite0 · digits" in names
     # A local CSV is written all the same.
     assert list(tmp_path.glob("runs/**/metrics.csv"))
 
@@ -555,7 +557,7 @@ def test_help_of_a_command_explains_our_options(command, capsys):
     output = capsys.readouterr().out
     assert "--model.recipe" in output
     assert "proxies a class" in output
-    assert ("--images" in output) == (command == "predict")
+    assert ("--images" in output) == (command != "fit")
 
 
 def test_the_module_runs_as_a_program(tmp_path):

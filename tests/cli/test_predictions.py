@@ -13,6 +13,7 @@ from trainers import quiet_trainer
 from imprint_pl import ImprintedClassifier
 from imprint_pl.cli import main
 from imprint_pl.cli.predictions import PredictionWriter
+from imprint_pl.cli.sorting import ClassFolders
 from imprint_pl.data import Digits
 
 
@@ -168,3 +169,93 @@ def test_a_class_is_added_and_removed_from_the_command_line(fitted, tmp_path, ca
     capfd.readouterr()
     assert main(["remove-class", grown, "--name", "stirpes"]) == 2
     assert "did you mean 'stripes'?" in capfd.readouterr().err
+
+
+def test_few_images_are_named_with_their_class_and_many_are_counted(fitted, tmp_path, capfd):
+    checkpoint, photos = fitted
+    arguments = ["predict", "--ckpt_path", str(checkpoint), "--output", str(tmp_path / "it.csv")]
+    few = sorted(map(str, (photos / "digit1").iterdir()))[:3]
+    assert main([*arguments, "--images", *few, "--data.num_workers", "0"]) == 0
+    out = capfd.readouterr().out
+    rows = rows_of(tmp_path / "it.csv")
+    for row in rows:
+        percent = f"{100 * float(row['probability']):.0f} %"
+        assert f"  {row['file']}: {row['class']} ({percent})" in out
+    assert main([*arguments, "--images", str(photos), "--data.num_workers", "0"]) == 0
+    out = capfd.readouterr().out
+    rows = rows_of(tmp_path / "it.csv")
+    assert len(rows) > 20
+    for name in {row["class"] for row in rows}:
+        assert f"{sum(row['class'] == name for row in rows)}  {name}\n" in out
+    assert rows[0]["file"] not in out
+
+
+def test_images_are_copied_into_folders_of_their_class_and_nothing_is_overwritten(
+    fitted, tmp_path, capfd
+):
+    checkpoint, photos = fitted
+    mixed, target = tmp_path / "mixed", tmp_path / "sorted"
+    whole = sorted((photos / "digit1").iterdir())[:2]
+    for name, source in zip(("a", "b"), whole, strict=True):
+        (mixed / name).mkdir(parents=True)
+        (mixed / name / "same.png").write_bytes(source.read_bytes())
+    (mixed / "broken.png").write_bytes(b"no image")
+    (target / "digit1").mkdir(parents=True)
+    (target / "digit1" / "same.png").write_text("mine")
+    arguments = ["predict", "--ckpt_path", str(checkpoint), "--images", str(mixed)]
+    arguments += ["--data.num_workers", "0", "--output", str(tmp_path / "it.csv")]
+    arguments += ["--on_error", "skip", "--sort_into", str(target)]
+    for copied, there in ((2, 0), (0, 2)):
+        assert main(arguments) == 0
+        out = capfd.readouterr().out
+        assert f"sorted: {copied} images copied into {target}" in out
+        assert (f"({there} were there already)" in out) == (there > 0)
+        assert "broken.png" in out
+    assert (target / "digit1" / "same.png").read_text() == "mine"
+    found = {path.name: path.read_bytes() for path in (target / "digit1").iterdir()}
+    assert set(found) == {"same.png", "same (2).png", "same (3).png"}
+    assert {found["same (2).png"], found["same (3).png"]} == {p.read_bytes() for p in whole}
+    assert len(list(mixed.rglob("*.png"))) == 3
+    data = ["predict", "--ckpt_path", str(checkpoint), "--data", "Digits", "--sort_into", "x"]
+    assert main(data) == 2
+    assert "--sort_into needs image files" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["../up", "a/b"], ["", "."], ["a/b", "a_b", "A_B"], ["none of these ", "CON"], ["..", "..."]],
+)
+def test_any_class_name_becomes_a_folder_inside_of_the_target(tmp_path, names):
+    image = tmp_path / "x.png"
+    image.write_bytes(b"x")
+    made = ClassFolders(tmp_path / "sorted", names)
+    for name in names:
+        made.put(str(image), name)
+    found = [path.parent for path in (tmp_path / "sorted").rglob("x.png")]
+    assert len(found) == len(names)
+    assert all(folder.parent == tmp_path / "sorted" for folder in found)
+
+
+def test_a_folder_is_measured_by_its_folders_names_whatever_their_order(fitted, tmp_path, capfd):
+    checkpoint, photos = fitted
+    own = tmp_path / "own"
+    # digit0 is missing, so that the labels of the folder are not those of the head.
+    for name in ("digit2", "digit1"):
+        (own / name).mkdir(parents=True)
+        for image in sorted((photos / name).iterdir())[:5]:
+            (own / name / image.name).write_bytes(image.read_bytes())
+    (tmp_path / "others").mkdir()
+    for i in range(4):
+        Image.new("L", (9, 9), 60 * i).save(tmp_path / "others" / f"{i}.png")
+    arguments = ["test", "--ckpt_path", str(checkpoint), "--trainer.default_root_dir"]
+    arguments += [str(tmp_path), "--images", str(own), "--data.num_workers", "0"]
+    assert main([*arguments, "--outsiders", str(tmp_path / "others")]) == 0
+    run = capfd.readouterr().out.splitlines()[-1].removeprefix("run: ")
+    summary = json.loads((tmp_path / run / "summary.json").read_text())
+    assert summary["accuracy"] >= 0.9
+    assert 0 <= summary["outsiders_auroc"] <= 1
+    (own / "digit1").rename(own / "unheard of")
+    assert main(arguments) == 2
+    assert "unheard of" in capfd.readouterr().err
+    assert main([*arguments[:5], "--images", str(own), str(own)]) == 2
+    assert "takes one folder" in capfd.readouterr().err

@@ -22,7 +22,12 @@ def wheel(tmp_path_factory):
 def test_the_wheel_has_configs_and_type_marker_and_no_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     needed = ("py.typed", "configs/quickstart.yaml", "configs/loggers/wandb.yaml")
-    for name in (*needed, "experiments/report/page.html.jinja", "experiments/report/published.csv"):
+    for name in (
+        *needed,
+        "audit/audit.html.jinja",
+        "experiments/report/page.html.jinja",
+        "experiments/report/published.csv",
+    ):
         assert f"imprint_pl/{name}" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
 

@@ -73,11 +73,15 @@ SHOWN = {
         and (n["labels"] == n["y"]).all()
         and n["head"].settings["k"] == 5
     ),
+    "docs/guides/clean.md": lambda n: (
+        n["scores"].ranking()[0] == 5 and n["data"].exclude == "fix.csv"
+    ),
     "docs/guides/data.md": lambda n: n["few"].shots == 5 and len(n["train_x"]) == 1437,
     "docs/guides/grow.md": lambda n: n["estimator"].classes_.tolist() == [1, 2, 3],
     "docs/guides/lightning.md": lambda n: (
         n["probabilities"].shape == (2, 10) and n["net"](n["images"]).shape == (2, 11)
     ),
+    "docs/guides/photos.md": lambda n: n["backbone"].layer_widths[-1] == 1280,
     "docs/guides/recipes.md": lambda n: n["head"].layer_widths == [8, 4],
     "docs/guides/ship.md": lambda n: (n["head"](n["x"]).argmax(1) == n["y"]).all(),
     "docs/how_it_is_built.md": lambda n: (

@@ -246,9 +246,73 @@ def test_the_advice_names_the_best_recipe_and_the_faster_near_it():
     table = accuracy_by_group(whole[whole["method"].isin(["kernel", "ridge", "robust", "qi"])])
     table["ridge"] += 0.015
     sentences = " ".join(advice(rows, compare(table), significance(table)))
-    assert sentences.startswith("Use kernel: it has the best average rank, 1.00 of 4 recipes")
+    assert sentences.startswith("Use kernel on ")
+    assert "it has the best average rank, 1.00 of 4 recipes" in sentences
     assert "In a hurry, ridge" in sentences
     assert "over 8 groups" in sentences
+
+
+def small(recipes, backbones=("resnet18",), data="leaves"):
+    """Two tasks of each backbone; `recipes` and `backbones` may say by how much they differ."""
+    rows = [
+        dict(
+            backbone=backbone,
+            data=data,
+            task=f"task{task}",
+            recipe=recipe,
+            accuracy=0.9 + 0.01 * task + recipes[recipe] + 0.001 * i,
+            gen_seconds=1.0,
+            num_classes=4,
+        )
+        for i, backbone in enumerate(backbones)
+        for task in range(2)
+        for recipe in recipes
+    ]
+    return pd.DataFrame(rows)
+
+
+def advice_of(rows, path):
+    rows.to_csv(path / "results.csv", index=False)
+    rows = read_results(path)
+    table = accuracy_by_group(rows)
+    return " ".join(advice(rows, compare(table), significance(table)))
+
+
+def test_the_advice_names_the_backbone_as_well(tmp_path):
+    one = advice_of(small({"kernel": 0.02, "qi": 0}), tmp_path)
+    assert one.startswith("Use kernel on resnet18: it has the best average rank")
+    two = advice_of(small({"kernel": 0.02, "qi": 0}, ("resnet18", "swin_b")), tmp_path)
+    assert two.startswith("Use kernel on swin_b: it has the best average rank")
+    assert "With kernel, swin_b has 92.60 %, resnet18 92.50 %." in two
+
+
+def test_the_advice_calls_a_tie_a_tie(tmp_path):
+    text = advice_of(small({"kernel": 0.02, "ridge": 0.02, "qi": 0}), tmp_path)
+    assert text.startswith("It is a tie on resnet18: kernel and ridge have the same average rank")
+    assert "Use kernel" not in text
+
+
+def test_the_papers_numbers_stand_beside_its_own_data_sets_only(tmp_path):
+    own, papers = (small({"robust": 0.02, "qi": 0}, data=d) for d in ("leaves", "FashionMNIST"))
+    for rows, there in ((own, False), (papers, True)):
+        rows.to_csv(tmp_path / "results.csv", index=False)
+        table = TABLES["methods"][1](read_results(tmp_path))
+        assert ("paper %" in table) == there
+        assert ("paper %" in write_report(tmp_path).read_text()) == there
+
+
+def test_no_axis_of_accuracies_goes_beyond_100_percent():
+    rows = pd.DataFrame(
+        [
+            dict(group=g, method=m, shots=float(s), accuracy=min(1.0, 0.99 + 0.005 * s))
+            for g in "ab"
+            for m in ("kernel", "qi")
+            for s in (1, 2, 5)
+        ]
+    )
+    with style():
+        (axes,) = accuracy_against_shots(rows).axes
+    assert axes.get_ylim()[1] == 100
 
 
 def test_a_point_of_a_line_is_an_average_over_the_groups_of_the_others(tmp_path):

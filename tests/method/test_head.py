@@ -186,3 +186,33 @@ def test_a_head_and_a_state_made_with_numbers_of_numpy_can_be_read_again(blobs, 
         state = read_state(write_state(state, tmp_path / "state.safetensors"))
         assert state.head().threshold == 0.5
         assert head_config(head)["threshold"] == 0.5
+
+
+def test_a_head_takes_numpy_arrays_like_tensors():
+    x = torch.eye(4).repeat(3, 1)
+    head = imprint(x, torch.arange(4).repeat(3), "qi")
+    assert torch.equal(head(x.numpy()), head(x))
+    assert torch.equal(head(x.double().numpy()), head(x))
+    with pytest.raises(ImprintError, match="expected"):
+        head(np.zeros(4, np.float32))
+
+
+def test_print_names_recipe_classes_and_proxies():
+    head = imprint(torch.eye(3), torch.arange(3), "qi", class_names=["a", "b", "c"])
+    text = repr(head)
+    assert "recipe=qi, 3 classes (a, b, c), 3 proxies of 3 numbers" in text
+    many = imprint(torch.eye(9), torch.arange(9), "qi", class_names=[*"abcdefghi"])
+    assert "9 classes (a, b, c, d, e, f, … i)" in repr(many)
+    many.clear()
+    assert "empty" in repr(many)
+
+
+def test_what_auto_tried_is_a_table_best_first():
+    pytest.importorskip("pandas")
+    x = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    head = imprint(x + 3 * torch.eye(5)[torch.arange(60) % 3], torch.arange(60) % 3)
+    table = head.tried_table()
+    assert list(table.index.sort_values()) == list(range(len(head.tried)))
+    assert (table["accuracy"].dropna().diff().dropna() <= 0).all()
+    assert int(table["chosen"].sum()) == 1
+    assert not len(imprint(torch.eye(3), torch.arange(3), "qi").tried_table())

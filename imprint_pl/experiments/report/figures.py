@@ -28,6 +28,8 @@ MARKERS = "osD^vPX<"
 MOST = len(COLOURS)
 # A method's name with more letters is shortened.
 LONGEST = 46
+# The label of an axis of accuracies.
+PERCENT = "accuracy in %"
 
 
 def critical_difference(compared: pd.DataFrame, tests: Significance) -> Figure:
@@ -70,7 +72,7 @@ def accuracy_against_k(rows: pd.DataFrame) -> Figure | None:
     mean, title = _average(table)
     lines = {gen: mean[gen] for gen in mean.index.get_level_values("gen").unique()}
     lines = {gen: line for gen, line in lines.items() if len(line) > 1}
-    return _lines(lines, "k, proxies a class", "accuracy in %", title) if lines else None
+    return _lines(lines, "k, proxies a class", PERCENT, title) if lines else None
 
 
 def accuracy_against_shots(rows: pd.DataFrame) -> Figure | None:
@@ -84,7 +86,7 @@ def accuracy_against_shots(rows: pd.DataFrame) -> Figure | None:
     lines = {name: mean[name] for name in names if len(mean[name]) > 1}
     if not lines:
         return None
-    return _lines(lines, "training images a class", "accuracy in %", title)
+    return _lines(lines, "training images a class", PERCENT, title)
 
 
 def nc1_against_d(rows: pd.DataFrame) -> Figure | None:
@@ -220,6 +222,13 @@ def _lines(lines: dict[str, pd.Series], x: str, y: str, title: str, log: bool = 
     axes.minorticks_off()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    if y == PERCENT:
+        # The margin above the best line must not promise more than everything.
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, 0), min(high, 100))
+        if high > 100:
+            for drawn in axes.lines:
+                drawn.set_clip_on(False)
     left_out = len(lines) - len(best)
     axes.set_title(title + (f"; {left_out} lower lines left out" if left_out else ""), fontsize=10)
     _legend(figure, axes)

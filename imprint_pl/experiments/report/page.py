@@ -15,7 +15,7 @@ from imprint_pl import __version__
 from imprint_pl.drawing.page import Cell, Column, PageTable, cell, data_url, render
 from imprint_pl.experiments.report.read import most_samples, whole_tasks
 from imprint_pl.experiments.report.statistics import ALPHA, Significance
-from imprint_pl.experiments.report.tables import shown
+from imprint_pl.experiments.report.tables import are_papers, shown
 from imprint_pl.files import write_whole
 
 # How many rows of a table the page has; the CSV has all.
@@ -28,19 +28,24 @@ CAPTIONS = {
     "from these same results, so that their differences look clearer than they are.",
     "accuracy_against_k": "k-means and other choices of k proxies a class, all else equal.",
     "accuracy_against_shots": "How much each method needs: training images a class.",
-    "gain_against_nc1": "A dot a task. In the paper several proxies pay where NC1 is high, with a "
-    "Spearman correlation of 0.82.",
+    "gain_against_nc1": "A dot a task.",
     "nc1_against_d": "NC1 of tasks whose labels merge d classes each.",
     "gen_seconds": "From embeddings to proxies; embedding the images is not counted.",
 }
 NOTES = {
     "recipes": "Average rank: 1 is best in every group. Wins: groups in which none is better; "
-    "a tie is a win for all. The paper's column is its average over its own four backbones and "
-    "twelve tasks: compare the order, not the level, unless yours are the same.",
+    "a tie is a win for all.",
     "methods": "A name is a recipe and the keywords in which it differs: type it as it stands.",
+    "runs": "Filter for a backbone, data set, task or method.",
+}
+# What is added where the paper's numbers are there to be compared with.
+BESIDE_PAPER = {
+    "gain_against_nc1": " In the paper several proxies pay where NC1 is high, with a Spearman "
+    "correlation of 0.82.",
+    "recipes": " The paper's column is its average over its own four backbones and twelve tasks: "
+    "compare the order, not the level, unless yours are the same.",
     "nc1": "The paper's NC1 centres classes otherwise than ours, so that the two differ even on "
     "equal embeddings.",
-    "runs": "Filter for a backbone, data set, task or method.",
 }
 
 
@@ -66,16 +71,23 @@ def advice(
     if tests is not None:
         groups = tests.groups
     best, second, *_ = accuracy
+    alone = [name for name in accuracy if _same(compared, name, best)]
+    backbone, others = _backbone(whole, best)
+    on = f" on {backbone}" if backbone else ""
     most = max(accuracy, key=lambda name: accuracy[name])
     over = f"over {groups} group{'s' * (groups != 1)}"
+    rank = f"{compared['rank'].iloc[0]:.2f} of {len(compared)} recipes"
+    figures = f"{rank}, {over}, and {100 * accuracy[best]:.2f} % accuracy on average"
     sentences = [
-        f"Use {best}: it has the best average rank, {compared['rank'].iloc[0]:.2f} of "
-        f"{len(compared)} recipes, {over}, and {100 * accuracy[best]:.2f} % accuracy on average"
+        f"It is a tie{on}: {_and(alone)} have the same average rank, {figures}."
+        if len(alone) > 1
+        else f"Use {best}{on}: it has the best average rank, {figures}"
         + (
             f"; {most} has more, {100 * accuracy[most]:.2f} %, but a worse rank."
             if accuracy[most] > accuracy[best] + 1e-9
             else "."
-        )
+        ),
+        *([f"With {best}, {others}."] if others else []),
     ]
     if tests is None:
         sentences.append(
@@ -110,6 +122,41 @@ def advice(
             f"instead of {_seconds(seconds[best])}."
         )
     return sentences
+
+
+def _same(compared: pd.DataFrame, name: str, other: str) -> bool:
+    """Returns whether two methods tie, in rank and accuracy."""
+    columns = ["rank", "accuracy"]
+    apart = compared.loc[name, columns].astype(float) - compared.loc[other, columns].astype(float)
+    return bool((apart.abs() < 1e-9).all())
+
+
+def _backbone(rows: pd.DataFrame, method: str) -> tuple[str, str]:
+    """Returns the backbone with the best accuracy of a method, and how the others compare.
+
+    Only data sets and tasks that every backbone has are looked at. Without any the backbone is "".
+    """
+    rows = rows[rows["method"] == method]
+    tasks = ["data", "task"]
+    table = rows.pivot_table(index=tasks, columns="backbone", values="accuracy").dropna()
+    if not len(table):
+        return "", ""
+    # Rounded, so that accuracies that differ in the last bit are equal.
+    mean = table.mean().round(9).sort_values(ascending=False, kind="stable")
+    first = [str(name) for name in mean.index[mean == mean.iloc[0]]]
+    accuracy = f"{100 * mean.iloc[0]:.2f} %"
+    if len(mean) == 1:
+        return first[0], ""
+    if len(first) > 1:
+        return "", f"the backbones {_and(first)} are a tie, {accuracy} each"
+    rest = [f"{name} {100 * value:.2f} %" for name, value in mean.items() if name != first[0]]
+    listed = ", ".join(rest[:4]) + (", …" if len(rest) > 4 else "")
+    return first[0], f"{first[0]} has {accuracy}, {listed}"
+
+
+def _and(names: Sequence[str]) -> str:
+    names = [*names[:4], f"{len(names) - 4} more"] if len(names) > 5 else list(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 class PageFigure(NamedTuple):
@@ -162,7 +209,7 @@ def write_page(
             "data sets": sorted(rows["data"].unique()),
         },
         figures=[
-            PageFigure(id, title, CAPTIONS.get(id, ""), data_url(svg.read_bytes(), "image/svg+xml"))
+            PageFigure(id, title, _caption(id, rows), data_url(svg.read_bytes(), "image/svg+xml"))
             for id, (title, svg) in figures.items()
         ],
         galleries=[
@@ -172,6 +219,11 @@ def write_page(
         tables=[_cells(id, title, table) for id, (title, table) in made.items()],
     )
     return write_whole(path, page.encode())
+
+
+def _caption(name: str, rows: pd.DataFrame) -> str:
+    beside = BESIDE_PAPER.get(name, "") if are_papers(rows) else ""
+    return CAPTIONS.get(name, "") + beside
 
 
 def _numbers(values: pd.Series) -> dict[str, float]:
@@ -189,7 +241,8 @@ def _cells(name: str, title: str, table: pd.DataFrame) -> PageTable:
         ]
         for row in table.head(MOST_ROWS).itertuples(index=False)
     ]
-    note = NOTES.get(name, "")
+    has_papers = any(str(column).startswith("paper ") for column in table.columns)
+    note = NOTES.get(name, "") + (BESIDE_PAPER.get(name, "") if has_papers else "")
     if len(table) > MOST_ROWS:
         note += f" The first {MOST_ROWS:,} of {len(table):,} rows; the CSV has all."
     columns = [Column(str(n), number) for n, number in zip(table.columns, numeric, strict=True)]
