@@ -265,7 +265,7 @@ def _layers(summary: dict[str, Any]) -> str:
         shown = "all" if layers == "all" else "some"
         if isinstance(layers, list) and len(layers) <= LAYERS_SHOWN:
             shown = ", ".join([*layers, "last"])
-        text = f"{shown} ({len(widths)}, {summary['embedding_dim']:,} numbers)"
+        text = f"{shown} ({len(widths)} vectors, {summary['embedding_dim']:,} numbers)"
     views = "" if summary["views"] == "none" else f"; views: {summary['views']}"
     return f"layers: {text}{views}"
 
