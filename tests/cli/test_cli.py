@@ -95,13 +95,13 @@ def test_the_quickstart_reaches_its_accuracy(capfd):
     assert main(["fit", "--config", "configs/quickstart.yaml"]) == 0
     output = capfd.readouterr().out
     summary = summary_of(output)
-    assert summary["accuracy"] >= 0.91
+    assert summary["accuracy"] >= 0.95
     assert summary["calibration_error"] <= 0.05
     # The table of what auto compared.
     assert summary["recipe"] == "auto"
     assert summary["chosen_recipe"] in ("kernel", "ridge")
-    assert [row["recipe"] for row in summary["tried"]].count("robust") == 2
-    assert "robust k=20" in output
+    assert [row["recipe"] for row in summary["tried"]].count("kernel") == 3
+    assert "kernel norm_pre=last+power+l2+nystrom" in output
     assert "chosen" in output
     assert f"auto chose {summary['chosen_recipe']}" in output
 
@@ -182,7 +182,7 @@ def test_a_folder_of_photos_is_imprinted_and_single_files_are_predicted(tmp_path
     arguments = ["--config", "configs/image_folder.yaml", "--model.image_size", "64"]
     assert main(["fit", *arguments]) == 0
     summary = summary_of(capfd.readouterr().out)
-    assert summary["accuracy"] == 1
+    assert summary["accuracy"] >= 0.75
     arguments = ["--ckpt_path", summary["checkpoint"], "--output", "out/it.csv"]
     arguments += ["--images", "photos/dog/3.png", "photos/cat", "photos/*/5.png"]
     assert main(["predict", *arguments]) == 0
@@ -574,6 +574,7 @@ def test_a_summary_prints_names_that_look_like_markup(capsys):
         ("accuracy", "macro_f1", "calibration_error", "nc1", "gen_seconds"), 0.5
     )
     summary |= {"task": "[/x]", "recipe": "qi", "embed_seconds": 1.0, "backbone": "[/b]"}
+    summary |= {"layers": "last", "layer_widths": None, "embedding_dim": 9, "views": "none"}
     summary |= dict.fromkeys(("norm_pre", "gen", "norm_post", "norm_inf", "agg"), "none")
     print_summary(summary | {"num_proxies": 1, "num_classes": 1, "tried": []})
     output = capsys.readouterr().out

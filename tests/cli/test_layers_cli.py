@@ -40,7 +40,7 @@ def test_a_fit_says_its_layers_and_what_follows_carries_them(tmp_path, monkeypat
     out = run(capsys, "fit", *DIGITS, *CPU, *BACKBONE, *size, "--model.views", "flip")
     fitted = summary_of(out)
     widths = fitted["layer_widths"]
-    assert f"layers: all ({len(widths)}, {sum(widths):,} numbers); views: flip" in out
+    assert f"layers: all ({len(widths)} vectors, {sum(widths):,} numbers); views: flip" in out
     assert (fitted["layers"], fitted["views"]) == ("all", "flip")
     out = run(capsys, "test", *DIGITS, *CPU, "--ckpt_path", fitted["checkpoint"])
     assert summary_of(out)["accuracy"] == fitted["accuracy"]
@@ -58,7 +58,8 @@ def test_a_fit_says_its_layers_and_what_follows_carries_them(tmp_path, monkeypat
     run(capsys, "export", fitted["checkpoint"], "--format", "safetensors", "--output", "head")
     config = json.loads((tmp_path / "head" / "config.json").read_text())
     assert config["layer_widths"] == widths
-    assert len(config["backbone"]["layers"]) == len(widths) - 1
+    # Each feature map has a mean and a deviation.
+    assert 2 * len(config["backbone"]["layers"]) == len(widths) - 1
     assert config["backbone"]["views"] == "flip"
 
 
@@ -67,11 +68,11 @@ def test_layers_are_named_as_text_or_as_a_list(tmp_path, monkeypatch, capsys, la
     monkeypatch.chdir(tmp_path)
     words = [*BACKBONE, "--model.image_size", "32", "--model.recipe", "qi"]
     out = run(capsys, "fit", *DIGITS, *CPU, *words, "--model.layers", layers)
-    assert "layers: layer1, layer3, last (3, " in out
+    assert "layers: layer1, layer3, last (5 vectors, " in out
     with open(tmp_path / "it.yaml", "w") as file:
         yaml.safe_dump({"model": {"layers": ["layer1", "layer3"]}}, file)
     out = run(capsys, "fit", *DIGITS, *CPU, *words, "--config", "it.yaml")
-    assert "layers: layer1, layer3, last (3, " in out
+    assert "layers: layer1, layer3, last (5 vectors, " in out
 
 
 def test_a_wrong_name_ends_in_one_line(capsys):
