@@ -115,7 +115,10 @@ class ProgramFile(Format):
 
     def write(self, backbone: Backbone, head: ImprintedHead, path: Path) -> None:
         texts = {"imprint_pl": json.dumps(head_config(head, backbone))}
-        self.write_module(Deployed(backbone, head), path, ("probabilities", "classes"), texts)
+        outputs = ("probabilities", "classes")
+        if not head.familiar.is_empty:
+            outputs += ("familiarity",)
+        self.write_module(Deployed(backbone, head), path, outputs, texts)
 
     def write_module(
         self, module: nn.Module, path: Path, outputs: Sequence[str], texts: dict[str, str]
@@ -243,7 +246,8 @@ def export(
     """Writes the classifier as a file, or its head as a folder.
 
     The file has the input `images`, uint8 `(B, 3, H, W)`, and the outputs `probabilities`,
-    `(B, C)` float32, and `classes`, `(B,)` int64, where −1 is "none of these". The class names are
+    `(B, C)` float32, and `classes`, `(B,)` int64, where −1 is "none of these"; with `accept` also
+    `familiarity`, `(B,)` float32. The class names are
     in its metadata, as JSON under "imprint_pl" (in a PyTorch program: the extra file
     "imprint_pl.json").
 
@@ -312,14 +316,19 @@ def check(
     path, written = Path(path), _format(format)
     run = written.load(path)
     assert isinstance(written, ProgramFile)  # the other format does not load
-    same, difference = 0, 0.0
+    same, difference, strange = 0, 0.0, 0.0
     for batch in _batches(images):
-        probabilities, classes = run(batch)
+        probabilities, classes, *others = run(batch)
         with torch.no_grad():
-            scores = head.scores(backbone(batch).float())
+            embeddings = backbone(batch).float()
+            scores = head.scores(embeddings)
             expected = torch.softmax(scores * head.log_scale.exp(), 1).cpu()
-            same += int((classes == head.decide(scores).cpu()).sum())
+            known = None if head.familiar.is_empty else head.familiarity(embeddings, scores)
+            same += int((classes == head.decide(scores, known).cpu()).sum())
         difference = max(difference, (probabilities - expected).abs().max().item())
+        if known is not None:
+            apart = (others[0] - known.cpu()).abs() / known.cpu().abs().clamp(min=1)
+            strange = max(strange, apart.max().item())
     alone = Path(folder) / f"backbone{written.suffix}"
     written.write_module(Embedder(backbone), alone, ("embeddings",), {})
     times, times_alone = _seconds(run, images), _seconds(written.load(alone), images)
@@ -335,12 +344,13 @@ def check(
     alone.unlink()
     # The classes are compared too: an image on the border between two classes can change its class
     # by a difference in probability below the tolerance.
-    if same < len(images) or not difference <= TOLERANCE:
+    if same < len(images) or not max(difference, strange) <= TOLERANCE:
+        familiarity = f", the familiarity by {strange:.1e}" if not head.familiar.is_empty else ""
         raise ImprintError(
             f"{path.name} does not agree with the classifier: {result.same_class} of "
             f"{len(images)} images get the same class, probabilities differ by up to "
-            f"{difference:.1e} (allowed: {TOLERANCE:.0e}); do not use it, and export in another "
-            "format"
+            f"{difference:.1e}{familiarity} (allowed: {TOLERANCE:.0e}); do not use it, and export "
+            "in another format"
         )
     return result
 
@@ -398,7 +408,8 @@ def _seconds(run: Run, images: Sequence[Tensor]) -> list[float]:
 class Deployed(nn.Module):
     """uint8 `(B, 3, H, W)` → probabilities `(B, C)` float32 and classes `(B,)` int64.
 
-    The class is −1, "none of these", where the head has a threshold and no score reaches it.
+    The class is −1, "none of these", where the head has a threshold that is not reached. A head
+    that was fitted with `accept` has a third output, the familiarity `(B,)` float32.
 
     Args:
         backbone: has its own preprocessing. Its model is copied and runs in float32.
@@ -416,10 +427,14 @@ class Deployed(nn.Module):
         self.head = copy.deepcopy(head).cpu().requires_grad_(False)
         self.eval()
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        scores = self.head.scores(self.embed(images))
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        embeddings = self.embed(images)
+        scores = self.head.scores(embeddings)
         probabilities = torch.softmax(scores * self.head.log_scale.exp(), 1)
-        return probabilities, self.head.decide(scores)
+        if self.head.familiar.is_empty:
+            return probabilities, self.head.decide(scores)
+        familiarity = self.head.familiarity(embeddings, scores)
+        return probabilities, self.head.decide(scores, familiarity), familiarity
 
 
 class Embedder(nn.Module):

@@ -13,7 +13,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,8 +38,9 @@ SKIPPED = -2
 class PredictionWriter(Callback):
     """Writes a row for each image: file or index, label, class, score (the logit), probability.
 
-    Where the head has a threshold that no score reaches, the label is −1, the class "none of these"
-    and the probability empty (null in JSON); the score is still the best one. A single process
+    A head that was fitted with `accept` adds the familiarity. Where the head has a threshold that
+    is not reached, the label is −1, the class "none of these" and the probability empty (null in
+    JSON); the score is still the best one. A single process
     writes each batch at once; with several, the first writes all rows at the end.
 
     Args:
@@ -63,6 +64,8 @@ class PredictionWriter(Callback):
         self.count = 0
         self.unread: list[str] = []
         self._file: PredictionFile | None = None
+        self._listening = ExitStack()
+        self._familiarity: Tensor | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = run_folder(trainer)
@@ -78,8 +81,16 @@ class PredictionWriter(Callback):
         if trainer.is_global_zero:
             top = min(self.top, _head_of(pl_module).num_classes)
             more = [f"{name}_{i}" for i in range(2, top + 1) for name in ("class", "probability")]
-            columns = [self._sample, "label", "class", "score", "probability", *more]
+            known = [] if _head_of(pl_module).familiar.is_empty else ["familiarity"]
+            columns = [self._sample, "label", "class", "score", "probability", *known, *more]
             self._file = PredictionFile(self.path, columns)
+        self._listening.callback(_head_of(pl_module).register_forward_hook(self._heard).remove)
+
+    def _heard(self, head: ImprintedHead, inputs: Any, logits: Tensor) -> None:
+        # The logits that come back from the module do not say how familiar an image is.
+        scores = logits / head.log_scale.exp()
+        none = head.familiar.is_empty
+        self._familiarity = None if none else head.familiarity(inputs[0], scores)
 
     def on_predict_batch_end(
         self,
@@ -94,9 +105,11 @@ class PredictionWriter(Callback):
         best = outputs.topk(top, dim=1)
         labels = best.indices[:, 0].clone()
         head = _head_of(pl_module)
+        known = self._familiarity
         if head.threshold is not None:
             # Logits are scores over the temperature.
-            labels[best.values[:, 0] < head.threshold / head.temperature] = NONE
+            scores = outputs / head.log_scale.exp()
+            labels[head.decide(scores, known) == NONE] = NONE
         skipped = batch.get("skipped", {}) if isinstance(batch, dict) else {}
         for place, reason in skipped.items():
             labels[place] = SKIPPED
@@ -105,7 +118,8 @@ class PredictionWriter(Callback):
         # Class indices are whole numbers below 2^24, exact in float32. The logit of a class without
         # proxies is −∞, which the store does not take.
         values = best.values.clamp(min=torch.finfo(torch.float32).min)
-        row = torch.cat([best.indices.float(), values, probabilities], 1)
+        more = [] if known is None else [known[:, None]]
+        row = torch.cat([best.indices.float(), values, probabilities, *more], 1)
         # Nothing is written for a skipped file, and the store takes no NaN.
         row[list(skipped)] = 0
         self._seen += len(labels)
@@ -123,6 +137,7 @@ class PredictionWriter(Callback):
                 for of_rank in reasons:
                     self._reasons |= of_rank
                 self._write(*gathered, _head_of(pl_module))
+        self._listening.close()
         if self._file is not None:
             self._file.finish()
             self._file = None
@@ -130,6 +145,7 @@ class PredictionWriter(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        self._listening.close()
         if self._file is not None:
             self._file.discard()
             self._file = None
@@ -145,7 +161,8 @@ class PredictionWriter(Callback):
         """Writes a batch on rank 0.
 
         Args:
-            rows: `(B, 3 * top)`: the classes of the best logits, the logits, the probabilities.
+            rows: `(B, 3 * top)`: the classes of the best logits, the logits, the probabilities;
+                and a last column with the familiarity, where the head has one.
             labels: `(B,)`, a class, `NONE` or `SKIPPED`.
             head: names the classes.
         """
@@ -157,7 +174,7 @@ class PredictionWriter(Callback):
             if label == SKIPPED:
                 self.unread.append(f"  {self._reasons.get(index) or shown(str(sample))}")
                 continue
-            classes, scores, probabilities = row[:top], row[top : 2 * top], row[2 * top :]
+            classes, scores, probabilities = row[:top], row[top : 2 * top], row[2 * top : 3 * top]
             if math.isnan(probabilities[0]):
                 raise ImprintError(
                     f"{shown(str(sample))}: its embedding is not finite; look at that image, or at "
@@ -172,6 +189,8 @@ class PredictionWriter(Callback):
                 # another number.
                 "probability": None if label == NONE else round(probabilities[0], 6),
             }
+            if not head.familiar.is_empty:
+                record["familiarity"] = float(f"{row[-1]:.6g}")
             for place in range(0 if label == NONE else 1, top) if self.top > 1 else []:
                 # Where no class is accepted, the nearest class comes second.
                 at = place + 2 if label == NONE else place + 1

@@ -156,7 +156,13 @@ def saved_head(
 def _check_keys(state: Mapping[str, Any], head: ImprintedHead) -> None:
     own = [f"{HEAD}{name}" for name in head.state_dict()]
     missing = [name for name in own if name not in state]
-    foreign = [name for name in state if name.startswith(HEAD) and name not in own]
+    # Heads of every recipe may have a familiarity, and do without.
+    known = f"{HEAD}familiar."
+    foreign = [
+        name
+        for name in state
+        if name.startswith(HEAD) and name not in own and not name.startswith(known)
+    ]
     if f"{HEAD}proxies" in state and (missing or (foreign and not head.takes_parts_of_file)):
         raise ImprintError(
             f"the checkpoint's head and this model's differ in {(missing + foreign)[0]!r}: they "

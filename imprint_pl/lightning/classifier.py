@@ -73,8 +73,9 @@ class ImprintedClassifier(Growing, LightningModule):
         max_per_class: keep the embeddings of at most so many samples of each class, drawn at random
             as they go by; GEN and NC1 see these. It bounds the memory of recipes that need the
             embeddings; not with `keep`.
-        accept: share of training samples to accept, such as 0.95: sets a threshold, below which
-            `predict` says "none of these".
+        accept: share of training samples to accept, such as 0.95: fits a score of familiarity and
+            sets a threshold on it, below which `predict` says "none of these". With
+            `keep="embeddings"` both are fitted anew when classes come or go.
         seed: fixes every random choice.
         image_size: side of the backbone's input in pixels; its own by default.
         pretrained: load the backbone's weights; without them it is random.

@@ -26,10 +26,10 @@ from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.imprinting import imprint_parts
 from imprint_pl.method.recipes import Auto, Recipe
 from imprint_pl.method.selection import weibull_typical
-from imprint_pl.method.threshold import set_threshold
+from imprint_pl.method.threshold import check_share, set_threshold
 from imprint_pl.parts.norm.layers import last_columns
 from imprint_pl.ranks import on_rank_zero
-from imprint_pl.training_set.kept import KEEP, State
+from imprint_pl.training_set.kept import KEEP, NO_FAMILIARITY, State
 from imprint_pl.training_set.memory import check_memory
 from imprint_pl.training_set.reservoir import EmbeddingReservoir
 from imprint_pl.training_set.store import Collector, RowStore, on_gpu
@@ -64,13 +64,14 @@ class EpochOptions:
                 f"max_per_class={most} drops samples that keep={keep!r} has to keep: give one of "
                 "them"
             )
-        if accept is not None and not 0 < accept <= 1:
-            raise ImprintError(f"accept={accept}: give a share above 0 and at most 1, such as 0.95")
+        check_share("accept", accept)
+        if accept is not None and keep == "moments":
+            raise ImprintError(f"accept={accept}: {NO_FAMILIARITY}")
 
     @property
     def needs_rows(self) -> bool:
         """Whether these options need the embeddings, even where the recipe does not."""
-        return not (self.weibull is None and self.keep is None and self.accept is None)
+        return not (self.weibull is None and self.keep is None)
 
 
 class Finished(NamedTuple):
@@ -141,6 +142,7 @@ class ImprintEpoch:
                 samples=self.samples,
                 dealt=dealt,
                 seed=options.seed,
+                accept=options.accept,
             )
         elif most is not None:
             self.kept = EmbeddingReservoir(most, options.seed, num_classes, dealt)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import check_tensor
+from imprint_pl.method.familiarity import Familiarity
 from imprint_pl.method.pretrained import Pretrained
 from imprint_pl.numerics.constants import Constants
 from imprint_pl.numerics.values import MAX_CLASSES, is_number, to_json_value
@@ -49,8 +50,10 @@ class ImprintedHead(Constants, Pretrained):
         class_names: C names, or an empty list where there are none.
         settings: names and numbers of the recipe that filled it.
         tried: what `auto` compared, a row a candidate; empty for other recipes.
-        threshold: score that the best class has to reach; `None` accepts everything. See
-            `imprint_pl.lightning.outsiders`.
+        familiar: the score of familiarity; empty where none was fitted.
+        threshold: familiarity that an embedding has to reach; `None` accepts everything. In a head
+            without a familiarity, such as those of earlier versions, the score that the best class
+            has to reach. See `imprint_pl.method.threshold`.
     """
 
     constants = ("bias", "proxy_classes")
@@ -62,6 +65,7 @@ class ImprintedHead(Constants, Pretrained):
         self.takes_parts_of_file = norm_inf is None
         self.norm_inf = NoNorm() if norm_inf is None else norm_inf
         self.agg = Max() if agg is None else agg
+        self.familiar = Familiarity()
         self._empty()
 
     def clear(self) -> None:
@@ -85,6 +89,7 @@ class ImprintedHead(Constants, Pretrained):
         self.settings: dict[str, Any] = {}
         self.tried: list[dict[str, Any]] = []
         self.threshold: float | None = None
+        self.familiar.clear()
 
     def fill(
         self, proxies: Proxies, num_classes: int, class_names: list[str] | None = None
@@ -113,6 +118,7 @@ class ImprintedHead(Constants, Pretrained):
             proxies = Proxies(other.proxies, other.bias, other.proxy_classes)
             self.fill(proxies, other.num_classes, other.class_names)
             self.log_scale.copy_(other.log_scale)
+            self.familiar = copy.deepcopy(other.familiar).to(device)
         self.settings, self.tried = copy.deepcopy((other.settings, other.tried))
         self.threshold = other.threshold
 
@@ -181,12 +187,54 @@ class ImprintedHead(Constants, Pretrained):
         # relu does, or a vote, and a class would come out of nothing.
         return scores + 0 * embeddings.float().square().sum(-1, keepdim=True).to(scores.dtype)
 
-    def decide(self, scores: Tensor) -> Tensor:
-        """Scores `(B, C)` of `scores` → labels `(B,)`; −1 where the best is below the threshold, or
-        NaN."""
+    def familiarity(self, embeddings: Tensor, scores: Tensor | None = None) -> Tensor:
+        """Embeddings `(B, d)` → familiarity `(B,)`: about 0 for samples like those of the training
+        set, and the lower, the stranger. See `Familiarity`.
+
+        Args:
+            embeddings: as for `scores`.
+            scores: `(B, C)`, what `scores` makes of them, where that is known.
+
+        Raises:
+            ImprintError: none was fitted.
+        """
+        if self.familiar.is_empty:
+            raise ImprintError(
+                "this head has no score of familiarity: fit with accept=0.95, or call "
+                "set_threshold(head, x, y, accept)"
+            )
+        scores = self.scores(embeddings) if scores is None else scores
+        return self.familiar(embeddings, scores.amax(1))
+
+    def decide(self, scores: Tensor, familiarity: Tensor | None = None) -> Tensor:
+        """Scores `(B, C)` of `scores` → labels `(B,)`; −1 where the familiarity is below the
+        threshold, or NaN. In a head without familiarity the best score counts.
+
+        Args:
+            scores: `(B, C)`.
+            familiarity: `(B,)`, of `familiarity`; needed where the head has one and a threshold.
+
+        Raises:
+            ImprintError: the familiarity is missing.
+        """
         best, labels = scores.max(1)
+        if self.threshold is not None and not self.familiar.is_empty:
+            if familiarity is None:
+                raise ImprintError(
+                    "the threshold of this head is one of familiarity: call "
+                    "head.label(embeddings), or "
+                    "head.decide(scores, head.familiarity(embeddings, scores))"
+                )
+            best = familiarity.where(best == best, best.to(familiarity))
         least = -math.inf if self.threshold is None else self.threshold
         return labels.where(best >= least, NONE)
+
+    def label(self, embeddings: Tensor) -> Tensor:
+        """Embeddings `(B, d)` → labels `(B,)`; −1, "none of these", for what the threshold keeps
+        out."""
+        scores = self.scores(embeddings)
+        known = None if self.familiar.is_empty else self.familiarity(embeddings, scores)
+        return self.decide(scores, known)
 
     def name_of(self, label: int) -> str:
         """The class's name, or its number where it has none; "none of these" for −1."""
@@ -216,12 +264,14 @@ class ImprintedHead(Constants, Pretrained):
         fits &= proxies.is_floating_point() and bias.is_floating_point()
         fits &= classes.dtype == torch.int64 and bool(((classes >= 0) & (classes < C)).all())
         fits &= len(self.class_names) in (0, C) and self.log_scale.numel() == 1
+        fits &= self.familiar.fits(self.embedding_dim)
         numbers = (proxies, bias, self.log_scale.exp())
         fits &= all(bool(numbers_of.isfinite().all()) for numbers_of in numbers)
         try:
             if fits and not self.is_empty:
                 with torch.no_grad():
-                    fits = self.scores(proxies.new_zeros(1, self.embedding_dim)).shape == (1, C)
+                    x = proxies.new_zeros(1, self.embedding_dim)
+                    fits = self.scores(x).shape == (1, C) and self.label(x).shape == (1,)
         except (RuntimeError, IndexError, TypeError, ValueError):
             fits = False
         if not fits:

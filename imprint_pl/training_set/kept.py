@@ -38,6 +38,11 @@ from imprint_pl.parts.by_name import name_of, steps_of
 from imprint_pl.parts.norm.random_projection import RandomProjection
 
 KEEP = ("moments", "embeddings")
+# Why sums cannot keep the familiarity of a head right.
+NO_FAMILIARITY = (
+    'keep="moments" has no samples to hold out, and could not keep the score of familiarity right '
+    'when classes come or go: give keep="embeddings", which fits it anew, or leave accept out'
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +122,8 @@ class State(ABC):
             shared["settings"]["lam"] = float(head.settings["chosen_lam"])
         parts = _parts_of(shared["settings"])
         _refuse_moments(parts, weibull)
+        if not head.familiar.is_empty:
+            raise ImprintError(f"accept: {NO_FAMILIARITY}")
         norm_pre, _ = _fresh(parts, x.shape[1], len(y), shared["seed"])
         return KeptSums(
             moments=kept_sums(parts, norm_pre, x, y, head.num_classes),

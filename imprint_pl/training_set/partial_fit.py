@@ -12,13 +12,16 @@ from torch import Tensor
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.imprinting import imprint_parts
 from imprint_pl.method.recipes import Recipe
+from imprint_pl.method.threshold import set_threshold
 
 
 class TrainingRows:
     """Every row of every batch, on the CPU; the methods are those of `TrainingSums`."""
 
-    def __init__(self, parts: Recipe, seed: int, device: torch.device) -> None:
-        self.parts, self.seed, self.device = parts, seed, device
+    def __init__(
+        self, parts: Recipe, seed: int, device: torch.device, accept: float | None = None
+    ) -> None:
+        self.parts, self.seed, self.device, self.accept = parts, seed, device, accept
         self.x: list[Tensor] = []
         self.y: list[Tensor] = []
 
@@ -35,9 +38,10 @@ class TrainingRows:
     def head(self, class_names: list[str]) -> ImprintedHead:
         """Makes the head of all rows so far, on the device."""
         self.x, self.y = [torch.cat(self.x)], [torch.cat(self.y)]
-        return imprint_parts(
-            self.x[0].to(self.device),
-            self.y[0],
+        x, y = self.x[0].to(self.device), self.y[0]
+        head = imprint_parts(
+            x,
+            y,
             self.parts,
             None,
             class_names,
@@ -45,6 +49,9 @@ class TrainingRows:
             allow_empty=True,
             values_checked=True,
         )
+        if self.accept is not None:
+            set_threshold(head, x, y, self.accept)
+        return head
 
     def cpu(self) -> TrainingRows:
         return self

@@ -168,3 +168,22 @@ def test_a_class_is_added_and_removed_from_the_command_line(fitted, tmp_path, ca
     capfd.readouterr()
     assert main(["remove-class", grown, "--name", "stirpes"]) == 2
     assert "did you mean 'stripes'?" in capfd.readouterr().err
+
+
+def test_a_head_with_a_familiarity_adds_a_column_that_the_label_goes_by(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(90) % 3
+    x = torch.eye(3)[y] + 0.1 * torch.randn(90, 3, generator=generator)
+    model = ImprintedClassifier(nn.Identity(), "ridge", accept=0.95)
+    quiet_trainer().fit(model, DataLoader(TensorDataset(x, y), 30))
+    rows = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [-1.0, -1.0, -1.0]])
+    writer = PredictionWriter(str(tmp_path / "it.csv"), top=2)
+    quiet_trainer(callbacks=[writer]).predict(model, DataLoader(TensorDataset(rows), batch_size=2))
+    assert not model.head._forward_hooks
+    read = rows_of(tmp_path / "it.csv")
+    expected = model.head.familiarity(rows)
+    for row, value, label in zip(read, expected, model.head.label(rows), strict=True):
+        assert float(row["familiarity"]) == pytest.approx(value.item(), rel=1e-4, abs=1e-5)
+        assert row["label"] == str(label.item())
+    assert [row["label"] for row in read] == ["0", "-1", "-1"]
+    assert list(read[0])[:6] == ["index", "label", "class", "score", "probability", "familiarity"]
