@@ -37,7 +37,7 @@ from imprint_pl.method.recipes import (
     VotesName,
     resolve,
 )
-from imprint_pl.method.threshold import check_share, set_threshold
+from imprint_pl.method.threshold import Limits, set_limits
 from imprint_pl.numerics.labels import check_composition, find_label, plain_labels, some, with_label
 from imprint_pl.numerics.values import check_values, checked_seed
 from imprint_pl.parts.by_name import import_parts
@@ -74,6 +74,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             suffices for every step) or "moments" (sums: see `imprint_pl.training_set.kept`).
         accept: share of training rows to accept, such as 0.95: fits a score of familiarity, see
             `familiarity` and `accepts`; not with `keep="moments"`.
+        coverage: probability that a prediction set holds the truth, such as 0.95; see
+            `predict_set`; not with `keep="moments"`.
         seed: an integer that fixes every random choice; what `random_state` is elsewhere, but never
             the global generator.
         device: where to compute, such as "cuda"; the CPU by default. A pickle holds CPU tensors,
@@ -124,6 +126,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         layer_widths: list[int] | None = None,
         keep: str | None = None,
         accept: float | None = None,
+        coverage: float | None = None,
         seed: int = 0,
         device: str | torch.device | None = None,
         **own: Any,
@@ -150,6 +153,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         self.layer_widths = layer_widths
         self.keep = keep
         self.accept = accept
+        self.coverage = coverage
         self.seed = seed
         self.device = device
         if own:
@@ -174,14 +178,15 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         _check_texts(classes)
         names = [str(label) for label in classes]
         seed, keywords = self._seed(), self._keywords()
-        check_share("accept", self.accept)
+        limits = Limits(self.accept, self.coverage)
         labels = torch.from_numpy(codes)
         self._head = imprint(x, labels, class_names=names, seed=seed, **keywords)
-        if self.accept is not None:
-            set_threshold(self._head, x, labels, self.accept)
+        set_limits(self._head, x, labels, limits)
         self._kept, self.classes_, self._state = None, classes, None
         if self.keep is not None:
-            self._state = State.of(x, labels, self._head, self.keep, accept=self.accept)
+            self._state = State.of(
+                x, labels, self._head, self.keep, accept=self.accept, coverage=self.coverage
+            )
         return self
 
     def add_class(self, label: Any, X: Any) -> ImprintEstimator:
@@ -280,7 +285,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
                 stacklevel=2,
             )
         x, y = self._checked(X, y, reset=first)
-        check_share("accept", self.accept)
+        limits = Limits(self.accept, self.coverage)
         check_values(x)
         known, closed = self._known(y, classes, first)
         labels = torch.from_numpy(np.searchsorted(known, y))
@@ -288,9 +293,9 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         if before is None:
             parts, self._tried = self._settle(x, labels)
             if parts.gen.from_moments:
-                kept = TrainingSums(parts, x, labels, len(known), self._seed(), self.accept)
+                kept = TrainingSums(parts, x, labels, len(known), self._seed(), limits)
             else:
-                kept = TrainingRows(parts, self._seed(), x.device, self.accept)
+                kept = TrainingRows(parts, self._seed(), x.device, limits)
         else:
             kept = before
             if len(known) > len(self.classes_):
@@ -343,6 +348,20 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         self.familiarity(X[:1])  # raises where there was no `accept`
         return self._of_rows(X, lambda x: self.head_.label(x) != NONE).numpy()
 
+    def predict_set(self, X: Any, coverage: float | None = None) -> np.ndarray:
+        """Which classes may be true, `(n, C)` bool: column c stands for `classes_[c]`.
+
+        After `fit` or `partial_fit` with `coverage`; see `ImprintedHead.prediction_sets`.
+
+        Args:
+            X: rows `(n, d)`.
+            coverage: probability that a set holds the truth; the parameter's by default.
+
+        Raises:
+            ImprintError: there was no `coverage`, or it is out of range.
+        """
+        return self._of_rows(X, lambda x: self.head_.prediction_sets(x, coverage)).numpy()
+
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Accuracy on `X (n, d)`, labels `y (n,)`."""
         return super().score(X, plain_labels(y), sample_weight)
@@ -372,7 +391,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
     def _keywords(self) -> dict[str, Any]:
         """What was given of the recipe and its parts; NumPy's scalars, of a grid, as Python's."""
         given = self.get_params(deep=False)
-        for name in ("seed", "device", "keep", "accept"):
+        for name in ("seed", "device", "keep", "accept", "coverage"):
             del given[name]
         import_parts(given)
         return {

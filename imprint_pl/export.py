@@ -23,7 +23,7 @@ from imprint_pl import __version__
 from imprint_pl.embedding.backbone import Backbone
 from imprint_pl.embedding.matrix_resize import MatrixResize
 from imprint_pl.errors import ImprintError, did_you_mean, needs
-from imprint_pl.method.head import ImprintedHead
+from imprint_pl.method.head import NONE, ImprintedHead
 from imprint_pl.numerics.values import to_json_value
 
 # The head's resize and reductions in float64, and scatter with a maximum, need 18 or later.
@@ -115,10 +115,8 @@ class ProgramFile(Format):
 
     def write(self, backbone: Backbone, head: ImprintedHead, path: Path) -> None:
         texts = {"imprint_pl": json.dumps(head_config(head, backbone))}
-        outputs = ("probabilities", "classes")
-        if not head.familiar.is_empty:
-            outputs += ("familiarity",)
-        self.write_module(Deployed(backbone, head), path, outputs, texts)
+        deployed = Deployed(backbone, head)
+        self.write_module(deployed, path, deployed.outputs, texts)
 
     def write_module(
         self, module: nn.Module, path: Path, outputs: Sequence[str], texts: dict[str, str]
@@ -247,8 +245,8 @@ def export(
 
     The file has the input `images`, uint8 `(B, 3, H, W)`, and the outputs `probabilities`,
     `(B, C)` float32, and `classes`, `(B,)` int64, where −1 is "none of these"; with `accept` also
-    `familiarity`, `(B,)` float32. The class names are
-    in its metadata, as JSON under "imprint_pl" (in a PyTorch program: the extra file
+    `familiarity`, `(B,)` float32, and with `coverage` also `sets`, `(B, C)` bool. The class
+    names are in its metadata, as JSON under "imprint_pl" (in a PyTorch program: the extra file
     "imprint_pl.json").
 
     Args:
@@ -324,7 +322,14 @@ def check(
             scores = head.scores(embeddings)
             expected = torch.softmax(scores * head.log_scale.exp(), 1).cpu()
             known = None if head.familiar.is_empty else head.familiarity(embeddings, scores)
-            same += int((classes == head.decide(scores, known).cpu()).sum())
+            expected_classes = head.decide(scores, known)
+            agrees = classes == expected_classes.cpu()
+            if not head.sets.is_empty:
+                sets = head.prediction_sets(embeddings).cpu()
+                # On the border of a set a class may fall on either side by rounding.
+                near = (expected.log() - head.bounds().cpu()).abs() < TOLERANCE
+                agrees &= ((others[-1] == sets) | near).all(1)
+            same += int(agrees.sum())
         difference = max(difference, (probabilities - expected).abs().max().item())
         if known is not None:
             apart = (others[0] - known.cpu()).abs() / known.cpu().abs().clamp(min=1)
@@ -363,6 +368,7 @@ def head_config(head: ImprintedHead, backbone: Backbone | None = None) -> dict[s
         "embedding_dim": head.embedding_dim,
         "recipe": head.settings,
         "threshold": head.threshold,
+        "coverage": head.coverage,
     }
     config = json.loads(json.dumps(config, default=to_json_value))
     return config | ({"backbone": backbone.source()} if backbone is not None else {})
@@ -409,7 +415,11 @@ class Deployed(nn.Module):
     """uint8 `(B, 3, H, W)` → probabilities `(B, C)` float32 and classes `(B,)` int64.
 
     The class is −1, "none of these", where the head has a threshold that is not reached. A head
-    that was fitted with `accept` has a third output, the familiarity `(B,)` float32.
+    that was fitted with `accept` has the familiarity `(B,)` float32 as a further output, and one
+    that was fitted with `coverage` the prediction sets `(B, C)` bool for this coverage.
+
+    Attributes:
+        outputs: the names of what `forward` returns.
 
     Args:
         backbone: has its own preprocessing. Its model is copied and runs in float32.
@@ -425,16 +435,27 @@ class Deployed(nn.Module):
             raise ImprintError("the head has no proxies yet: there is nothing to export")
         self.embed = Embedder(backbone)
         self.head = copy.deepcopy(head).cpu().requires_grad_(False)
+        self.outputs = ["probabilities", "classes"]
+        if not self.head.familiar.is_empty:
+            self.outputs.append("familiarity")
+        if not self.head.sets.is_empty:
+            self.outputs.append("sets")
+            self.register_buffer("bounds", self.head.bounds())
         self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         embeddings = self.embed(images)
         scores = self.head.scores(embeddings)
         probabilities = torch.softmax(scores * self.head.log_scale.exp(), 1)
-        if self.head.familiar.is_empty:
-            return probabilities, self.head.decide(scores)
-        familiarity = self.head.familiarity(embeddings, scores)
-        return probabilities, self.head.decide(scores, familiarity), familiarity
+        known = None
+        if not self.head.familiar.is_empty:
+            known = self.head.familiarity(embeddings, scores)
+        classes = self.head.decide(scores, known)
+        results = [probabilities, classes] + ([] if known is None else [known])
+        if not self.head.sets.is_empty:
+            sets = self.head.sets_of(scores * self.head.log_scale.exp(), self.bounds)
+            results.append(sets & (classes != NONE)[:, None])
+        return tuple(results)
 
 
 class Embedder(nn.Module):

@@ -133,6 +133,12 @@ class ImprintCLI(LightningCLI):
                 "--top", type=int, default=1, help="Write so many classes an image, best first."
             )
             parser.add_argument(
+                "--coverage",
+                type=float | None,
+                default=None,
+                help="Write for each image the classes that hold the truth with this probability.",
+            )
+            parser.add_argument(
                 "--explain",
                 type=str,
                 help="Folder for explanations of the images: explanations.json and a PNG each.",
@@ -222,7 +228,9 @@ class ImprintCLI(LightningCLI):
         callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
         if self.subcommand == "predict":
             self.writer = PredictionWriter(
-                self._get(self.config, "output"), self._get(self.config, "top")
+                self._get(self.config, "output"),
+                self._get(self.config, "top"),
+                self._get(self.config, "coverage"),
             )
             callbacks.append(self.writer)
         self.gallery: ImprintGallery | None = None

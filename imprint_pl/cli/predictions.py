@@ -27,6 +27,7 @@ from imprint_pl.data.loaders import sampler_length
 from imprint_pl.errors import ImprintError, shown
 from imprint_pl.lightning.classifier import ImprintedClassifier
 from imprint_pl.method.head import NONE, ImprintedHead
+from imprint_pl.method.sets import checked_coverage
 from imprint_pl.ranks import positions_in_dataset
 from imprint_pl.training_set.store import RowStore
 
@@ -48,15 +49,21 @@ class PredictionWriter(Callback):
             `predictions.csv` in the run's folder.
         top: how many classes to write for an image; those after the best are `class_2`,
             `probability_2`, ….
+        coverage: write a prediction set for each image, the list of the classes that may be true
+            (in a CSV as JSON), which holds the truth with this probability. A head that was fitted
+            with `coverage` has sets in any case, and is needed for them.
 
     Attributes:
         count: how many images were predicted.
         unread: a line for each file that was skipped, with the reason.
     """
 
-    def __init__(self, path: str | None = None, top: int = 1) -> None:
+    def __init__(
+        self, path: str | None = None, top: int = 1, coverage: float | None = None
+    ) -> None:
         self.path = None if path is None else Path(path)
         self.top = top
+        self.coverage = None if coverage is None else checked_coverage(coverage)
         if top < 1:
             raise ImprintError(f"top={top}: give at least 1")
         if self.path is not None and self.path.suffix not in SUFFIXES:
@@ -66,9 +73,13 @@ class PredictionWriter(Callback):
         self._file: PredictionFile | None = None
         self._listening = ExitStack()
         self._familiarity: Tensor | None = None
+        self._bounds: Tensor | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = run_folder(trainer)
+        head, folder = _head_of(pl_module), run_folder(trainer)
+        self._bounds = None
+        if self.coverage is not None or head.coverage is not None:
+            self._bounds = head.bounds(self.coverage)
         if self.path is None:
             self.path = folder / "predictions.csv"
         self.count, self.unread = 0, []
@@ -79,12 +90,13 @@ class PredictionWriter(Callback):
         self._sample = "index" if self._names is None else "file"
         self._seen = 0
         if trainer.is_global_zero:
-            top = min(self.top, _head_of(pl_module).num_classes)
+            top = min(self.top, head.num_classes)
             more = [f"{name}_{i}" for i in range(2, top + 1) for name in ("class", "probability")]
-            known = [] if _head_of(pl_module).familiar.is_empty else ["familiarity"]
+            known = [] if head.familiar.is_empty else ["familiarity"]
+            known += [] if self._bounds is None else ["set"]
             columns = [self._sample, "label", "class", "score", "probability", *known, *more]
             self._file = PredictionFile(self.path, columns)
-        self._listening.callback(_head_of(pl_module).register_forward_hook(self._heard).remove)
+        self._listening.callback(head.register_forward_hook(self._heard).remove)
 
     def _heard(self, head: ImprintedHead, inputs: Any, logits: Tensor) -> None:
         # The logits that come back from the module do not say how familiar an image is.
@@ -119,6 +131,11 @@ class PredictionWriter(Callback):
         # proxies is −∞, which the store does not take.
         values = best.values.clamp(min=torch.finfo(torch.float32).min)
         more = [] if known is None else [known[:, None]]
+        if self._bounds is not None:
+            sets = (
+                head.sets_of(outputs, self._bounds) & (labels != NONE).to(outputs.device)[:, None]
+            )
+            more.append(sets.to(probabilities))
         row = torch.cat([best.indices.float(), values, probabilities, *more], 1)
         # Nothing is written for a skipped file, and the store takes no NaN.
         row[list(skipped)] = 0
@@ -162,12 +179,13 @@ class PredictionWriter(Callback):
 
         Args:
             rows: `(B, 3 * top)`: the classes of the best logits, the logits, the probabilities;
-                and a last column with the familiarity, where the head has one.
+                then the familiarity and, of each class, whether it is in the set, where they are
+                written.
             labels: `(B,)`, a class, `NONE` or `SKIPPED`.
             head: names the classes.
         """
         assert self._file is not None
-        top = rows.shape[1] // 3
+        top = min(self.top, head.num_classes)
         for row, label in zip(rows.tolist(), labels.tolist(), strict=True):
             index = self.count + len(self.unread)
             sample = index if self._names is None else self._names[index]
@@ -190,7 +208,10 @@ class PredictionWriter(Callback):
                 "probability": None if label == NONE else round(probabilities[0], 6),
             }
             if not head.familiar.is_empty:
-                record["familiarity"] = float(f"{row[-1]:.6g}")
+                record["familiarity"] = float(f"{row[3 * top]:.6g}")
+            if self._bounds is not None:
+                inside = row[-head.num_classes :]
+                record["set"] = [head.name_of(c) for c, one in enumerate(inside) if one]
             for place in range(0 if label == NONE else 1, top) if self.top > 1 else []:
                 # Where no class is accepted, the nearest class comes second.
                 at = place + 2 if label == NONE else place + 1
@@ -250,7 +271,10 @@ class PredictionFile:
     def put(self, record: dict[str, Any]) -> None:
         """Adds a record."""
         if self.path.suffix == ".csv":
-            csv.writer(self._file).writerow([record.get(column, "") for column in self.columns])
+            values = [record.get(column, "") for column in self.columns]
+            csv.writer(self._file).writerow(
+                json.dumps(v, ensure_ascii=False) if isinstance(v, list) else v for v in values
+            )
             return
         text = json.dumps(record, ensure_ascii=False)
         if self.path.suffix == ".json":

@@ -156,12 +156,12 @@ def saved_head(
 def _check_keys(state: Mapping[str, Any], head: ImprintedHead) -> None:
     own = [f"{HEAD}{name}" for name in head.state_dict()]
     missing = [name for name in own if name not in state]
-    # Heads of every recipe may have a familiarity, and do without.
-    known = f"{HEAD}familiar."
+    # Heads of every recipe may have a familiarity and prediction sets, and do without.
+    optional = (f"{HEAD}familiar.", f"{HEAD}sets.")
     foreign = [
         name
         for name in state
-        if name.startswith(HEAD) and name not in own and not name.startswith(known)
+        if name.startswith(HEAD) and name not in own and not name.startswith(optional)
     ]
     if f"{HEAD}proxies" in state and (missing or (foreign and not head.takes_parts_of_file)):
         raise ImprintError(

@@ -76,6 +76,8 @@ class ImprintedClassifier(Growing, LightningModule):
         accept: share of training samples to accept, such as 0.95: fits a score of familiarity and
             sets a threshold on it, below which `predict` says "none of these". With
             `keep="embeddings"` both are fitted anew when classes come or go.
+        coverage: probability that a prediction set holds the truth, such as 0.95: `predict` then
+            lists the classes that may be true. It can be asked for another one without a new fit.
         seed: fixes every random choice.
         image_size: side of the backbone's input in pixels; its own by default.
         pretrained: load the backbone's weights; without them it is random.
@@ -113,6 +115,7 @@ class ImprintedClassifier(Growing, LightningModule):
         keep_sources: bool = False,
         max_per_class: int | None = None,
         accept: float | None = None,
+        coverage: float | None = None,
         seed: int = 0,
         image_size: int | None = None,
         pretrained: bool = True,
@@ -135,7 +138,9 @@ class ImprintedClassifier(Growing, LightningModule):
         self.save_backbone = save_backbone
         self.seed = seed
         self.weibull = None if weibull is None else checked_bounds(weibull)
-        self.options = EpochOptions(seed, self.weibull, keep, keep_sources, accept, max_per_class)
+        self.options = EpochOptions(
+            seed, self.weibull, keep, keep_sources, accept, coverage, max_per_class
+        )
         import_parts(parts)
         self.parts = resolve(recipe, **parts)
         self.backbone = load_backbone(

@@ -1,8 +1,11 @@
-"""How familiar an image has to be, so that `predict` can say "none of these": fits the familiarity
-of a head (`familiarity.py`) and its threshold on training samples that were held out.
+"""What a head knows of its own limits: fits its familiarity (`familiarity.py`) with the threshold
+below which `predict` says "none of these", and its prediction sets (`sets.py`), on training samples
+that were held out.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from imprint_pl.method.holdout import HELD, copies_of, held_out_rows, held_out_s
 from imprint_pl.method.inputs import checked
 from imprint_pl.method.pipeline import Request, Sums, holds_out_of_sums, keywords_of
 from imprint_pl.method.recipes import Recipe, resolve
+from imprint_pl.method.sets import checked_coverage
 from imprint_pl.numerics.moments import Moments
 from imprint_pl.numerics.order import in_order
 from imprint_pl.parts.gen.ridge import CHOICES
@@ -24,10 +28,36 @@ from imprint_pl.parts.gen.ridge import CHOICES
 FOLDS, FOLDS_OF_SUMS = 5, 20
 
 
-def check_share(name: str, share: float | None) -> None:
-    """Raises an `ImprintError` unless a share is `None` or above 0 and at most 1."""
-    if share is not None and not 0 < share <= 1:
-        raise ImprintError(f"{name}={share}: give a share above 0 and at most 1, such as 0.95")
+@dataclass(frozen=True)
+class Limits:
+    """What is asked of a head beside its classes.
+
+    Attributes:
+        accept: share of training samples that the threshold accepts, or `None` for no threshold.
+        coverage: probability that a prediction set holds the truth, or `None` for no sets.
+
+    Raises:
+        ImprintError: a value that is not above 0 and at most 1.
+    """
+
+    accept: float | None = None
+    coverage: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.accept is not None and not 0 < self.accept <= 1:
+            raise ImprintError(
+                f"accept={self.accept}: give a share above 0 and at most 1, such as 0.95"
+            )
+        if self.coverage is not None:
+            checked_coverage(self.coverage)
+
+    def __bool__(self) -> bool:
+        return self.accept is not None or self.coverage is not None
+
+    @property
+    def name(self) -> str:
+        """The keyword that messages name."""
+        return "coverage" if self.accept is None else "accept"
 
 
 def set_threshold(
@@ -57,41 +87,73 @@ def set_threshold(
     Raises:
         ImprintError: a share out of range, or no class with two samples.
     """
-    check_share("accept", accept)
+    return set_limits(head, x, y, Limits(accept), classifier)
+
+
+def set_coverage(
+    head: ImprintedHead,
+    x: Tensor,
+    y: Tensor,
+    coverage: float,
+    classifier: Tensor | None = None,
+) -> ImprintedHead:
+    """Fits `head.sets`, so that `head.prediction_sets` hold the truth with this probability.
+
+    Another probability can be asked for later, without a new fit.
+
+    The arguments, the time and the errors are those of `set_threshold`.
+    """
+    return set_limits(head, x, y, Limits(coverage=coverage), classifier)
+
+
+def set_limits(
+    head: ImprintedHead,
+    x: Tensor,
+    y: Tensor,
+    limits: Limits,
+    classifier: Tensor | None = None,
+) -> ImprintedHead:
+    """Does what `set_threshold` and `set_coverage` do, in the time of one; nothing without
+    limits."""
+    if not limits:
+        return head
     x, y, _ = checked(x, y, head.num_classes, None, allow_empty=True, values_checked=True)
     rows = in_order(x, y)
     x, y = x[rows].float(), y[rows]
     parts = _parts_of(head)
     request = Request(head.num_classes, seed=head.settings.get("seed", 0), classifier=classifier)
-    unit = unit_sums(x, y, head.num_classes, parts.layer_widths)
-    return set_threshold_of_sums(head, x, y, parts, request, unit, accept)
+    unit = None
+    if limits.accept is not None:
+        unit = unit_sums(x, y, head.num_classes, parts.layer_widths)
+    return set_limits_of_sums(head, x, y, parts, request, limits, len(y), unit)
 
 
-def set_threshold_of_sums(
+def set_limits_of_sums(
     head: ImprintedHead,
     x: Tensor,
     y: Tensor,
     parts: Recipe,
     request: Request,
-    unit: Moments,
-    accept: float,
+    limits: Limits,
+    samples: int,
+    unit: Moments | None = None,
     sums: Sums | None = None,
 ) -> ImprintedHead:
-    """Does what `set_threshold` does, from sums and a bounded sample of the samples.
+    """Does what `set_limits` does, from sums and a bounded sample of the samples.
 
     Args:
         head: made of all samples.
         x, y: embeddings and labels in the order of `in_order`: all samples, or a sample of them as
             `held_out_rows` takes it.
         parts, request: of the head.
-        unit: sums of all samples, see `unit_sums`.
-        accept: as for `set_threshold`.
+        limits: what is asked for.
+        samples: number of all samples.
+        unit: sums of all samples, see `unit_sums`; needed for a threshold.
         sums: of all samples, where x and y are a part of them.
 
     Raises:
         ImprintError: no class with two samples.
     """
-    samples = int(unit.counts.sum())
     of_sums = holds_out_of_sums(parts)
     if samples <= HELD:
         most = FOLDS_OF_SUMS if of_sums else FOLDS
@@ -102,23 +164,28 @@ def set_threshold_of_sums(
         held = held_out_rows(x, y, samples, request.seed, most)
     if not held:
         raise ImprintError(
-            "accept: no class has two samples, so that none can be held out to set a threshold; "
-            "add samples, or set head.threshold yourself"
+            f"{limits.name}: no class has two samples, so that none can be held out for it; add "
+            "samples, or leave it out"
         )
     copies = copies_of(x, y, held)
     enough = HELD if of_sums or samples <= HELD else 2 * ENOUGH
     held_out = held_out_scores(x, y, parts, request, held, sums, enough, copies)
     if not len(held_out.y):
         raise ImprintError(
-            "accept: without the held-out samples there is no head to set a threshold by "
-            f"({held_out.error}); add samples, or set head.threshold yourself"
+            f"{limits.name}: without the held-out samples there is no head to go by "
+            f"({held_out.error}); add samples, or leave it out"
         )
+    if limits.coverage is not None:
+        head.sets.fit(held_out.scores * head.log_scale.detach().exp(), held_out.y)
+        head.coverage = limits.coverage
+    if limits.accept is None or unit is None:
+        return head
     head.familiar.fit(unit, request.seed)
     scores = _familiar_scores(x, y, unit, held, copies, held_out, parts, request)
     head.familiar.standardise(scores)
     ascending = head.familiar.of_scores(scores).double().sort().values
     # The largest value that at least this share of the samples reaches.
-    place = int((1 - accept) * len(ascending) + 1e-9)
+    place = int((1 - limits.accept) * len(ascending) + 1e-9)
     head.threshold = ascending[min(place, len(ascending) - 1)].item()
     return head
 

@@ -12,16 +12,16 @@ from torch import Tensor
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.imprinting import imprint_parts
 from imprint_pl.method.recipes import Recipe
-from imprint_pl.method.threshold import set_threshold
+from imprint_pl.method.threshold import Limits, set_limits
 
 
 class TrainingRows:
     """Every row of every batch, on the CPU; the methods are those of `TrainingSums`."""
 
     def __init__(
-        self, parts: Recipe, seed: int, device: torch.device, accept: float | None = None
+        self, parts: Recipe, seed: int, device: torch.device, limits: Limits | None = None
     ) -> None:
-        self.parts, self.seed, self.device, self.accept = parts, seed, device, accept
+        self.parts, self.seed, self.device, self.limits = parts, seed, device, limits or Limits()
         self.x: list[Tensor] = []
         self.y: list[Tensor] = []
 
@@ -49,9 +49,7 @@ class TrainingRows:
             allow_empty=True,
             values_checked=True,
         )
-        if self.accept is not None:
-            set_threshold(head, x, y, self.accept)
-        return head
+        return set_limits(head, x, y, self.limits)
 
     def cpu(self) -> TrainingRows:
         return self

@@ -21,7 +21,7 @@ from imprint_pl.method.holdout import HELD, calibrate_head, with_lam
 from imprint_pl.method.inputs import checked
 from imprint_pl.method.pipeline import Request, Sums, few_for, kept_gram, learns_from_sums
 from imprint_pl.method.recipes import Auto, Recipe
-from imprint_pl.method.threshold import set_threshold_of_sums
+from imprint_pl.method.threshold import Limits, set_limits_of_sums
 from imprint_pl.numerics.moments import CHUNK, Moments
 from imprint_pl.numerics.order import in_order, keys
 from imprint_pl.parts.by_name import steps_of
@@ -67,7 +67,7 @@ class TrainingSums:
         y: `(n,)`, its labels, from 0.
         num_classes: C; labels above it make room for more classes.
         seed: fixes every random choice.
-        accept: as for `set_threshold`; sums for the familiarity are then kept, too.
+        limits: what else is asked of the head; sums for the familiarity are kept for a threshold.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class TrainingSums:
         y: Tensor,
         num_classes: int = 1,
         seed: int = 0,
-        accept: float | None = None,
+        limits: Limits | None = None,
     ) -> None:
         check_width(parts.layer_widths, x.shape[1])
         self.parts, self.seed, self.input_dim = parts, seed, x.shape[1]
@@ -94,8 +94,9 @@ class TrainingSums:
         device = _roomy_device(x, features)
         self.moments = Moments.zeros(num_classes, features, gram=kept_gram(parts), device=device)
         self._reservoir = Reservoir(HELD, seed)
-        self.accept, self.unit = accept, None
-        if accept is not None:
+        self.limits = limits or Limits()
+        self.unit: Moments | None = None
+        if self.limits.accept is not None:
             self.unit = unit_sums(x[:0], y[:0], num_classes, parts.layer_widths).to(device)
 
     def __len__(self) -> int:
@@ -166,11 +167,11 @@ class TrainingSums:
         sums = sums.with_rows(gen, x, y, self.seed)
         head = sums.head(self.parts, request)
         calibrate_head(head, x, y, self.parts, request, sums, samples)
-        if self.accept is not None and self.unit is not None:
+        if self.limits:
             parts = self.parts
             if (chosen := head.settings.get("chosen_lam")) is not None:
                 parts = with_lam(parts, chosen)
-            set_threshold_of_sums(head, x, y, parts, request, self.unit, self.accept, sums)
+            set_limits_of_sums(head, x, y, parts, request, self.limits, samples, self.unit, sums)
         return head
 
     def cpu(self) -> TrainingSums:
@@ -280,7 +281,7 @@ class EmbeddingSums(Collector):
         dealt: how many samples a `DistributedSampler` deals to the ranks (see `sampler_length`);
             what it repeats is dropped.
         seed: fixes NORM_pre's random choices and the held-out sample.
-        accept: as for `TrainingSums`.
+        limits: as for `TrainingSums`.
     """
 
     def __init__(
@@ -292,10 +293,10 @@ class EmbeddingSums(Collector):
         samples: int | None = None,
         dealt: int | None = None,
         seed: int = 0,
-        accept: float | None = None,
+        limits: Limits | None = None,
     ) -> None:
         super().__init__()
-        self.parts, self.seed, self.accept = parts, seed, accept
+        self.parts, self.seed, self.limits = parts, seed, limits
         self.num_classes, self.dealt = num_classes, dealt
         self.class_counts = None
         # Counts of another number of samples: the epoch is cut short.
@@ -325,7 +326,7 @@ class EmbeddingSums(Collector):
         check_labels(labels, self._batches, self.num_classes)
         if self._started is None:
             C = self.num_classes or 1
-            sums = TrainingSums(self.parts, x, labels, C, self.seed, self.accept)
+            sums = TrainingSums(self.parts, x, labels, C, self.seed, self.limits)
             unit = UnitSums(x, C, self.class_counts, self.parts.layer_widths)
             self._started = _Started(sums, unit)
         positions = positions_in_dataset(self._seen, len(labels))

@@ -8,11 +8,11 @@ from torch.nn.functional import normalize
 from imprint_pl import ImprintedHead, ImprintError, ImprintEstimator, imprint
 from imprint_pl.lightning.outsiders import auroc, false_positive_rate
 from imprint_pl.method import familiarity as module
-from imprint_pl.method.familiarity import Familiarity, unit_sums
-from imprint_pl.method.recipes import resolve
 from imprint_pl.method import threshold
+from imprint_pl.method.familiarity import Familiarity, unit_sums
 from imprint_pl.method.holdout import copies_of
-from imprint_pl.method.threshold import set_threshold
+from imprint_pl.method.recipes import resolve
+from imprint_pl.method.threshold import Limits, set_threshold
 from imprint_pl.numerics.factorisations import oas
 from imprint_pl.training_set.kept import State
 from imprint_pl.training_set.sums import TrainingSums
@@ -192,7 +192,7 @@ def test_an_embedding_that_is_not_finite_is_not_accepted(blobs):
 def test_streamed_sums_give_the_familiarity_of_all_rows(recipe, samples):
     x, y = directions(samples, 10, 3)
     whole = set_threshold(imprint(x, y, recipe), x, y, 0.9)
-    sums = TrainingSums(resolve(recipe), x[:50], y[:50], 1, accept=0.9)
+    sums = TrainingSums(resolve(recipe), x[:50], y[:50], 1, limits=Limits(0.9))
     for rows, labels in zip(x.split(64), y.split(64), strict=True):
         sums.add(rows, labels)
     streamed = sums.head()
