@@ -418,16 +418,19 @@ class Deployed(nn.Module):
     that was fitted with `accept` has the familiarity `(B,)` float32 as a further output, and one
     that was fitted with `coverage` the prediction sets `(B, C)` bool for this coverage.
 
-    Attributes:
-        outputs: the names of what `forward` returns.
-
     Args:
         backbone: has its own preprocessing. Its model is copied and runs in float32.
         head: a filled head; it is copied.
 
+    Attributes:
+        outputs: the names of what `forward` returns.
+        bounds: `(C,)`, of the prediction sets, where there are any.
+
     Raises:
         ImprintError: the backbone does not read uint8 images, or the head is empty.
     """
+
+    bounds: Tensor
 
     def __init__(self, backbone: Backbone, head: ImprintedHead) -> None:
         super().__init__()
