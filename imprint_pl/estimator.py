@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from imprint_pl.errors import ImprintError, did_you_mean
-from imprint_pl.method.head import ImprintedHead
+from imprint_pl.method.head import NONE, ImprintedHead
 from imprint_pl.method.imprinting import imprint
 from imprint_pl.method.recipes import (
     AggName,
@@ -36,6 +37,7 @@ from imprint_pl.method.recipes import (
     VotesName,
     resolve,
 )
+from imprint_pl.method.threshold import Limits, set_limits
 from imprint_pl.numerics.labels import check_composition, find_label, plain_labels, some, with_label
 from imprint_pl.numerics.values import check_values, checked_seed
 from imprint_pl.parts.by_name import import_parts
@@ -70,6 +72,10 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             side, the last layer in the last columns; see `resolve`.
         keep: what `fit` keeps, so that classes can come and go later: "embeddings" (float32;
             suffices for every step) or "moments" (sums: see `imprint_pl.training_set.kept`).
+        accept: share of training rows to accept, such as 0.95: fits a score of familiarity, see
+            `familiarity` and `accepts`; not with `keep="moments"`.
+        coverage: probability that a prediction set holds the truth, such as 0.95; see
+            `predict_set`; not with `keep="moments"`.
         seed: an integer that fixes every random choice; what `random_state` is elsewhere, but never
             the global generator.
         device: where to compute, such as "cuda"; the CPU by default. A pickle holds CPU tensors,
@@ -119,6 +125,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         as_published: bool | None = None,
         layer_widths: list[int] | None = None,
         keep: str | None = None,
+        accept: float | None = None,
+        coverage: float | None = None,
         seed: int = 0,
         device: str | torch.device | None = None,
         **own: Any,
@@ -144,6 +152,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         self.as_published = as_published
         self.layer_widths = layer_widths
         self.keep = keep
+        self.accept = accept
+        self.coverage = coverage
         self.seed = seed
         self.device = device
         if own:
@@ -168,10 +178,15 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         _check_texts(classes)
         names = [str(label) for label in classes]
         seed, keywords = self._seed(), self._keywords()
-        self._head = imprint(x, torch.from_numpy(codes), class_names=names, seed=seed, **keywords)
+        limits = Limits(self.accept, self.coverage)
+        labels = torch.from_numpy(codes)
+        self._head = imprint(x, labels, class_names=names, seed=seed, **keywords)
+        set_limits(self._head, x, labels, limits)
         self._kept, self.classes_, self._state = None, classes, None
         if self.keep is not None:
-            self._state = State.of(x, torch.from_numpy(codes), self._head, self.keep)
+            self._state = State.of(
+                x, labels, self._head, self.keep, accept=self.accept, coverage=self.coverage
+            )
         return self
 
     def add_class(self, label: Any, X: Any) -> ImprintEstimator:
@@ -270,6 +285,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
                 stacklevel=2,
             )
         x, y = self._checked(X, y, reset=first)
+        limits = Limits(self.accept, self.coverage)
         check_values(x)
         known, closed = self._known(y, classes, first)
         labels = torch.from_numpy(np.searchsorted(known, y))
@@ -277,9 +293,9 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         if before is None:
             parts, self._tried = self._settle(x, labels)
             if parts.gen.from_moments:
-                kept = TrainingSums(parts, x, labels, len(known), self._seed())
+                kept = TrainingSums(parts, x, labels, len(known), self._seed(), limits)
             else:
-                kept = TrainingRows(parts, self._seed(), x.device)
+                kept = TrainingRows(parts, self._seed(), x.device, limits)
         else:
             kept = before
             if len(known) > len(self.classes_):
@@ -317,15 +333,49 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         best = self._logits(X).argmax(1).numpy()
         return self.classes_[best]
 
+    def familiarity(self, X: Any) -> np.ndarray:
+        """How familiar rows are, `(n,)`: about 0 for rows like those of the training set, and the
+        lower, the stranger. After `fit` or `partial_fit` with `accept`.
+
+        Raises:
+            ImprintError: there was no `accept`.
+        """
+        return self._of_rows(X, lambda x: self.head_.familiarity(x)).double().numpy()
+
+    def accepts(self, X: Any) -> np.ndarray:
+        """Which rows are familiar enough, `(n,)` bool: as many of the training set as `accept`
+        says. `predict` labels the others, too."""
+        self.familiarity(X[:1])  # raises where there was no `accept`
+        return self._of_rows(X, lambda x: self.head_.label(x) != NONE).numpy()
+
+    def predict_set(self, X: Any, coverage: float | None = None) -> np.ndarray:
+        """Which classes may be true, `(n, C)` bool: column c stands for `classes_[c]`.
+
+        After `fit` or `partial_fit` with `coverage`; see `ImprintedHead.prediction_sets`.
+
+        Args:
+            X: rows `(n, d)`.
+            coverage: probability that a set holds the truth; the parameter's by default.
+
+        Raises:
+            ImprintError: there was no `coverage`, or it is out of range.
+        """
+        return self._of_rows(X, lambda x: self.head_.prediction_sets(x, coverage)).numpy()
+
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Accuracy on `X (n, d)`, labels `y (n,)`."""
         return super().score(X, plain_labels(y), sample_weight)
 
     def _logits(self, X: Any) -> Tensor:
+        return self._of_rows(X, lambda x: transform(self.head_, x)).double()
+
+    def _of_rows(self, X: Any, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a function of the head makes of rows, on the CPU."""
         check_is_fitted(self)
         x = self._tensor(validate_data(self, X, reset=False, **AS_TENSOR))
+        self.head_.to(x.device)
         with torch.no_grad():
-            return transform(self.head_.to(x.device), x).cpu().double()
+            return function(x).cpu()
 
     def _checked(self, X: Any, y: Any, reset: bool) -> tuple[Tensor, np.ndarray]:
         X, y = validate_data(self, X, plain_labels(y), reset=reset, **AS_TENSOR)
@@ -341,7 +391,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
     def _keywords(self) -> dict[str, Any]:
         """What was given of the recipe and its parts; NumPy's scalars, of a grid, as Python's."""
         given = self.get_params(deep=False)
-        del given["seed"], given["device"], given["keep"]
+        for name in ("seed", "device", "keep", "accept", "coverage"):
+            del given[name]
         import_parts(given)
         return {
             name: value.item() if isinstance(value, np.generic) else value

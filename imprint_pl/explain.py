@@ -93,7 +93,7 @@ def explain(
             "keep_sources=True to be shown the nearest training images"
         )
     scores = head.scores(x)
-    labels, best = head.decide(scores).tolist(), scores.argmax(1)
+    labels, best = head.label(x).tolist(), scores.argmax(1)
     parts = _contributions(head, x).cpu()
     near = [()] * len(x) if state is None else _neighbours(head, x, state, neighbours)
     classes, explained = head.proxy_classes.cpu(), []

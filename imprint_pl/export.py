@@ -23,7 +23,7 @@ from imprint_pl import __version__
 from imprint_pl.embedding.backbone import Backbone
 from imprint_pl.embedding.matrix_resize import MatrixResize
 from imprint_pl.errors import ImprintError, did_you_mean, needs
-from imprint_pl.method.head import ImprintedHead
+from imprint_pl.method.head import NONE, ImprintedHead
 from imprint_pl.numerics.values import to_json_value
 
 # The head's resize and reductions in float64, and scatter with a maximum, need 18 or later.
@@ -115,7 +115,8 @@ class ProgramFile(Format):
 
     def write(self, backbone: Backbone, head: ImprintedHead, path: Path) -> None:
         texts = {"imprint_pl": json.dumps(head_config(head, backbone))}
-        self.write_module(Deployed(backbone, head), path, ("probabilities", "classes"), texts)
+        deployed = Deployed(backbone, head)
+        self.write_module(deployed, path, deployed.outputs, texts)
 
     def write_module(
         self, module: nn.Module, path: Path, outputs: Sequence[str], texts: dict[str, str]
@@ -243,8 +244,9 @@ def export(
     """Writes the classifier as a file, or its head as a folder.
 
     The file has the input `images`, uint8 `(B, 3, H, W)`, and the outputs `probabilities`,
-    `(B, C)` float32, and `classes`, `(B,)` int64, where −1 is "none of these". The class names are
-    in its metadata, as JSON under "imprint_pl" (in a PyTorch program: the extra file
+    `(B, C)` float32, and `classes`, `(B,)` int64, where −1 is "none of these"; with `accept` also
+    `familiarity`, `(B,)` float32, and with `coverage` also `sets`, `(B, C)` bool. The class
+    names are in its metadata, as JSON under "imprint_pl" (in a PyTorch program: the extra file
     "imprint_pl.json").
 
     Args:
@@ -312,14 +314,26 @@ def check(
     path, written = Path(path), _format(format)
     run = written.load(path)
     assert isinstance(written, ProgramFile)  # the other format does not load
-    same, difference = 0, 0.0
+    same, difference, strange = 0, 0.0, 0.0
     for batch in _batches(images):
-        probabilities, classes = run(batch)
+        probabilities, classes, *others = run(batch)
         with torch.no_grad():
-            scores = head.scores(backbone(batch).float())
+            embeddings = backbone(batch).float()
+            scores = head.scores(embeddings)
             expected = torch.softmax(scores * head.log_scale.exp(), 1).cpu()
-            same += int((classes == head.decide(scores).cpu()).sum())
+            known = None if head.familiar.is_empty else head.familiarity(embeddings, scores)
+            expected_classes = head.decide(scores, known)
+            agrees = classes == expected_classes.cpu()
+            if not head.sets.is_empty:
+                sets = head.prediction_sets(embeddings).cpu()
+                # On the border of a set a class may fall on either side by rounding.
+                near = (expected.log() - head.bounds().cpu()).abs() < TOLERANCE
+                agrees &= ((others[-1] == sets) | near).all(1)
+            same += int(agrees.sum())
         difference = max(difference, (probabilities - expected).abs().max().item())
+        if known is not None:
+            apart = (others[0] - known.cpu()).abs() / known.cpu().abs().clamp(min=1)
+            strange = max(strange, apart.max().item())
     alone = Path(folder) / f"backbone{written.suffix}"
     written.write_module(Embedder(backbone), alone, ("embeddings",), {})
     times, times_alone = _seconds(run, images), _seconds(written.load(alone), images)
@@ -335,12 +349,13 @@ def check(
     alone.unlink()
     # The classes are compared too: an image on the border between two classes can change its class
     # by a difference in probability below the tolerance.
-    if same < len(images) or not difference <= TOLERANCE:
+    if same < len(images) or not max(difference, strange) <= TOLERANCE:
+        familiarity = f", the familiarity by {strange:.1e}" if not head.familiar.is_empty else ""
         raise ImprintError(
             f"{path.name} does not agree with the classifier: {result.same_class} of "
             f"{len(images)} images get the same class, probabilities differ by up to "
-            f"{difference:.1e} (allowed: {TOLERANCE:.0e}); do not use it, and export in another "
-            "format"
+            f"{difference:.1e}{familiarity} (allowed: {TOLERANCE:.0e}); do not use it, and export "
+            "in another format"
         )
     return result
 
@@ -357,6 +372,7 @@ def head_config(head: ImprintedHead, backbone: Backbone | None = None) -> dict[s
         "layer_widths": head.layer_widths,
         "recipe": head.settings,
         "threshold": head.threshold,
+        "coverage": head.coverage,
     }
     config = json.loads(json.dumps(config, default=to_json_value))
     if backbone is None:
@@ -406,15 +422,23 @@ def _seconds(run: Run, images: Sequence[Tensor]) -> list[float]:
 class Deployed(nn.Module):
     """uint8 `(B, 3, H, W)` → probabilities `(B, C)` float32 and classes `(B,)` int64.
 
-    The class is −1, "none of these", where the head has a threshold and no score reaches it.
+    The class is −1, "none of these", where the head has a threshold that is not reached. A head
+    that was fitted with `accept` has the familiarity `(B,)` float32 as a further output, and one
+    that was fitted with `coverage` the prediction sets `(B, C)` bool for this coverage.
 
     Args:
         backbone: has its own preprocessing. Its model is copied and runs in float32.
         head: a filled head; it is copied.
 
+    Attributes:
+        outputs: the names of what `forward` returns.
+        bounds: `(C,)`, of the prediction sets, where there are any.
+
     Raises:
         ImprintError: the backbone does not read uint8 images, or the head is empty.
     """
+
+    bounds: Tensor
 
     def __init__(self, backbone: Backbone, head: ImprintedHead) -> None:
         super().__init__()
@@ -422,12 +446,27 @@ class Deployed(nn.Module):
             raise ImprintError("the head has no proxies yet: there is nothing to export")
         self.embed = Embedder(backbone)
         self.head = copy.deepcopy(head).cpu().requires_grad_(False)
+        self.outputs = ["probabilities", "classes"]
+        if not self.head.familiar.is_empty:
+            self.outputs.append("familiarity")
+        if not self.head.sets.is_empty:
+            self.outputs.append("sets")
+            self.register_buffer("bounds", self.head.bounds())
         self.eval()
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        scores = self.head.scores(self.embed(images))
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        embeddings = self.embed(images)
+        scores = self.head.scores(embeddings)
         probabilities = torch.softmax(scores * self.head.log_scale.exp(), 1)
-        return probabilities, self.head.decide(scores)
+        known = None
+        if not self.head.familiar.is_empty:
+            known = self.head.familiarity(embeddings, scores)
+        classes = self.head.decide(scores, known)
+        results = [probabilities, classes] + ([] if known is None else [known])
+        if not self.head.sets.is_empty:
+            sets = self.head.sets_of(scores * self.head.log_scale.exp(), self.bounds)
+            results.append(sets & (classes != NONE)[:, None])
+        return tuple(results)
 
 
 class Embedder(nn.Module):

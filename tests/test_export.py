@@ -15,6 +15,7 @@ from imprint_pl.embedding.backbone import load_backbone
 from imprint_pl.embedding.matrix_resize import MatrixResize
 from imprint_pl.embedding.preprocess import Preprocess
 from imprint_pl.export import check, export, head_config, load
+from imprint_pl.method.threshold import Limits, set_limits, set_threshold
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +183,44 @@ def test_a_model_that_the_exporter_cannot_follow_is_one_sentence_and_a_fault_sta
 def test_a_head_alone_is_not_loaded_as_a_program(tmp_path):
     with pytest.raises(ImprintError, match="takes embeddings instead of images"):
         load(tmp_path, "safetensors")
+
+
+@pytest.mark.parametrize(
+    ("model", "format"),
+    [
+        ("small", "onnx"),
+        ("small", "torch_export"),
+        pytest.param("digits", "onnx", marks=pytest.mark.slow),
+    ],
+)
+def test_the_familiarity_is_exported_and_agrees(model, format, request, tmp_path):
+    backbone, x, y, images = request.getfixturevalue(model)
+    head = set_threshold(imprint(x, y, "kernel"), x, y, 0.9)
+    path = export(backbone, head, tmp_path / "it.file", format)
+    assert check(path, format, backbone, head, images, tmp_path).same_class == 200
+    _, classes, familiarity = load(path, format)(images[0][None].repeat(2, 1, 1, 1))
+    embeddings = backbone(images[0][None])
+    expected = head.familiarity(embeddings)
+    torch.testing.assert_close(familiarity, expected.repeat(2), atol=1e-4, rtol=1e-4)
+    assert torch.equal(classes, head.label(embeddings).repeat(2))
+    head.familiar.scale[0] += 1
+    assert head.sets.is_empty
+    with pytest.raises(ImprintError, match="the familiarity by"):
+        check(path, format, backbone, head, images[:5], tmp_path)
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch_export"])
+@pytest.mark.parametrize("accept", [None, 0.8])
+def test_prediction_sets_are_exported_and_agree(small, format, accept, tmp_path):
+    backbone, x, y, images = small
+    head = set_limits(imprint(x, y, "ridge"), x, y, Limits(accept, 0.9))
+    path = export(backbone, head, tmp_path / "it.file", format)
+    assert check(path, format, backbone, head, images, tmp_path).same_class == 200
+    _, classes, *others = load(path, format)(torch.stack(images[:9]))
+    embeddings = backbone(torch.stack(images[:9]))
+    assert len(others) == (1 if accept is None else 2)
+    assert torch.equal(others[-1], head.prediction_sets(embeddings))
+    assert not others[-1][classes == -1].any()
+    head.sets.log_probabilities -= 3
+    with pytest.raises(ImprintError, match="does not agree"):
+        check(path, format, backbone, head, images[:50], tmp_path)

@@ -148,6 +148,12 @@ class ImprintCLI(LightningCLI):
                 help="Folder to copy the images into, a folder for each class.",
             )
             parser.add_argument(
+                "--coverage",
+                type=float | None,
+                default=None,
+                help="Write for each image the classes that hold the truth with this probability.",
+            )
+            parser.add_argument(
                 "--explain",
                 type=str,
                 help="Folder for explanations of the images: explanations.json and a PNG each.",
@@ -260,6 +266,7 @@ class ImprintCLI(LightningCLI):
                 self._get(self.config, "output"),
                 self._get(self.config, "top"),
                 self._get(self.config, "sort_into"),
+                self._get(self.config, "coverage"),
             )
             callbacks.append(self.writer)
         self.evaluation: Evaluation | None = None

@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from imprint_pl.data.loaders import sampler_length
 from imprint_pl.errors import ImprintError, shown
 from imprint_pl.lightning.classifier import ImprintedClassifier
 from imprint_pl.method.head import NONE, ImprintedHead
+from imprint_pl.method.sets import checked_coverage
 from imprint_pl.ranks import positions_in_dataset
 from imprint_pl.training_set.store import RowStore
 
@@ -43,8 +44,9 @@ SKIPPED = -2
 class PredictionWriter(Callback):
     """Writes a row for each image: file or index, label, class, score (the logit), probability.
 
-    Where the head has a threshold that no score reaches, the label is −1, the class "none of these"
-    and the probability empty (null in JSON); the score is still the best one. A single process
+    A head that was fitted with `accept` adds the familiarity. Where the head has a threshold that
+    is not reached, the label is −1, the class "none of these" and the probability empty (null in
+    JSON); the score is still the best one. A single process
     writes each batch at once; with several, the first writes all rows at the end.
 
     Args:
@@ -53,6 +55,9 @@ class PredictionWriter(Callback):
         top: how many classes to write for an image; those after the best are `class_2`,
             `probability_2`, ….
         sort_into: folder to copy the images into, a folder for each class; they must be files.
+        coverage: write a prediction set for each image, the list of the classes that may be true
+            (in a CSV as JSON), which holds the truth with this probability. A head that was fitted
+            with `coverage` has sets in any case, and is needed for them.
 
     Attributes:
         count: how many images were predicted.
@@ -60,7 +65,13 @@ class PredictionWriter(Callback):
         unread: a line for each file that was skipped, with the reason.
     """
 
-    def __init__(self, path: str | None = None, top: int = 1, sort_into: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | None = None,
+        top: int = 1,
+        sort_into: str | None = None,
+        coverage: float | None = None,
+    ) -> None:
         self.sort_into = sort_into
         self.classes: Counter[str] = Counter()
         self._folders: ClassFolders | None = None
@@ -68,6 +79,7 @@ class PredictionWriter(Callback):
         self._lines: list[str] = []
         self.path = None if path is None else Path(path)
         self.top = top
+        self.coverage = None if coverage is None else checked_coverage(coverage)
         if top < 1:
             raise ImprintError(f"top={top}: give at least 1")
         if self.path is not None and self.path.suffix not in SUFFIXES:
@@ -75,9 +87,15 @@ class PredictionWriter(Callback):
         self.count = 0
         self.unread: list[str] = []
         self._file: PredictionFile | None = None
+        self._listening = ExitStack()
+        self._familiarity: Tensor | None = None
+        self._bounds: Tensor | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = run_folder(trainer)
+        head, folder = _head_of(pl_module), run_folder(trainer)
+        self._bounds = None
+        if self.coverage is not None or head.coverage is not None:
+            self._bounds = head.bounds(self.coverage)
         if self.path is None:
             self.path = folder / "predictions.csv"
         self.count, self.unread = 0, []
@@ -90,13 +108,21 @@ class PredictionWriter(Callback):
         self._seen = 0
         if trainer.is_global_zero:
             if self.sort_into is not None:
-                head = _head_of(pl_module)
                 names = [head.name_of(label) for label in range(head.num_classes)]
                 self._folders = ClassFolders(self.sort_into, names)
-            top = min(self.top, _head_of(pl_module).num_classes)
+            top = min(self.top, head.num_classes)
             more = [f"{name}_{i}" for i in range(2, top + 1) for name in ("class", "probability")]
-            columns = [self._sample, "label", "class", "score", "probability", *more]
+            known = [] if head.familiar.is_empty else ["familiarity"]
+            known += [] if self._bounds is None else ["set"]
+            columns = [self._sample, "label", "class", "score", "probability", *known, *more]
             self._file = PredictionFile(self.path, columns)
+        self._listening.callback(head.register_forward_hook(self._heard).remove)
+
+    def _heard(self, head: ImprintedHead, inputs: Any, logits: Tensor) -> None:
+        # The logits that come back from the module do not say how familiar an image is.
+        scores = logits / head.log_scale.exp()
+        none = head.familiar.is_empty
+        self._familiarity = None if none else head.familiarity(inputs[0], scores)
 
     def on_predict_batch_end(
         self,
@@ -111,9 +137,11 @@ class PredictionWriter(Callback):
         best = outputs.topk(top, dim=1)
         labels = best.indices[:, 0].clone()
         head = _head_of(pl_module)
+        known = self._familiarity
         if head.threshold is not None:
             # Logits are scores over the temperature.
-            labels[best.values[:, 0] < head.threshold / head.temperature] = NONE
+            scores = outputs / head.log_scale.exp()
+            labels[head.decide(scores, known) == NONE] = NONE
         skipped = batch.get("skipped", {}) if isinstance(batch, dict) else {}
         for place, reason in skipped.items():
             labels[place] = SKIPPED
@@ -122,7 +150,13 @@ class PredictionWriter(Callback):
         # Class indices are whole numbers below 2^24, exact in float32. The logit of a class without
         # proxies is −∞, which the store does not take.
         values = best.values.clamp(min=torch.finfo(torch.float32).min)
-        row = torch.cat([best.indices.float(), values, probabilities], 1)
+        more = [] if known is None else [known[:, None]]
+        if self._bounds is not None:
+            sets = (
+                head.sets_of(outputs, self._bounds) & (labels != NONE).to(outputs.device)[:, None]
+            )
+            more.append(sets.to(probabilities))
+        row = torch.cat([best.indices.float(), values, probabilities, *more], 1)
         # Nothing is written for a skipped file, and the store takes no NaN.
         row[list(skipped)] = 0
         self._seen += len(labels)
@@ -140,6 +174,7 @@ class PredictionWriter(Callback):
                 for of_rank in reasons:
                     self._reasons |= of_rank
                 self._write(*gathered, _head_of(pl_module))
+        self._listening.close()
         if self._file is not None:
             self._file.finish()
             self._file = None
@@ -147,6 +182,7 @@ class PredictionWriter(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        self._listening.close()
         if self._file is not None:
             self._file.discard()
             self._file = None
@@ -169,19 +205,21 @@ class PredictionWriter(Callback):
         """Writes a batch on rank 0.
 
         Args:
-            rows: `(B, 3 * top)`: the classes of the best logits, the logits, the probabilities.
+            rows: `(B, 3 * top)`: the classes of the best logits, the logits, the probabilities;
+                then the familiarity and, of each class, whether it is in the set, where they are
+                written.
             labels: `(B,)`, a class, `NONE` or `SKIPPED`.
             head: names the classes.
         """
         assert self._file is not None
-        top = rows.shape[1] // 3
+        top = min(self.top, head.num_classes)
         for row, label in zip(rows.tolist(), labels.tolist(), strict=True):
             index = self.count + len(self.unread)
             sample = index if self._names is None else self._names[index]
             if label == SKIPPED:
                 self.unread.append(f"  {self._reasons.get(index) or shown(str(sample))}")
                 continue
-            classes, scores, probabilities = row[:top], row[top : 2 * top], row[2 * top :]
+            classes, scores, probabilities = row[:top], row[top : 2 * top], row[2 * top : 3 * top]
             if math.isnan(probabilities[0]):
                 raise ImprintError(
                     f"{shown(str(sample))}: its embedding is not finite; look at that image, or at "
@@ -196,6 +234,11 @@ class PredictionWriter(Callback):
                 # another number.
                 "probability": None if label == NONE else round(probabilities[0], 6),
             }
+            if not head.familiar.is_empty:
+                record["familiarity"] = float(f"{row[3 * top]:.6g}")
+            if self._bounds is not None:
+                inside = row[-head.num_classes :]
+                record["set"] = [head.name_of(c) for c, one in enumerate(inside) if one]
             for place in range(0 if label == NONE else 1, top) if self.top > 1 else []:
                 # Where no class is accepted, the nearest class comes second.
                 at = place + 2 if label == NONE else place + 1
@@ -261,7 +304,10 @@ class PredictionFile:
     def put(self, record: dict[str, Any]) -> None:
         """Adds a record."""
         if self.path.suffix == ".csv":
-            csv.writer(self._file).writerow([record.get(column, "") for column in self.columns])
+            values = [record.get(column, "") for column in self.columns]
+            csv.writer(self._file).writerow(
+                json.dumps(v, ensure_ascii=False) if isinstance(v, list) else v for v in values
+            )
             return
         text = json.dumps(record, ensure_ascii=False)
         if self.path.suffix == ".json":

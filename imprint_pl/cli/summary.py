@@ -36,7 +36,7 @@ OF_LOADER = "/dataloader_idx_"
 # How many of the weakest classes the terminal shows.
 WEAKEST = 3
 # What the callback `lightning.outsiders.Outsiders` logs.
-OUTSIDERS = ("outsiders_auroc", "accepted", "rejected")
+OUTSIDERS = ("outsiders_auroc", "outsiders_fpr95", "accepted", "rejected")
 
 
 class PerClass(NamedTuple):
@@ -209,9 +209,12 @@ def _row(summary: dict[str, Any], suffix: str) -> dict[str, str | None]:
 
 def _outsiders(summary: dict[str, Any]) -> str:
     text = f"outsiders: AUROC {summary['outsiders_auroc']:.3f}"
+    if "outsiders_fpr95" in summary:
+        passing = _number(summary["outsiders_fpr95"], 100, 1, " %")
+        text += f", {passing} pass where 95 % of the others do"
     if "accepted" not in summary:
         return f"{text}; for a threshold fit with --model.accept 0.95"
-    accepted, rejected = (_number(summary[name], 100, 1, " %") for name in OUTSIDERS[1:])
+    accepted, rejected = (_number(summary[name], 100, 1, " %") for name in OUTSIDERS[2:])
     return f"{text}, {rejected} rejected; {accepted} of {summary['task']} accepted"
 
 

@@ -172,7 +172,13 @@ def saved_max_side(checkpoint: dict[str, Any]) -> int | None:
 def _check_keys(state: Mapping[str, Any], head: ImprintedHead) -> None:
     own = [f"{HEAD}{name}" for name in head.state_dict()]
     missing = [name for name in own if name not in state]
-    foreign = [name for name in state if name.startswith(HEAD) and name not in own]
+    # Heads of every recipe may have a familiarity and prediction sets, and do without.
+    optional = (f"{HEAD}familiar.", f"{HEAD}sets.")
+    foreign = [
+        name
+        for name in state
+        if name.startswith(HEAD) and name not in own and not name.startswith(optional)
+    ]
     if f"{HEAD}proxies" in state and (missing or (foreign and not head.takes_parts_of_file)):
         raise ImprintError(
             f"the checkpoint's head and this model's differ in {(missing + foreign)[0]!r}: they "

@@ -81,8 +81,11 @@ class ImprintedClassifier(Growing, LightningModule):
         max_per_class: keep the embeddings of at most so many samples of each class, drawn at random
             as they go by; GEN and NC1 see these. It bounds the memory of recipes that need the
             embeddings; not with `keep`.
-        accept: share of training samples to accept, such as 0.95: sets a threshold, below which
-            `predict` says "none of these".
+        accept: share of training samples to accept, such as 0.95: fits a score of familiarity and
+            sets a threshold on it, below which `predict` says "none of these". With
+            `keep="embeddings"` both are fitted anew when classes come or go.
+        coverage: probability that a prediction set holds the truth, such as 0.95: `predict` then
+            lists the classes that may be true. It can be asked for another one without a new fit.
         seed: fixes every random choice.
         image_size: side of the backbone's input in pixels; its own by default.
         pretrained: load the backbone's weights; without them it is random.
@@ -131,6 +134,7 @@ class ImprintedClassifier(Growing, LightningModule):
         keep_sources: bool = False,
         max_per_class: int | None = None,
         accept: float | None = None,
+        coverage: float | None = None,
         seed: int = 0,
         image_size: int | None = None,
         pretrained: bool = True,
@@ -158,7 +162,9 @@ class ImprintedClassifier(Growing, LightningModule):
         self.save_backbone = save_backbone
         self.seed = seed
         self.weibull = None if weibull is None else checked_bounds(weibull)
-        self.options = EpochOptions(seed, self.weibull, keep, keep_sources, accept, max_per_class)
+        self.options = EpochOptions(
+            seed, self.weibull, keep, keep_sources, accept, coverage, max_per_class
+        )
         import_parts(parts)
         self._recipe, self._keywords = recipe, {**parts}
         parts["layer_widths"] = parts.get("layer_widths") or UNKNOWN_WIDTHS

@@ -26,10 +26,10 @@ from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.imprinting import imprint_parts
 from imprint_pl.method.recipes import Auto, Recipe
 from imprint_pl.method.selection import weibull_typical
-from imprint_pl.method.threshold import set_threshold
+from imprint_pl.method.threshold import Limits, set_limits
 from imprint_pl.parts.norm.layers import last_columns
 from imprint_pl.ranks import on_rank_zero
-from imprint_pl.training_set.kept import KEEP, State
+from imprint_pl.training_set.kept import KEEP, NO_HELD_OUT, State
 from imprint_pl.training_set.memory import check_memory
 from imprint_pl.training_set.reservoir import EmbeddingReservoir
 from imprint_pl.training_set.store import Collector, RowStore, on_gpu
@@ -49,6 +49,7 @@ class EpochOptions:
     keep: str | None = None
     keep_sources: bool = False
     accept: float | None = None
+    coverage: float | None = None
     max_per_class: int | None = None
 
     def __post_init__(self) -> None:
@@ -64,13 +65,18 @@ class EpochOptions:
                 f"max_per_class={most} drops samples that keep={keep!r} has to keep: give one of "
                 "them"
             )
-        if accept is not None and not 0 < accept <= 1:
-            raise ImprintError(f"accept={accept}: give a share above 0 and at most 1, such as 0.95")
+        if self.limits and keep == "moments":
+            raise ImprintError(f"accept={accept}, coverage={self.coverage}: {NO_HELD_OUT}")
+
+    @property
+    def limits(self) -> Limits:
+        """What is asked of the head beside its classes."""
+        return Limits(self.accept, self.coverage)
 
     @property
     def needs_rows(self) -> bool:
         """Whether these options need the embeddings, even where the recipe does not."""
-        return not (self.weibull is None and self.keep is None and self.accept is None)
+        return not (self.weibull is None and self.keep is None)
 
 
 class Finished(NamedTuple):
@@ -152,6 +158,7 @@ class ImprintEpoch:
                 samples=self.samples,
                 dealt=dealt,
                 seed=options.seed,
+                limits=options.limits,
             )
         elif most is not None:
             self.kept = EmbeddingReservoir(most, options.seed, num_classes, dealt)
@@ -260,8 +267,7 @@ class ImprintEpoch:
             allow_empty=self.shortened,
             values_checked=True,
         )
-        if options.accept is not None:
-            set_threshold(head, x, y, options.accept, classifier)
+        set_limits(head, x, y, options.limits, classifier)
         state = None
         if options.keep is not None:
             state = State.of(
@@ -270,6 +276,7 @@ class ImprintEpoch:
                 options.keep,
                 sources=self._sources(len(whole[1])),
                 accept=options.accept,
+                coverage=options.coverage,
                 weibull=options.weibull,
                 classifier=classifier,
             )

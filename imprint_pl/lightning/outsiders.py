@@ -1,5 +1,6 @@
-"""The callback `Outsiders`: how well the best score tells images that belong to no class from the
-others (AUROC), and how many of each pass the head's threshold (`method/threshold.py`).
+"""The callback `Outsiders`: how well images that belong to no class are told from the others, by
+their familiarity or their best score, and how many of each pass the head's threshold
+(`method/threshold.py`).
 """
 
 from __future__ import annotations
@@ -36,11 +37,28 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
     return binary_auroc(ranks / max(ranks.max().item(), 1), inner).item()
 
 
-class Outsiders(Callback):
-    """Logs, at the end of validation and test, how the best score tells outsiders from insiders.
+def false_positive_rate(inside: Tensor, outside: Tensor, accept: float = 0.95) -> float:
+    """Share of outsiders that pass a threshold which at least `accept` of the insiders reach.
 
-    `val/outsiders_auroc` and, where the head has a threshold, `val/accepted` (share of the stage's
-    own images that pass) and `val/rejected` (share of outsiders that do not); `test/…` likewise.
+    Args:
+        inside, outside: `(n,)` and `(m,)`, the score of each sample; the insiders' are higher.
+        accept: share of insiders.
+
+    >>> false_positive_rate(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.0, 2.5]), 0.75)
+    0.5
+    """
+    place = int((1 - accept) * len(inside) + 1e-9)
+    return (outside >= inside.sort().values[place]).double().mean().item()
+
+
+class Outsiders(Callback):
+    """Logs, at the end of validation and test, how well outsiders are told from insiders.
+
+    The score is the familiarity, or in a head that was fitted without `accept` the best class
+    score. Logged are `val/outsiders_auroc`, `val/outsiders_fpr95` (share of outsiders that pass a
+    threshold which 95 % of the stage's own images reach) and, where the head has a threshold,
+    `val/accepted` (share of the stage's own images that pass) and `val/rejected` (share of
+    outsiders that do not); `test/…` likewise.
     With several loaders each has its own: `val/accepted/dataloader_idx_0`, ….
 
     Args:
@@ -90,8 +108,10 @@ class Outsiders(Callback):
         self._undo.callback(_head_of(module).register_forward_hook(self._heard).remove)
 
     def _heard(self, head: ImprintedHead, inputs: Any, logits: Tensor) -> None:
-        best = logits.detach().amax(1, keepdim=True).cpu()
-        self._scores.setdefault(self._loader, []).append(best)
+        scores = logits.detach()
+        if not head.familiar.is_empty:
+            scores = head.familiarity(inputs[0].detach(), scores / head.log_scale.exp())[:, None]
+        self._scores.setdefault(self._loader, []).append(scores.amax(1, keepdim=True).cpu())
 
     def _log(self, stage: str, trainer: Trainer, module: LightningModule) -> None:
         insiders, self._scores = self._scores, {}
@@ -116,10 +136,13 @@ class Outsiders(Callback):
         outside = torch.cat(self._scores.pop("outside"))
         for number, scores in insiders.items():
             inside = torch.cat(scores)
-            values = {"outsiders_auroc": auroc(inside, outside)}
+            values = {
+                "outsiders_auroc": auroc(inside, outside),
+                "outsiders_fpr95": false_positive_rate(inside[:, 0], outside[:, 0]),
+            }
             head = _head_of(module)
             if head.threshold is not None:
-                least = head.threshold / head.temperature
+                least = head.threshold / (head.temperature if head.familiar.is_empty else 1.0)
                 values["accepted"] = (inside >= least).double().mean().item()
                 values["rejected"] = (outside < least).double().mean().item()
             # The suffix is Lightning's, which adds it inside a step only.

@@ -64,11 +64,13 @@ class Fold(NamedTuple):
         scores: `(n, C)`.
         y: `(n,)`, their labels.
         classes: `(P,)`, the classes of the head's proxies.
+        rows: `(n,)`, their places among all rows.
     """
 
     scores: Tensor
     y: Tensor
     classes: Tensor
+    rows: Tensor
 
 
 class HeldOut(NamedTuple):
@@ -78,11 +80,13 @@ class HeldOut(NamedTuple):
         scores: `(n, C)`, of the samples whose class the head knows.
         y: `(n,)`, their labels.
         error: why the last fold that failed has no head; `None` where none failed.
+        rows: `(n,)`, their places among all rows.
     """
 
     scores: Tensor
     y: Tensor
     error: ImprintError | None
+    rows: Tensor
 
 
 def rows_to_score(rows: Tensor, num_classes: int) -> Tensor:
@@ -105,10 +109,11 @@ def score_folds(
     """
     scores: list[Tensor] = []
     labels: list[Tensor] = []
+    places: list[Tensor] = []
     number, error = 0, None
     for fold in held:
         try:
-            of_fold, y, classes = score(fold)
+            of_fold, y, classes, rows = score(fold)
         except ImprintError as failed:
             error = failed
             continue
@@ -116,12 +121,14 @@ def score_folds(
         known = torch.isin(y, classes)
         scores.append(of_fold[known])
         labels.append(y[known])
+        places.append(rows[known])
         number += len(labels[-1])
         if number >= enough:
             break
     if not scores:
-        return HeldOut(torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64), error)
-    return HeldOut(torch.cat(scores), torch.cat(labels), error)
+        none = torch.zeros(0, dtype=torch.int64)
+        return HeldOut(torch.zeros(0, 1), none, error, none)
+    return HeldOut(torch.cat(scores), torch.cat(labels), error, torch.cat(places))
 
 
 def set_temperature(head: Any, held_out: HeldOut) -> None:

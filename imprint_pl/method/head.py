@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from imprint_pl.errors import ImprintError, needs
 from imprint_pl.files import check_tensor
+from imprint_pl.method.familiarity import Familiarity
 from imprint_pl.method.pretrained import Pretrained
+from imprint_pl.method.sets import PredictionSets, checked_coverage
 from imprint_pl.numerics.constants import Constants
 from imprint_pl.numerics.values import MAX_CLASSES, is_number, to_json_value
 from imprint_pl.parts.agg.max import Max
@@ -55,8 +57,13 @@ class ImprintedHead(Constants, Pretrained):
         class_names: C names, or an empty list where there are none.
         settings: names and numbers of the recipe that filled it.
         tried: what `auto` compared, a row a candidate; empty for other recipes.
-        threshold: score that the best class has to reach; `None` accepts everything. See
-            `imprint_pl.lightning.outsiders`.
+        familiar: the score of familiarity; empty where none was fitted.
+        threshold: familiarity that an embedding has to reach; `None` accepts everything. In a head
+            without a familiarity, such as those of earlier versions, the score that the best class
+            has to reach. See `imprint_pl.method.threshold`.
+        sets: what prediction sets rest on; empty where none was fitted.
+        coverage: the probability that a prediction set holds the truth, unless another is asked
+            for; `None` where none was fitted.
     """
 
     constants = ("bias", "proxy_classes")
@@ -68,6 +75,8 @@ class ImprintedHead(Constants, Pretrained):
         self.takes_parts_of_file = norm_inf is None
         self.norm_inf = NoNorm() if norm_inf is None else norm_inf
         self.agg = Max() if agg is None else agg
+        self.familiar = Familiarity()
+        self.sets = PredictionSets()
         self._empty()
 
     def clear(self) -> None:
@@ -91,6 +100,9 @@ class ImprintedHead(Constants, Pretrained):
         self.settings: dict[str, Any] = {}
         self.tried: list[dict[str, Any]] = []
         self.threshold: float | None = None
+        self.familiar.clear()
+        self.coverage: float | None = None
+        self.sets.clear()
 
     def fill(
         self, proxies: Proxies, num_classes: int, class_names: list[str] | None = None
@@ -119,8 +131,10 @@ class ImprintedHead(Constants, Pretrained):
             proxies = Proxies(other.proxies, other.bias, other.proxy_classes)
             self.fill(proxies, other.num_classes, other.class_names)
             self.log_scale.copy_(other.log_scale)
+            self.familiar = copy.deepcopy(other.familiar).to(device)
+            self.sets = copy.deepcopy(other.sets).to(device)
         self.settings, self.tried = copy.deepcopy((other.settings, other.tried))
-        self.threshold = other.threshold
+        self.threshold, self.coverage = other.threshold, other.coverage
 
     @property
     def is_empty(self) -> bool:
@@ -214,12 +228,93 @@ class ImprintedHead(Constants, Pretrained):
         found += [classes, f"{len(self.proxies)} proxies of {self.feature_dim} numbers"]
         return ", ".join(found)
 
-    def decide(self, scores: Tensor) -> Tensor:
-        """Scores `(B, C)` of `scores` → labels `(B,)`; −1 where the best is below the threshold, or
-        NaN."""
+    def familiarity(self, embeddings: Tensor, scores: Tensor | None = None) -> Tensor:
+        """Embeddings `(B, d)` → familiarity `(B,)`: about 0 for samples like those of the training
+        set, and the lower, the stranger. See `Familiarity`.
+
+        Args:
+            embeddings: as for `scores`.
+            scores: `(B, C)`, what `scores` makes of them, where that is known.
+
+        Raises:
+            ImprintError: none was fitted.
+        """
+        if self.familiar.is_empty:
+            raise ImprintError(
+                "this head has no score of familiarity: fit with accept=0.95, or call "
+                "set_threshold(head, x, y, accept)"
+            )
+        scores = self.scores(embeddings) if scores is None else scores
+        return self.familiar(embeddings, scores.amax(1))
+
+    def decide(self, scores: Tensor, familiarity: Tensor | None = None) -> Tensor:
+        """Scores `(B, C)` of `scores` → labels `(B,)`; −1 where the familiarity is below the
+        threshold, or NaN. In a head without familiarity the best score counts.
+
+        Args:
+            scores: `(B, C)`.
+            familiarity: `(B,)`, of `familiarity`; needed where the head has one and a threshold.
+
+        Raises:
+            ImprintError: the familiarity is missing.
+        """
         best, labels = scores.max(1)
+        if self.threshold is not None and not self.familiar.is_empty:
+            if familiarity is None:
+                raise ImprintError(
+                    "the threshold of this head is one of familiarity: call "
+                    "head.label(embeddings), or "
+                    "head.decide(scores, head.familiarity(embeddings, scores))"
+                )
+            best = familiarity.where(best == best, best.to(familiarity))
         least = -math.inf if self.threshold is None else self.threshold
         return labels.where(best >= least, NONE)
+
+    def label(self, embeddings: Tensor) -> Tensor:
+        """Embeddings `(B, d)` → labels `(B,)`; −1, "none of these", for what the threshold keeps
+        out."""
+        scores = self.scores(embeddings)
+        known = None if self.familiar.is_empty else self.familiarity(embeddings, scores)
+        return self.decide(scores, known)
+
+    def prediction_sets(self, embeddings: Tensor, coverage: float | None = None) -> Tensor:
+        """Embeddings `(B, d)` → the classes that may be true, `(B, C)` bool.
+
+        The set of a new image of one of the classes holds its class with the probability
+        `coverage`. An empty set says that no class is as probable as it usually is for its own
+        images. What the threshold of `accept` keeps out has an empty set, too: none of these.
+
+        Args:
+            embeddings: as for `scores`.
+            coverage: such as 0.95; that of the fit by default.
+
+        Raises:
+            ImprintError: none was fitted, or the coverage is out of range.
+        """
+        scores = self.scores(embeddings)
+        known = None if self.familiar.is_empty else self.familiarity(embeddings, scores)
+        sets = self.sets_of(scores * self.log_scale.exp(), self.bounds(coverage))
+        return sets & (self.decide(scores, known) != NONE)[:, None]
+
+    def bounds(self, coverage: float | None = None) -> Tensor:
+        """The least log-probability with which each class belongs to a prediction set, `(C,)`.
+
+        Raises:
+            ImprintError: as `prediction_sets`.
+        """
+        if self.sets.is_empty:
+            raise ImprintError(
+                "this head has no prediction sets: fit with coverage=0.95, or call "
+                "set_coverage(head, x, y, coverage)"
+            )
+        return self.sets.bounds(checked_coverage(coverage, self.coverage), self.num_classes)
+
+    @staticmethod
+    def sets_of(logits: Tensor, bounds: Tensor) -> Tensor:
+        """Logits `(B, C)` and bounds `(C,)` → `(B, C)` bool, whatever the threshold says."""
+        # A class without proxies is never true; NaN is in no set.
+        possible = logits > -math.inf
+        return (logits.log_softmax(1) >= bounds.to(logits)) & possible
 
     def name_of(self, label: int) -> str:
         """The class's name, or its number where it has none; "none of these" for −1."""
@@ -238,6 +333,8 @@ class ImprintedHead(Constants, Pretrained):
             "tried": self.tried,
             "threshold": self.threshold,
         }
+        if self.coverage is not None:
+            values["coverage"] = self.coverage
         text = json.dumps(values, default=to_json_value)
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
@@ -249,12 +346,14 @@ class ImprintedHead(Constants, Pretrained):
         fits &= proxies.is_floating_point() and bias.is_floating_point()
         fits &= classes.dtype == torch.int64 and bool(((classes >= 0) & (classes < C)).all())
         fits &= len(self.class_names) in (0, C) and self.log_scale.numel() == 1
+        fits &= self.familiar.fits(self.embedding_dim) and self.sets.fits(C)
         numbers = (proxies, bias, self.log_scale.exp())
         fits &= all(bool(numbers_of.isfinite().all()) for numbers_of in numbers)
         try:
             if fits and not self.is_empty:
                 with torch.no_grad():
-                    fits = self.scores(proxies.new_zeros(1, self.embedding_dim)).shape == (1, C)
+                    x = proxies.new_zeros(1, self.embedding_dim)
+                    fits = self.scores(x).shape == (1, C) and self.label(x).shape == (1,)
         except (RuntimeError, IndexError, TypeError, ValueError):
             fits = False
         if not fits:
@@ -269,7 +368,7 @@ class ImprintedHead(Constants, Pretrained):
         for name in ("num_classes", "class_names", "settings", "tried"):
             setattr(self, name, values[name])
         # Heads of earlier versions have none.
-        self.threshold = values.get("threshold")
+        self.threshold, self.coverage = values.get("threshold"), values.get("coverage")
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -298,6 +397,8 @@ def _read(state: Tensor) -> dict[str, Any]:
         right &= isinstance(values["tried"], list) and 0 <= values["num_classes"] <= MAX_CLASSES
         right &= all(isinstance(name, str) for name in values["class_names"])
         right &= values.get("threshold") is None or is_number(values["threshold"])
+        coverage = values.get("coverage")
+        right &= coverage is None or (is_number(coverage) and 0 < coverage <= 1)
         if not right:
             raise ValueError("values of other types")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

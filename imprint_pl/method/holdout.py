@@ -189,7 +189,7 @@ def _without_rows(
         parts, lambda changed: make_head(x[others], y[others], changed, request).head
     )
     rows = rows_to_score(rows, request.num_classes)
-    return Fold(head.scores(x[rows]), y[rows], head.proxy_classes)
+    return Fold(head.scores(x[rows]), y[rows], head.proxy_classes, rows)
 
 
 def _out_of_sums(
@@ -220,7 +220,7 @@ def _out_of_sums(
     elif len(shown) < len(rows):
         z = transform(sums.norm_pre, x[shown])
     scores = parts.agg(z, proxies.weights, proxies.bias, proxies.classes, C)
-    return Fold(scores, y[shown], proxies.classes)
+    return Fold(scores, y[shown], proxies.classes, shown)
 
 
 def with_larger_lam(parts: Recipe, make: Callable[[Recipe], Result]) -> Result:

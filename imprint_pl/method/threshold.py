@@ -1,22 +1,63 @@
-"""The score that the best class has to reach, so that `predict` can say "none of these"."""
+"""What a head knows of its own limits: fits its familiarity (`familiarity.py`) with the threshold
+below which `predict` says "none of these", and its prediction sets (`sets.py`), on training samples
+that were held out.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 from imprint_pl.errors import ImprintError
-from imprint_pl.method.calibration import folds
+from imprint_pl.method.calibration import ENOUGH, HeldOut, folds
+from imprint_pl.method.familiarity import Familiarity, unit_sums
 from imprint_pl.method.head import ImprintedHead
-from imprint_pl.method.holdout import held_out_scores
+from imprint_pl.method.holdout import HELD, copies_of, held_out_rows, held_out_scores
 from imprint_pl.method.inputs import checked
-from imprint_pl.method.pipeline import Request, holds_out_of_sums, keywords_of
+from imprint_pl.method.pipeline import Request, Sums, holds_out_of_sums, keywords_of
 from imprint_pl.method.recipes import Recipe, resolve
+from imprint_pl.method.sets import checked_coverage
+from imprint_pl.numerics.moments import Moments
 from imprint_pl.numerics.order import in_order
 from imprint_pl.parts.gen.ridge import CHOICES
 
 # How many parts are held out, one a head: many where that is cheap. Scores of `lda` shrink with
 # the number of samples, so that those of a head of four fifths of them are too small.
 FOLDS, FOLDS_OF_SUMS = 5, 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is asked of a head beside its classes.
+
+    Attributes:
+        accept: share of training samples that the threshold accepts, or `None` for no threshold.
+        coverage: probability that a prediction set holds the truth, or `None` for no sets.
+
+    Raises:
+        ImprintError: a value that is not above 0 and at most 1.
+    """
+
+    accept: float | None = None
+    coverage: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.accept is not None and not 0 < self.accept <= 1:
+            raise ImprintError(
+                f"accept={self.accept}: give a share above 0 and at most 1, such as 0.95"
+            )
+        if self.coverage is not None:
+            checked_coverage(self.coverage)
+
+    def __bool__(self) -> bool:
+        return self.accept is not None or self.coverage is not None
+
+    @property
+    def name(self) -> str:
+        """The keyword that messages name."""
+        return "coverage" if self.accept is None else "accept"
 
 
 def set_threshold(
@@ -26,11 +67,12 @@ def set_threshold(
     accept: float,
     classifier: Tensor | None = None,
 ) -> ImprintedHead:
-    """Sets `head.threshold` to a best score that `accept` of the training samples reach.
+    """Fits `head.familiar`, and sets `head.threshold` to a familiarity that `accept` of the
+    training samples reach.
 
-    Each sample is scored by a head that has not seen it, made of four fifths of the samples, or of
-    95 % where sums suffice: its own proxy would say nothing. That takes one to five times as long
-    as imprinting.
+    Each sample is scored by a head that has not seen it, nor a near-copy of it, made of four fifths
+    of the samples, or of 95 % where sums suffice: its own proxy would say nothing. That takes one
+    to five times as long as imprinting. Of more than 2,000 samples a random sample is held out.
 
     Args:
         head: imprinted from x and y, whose values were checked then; gives the recipe and the seed.
@@ -45,42 +87,139 @@ def set_threshold(
     Raises:
         ImprintError: a share out of range, or no class with two samples.
     """
-    best = _held_out(head, x, y, accept, classifier).amax(1).double().sort().values
+    return set_limits(head, x, y, Limits(accept), classifier)
+
+
+def set_coverage(
+    head: ImprintedHead,
+    x: Tensor,
+    y: Tensor,
+    coverage: float,
+    classifier: Tensor | None = None,
+) -> ImprintedHead:
+    """Fits `head.sets`, so that `head.prediction_sets` hold the truth with this probability.
+
+    Another probability can be asked for later, without a new fit.
+
+    The arguments, the time and the errors are those of `set_threshold`.
+    """
+    return set_limits(head, x, y, Limits(coverage=coverage), classifier)
+
+
+def set_limits(
+    head: ImprintedHead,
+    x: Tensor,
+    y: Tensor,
+    limits: Limits,
+    classifier: Tensor | None = None,
+) -> ImprintedHead:
+    """Does what `set_threshold` and `set_coverage` do, in the time of one; nothing without
+    limits."""
+    if not limits:
+        return head
+    x, y, _ = checked(x, y, head.num_classes, None, allow_empty=True, values_checked=True)
+    rows = in_order(x, y)
+    x, y = x[rows].float(), y[rows]
+    parts = _parts_of(head)
+    request = Request(head.num_classes, seed=head.settings.get("seed", 0), classifier=classifier)
+    unit = None
+    if limits.accept is not None:
+        unit = unit_sums(x, y, head.num_classes, parts.layer_widths)
+    return set_limits_of_sums(head, x, y, parts, request, limits, len(y), unit)
+
+
+def set_limits_of_sums(
+    head: ImprintedHead,
+    x: Tensor,
+    y: Tensor,
+    parts: Recipe,
+    request: Request,
+    limits: Limits,
+    samples: int,
+    unit: Moments | None = None,
+    sums: Sums | None = None,
+) -> ImprintedHead:
+    """Does what `set_limits` does, from sums and a bounded sample of the samples.
+
+    Args:
+        head: made of all samples.
+        x, y: embeddings and labels in the order of `in_order`: all samples, or a sample of them as
+            `held_out_rows` takes it.
+        parts, request: of the head.
+        limits: what is asked for.
+        samples: number of all samples.
+        unit: sums of all samples, see `unit_sums`; needed for a threshold.
+        sums: of all samples, where x and y are a part of them.
+
+    Raises:
+        ImprintError: no class with two samples.
+    """
+    of_sums = holds_out_of_sums(parts)
+    if samples <= HELD:
+        most = FOLDS_OF_SUMS if of_sums else FOLDS
+        masks = folds(y, request.seed, enough=len(y), most=most)
+        held = [mask.nonzero().flatten() for mask in masks]
+    else:
+        most = samples // FOLDS_OF_SUMS if of_sums else HELD
+        held = held_out_rows(x, y, samples, request.seed, most)
+    if not held:
+        raise ImprintError(
+            f"{limits.name}: no class has two samples, so that none can be held out for it; add "
+            "samples, or leave it out"
+        )
+    copies = copies_of(x, y, held)
+    enough = HELD if of_sums or samples <= HELD else 2 * ENOUGH
+    held_out = held_out_scores(x, y, parts, request, held, sums, enough, copies)
+    if not len(held_out.y):
+        raise ImprintError(
+            f"{limits.name}: without the held-out samples there is no head to go by "
+            f"({held_out.error}); add samples, or leave it out"
+        )
+    if limits.coverage is not None:
+        head.sets.fit(held_out.scores * head.log_scale.detach().exp(), held_out.y)
+        head.coverage = limits.coverage
+    if limits.accept is None or unit is None:
+        return head
+    head.familiar.fit(unit, request.seed)
+    scores = _familiar_scores(x, y, unit, held, copies, held_out, parts, request)
+    head.familiar.standardise(scores)
+    ascending = head.familiar.of_scores(scores).double().sort().values
     # The largest value that at least this share of the samples reaches.
-    place = int((1 - accept) * len(best) + 1e-9)
-    head.threshold = best[min(place, len(best) - 1)].item()
+    place = int((1 - limits.accept) * len(ascending) + 1e-9)
+    head.threshold = ascending[min(place, len(ascending) - 1)].item()
     return head
 
 
-def _held_out(
-    head: ImprintedHead, x: Tensor, y: Tensor, accept: float, classifier: Tensor | None
+def _familiar_scores(
+    x: Tensor,
+    y: Tensor,
+    unit: Moments,
+    held: list[Tensor],
+    copies: list[Tensor],
+    held_out: HeldOut,
+    parts: Recipe,
+    request: Request,
 ) -> Tensor:
-    if not 0 < accept <= 1:
-        raise ImprintError(
-            f"accept={accept}: give the share of training samples to accept, above 0 and at most "
-            "1, such as 0.95"
+    """The three scores `(n, 3)` of held-out samples, from sums without their fold."""
+    best, found = held_out.scores.amax(1), []
+    for fold, hidden in zip(held, copies, strict=True):
+        of_fold = torch.isin(held_out.rows, fold)
+        if not of_fold.any():
+            continue
+        out = torch.cat([fold, hidden.to(fold)])
+        others = unit - unit_sums(x[out], y[out], request.num_classes, parts.layer_widths).to(
+            unit.sums.device
         )
-    x, y, _ = checked(x, y, head.num_classes, None, allow_empty=True, values_checked=True)
-    seed, chosen = head.settings.get("seed", 0), head.settings.get("chosen_lam")
-    settings = keywords_of(head)
+        fitted = Familiarity().fit(others, request.seed)
+        found.append(fitted.scores(x[held_out.rows[of_fold]], best[of_fold]))
+    return torch.cat(found)
+
+
+def _parts_of(head: ImprintedHead) -> Recipe:
+    """The recipe of a head, with the λ that it chose."""
+    settings, chosen = keywords_of(head), head.settings.get("chosen_lam")
     if chosen is not None and settings.get("lam") in CHOICES:
         settings["lam"] = chosen
     parts = resolve(**settings)
     assert isinstance(parts, Recipe)  # a head's settings name the recipe that auto has chosen
-    most = FOLDS_OF_SUMS if holds_out_of_sums(parts) else FOLDS
-    rows = in_order(x, y)
-    x, y = x[rows], y[rows]
-    held = [mask.nonzero().flatten() for mask in folds(y, seed, enough=len(y), most=most)]
-    if not held:
-        raise ImprintError(
-            "accept: no class has two samples, so that none can be held out to set a threshold; "
-            "add samples, or set head.threshold yourself"
-        )
-    request = Request(head.num_classes, seed=seed, classifier=classifier)
-    held_out = held_out_scores(x, y, parts, request, held)
-    if not len(held_out.y):
-        raise ImprintError(
-            "accept: without the held-out samples there is no head to set a threshold by "
-            f"({held_out.error}); add samples, or set head.threshold yourself"
-        )
-    return held_out.scores
+    return parts

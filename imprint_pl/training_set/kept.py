@@ -29,7 +29,7 @@ from imprint_pl.method.pipeline import (
 )
 from imprint_pl.method.recipes import Recipe, resolve
 from imprint_pl.method.selection import weibull_typical
-from imprint_pl.method.threshold import set_threshold
+from imprint_pl.method.threshold import Limits, set_limits
 from imprint_pl.numerics.labels import check_name, place_of
 from imprint_pl.numerics.moments import Moments
 from imprint_pl.numerics.order import in_order
@@ -38,6 +38,12 @@ from imprint_pl.parts.by_name import name_of, steps_of
 from imprint_pl.parts.norm.random_projection import RandomProjection
 
 KEEP = ("moments", "embeddings")
+# Why sums cannot keep the familiarity and the prediction sets of a head right.
+NO_HELD_OUT = (
+    'keep="moments" has no samples to hold out, and could not keep the familiarity and the '
+    'prediction sets right when classes come or go: give keep="embeddings", which fits them anew, '
+    "or leave accept and coverage out"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +79,7 @@ class State(ABC):
         *,
         sources: Sequence[str] = (),
         accept: float | None = None,
+        coverage: float | None = None,
         weibull: tuple[float, float] | None = None,
         classifier: Tensor | None = None,
     ) -> State:
@@ -83,7 +90,7 @@ class State(ABC):
             head: gives the recipe, the seed and the class names.
             keep: "moments" or "embeddings".
             sources: see `KeptRows`; sums do not keep them.
-            accept, weibull: see `KeptRows`.
+            accept, coverage, weibull: see `KeptRows`.
             classifier: see the attributes.
 
         Raises:
@@ -109,6 +116,7 @@ class State(ABC):
                 y=y,
                 sources=tuple(sources),
                 accept=accept,
+                coverage=coverage,
                 weibull=None if weibull is None else (float(weibull[0]), float(weibull[1])),
                 **shared,
             )._in_order()
@@ -117,6 +125,8 @@ class State(ABC):
             shared["settings"]["lam"] = float(head.settings["chosen_lam"])
         parts = _parts_of(shared["settings"])
         _refuse_moments(parts, weibull)
+        if not (head.familiar.is_empty and head.sets.is_empty):
+            raise ImprintError(f"accept, coverage: {NO_HELD_OUT}")
         norm_pre, _ = _fresh(parts, x.shape[1], len(y), shared["seed"])
         return KeptSums(
             moments=kept_sums(parts, norm_pre, x, y, head.num_classes),
@@ -243,6 +253,7 @@ class KeptRows(State):
         sources: N words that name the samples, such as their files; empty where nobody asked for
             names.
         accept: share of training samples that the threshold lets pass; see `method/threshold.py`.
+        coverage: probability that a prediction set holds the truth; see `method/sets.py`.
         weibull: as for `imprint`.
     """
 
@@ -252,6 +263,7 @@ class KeptRows(State):
     y: Tensor
     sources: tuple[str, ...] = ()
     accept: float | None = None
+    coverage: float | None = None
     weibull: tuple[float, float] | None = None
 
     @property
@@ -266,9 +278,7 @@ class KeptRows(State):
         head = imprint_parts(
             x, y, self.parts, len(names), names, self.seed, self.classifier, allow_empty=True
         )
-        if self.accept is not None:
-            set_threshold(head, x, y, self.accept, self.classifier)
-        return head
+        return set_limits(head, x, y, Limits(self.accept, self.coverage), self.classifier)
 
     def _with(self, x: Tensor, y: Tensor, sources: tuple[str, ...]) -> Self:
         named = (self.sources or ("",) * len(self.x)) + (sources or ("",) * len(x))

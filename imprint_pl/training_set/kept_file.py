@@ -29,7 +29,7 @@ PLAIN: dict[type[State], set[str]] = {
     kind: {field.name for field in fields(kind)} - set(TENSORS) for kind in (KeptRows, KeptSums)
 }
 # What stands for fields that files of earlier versions leave out.
-EARLIER = {"calibrated": True, "capped": True}
+EARLIER = {"calibrated": True, "capped": True, "coverage": None}
 
 
 def state_path(checkpoint: str | Path) -> Path:

@@ -12,13 +12,16 @@ from torch import Tensor
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.imprinting import imprint_parts
 from imprint_pl.method.recipes import Recipe
+from imprint_pl.method.threshold import Limits, set_limits
 
 
 class TrainingRows:
     """Every row of every batch, on the CPU; the methods are those of `TrainingSums`."""
 
-    def __init__(self, parts: Recipe, seed: int, device: torch.device) -> None:
-        self.parts, self.seed, self.device = parts, seed, device
+    def __init__(
+        self, parts: Recipe, seed: int, device: torch.device, limits: Limits | None = None
+    ) -> None:
+        self.parts, self.seed, self.device, self.limits = parts, seed, device, limits or Limits()
         self.x: list[Tensor] = []
         self.y: list[Tensor] = []
 
@@ -35,9 +38,10 @@ class TrainingRows:
     def head(self, class_names: list[str]) -> ImprintedHead:
         """Makes the head of all rows so far, on the device."""
         self.x, self.y = [torch.cat(self.x)], [torch.cat(self.y)]
-        return imprint_parts(
-            self.x[0].to(self.device),
-            self.y[0],
+        x, y = self.x[0].to(self.device), self.y[0]
+        head = imprint_parts(
+            x,
+            y,
             self.parts,
             None,
             class_names,
@@ -45,6 +49,7 @@ class TrainingRows:
             allow_empty=True,
             values_checked=True,
         )
+        return set_limits(head, x, y, self.limits)
 
     def cpu(self) -> TrainingRows:
         return self

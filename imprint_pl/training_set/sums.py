@@ -15,11 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from imprint_pl.collapse import nc1_of
+from imprint_pl.method.familiarity import add_units, unit_sums
 from imprint_pl.method.head import ImprintedHead
-from imprint_pl.method.holdout import HELD, calibrate_head
+from imprint_pl.method.holdout import HELD, calibrate_head, with_lam
 from imprint_pl.method.inputs import checked
 from imprint_pl.method.pipeline import Request, Sums, few_for, kept_gram, learns_from_sums
 from imprint_pl.method.recipes import Auto, Recipe
+from imprint_pl.method.threshold import Limits, set_limits_of_sums
 from imprint_pl.numerics.moments import CHUNK, Moments
 from imprint_pl.numerics.order import in_order, keys
 from imprint_pl.parts.by_name import steps_of
@@ -65,10 +67,17 @@ class TrainingSums:
         y: `(n,)`, its labels, from 0.
         num_classes: C; labels above it make room for more classes.
         seed: fixes every random choice.
+        limits: what else is asked of the head; sums for the familiarity are kept for a threshold.
     """
 
     def __init__(
-        self, parts: Recipe, x: Tensor, y: Tensor, num_classes: int = 1, seed: int = 0
+        self,
+        parts: Recipe,
+        x: Tensor,
+        y: Tensor,
+        num_classes: int = 1,
+        seed: int = 0,
+        limits: Limits | None = None,
     ) -> None:
         check_width(parts.layer_widths, x.shape[1])
         self.parts, self.seed, self.input_dim = parts, seed, x.shape[1]
@@ -85,6 +94,10 @@ class TrainingSums:
         device = _roomy_device(x, features)
         self.moments = Moments.zeros(num_classes, features, gram=kept_gram(parts), device=device)
         self._reservoir = Reservoir(HELD, seed)
+        self.limits = limits or Limits()
+        self.unit: Moments | None = None
+        if self.limits.accept is not None:
+            self.unit = unit_sums(x[:0], y[:0], num_classes, parts.layer_widths).to(device)
 
     def __len__(self) -> int:
         """How many samples were added; those of all ranks after `gather`."""
@@ -105,15 +118,23 @@ class TrainingSums:
             z = rows.to(device)
             z = z if learns_from_sums(norm_pre) else transform(norm_pre, z)
             self.moments.add(z, labels.to(device))
+            if self.unit is not None:
+                self.unit = _with_room(self.unit, classes)
+                add_units(self.unit, rows, labels, self.parts.layer_widths)
 
     def relabel(self, places: Tensor, num_classes: int) -> None:
         """Label c becomes `places[c]`, one of `num_classes` from now on."""
         self.moments = self.moments.relabelled(places, num_classes)
+        if self.unit is not None:
+            self.unit = self.unit.relabelled(places, num_classes)
         self._reservoir.relabel(places)
 
     def gather(self) -> None:
         """Adds up the sums of all ranks; the sample comes to rank 0, which can make the head."""
-        self.moments = _with_room(self.moments, _most(self.moments.num_classes)).all_reduce()
+        classes = _most(self.moments.num_classes)
+        self.moments = _with_room(self.moments, classes).all_reduce()
+        if self.unit is not None:
+            self.unit = _with_room(self.unit, classes).all_reduce()
         self._reservoir.gather(self.input_dim)
 
     def sample(self) -> tuple[Tensor, Tensor]:
@@ -146,6 +167,11 @@ class TrainingSums:
         sums = sums.with_rows(gen, x, y, self.seed)
         head = sums.head(self.parts, request)
         calibrate_head(head, x, y, self.parts, request, sums, samples)
+        if self.limits:
+            parts = self.parts
+            if (chosen := head.settings.get("chosen_lam")) is not None:
+                parts = with_lam(parts, chosen)
+            set_limits_of_sums(head, x, y, parts, request, self.limits, samples, self.unit, sums)
         return head
 
     def cpu(self) -> TrainingSums:
@@ -155,6 +181,7 @@ class TrainingSums:
 
     def _to(self, device: torch.device) -> None:
         self.moments = self.moments.to(device)
+        self.unit = None if self.unit is None else self.unit.to(device)
         self.norm_pre.to(device)
 
 
@@ -254,6 +281,7 @@ class EmbeddingSums(Collector):
         dealt: how many samples a `DistributedSampler` deals to the ranks (see `sampler_length`);
             what it repeats is dropped.
         seed: fixes NORM_pre's random choices and the held-out sample.
+        limits: as for `TrainingSums`.
     """
 
     def __init__(
@@ -265,9 +293,10 @@ class EmbeddingSums(Collector):
         samples: int | None = None,
         dealt: int | None = None,
         seed: int = 0,
+        limits: Limits | None = None,
     ) -> None:
         super().__init__()
-        self.parts, self.seed = parts, seed
+        self.parts, self.seed, self.limits = parts, seed, limits
         self.num_classes, self.dealt = num_classes, dealt
         self.class_counts = None
         # Counts of another number of samples: the epoch is cut short.
@@ -297,7 +326,7 @@ class EmbeddingSums(Collector):
         check_labels(labels, self._batches, self.num_classes)
         if self._started is None:
             C = self.num_classes or 1
-            sums = TrainingSums(self.parts, x, labels, C, self.seed)
+            sums = TrainingSums(self.parts, x, labels, C, self.seed, self.limits)
             unit = UnitSums(x, C, self.class_counts, self.parts.layer_widths)
             self._started = _Started(sums, unit)
         positions = positions_in_dataset(self._seen, len(labels))

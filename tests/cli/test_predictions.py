@@ -259,3 +259,55 @@ def test_a_folder_is_measured_by_its_folders_names_whatever_their_order(fitted, 
     assert "unheard of" in capfd.readouterr().err
     assert main([*arguments[:5], "--images", str(own), str(own)]) == 2
     assert "takes one folder" in capfd.readouterr().err
+
+
+def test_a_head_with_a_familiarity_adds_a_column_that_the_label_goes_by(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(90) % 3
+    x = torch.eye(3)[y] + 0.1 * torch.randn(90, 3, generator=generator)
+    model = ImprintedClassifier(nn.Identity(), "ridge", accept=0.95)
+    quiet_trainer().fit(model, DataLoader(TensorDataset(x, y), 30))
+    rows = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [-1.0, -1.0, -1.0]])
+    writer = PredictionWriter(str(tmp_path / "it.csv"), top=2)
+    quiet_trainer(callbacks=[writer]).predict(model, DataLoader(TensorDataset(rows), batch_size=2))
+    assert not model.head._forward_hooks
+    read = rows_of(tmp_path / "it.csv")
+    expected = model.head.familiarity(rows)
+    for row, value, label in zip(read, expected, model.head.label(rows), strict=True):
+        assert float(row["familiarity"]) == pytest.approx(value.item(), rel=1e-4, abs=1e-5)
+        assert row["label"] == str(label.item())
+    assert [row["label"] for row in read] == ["0", "-1", "-1"]
+    assert list(read[0])[:6] == ["index", "label", "class", "score", "probability", "familiarity"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json"])
+def test_prediction_sets_are_a_column_and_another_coverage_needs_no_new_fit(
+    tmp_path, suffix, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    options = ["--data", "Digits", "--data.shots", "20", "--model.image_size", "32"]
+    options += ["--model.recipe", "qi", "--model.accept", "0.9", "--model.coverage", "0.8"]
+    assert main(["fit", *options]) == 0
+    checkpoint = str(next(tmp_path.rglob("imprinted.ckpt")))
+    sizes = []
+    for name, more in (("own", []), ("wide", ["--coverage", "0.95"])):
+        path = tmp_path / f"{name}.{suffix}"
+        arguments = ["--ckpt_path", checkpoint, "--data", "Digits", "--output", str(path)]
+        assert main(["predict", *arguments, *more]) == 0
+        rows = rows_of(path) if suffix == "csv" else json.loads(path.read_text())
+        sets = [json.loads(row["set"]) if suffix == "csv" else row["set"] for row in rows]
+        for row, found in zip(rows, sets, strict=True):
+            assert set(found) <= set("0123456789")
+            assert found == [] or int(row["label"]) >= 0
+        sizes.append(sum(map(len, sets)))
+    assert 0 < sizes[0] < sizes[1]
+    assert main(["predict", *arguments, "--coverage", "2"]) == 2
+    assert "coverage=2" in capsys.readouterr().err
+
+
+def test_a_coverage_for_a_head_without_sets_is_one_sentence(fitted, tmp_path, capsys):
+    arguments = ["--ckpt_path", str(fitted[0]), "--images", str(fitted[1])]
+    arguments += ["--output", str(tmp_path / "it.csv"), "--coverage", "0.9"]
+    assert main(["predict", *arguments]) == 2
+    assert "no prediction sets: fit with coverage=0.95" in capsys.readouterr().err
+    assert not (tmp_path / "it.csv").exists()

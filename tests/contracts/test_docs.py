@@ -83,6 +83,9 @@ SHOWN = {
     ),
     "docs/guides/photos.md": lambda n: n["backbone"].layer_widths[-1] == 1280,
     "docs/guides/recipes.md": lambda n: n["head"].layer_widths == [8, 4],
+    "docs/guides/unknowns.md": lambda n: (
+        n["accepted"].mean() > 0.8 and (n["sets"] <= n["wider"]).all() and n["familiar"].mean() > -1
+    ),
     "docs/guides/ship.md": lambda n: (n["head"](n["x"]).argmax(1) == n["y"]).all(),
     "docs/how_it_is_built.md": lambda n: (
         n["head"].settings["gen"] == "trimmed.Trimmed"

@@ -21,7 +21,7 @@ def test_new_samples_pass_as_often_as_asked_and_outsiders_seldom(acceptance, rec
     head = imprint(x[rows], y[rows], recipe, calibrate=False)
     set_threshold(head, x[rows], y[rows], 0.9)
     test_x, test_y = acceptance["test_embeddings"], acceptance["test_labels"]
-    labels = head.decide(head.scores(test_x))
+    labels = head.label(test_x)
     accepted = (labels[test_y < 8] >= 0).double().mean().item()
     assert accepted == pytest.approx(0.9, abs=0.03)
     assert (labels[test_y >= 8] >= 0).double().mean() < 0.9
@@ -38,8 +38,8 @@ def test_auroc_is_that_of_scikit_learn_ties_and_large_scores_included():
 
 def test_the_threshold_survives_a_state_dict_and_old_heads_have_none(blobs):
     head = set_threshold(imprint(*blobs, "qi"), *blobs, accept=1.0)
-    assert (head.decide(head.scores(blobs[0])) >= 0).all()
-    assert head.decide(head.scores(-blobs[0])).max() == -1
+    assert (head.label(blobs[0]) >= 0).all()
+    assert head.label(-blobs[0]).max() == -1
     assert head.name_of(-1) == "none of these"
     other = ImprintedHead()
     other.load_state_dict(head.state_dict())

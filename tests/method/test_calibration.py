@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from imprint_pl import ImprintError, ImprintEstimator
-from imprint_pl.method.calibration import fit_temperature, folds, score_folds
+from imprint_pl.method.calibration import Fold, fit_temperature, folds, score_folds
 from imprint_pl.method.imprinting import imprint
 from imprint_pl.parts.gen import Proxies
 from imprint_pl.training_set.kept import State
@@ -195,5 +195,8 @@ def test_sums_that_grow_say_that_the_temperature_is_of_the_head_before(blobs):
 def test_classes_without_proxies_do_not_count_where_a_vote_gives_them_zero(blobs):
     # A class whose only sample is held out gets the score 0 from `mnn`, not −∞.
     scores, y = torch.tensor([[2.0, 0.0, 0.0], [1.0, 2.0, 0.0]]), torch.tensor([0, 2])
-    held_out = score_folds([0], lambda fold: (scores, y, torch.tensor([0, 1])))
+    held_out = score_folds(
+        [0], lambda fold: Fold(scores, y, torch.tensor([0, 1]), torch.tensor([5, 6]))
+    )
     assert held_out.y.tolist() == [0]
+    assert held_out.rows.tolist() == [5]
