@@ -64,7 +64,7 @@ class Predictions:
         of_true: `(N,)`, the probability of the true class.
         class_names: C names.
         names: a file for each image; `None` where the images come from arrays.
-        accepted: `(N,)` bool, whether the best score reaches the head's threshold; `None` where it
+        accepted: `(N,)` bool, whether the head's threshold lets the image pass; `None` where it
             has none.
     """
 
@@ -110,11 +110,16 @@ class Predictions:
         return name if self.folder is None else os.path.relpath(name, self.folder)
 
 
-def rows_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """What is kept of a batch: logits `(B, C)` and labels `(B,)` to rows `(B, 4)`, float32.
+def rows_of(logits: Tensor, labels: Tensor, accepted: Tensor | None = None) -> Tensor:
+    """What is kept of a batch: logits `(B, C)` and labels `(B,)` to rows `(B, 5)`, float32.
 
-    A row has the predicted class, its logit, its probability and that of the true class. A
-    probability of −1 stands for NaN, which a store of rows does not take.
+    A row has the predicted class, its logit, its probability, that of the true class, and 1 where
+    the threshold lets the image pass. A probability of −1 stands for NaN, which a store of rows
+    does not take.
+
+    Args:
+        logits, labels: of the batch.
+        accepted: `(B,)` bool; all by default.
     """
     best, predicted = logits.float().max(1)
     probabilities = logits.float().softmax(1)
@@ -125,7 +130,8 @@ def rows_of(logits: Tensor, labels: Tensor) -> Tensor:
     rows = torch.cat(numbers, 1)
     rows[:, 1] = rows[:, 1].nan_to_num(neginf=torch.finfo(torch.float32).min)
     rows[:, 2:] = rows[:, 2:].nan_to_num(-1)
-    return rows
+    passed = torch.ones_like(labels) if accepted is None else accepted
+    return torch.cat([rows, passed.to(rows)[:, None]], 1)
 
 
 def from_rows(
@@ -133,17 +139,17 @@ def from_rows(
     labels: Tensor,
     class_names: list[str],
     names: list[str] | None,
-    least: float | None,
+    threshold: bool = False,
 ) -> Predictions:
-    """Rows `(N, 4)` of `rows_of` and labels `(N,)` as predictions.
+    """Rows `(N, 5)` of `rows_of` and labels `(N,)` as predictions.
 
     Args:
         rows, labels: of all batches, in the loader's order.
         class_names: C names.
         names: as for `Predictions`.
-        least: the logit that an image has to reach; `None` accepts all.
+        threshold: whether the head has one.
     """
     predicted, scores = rows[:, 0].long(), rows[:, 1]
-    best, of_true = rows[:, 2:].masked_fill(rows[:, 2:] < 0, torch.nan).unbind(1)
-    accepted = None if least is None else scores >= least
+    best, of_true = rows[:, 2:4].masked_fill(rows[:, 2:4] < 0, torch.nan).unbind(1)
+    accepted = rows[:, 4] > 0 if threshold else None
     return Predictions(labels, predicted, scores, best, of_true, class_names, names, accepted)

@@ -19,7 +19,7 @@ from imprint_pl.data.loaders import loader_at, sampler_length
 from imprint_pl.errors import ImprintError
 from imprint_pl.evaluation.predictions import Predictions, from_rows, rows_of
 from imprint_pl.lightning.metrics import labels_of_head, places_of, stage_of
-from imprint_pl.method.head import ImprintedHead
+from imprint_pl.method.head import NONE, ImprintedHead
 from imprint_pl.numerics.labels import names_of
 from imprint_pl.training_set.store import RowStore
 
@@ -39,6 +39,7 @@ class PredictionKeeper(Callback):
         self._hook: RemovableHandle | None = None
         # Of the batch that is on its way.
         self._scores: Tensor | None = None
+        self._accepted: Tensor | None = None
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
@@ -52,7 +53,12 @@ class PredictionKeeper(Callback):
             self._places = None if self._head.is_empty else places_of(data, self._head)
 
     def _hear(self, head: ImprintedHead, inputs: Any, scores: Tensor) -> None:
-        self._scores = scores.detach()
+        self._scores, self._accepted = scores.detach(), None
+        if head.threshold is not None:
+            # Logits are scores over the temperature.
+            plain = self._scores / head.log_scale.detach().exp()
+            known = None if head.familiar.is_empty else head.familiarity(inputs[0], plain)
+            self._accepted = head.decide(plain, known) != NONE
 
     def _add(self, trainer: Trainer, batch: Any, loader: int) -> None:
         scores, self._scores = self._scores, None
@@ -70,14 +76,14 @@ class PredictionKeeper(Callback):
         if loader not in self._stores:
             loaders = getattr(trainer, f"{stage_of(trainer)}_dataloaders")
             self._stores[loader] = RowStore(sampler_length(loader_at(loader, loaders)))
-        self._stores[loader].add(rows_of(scores, labels.to(scores.device)), labels)
+        rows = rows_of(scores, labels.to(scores.device), self._accepted)
+        self._stores[loader].add(rows, labels)
 
     def _end(self, trainer: Trainer) -> None:
         head, stores = self._head, self._stores
         self._stop()
         if head is None:
             return
-        least = None if head.threshold is None else head.threshold / head.temperature
         class_names = [head.name_of(label) for label in range(head.num_classes)]
         for number, store in sorted(stores.items()):
             gathered = store.gather()
@@ -87,7 +93,8 @@ class PredictionKeeper(Callback):
             loader = loader_at(number, getattr(trainer, f"{stage_of(trainer)}_dataloaders"))
             files = files_of(loader.dataset) if in_order(loader) else None
             files = None if files is None or len(files) < len(labels) else files[: len(labels)]
-            self.predictions[number] = from_rows(rows, labels, class_names, files, least)
+            threshold = head.threshold is not None
+            self.predictions[number] = from_rows(rows, labels, class_names, files, threshold)
 
     def _stop(self) -> None:
         if self._hook is not None:

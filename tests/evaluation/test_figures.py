@@ -22,7 +22,7 @@ def predictions_of(labels, predicted, classes, **more):
     logits = 5.0 * torch.eye(classes)[predicted]
     rows = rows_of(logits, labels)
     names = [f"class {i}" for i in range(classes)]
-    return from_rows(rows, labels, names, more.get("names"), more.get("least"))
+    return from_rows(rows, labels, names, more.get("names"))
 
 
 @pytest.fixture
@@ -112,7 +112,8 @@ def test_without_an_error_there_is_nothing_to_draw():
 def test_the_errors_of_which_the_head_is_surest_come_first():
     logits = torch.tensor([[0.0, 3.0], [0.0, 1.0], [9.0, 0.0], [0.0, 2.0], [torch.nan, 0.0]])
     labels = torch.tensor([0, 0, 0, 0, 1])
-    found = from_rows(rows_of(logits, labels), labels, ["a", "b"], None, 2.5)
+    rows = rows_of(logits, labels, logits.amax(1) >= 2.5)
+    found = from_rows(rows, labels, ["a", "b"], None, threshold=True)
     # The embedding of the last one is not finite: it comes last, and has no probability.
     assert found.worst().tolist()[:3] == [0, 3, 1]
     assert found.probabilities[4].isnan()

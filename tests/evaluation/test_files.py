@@ -27,7 +27,8 @@ def some(classes, images, wrong=0.2, names=None, files=None, least=None):
     bad = torch.rand(images, generator=generator) < wrong
     logits[bad] = 3 * torch.randn(int(bad.sum()), classes, generator=generator)
     names = names or [f"class {i}" for i in range(classes)]
-    return from_rows(rows_of(logits, labels), labels, names, files, least)
+    passed = None if least is None else logits.amax(1) >= least
+    return from_rows(rows_of(logits, labels, passed), labels, names, files, least is not None)
 
 
 def grey(index):
