@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets, unique_labels
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
 from imprint_pl.errors import ImprintError, did_you_mean
@@ -22,11 +22,13 @@ from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.imprinting import imprint
 from imprint_pl.method.recipes import (
     AggName,
+    ClassWeightName,
     DistanceName,
     EngineName,
     GenName,
     InferenceNormNames,
     LamName,
+    MetricName,
     NormNames,
     PriorName,
     ProxyNormNames,
@@ -54,8 +56,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
     """A scikit-learn classifier on embeddings `(n, d)`, with labels of any kind.
 
     It works wherever scikit-learn takes a classifier: `Pipeline`, `GridSearchCV`,
-    `cross_val_score`, pickles. Arithmetic is in float32; sums are in float64. Sparse input and
-    sample weights are not supported. Keywords that are `None` are the recipe's; one that the chosen
+    `cross_val_score`, pickles. Arithmetic is in float32; sums are in float64. Sparse input is
+    not supported. Keywords that are `None` are the recipe's; one that the chosen
     parts do not use is an error, so that a grid is best a list of dicts, one a recipe.
 
     Args:
@@ -66,6 +68,10 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         temperature, engine, width, prior, intercept, as_published: as for
             `imprint_pl.method.recipes.resolve`; spelled out, since scikit-learn reads the
             signature.
+        metric: by which "auto" compares recipes and λ is chosen, "accuracy" by default,
+            "balanced_accuracy" or "macro_f1".
+        class_weight: "balanced" lets all classes weigh alike, with ls, ridge, kernel, ranpac and
+            auto.
         layer_widths: features of each layer, where `X` holds several layers of a model side by
             side, the last layer in the last columns; see `resolve`.
         keep: what `fit` keeps, so that classes can come and go later: "embeddings" (float32;
@@ -117,6 +123,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         prior: PriorName | None = None,
         intercept: bool | None = None,
         as_published: bool | None = None,
+        metric: MetricName | None = None,
+        class_weight: ClassWeightName | None = None,
         layer_widths: list[int] | None = None,
         keep: str | None = None,
         seed: int = 0,
@@ -142,6 +150,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         self.prior = prior
         self.intercept = intercept
         self.as_published = as_published
+        self.metric = metric
+        self.class_weight = class_weight
         self.layer_widths = layer_widths
         self.keep = keep
         self.seed = seed
@@ -156,8 +166,12 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         own = {name: getattr(self, name) for name in getattr(self, "_own", ())}
         return dict(super().get_params(deep)) | own
 
-    def fit(self, X: Any, y: Any) -> ImprintEstimator:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> ImprintEstimator:
         """Imprints `X (n, d)`, labels `y (n,)`, and forgets what was fitted before.
+
+        Args:
+            sample_weight: `(n,)`, what each sample weighs, at least 0, with the recipes that take
+                weights (see `imprint`); not with `keep`.
 
         Raises:
             ImprintError: an unknown recipe or part, or values that do not suit it (a `ValueError`).
@@ -168,6 +182,16 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         _check_texts(classes)
         names = [str(label) for label in classes]
         seed, keywords = self._seed(), self._keywords()
+        if sample_weight is not None:
+            if self.keep is not None:
+                raise ImprintError(
+                    f"keep={self.keep!r} keeps no weights, and a grown head would be one without "
+                    "them: leave sample_weight or keep out (class_weight goes with "
+                    'keep="embeddings")'
+                )
+            keywords["sample_weight"] = torch.from_numpy(
+                _check_sample_weight(sample_weight, X, dtype=np.float64, copy=True)
+            )
         self._head = imprint(x, torch.from_numpy(codes), class_names=names, seed=seed, **keywords)
         self._kept, self.classes_, self._state = None, classes, None
         if self.keep is not None:
@@ -236,7 +260,9 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         self.classes_ = self.classes_ if classes is None else classes
         return self
 
-    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> ImprintEstimator:
+    def partial_fit(
+        self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None
+    ) -> ImprintEstimator:
         """Adds a batch `X (n, d)`, `y (n,)`; the head is made anew at the next prediction.
 
         The first call reads the parameters and settles the recipe, the choice of "auto" included;
@@ -255,12 +281,20 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             classes: all labels, as elsewhere in scikit-learn; later calls may repeat them. Those
                 without a sample yet are never predicted: probability 0, score −∞. Without
                 `classes`, new labels may come with any batch, and `classes_` grows.
+            sample_weight: refused, as is `class_weight`: what a sample weighs beside all others
+                is known when the last one has come.
 
         Raises:
             ImprintError: a label outside `classes`; other `classes` than before; and as for `fit`.
                 What the head needs, such as a matrix that is not singular, is asked for by the
                 prediction.
         """
+        for name, value in (("sample_weight", sample_weight), ("class_weight", self.class_weight)):
+            if value is not None:
+                raise ImprintError(
+                    f"{name} is not for partial_fit: what a sample weighs beside all others is "
+                    "known when the last one has come; give all samples to fit"
+                )
         before: TrainingRows | TrainingSums | None = getattr(self, "_kept", None)
         first = before is None
         if first and hasattr(self, "classes_"):

@@ -65,6 +65,7 @@ def _held_out(
     settings = keywords_of(head)
     if chosen is not None and settings.get("lam") in CHOICES:
         settings["lam"] = chosen
+        settings.pop("metric", None)
     parts = resolve(**settings)
     assert isinstance(parts, Recipe)  # a head's settings name the recipe that auto has chosen
     most = FOLDS_OF_SUMS if holds_out_of_sums(parts) else FOLDS
