@@ -415,6 +415,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         codes = torch.unique(labels, return_inverse=True)[1]
         head = imprint(x, codes, seed=self._seed(), calibrate=False, **keywords)
         del keywords["recipe"]
+        # The recipe that was chosen may have no use for it, and names it where it has.
+        keywords.pop("metric", None)
         chosen = {n: v for n, v in head.settings.items() if n in self.get_params(deep=False)}
         del chosen["seed"]
         return _recipe(chosen | keywords), head.tried

@@ -53,6 +53,8 @@ def in_batches(model, X, y, size=200, **keywords):
 def test_scikit_learns_own_checks_pass(recipe):
     model = ImprintEstimator() if recipe is None else ImprintEstimator(recipe)
     expected = WEIGHTS | EXPECTED.get(recipe, {})
+    if recipe not in (None, "ls", "ridge", "kernel", "ranpac"):
+        expected["check_sample_weights_not_overwritten"] = "the recipe takes no weights"
     check_estimator(model, expected_failed_checks=expected, on_skip=None)
 
 
@@ -394,9 +396,12 @@ def test_bad_input_is_refused_by_fit_and_by_partial_fit(keywords, x, y, error, m
             model.predict(X)
 
 
-def test_sample_weights_are_not_taken():
-    with pytest.raises(TypeError, match="sample_weight"):
-        ImprintEstimator("qi").fit(X, [0, 0, 1, 1], sample_weight=[1, 1, 1, 1])
+def test_recipes_that_cannot_weigh_take_weights_that_are_alike_alone():
+    model = ImprintEstimator("qi").fit(X, [0, 0, 1, 1], sample_weight=[2, 2, 2, 2])
+    plain = ImprintEstimator("qi").fit(X, [0, 0, 1, 1])
+    np.testing.assert_array_equal(model.predict_proba(X), plain.predict_proba(X))
+    with pytest.raises(ImprintError, match="not used by gen='mean'.*ls, ridge, kernel, ranpac"):
+        ImprintEstimator("qi").fit(X, [0, 0, 1, 1], sample_weight=[1, 2, 1, 1])
 
 
 def test_a_wrong_label_of_a_batch_is_named_and_changes_nothing():

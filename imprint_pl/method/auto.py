@@ -216,12 +216,12 @@ def _labelled(
 def _compared(
     labelled: Labelled | None, first: Labelled | None, metric: str
 ) -> dict[str, float | None]:
-    names = dict.fromkeys([ACCURACY, metric, "difference", "standard_error"])
     if labelled is None or first is None:
-        return names
+        return dict.fromkeys([ACCURACY, metric, "difference", "standard_error"])
     predicted, y = labelled
     found = difference(metric, predicted, first.predicted, y)
-    figures = {name: measured_by(name, predicted, y) for name in (ACCURACY, metric)}
+    figures: dict[str, float | None] = {}
+    figures |= {name: measured_by(name, predicted, y) for name in (ACCURACY, metric)}
     return figures | {"difference": found.value, "standard_error": found.standard_error}
 
 

@@ -4,7 +4,7 @@ and how sure a difference between two candidates is.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,12 @@ def checked_metric(metric: str) -> str:
             f"metric={metric!r}{did_you_mean(metric, METRICS)}: give one of {', '.join(METRICS)}"
         )
     return metric
+
+
+def compared_by(tried: list[dict[str, Any]]) -> str:
+    """The metric by which `auto` compared its candidates, from the rows of `head.tried`."""
+    others = [name for name in METRICS[1:] if tried and name in tried[0]]
+    return others[0] if others else ACCURACY
 
 
 def measured_by(metric: str, predicted: Tensor, y: Tensor) -> float:

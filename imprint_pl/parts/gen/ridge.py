@@ -19,6 +19,8 @@ from imprint_pl.numerics.order import keys
 from imprint_pl.parts.gen.base import Generator, Proxies, checked_balance
 
 CHOICES = ("loo", "gcv", "holdout")
+# Those that see labels of held-out samples, so that any metric can choose by them.
+BY_LABELS = ("loo", "holdout")
 # Rows that are left out in turn to choose λ.
 SCORED = 500
 # λ over the trace of G where no class has two samples to choose it by.
@@ -78,7 +80,7 @@ class Ridge(Generator):
         self.intercept = intercept
         self.metric = checked_metric(metric)
         self.class_weight = checked_balance(class_weight)
-        if metric != ACCURACY and lam not in ("loo", "holdout"):
+        if metric != ACCURACY and lam not in BY_LABELS:
             knows = "knows no labels of held-out samples" if lam == "gcv" else "leaves no choice"
             raise ImprintError(
                 f"metric={metric!r} chooses λ by held-out labels, and lam={lam!r} {knows}: give "
