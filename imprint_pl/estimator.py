@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets, unique_labels
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
 from imprint_pl.errors import ImprintError, did_you_mean
@@ -23,11 +23,13 @@ from imprint_pl.method.head import NONE, ImprintedHead
 from imprint_pl.method.imprinting import imprint
 from imprint_pl.method.recipes import (
     AggName,
+    ClassWeightName,
     DistanceName,
     EngineName,
     GenName,
     InferenceNormNames,
     LamName,
+    MetricName,
     NormNames,
     PriorName,
     ProxyNormNames,
@@ -56,8 +58,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
     """A scikit-learn classifier on embeddings `(n, d)`, with labels of any kind.
 
     It works wherever scikit-learn takes a classifier: `Pipeline`, `GridSearchCV`,
-    `cross_val_score`, pickles. Arithmetic is in float32; sums are in float64. Sparse input and
-    sample weights are not supported. Keywords that are `None` are the recipe's; one that the chosen
+    `cross_val_score`, pickles. Arithmetic is in float32; sums are in float64. Sparse input is
+    not supported. Keywords that are `None` are the recipe's; one that the chosen
     parts do not use is an error, so that a grid is best a list of dicts, one a recipe.
 
     Args:
@@ -68,6 +70,10 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         temperature, engine, width, prior, intercept, as_published: as for
             `imprint_pl.method.recipes.resolve`; spelled out, since scikit-learn reads the
             signature.
+        metric: by which "auto" compares recipes and λ is chosen, "accuracy" by default,
+            "balanced_accuracy" or "macro_f1".
+        class_weight: "balanced" lets all classes weigh alike, with ls, ridge, kernel, ranpac and
+            auto.
         layer_widths: features of each layer, where `X` holds several layers of a model side by
             side, the last layer in the last columns; see `resolve`.
         keep: what `fit` keeps, so that classes can come and go later: "embeddings" (float32;
@@ -123,6 +129,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         prior: PriorName | None = None,
         intercept: bool | None = None,
         as_published: bool | None = None,
+        metric: MetricName | None = None,
+        class_weight: ClassWeightName | None = None,
         layer_widths: list[int] | None = None,
         keep: str | None = None,
         accept: float | None = None,
@@ -150,6 +158,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         self.prior = prior
         self.intercept = intercept
         self.as_published = as_published
+        self.metric = metric
+        self.class_weight = class_weight
         self.layer_widths = layer_widths
         self.keep = keep
         self.accept = accept
@@ -166,8 +176,12 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         own = {name: getattr(self, name) for name in getattr(self, "_own", ())}
         return dict(super().get_params(deep)) | own
 
-    def fit(self, X: Any, y: Any) -> ImprintEstimator:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> ImprintEstimator:
         """Imprints `X (n, d)`, labels `y (n,)`, and forgets what was fitted before.
+
+        Args:
+            sample_weight: `(n,)`, what each sample weighs, at least 0, with the recipes that take
+                weights (see `imprint`); not with `keep`.
 
         Raises:
             ImprintError: an unknown recipe or part, or values that do not suit it (a `ValueError`).
@@ -180,6 +194,21 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         seed, keywords = self._seed(), self._keywords()
         limits = Limits(self.accept, self.coverage)
         labels = torch.from_numpy(codes)
+        if sample_weight is not None:
+            if self.keep is not None:
+                raise ImprintError(
+                    f"keep={self.keep!r} keeps no weights, and a grown head would be one without "
+                    "them: leave sample_weight or keep out (class_weight goes with "
+                    'keep="embeddings")'
+                )
+            if self.accept is not None or self.coverage is not None:
+                raise ImprintError(
+                    "accept and coverage hold samples out without their weights: leave "
+                    "sample_weight out, or them (class_weight goes with both)"
+                )
+            keywords["sample_weight"] = torch.from_numpy(
+                _check_sample_weight(sample_weight, X, dtype=np.float64, copy=True)
+            )
         self._head = imprint(x, labels, class_names=names, seed=seed, **keywords)
         set_limits(self._head, x, labels, limits)
         self._kept, self.classes_, self._state = None, classes, None
@@ -251,7 +280,9 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         self.classes_ = self.classes_ if classes is None else classes
         return self
 
-    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> ImprintEstimator:
+    def partial_fit(
+        self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None
+    ) -> ImprintEstimator:
         """Adds a batch `X (n, d)`, `y (n,)`; the head is made anew at the next prediction.
 
         The first call reads the parameters and settles the recipe, the choice of "auto" included;
@@ -270,12 +301,20 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             classes: all labels, as elsewhere in scikit-learn; later calls may repeat them. Those
                 without a sample yet are never predicted: probability 0, score −∞. Without
                 `classes`, new labels may come with any batch, and `classes_` grows.
+            sample_weight: refused, as is `class_weight`: what a sample weighs beside all others
+                is known when the last one has come.
 
         Raises:
             ImprintError: a label outside `classes`; other `classes` than before; and as for `fit`.
                 What the head needs, such as a matrix that is not singular, is asked for by the
                 prediction.
         """
+        for name, value in (("sample_weight", sample_weight), ("class_weight", self.class_weight)):
+            if value is not None:
+                raise ImprintError(
+                    f"{name} is not for partial_fit: what a sample weighs beside all others is "
+                    "known when the last one has come; give all samples to fit"
+                )
         before: TrainingRows | TrainingSums | None = getattr(self, "_kept", None)
         first = before is None
         if first and hasattr(self, "classes_"):
@@ -432,6 +471,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         codes = torch.unique(labels, return_inverse=True)[1]
         head = imprint(x, codes, seed=self._seed(), calibrate=False, **keywords)
         del keywords["recipe"]
+        # The recipe that was chosen may have no use for it, and names it where it has.
+        keywords.pop("metric", None)
         chosen = {n: v for n, v in head.settings.items() if n in self.get_params(deep=False)}
         del chosen["seed"]
         return _recipe(chosen | keywords), head.tried

@@ -27,6 +27,12 @@ from imprint_pl.training_set import sums
 X = np.array([[3.0, 4.0], [4.0, 3.0], [-3.0, 4.0], [-4.0, 3.0]])
 # Of two features the quantiles keep the order alone, by which scikit-learn's blobs cannot be told.
 EXPECTED = {"hosoda": {"check_classifiers_train": "two features are too few for quantile"}}
+# A weight of 2 is a sample twice where λ is given and NORM_pre learns nothing; otherwise the draws
+# of landmarks, held-out and left-out samples see one sample, or two.
+WEIGHTS = {
+    "check_class_weight_classifiers": "class_weight is 'balanced'; sample_weight has other weights",
+    "check_sample_weight_equivalence_on_dense_data": "draws see repeated samples, or weights",
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +52,10 @@ def in_batches(model, X, y, size=200, **keywords):
 @pytest.mark.parametrize("recipe", [None, *RECIPES])
 def test_scikit_learns_own_checks_pass(recipe):
     model = ImprintEstimator() if recipe is None else ImprintEstimator(recipe)
-    check_estimator(model, expected_failed_checks=EXPECTED.get(recipe), on_skip=None)
+    expected = WEIGHTS | EXPECTED.get(recipe, {})
+    if recipe not in (None, "ls", "ridge", "kernel", "ranpac"):
+        expected["check_sample_weights_not_overwritten"] = "the recipe takes no weights"
+    check_estimator(model, expected_failed_checks=expected, on_skip=None)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -387,9 +396,12 @@ def test_bad_input_is_refused_by_fit_and_by_partial_fit(keywords, x, y, error, m
             model.predict(X)
 
 
-def test_sample_weights_are_not_taken():
-    with pytest.raises(TypeError, match="sample_weight"):
-        ImprintEstimator("qi").fit(X, [0, 0, 1, 1], sample_weight=[1, 1, 1, 1])
+def test_recipes_that_cannot_weigh_take_weights_that_are_alike_alone():
+    model = ImprintEstimator("qi").fit(X, [0, 0, 1, 1], sample_weight=[2, 2, 2, 2])
+    plain = ImprintEstimator("qi").fit(X, [0, 0, 1, 1])
+    np.testing.assert_array_equal(model.predict_proba(X), plain.predict_proba(X))
+    with pytest.raises(ImprintError, match="not used by gen='mean'.*ls, ridge, kernel, ranpac"):
+        ImprintEstimator("qi").fit(X, [0, 0, 1, 1], sample_weight=[1, 2, 1, 1])
 
 
 def test_a_wrong_label_of_a_batch_is_named_and_changes_nothing():
@@ -430,3 +442,49 @@ def test_embeddings_of_the_paper_score_what_imprint_scores(acceptance):
     model = ImprintEstimator("qi").fit(acceptance["train_embeddings"], acceptance["train_labels"])
     score = model.score(acceptance["test_embeddings"], acceptance["test_labels"])
     assert 100 * score == pytest.approx(78.28, abs=0.1)
+
+
+def test_fit_takes_weights_as_scikit_learn_gives_them(digits):
+    x, y, x_test, _ = digits
+    x, y = x[:300], y[:300]
+    weights = np.random.default_rng(0).integers(1, 4, 300)
+    keywords = dict(recipe="ridge", lam=1.0)
+    weighed = ImprintEstimator(**keywords).fit(x, y, sample_weight=weights)
+    repeated = ImprintEstimator(**keywords).fit(x.repeat(weights, 0), y.repeat(weights))
+    np.testing.assert_allclose(
+        weighed.head_.proxies.detach(), repeated.head_.proxies.detach(), atol=1e-6
+    )
+    # A list, as some libraries give it, and a pipeline with the step's name before it.
+    again = make_pipeline(ImprintEstimator(**keywords))
+    again.fit(x, y, imprintestimator__sample_weight=weights.tolist())
+    np.testing.assert_array_equal(weighed.predict(x_test), again.predict(x_test))
+    loaded = pickle.loads(pickle.dumps(weighed))
+    np.testing.assert_array_equal(weighed.predict_proba(x_test), loaded.predict_proba(x_test))
+
+
+def test_metric_and_class_weight_are_parameters(digits):
+    x, y, *_ = digits
+    kept = (y < 2) | (np.arange(len(y)) % 10 == 0)
+    x, y = x[kept], y[kept]
+    keywords = dict(metric="balanced_accuracy", class_weight="balanced")
+    model = clone(ImprintEstimator("ridge", **keywords)).fit(x, y)
+    head = imprint(torch.from_numpy(x), torch.from_numpy(y), "ridge", **keywords)
+    torch.testing.assert_close(model.head_.proxies, head.proxies)
+    assert model.head_.settings["class_weight"] == "balanced"
+
+
+def test_weights_are_refused_where_later_samples_would_change_them():
+    weights = np.array([1.0, 2.0, 1.0, 1.0])
+    for model, arguments in (
+        (ImprintEstimator("ridge"), dict(sample_weight=weights)),
+        (ImprintEstimator("ridge", class_weight="balanced"), {}),
+    ):
+        with pytest.raises(ImprintError, match="not for partial_fit.*give all samples to fit"):
+            model.partial_fit(X, [0, 0, 1, 1], **arguments)
+    for keep in ("moments", "embeddings"):
+        with pytest.raises(ImprintError, match="keeps no weights"):
+            ImprintEstimator("ridge", keep=keep).fit(X, [0, 0, 1, 1], sample_weight=weights)
+    with pytest.raises(ImprintError, match="class_weight changes what every sample weighs"):
+        ImprintEstimator("ridge", keep="moments", class_weight="balanced").fit(X, [0, 0, 1, 1])
+    with pytest.raises(ValueError, match="sample_weight"):
+        ImprintEstimator("ridge").fit(X, [0, 0, 1, 1], sample_weight=weights[:2])

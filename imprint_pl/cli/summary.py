@@ -17,6 +17,7 @@ from imprint_pl.evaluation.next_step import between, weakness
 from imprint_pl.files import write_whole
 from imprint_pl.lightning.classifier import ImprintedClassifier
 from imprint_pl.method.recipes import AUTO
+from imprint_pl.numerics.measures import METRICS, compared_by
 
 DATA_PARAMETERS = (
     "classes",
@@ -220,8 +221,8 @@ def _outsiders(summary: dict[str, Any]) -> str:
 
 def _print_tried(tried: list[dict[str, Any]]) -> None:
     """Prints the candidates that `auto` compared on held-out training samples, the best first."""
-    measured = ("recipe", "accuracy", "difference", "standard_error", "chosen")
-    rows = []
+    measured = ("recipe", "difference", "standard_error", "chosen", *METRICS)
+    metric, rows = compared_by(tried), []
     for i, row in enumerate(tried):
         keywords = [
             row[name] if name == "norm_pre" else f"{name}={row[name]}"
@@ -229,7 +230,7 @@ def _print_tried(tried: list[dict[str, Any]]) -> None:
             if name not in measured
         ]
         difference = ""
-        if row["accuracy"] is None:
+        if row[metric] is None:
             difference = "too few samples"
         elif i:
             error = 100 * row["standard_error"]
@@ -237,14 +238,19 @@ def _print_tried(tried: list[dict[str, Any]]) -> None:
         rows.append(
             [
                 " ".join([row["recipe"], *keywords]),
-                _number(row["accuracy"], 100, 2, " %"),
+                _number(row[metric], 100, 2, " %"),
                 difference,
                 "chosen" if row["chosen"] else "",
             ]
         )
     print()
     print_table(
-        {"candidate": "left", "accuracy": "right", "difference": "right", "": "right"},
+        {
+            "candidate": "left",
+            metric.replace("_", " "): "right",
+            "difference": "right",
+            "": "right",
+        },
         rows,
         "auto, on held-out training embeddings",
     )

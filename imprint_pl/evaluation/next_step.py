@@ -2,7 +2,8 @@
 
 The first rule that holds says the step:
 
-1. a weak class has few training images: add some;
+1. a weak class has few training images: add some, or have classes weigh alike, where the recipe
+   can;
 2. most of a weak class's errors go to one other class: compare the two;
 3. a class is weak otherwise: add images like those that were missed;
 4. images are perhaps labelled wrong: look at their labels;
@@ -84,8 +85,14 @@ class Step(NamedTuple):
     text: str
 
 
-def next_step(measured: Measured, predictions: Predictions) -> Step:
-    """Says what to do next, by the first rule that holds."""
+def next_step(measured: Measured, predictions: Predictions, balance: str = "") -> Step:
+    """Says what to do next, by the first rule that holds.
+
+    Args:
+        measured, predictions: of a loader.
+        balance: a setting for the sake of small classes, such as "class_weight: balanced", where
+            the fit can have one and had none.
+    """
     if not measured.images:
         return Step("none", "No image was measured: give validation or test images.")
     if len(measured.classes) == 1:
@@ -95,8 +102,8 @@ def next_step(measured: Measured, predictions: Predictions) -> Step:
     if weak is not None and _has_few(weak, measured):
         return Step(
             "few",
-            f"Add training images of {name_of(weak)}: it has {weak.trained:,}, and a recall of "
-            f"{recall_of(weak)}.",
+            f"Add training images of {name_of(weak)}{f', or fit with {balance}' * bool(balance)}: "
+            f"it has {weak.trained:,}, and a recall of {recall_of(weak)}.",
         )
     names = [name_of(found) for found in measured.classes]
     if weak is not None and weak.mistaken_for is not None:

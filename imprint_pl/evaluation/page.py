@@ -26,6 +26,7 @@ from imprint_pl.evaluation.next_step import (
 )
 from imprint_pl.evaluation.pictures import SMALL, Thumbnails, as_url
 from imprint_pl.evaluation.predictions import Predictions
+from imprint_pl.numerics.measures import METRICS, compared_by
 
 # Images on the page, with or without a picture, and rows of its tables: they bound its size.
 SUSPICIOUS_SHOWN, WORST_SHOWN = 12, 36
@@ -44,6 +45,8 @@ class Run:
         facts: further words for the line under the title, such as the backbone.
         figures: further figures, such as NC1, as they are shown.
         tried: what `auto` compared, as `head.tried` has it.
+        balance: a setting that another fit may have for the sake of small classes, such as
+            "class_weight: balanced"; empty where there is none.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Run:
     facts: list[str] = field(default_factory=list)
     figures: dict[str, str] = field(default_factory=dict)
     tried: list[dict[str, Any]] = field(default_factory=list)
+    balance: str = ""
 
 
 class PageImage(NamedTuple):
@@ -88,7 +92,7 @@ def evaluation_page(
     of_labels = labels[:SUSPICIOUS_SHOWN]
     # Without pictures the table of errors says as much.
     of_worst = others[:WORST_SHOWN] if thumbnails is not None else []
-    step = next_step(measured, predictions)
+    step = next_step(measured, predictions, run.balance)
     tables = [
         _figures(run, measured),
         _classes(measured),
@@ -233,18 +237,20 @@ def _errors(predictions: Predictions, worst: list[int]) -> PageTable:
 
 def _tried(tried: list[dict[str, Any]]) -> PageTable:
     rows = []
+    metric = compared_by(tried)
     for row in tried:
-        measured = {"recipe", "accuracy", "difference", "standard_error", "chosen"}
+        measured = {"recipe", "difference", "standard_error", "chosen", *METRICS}
         keywords = [f"{name}={value}" for name, value in row.items() if name not in measured]
-        accuracy = row["accuracy"]
+        figure = row[metric]
         rows.append(
             [
                 Cell(" ".join([str(row["recipe"]), *keywords])),
-                cell(accuracy, "too few images" if accuracy is None else f"{100 * accuracy:.2f} %"),
+                cell(figure, "too few images" if figure is None else f"{100 * figure:.2f} %"),
                 Cell("chosen" if row["chosen"] else ""),
             ]
         )
-    columns = [Column("candidate", False), Column("accuracy", True), Column("", False)]
+    shown_metric = metric.replace("_", " ")
+    columns = [Column("candidate", False), Column(shown_metric, True), Column("", False)]
     note = "On held-out training embeddings."
     return PageTable("tried", "What auto tried", note, columns, rows, filtered=False)
 

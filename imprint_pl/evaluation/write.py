@@ -87,7 +87,8 @@ def write_evaluation(
         files=names,
     )
     path = write_whole(folder / "evaluation.html", page.encode())
-    return Written(measured, next_step(measured, predictions), path, confusion, errors)
+    step = next_step(measured, predictions, run.balance)
+    return Written(measured, step, path, confusion, errors)
 
 
 def _write_table(path: Path, header: list[str], rows: Iterable[list[Any]]) -> None:

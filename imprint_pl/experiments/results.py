@@ -17,7 +17,7 @@ from pandas.api.types import infer_dtype
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import local_path
-from imprint_pl.method.recipes import KEYWORDS
+from imprint_pl.method.recipes import KEYWORDS, UNNAMED
 
 TEXT, WHOLE, NUMBER, TRUTH = "string", "Int64", "Float64", "boolean"
 
@@ -42,8 +42,13 @@ COLUMNS: dict[str, str] = {
     "task_seed": WHOLE,
     "shots": WHOLE,
     "recipe": TEXT,
-    # The widths of layers belong to the backbone, and are no choice of a method.
-    **{name: _dtype(kind) for name, kind in KEYWORDS.items() if name != "layer_widths"},
+    # The widths of layers belong to the backbone, and are no choice of a method. `metric` and
+    # `class_weight` stand behind the rest, where a row has them.
+    **{
+        name: _dtype(kind)
+        for name, kind in KEYWORDS.items()
+        if name not in ("layer_widths", *UNNAMED)
+    },
     "seed": WHOLE,
     "num_classes": WHOLE,
     "num_train": WHOLE,

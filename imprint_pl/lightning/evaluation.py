@@ -24,7 +24,11 @@ from imprint_pl.gallery import ImprintGallery
 from imprint_pl.lightning.metrics import places_of, stage_of
 from imprint_pl.lightning.predictions import PredictionKeeper, in_order
 from imprint_pl.method.head import ImprintedHead
+from imprint_pl.method.recipes import AUTO
 from imprint_pl.numerics.labels import names_of
+from imprint_pl.numerics.measures import ACCURACY, compared_by
+from imprint_pl.parts.gen import GENERATORS, Ridge
+from imprint_pl.parts.gen.ridge import BY_LABELS
 
 WHAT = {"val": "validation", "test": "test"}
 # Figures that are logged under a stage, or by the fit, and their names on the page.
@@ -153,7 +157,23 @@ def _run(
     name = f"{name}, loader {suffix.rsplit('_', 1)[1]}" if suffix else name
     # What auto tried in an earlier fit was on data that may be others.
     tried = head.tried if trainer.state.fn == "fit" else []
-    return Run(name, WHAT[stage], facts, figures, tried)
+    return Run(name, WHAT[stage], facts, figures, tried, balance_of(head))
+
+
+def balance_of(head: ImprintedHead) -> str:
+    """The setting with which another fit would do more for small classes, as YAML has it; empty
+    where the recipe has none that is not in use."""
+    settings = head.settings
+    by_auto = settings.get("chosen_by") == AUTO
+    if settings.get("gen") == "lda" and not by_auto:
+        return "prior: uniform" if settings.get("prior") == "empirical" else ""
+    gen = GENERATORS.get(settings.get("gen", ""))
+    takes = by_auto or getattr(gen, "takes_weights", False)
+    if takes and "class_weight" not in settings:
+        return "class_weight: balanced"
+    metric = settings.get("metric", compared_by(head.tried))
+    chooses = by_auto or (gen is Ridge and settings.get("lam") in BY_LABELS)
+    return "metric: balanced_accuracy" if chooses and metric == ACCURACY else ""
 
 
 def _trained(trainer: Trainer, head: ImprintedHead) -> Tensor | None:

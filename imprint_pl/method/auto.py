@@ -16,8 +16,10 @@ from tqdm import tqdm
 from imprint_pl.method.calibration import ENOUGH, folds
 from imprint_pl.method.holdout import copies_of, held_out_scores
 from imprint_pl.method.pipeline import Request
-from imprint_pl.method.recipes import Recipe, resolve
+from imprint_pl.method.recipes import RECIPES, Recipe, resolve
 from imprint_pl.numerics.draws import place_in_class, sample
+from imprint_pl.numerics.measures import ACCURACY, difference, measured_by
+from imprint_pl.parts.by_name import class_named, parameters_of
 
 # In the order of preference. `kernel` comes first: from two samples a class to thousands, on
 # features that are positive and on ones that have a sign, nothing else was the best so often, or so
@@ -67,7 +69,15 @@ class Chosen(NamedTuple):
     tried: list[dict[str, Any]]
 
 
-def choose(x: Tensor, y: Tensor, request: Request, layer_widths: list[int] | None = None) -> Chosen:
+def choose(
+    x: Tensor,
+    y: Tensor,
+    request: Request,
+    layer_widths: list[int] | None = None,
+    metric: str = ACCURACY,
+    class_weight: str | None = None,
+    weights: Tensor | None = None,
+) -> Chosen:
     """Chooses the recipe for embeddings `x (N, d)`, labels `y (N,)` that were checked.
 
     With fewer than 3,000 samples candidates are compared by cross-validation, over two to five
@@ -80,33 +90,51 @@ def choose(x: Tensor, y: Tensor, request: Request, layer_widths: list[int] | Non
     √(n₊ + n₋ + 1 − (n₊ − n₋)²/(n + 2)) / (n + 2), n₊ and n₋ the samples that only one or only the
     other has right, of n. Where nothing can be held out (one sample a class), it is `kernel`.
 
+    By another `metric` the difference is that of the metric, its standard error that of
+    `measures.difference`, and candidates that choose λ choose it by the metric, too. With
+    `class_weight` or `weights (N,)` only those are compared that take them.
+
     Returns:
-        The recipe, and for each candidate its keywords, `accuracy`, `difference` from the first and
-        its `standard_error` (all fractions), and `chosen`.
+        The recipe, and for each candidate its keywords, `accuracy`, the metric where it is another,
+        the `difference` from the first and its `standard_error` (all fractions), and `chosen`.
 
     Source: Agresti & Min 2005, "Simple improved confidence intervals for comparing matched
     proportions" (the standard error).
     """
     samples, (rows, held) = len(y), _comparison(y, request.seed)
-    widths = {"layer_widths": layer_widths}
-    x, y = x[rows], y[rows]
+    x, y, weights = x[rows], y[rows], None if weights is None else weights[rows.to(weights.device)]
     copies = copies_of(x, y, held)
     tried: list[dict[str, Any]] = []
-    first: Tensor | None = None
+    first: Labelled | None = None
     candidates = _candidates(
         x.shape[1], samples, layer_widths, len(y) - len(held[0]) if held else 0
     )
-    shown = tqdm(candidates, "auto", leave=False, disable=not request.progress, delay=2)
-    for candidate in shown if held else []:
+    if class_weight is not None or weights is not None:
+        candidates = [one for one in candidates if _generator(one).takes_weights]
+    # What each candidate is asked for besides its keywords.
+    asked = [
+        {"layer_widths": layer_widths}
+        | ({} if metric == ACCURACY or not _takes(one, "metric") else {"metric": metric})
+        | ({} if class_weight is None else {"class_weight": class_weight})
+        for one in candidates
+    ]
+    shown = tqdm(
+        list(zip(candidates, asked, strict=True)),
+        "auto",
+        leave=False,
+        disable=not request.progress,
+        delay=2,
+    )
+    for candidate, more in shown if held else []:
         shown.set_postfix_str(candidate["recipe"], refresh=False)
-        correct = _labelled(x, y, candidate | widths, request, held, copies)
-        first = first if tried else correct
-        tried.append(dict(candidate) | _compared(correct, first))
+        labelled = _labelled(x, y, candidate | more, request, held, copies, weights)
+        first = first if tried else labelled
+        tried.append(dict(candidate) | _compared(labelled, first, metric))
     clear = [i for i, row in enumerate(tried) if _is_clearly_better(row)]
-    best = max(clear, key=lambda i: tried[i]["accuracy"], default=0)
+    best = max(clear, key=lambda i: tried[i][metric], default=0)
     for i, row in enumerate(tried):
         row["chosen"] = i == best
-    return Chosen(_parts(candidates[best] | widths), tried)
+    return Chosen(_parts(candidates[best] | asked[best]), tried)
 
 
 def _comparison(y: Tensor, seed: int) -> tuple[Tensor, list[Tensor]]:
@@ -150,6 +178,21 @@ def _parts(keywords: dict[str, Any]) -> Recipe:
     return parts
 
 
+def _generator(candidate: dict[str, Any]) -> Any:
+    return class_named("gen", RECIPES[candidate["recipe"]]["gen"])
+
+
+def _takes(candidate: dict[str, Any], keyword: str) -> bool:
+    return keyword in parameters_of(_generator(candidate))
+
+
+class Labelled(NamedTuple):
+    """The held-out samples: what a candidate takes them for, and their labels, `(n,)` each."""
+
+    predicted: Tensor
+    y: Tensor
+
+
 def _labelled(
     x: Tensor,
     y: Tensor,
@@ -157,28 +200,29 @@ def _labelled(
     request: Request,
     held: list[Tensor],
     copies: list[Tensor],
-) -> Tensor | None:
-    """Which held-out samples the candidate labels right; `None` if it cannot be imprinted."""
+    weights: Tensor | None,
+) -> Labelled | None:
+    """What the candidate takes held-out samples for; `None` if it cannot be imprinted."""
     keywords = dict(candidate)
     if keywords["recipe"] == "kernel":
         keywords["projection_dim"] = LANDMARKS
-    held_out = held_out_scores(x, y, _parts(keywords), request, held, copies=copies)
+    parts = _parts(keywords)
+    held_out = held_out_scores(x, y, parts, request, held, copies=copies, weights=weights)
     # Where a fold fails (such as a within-class covariance of one sample a class), the candidate
     # would be compared on other samples than the first.
-    return None if held_out.error else held_out.scores.argmax(1) == held_out.y
+    return None if held_out.error else Labelled(held_out.scores.argmax(1), held_out.y)
 
 
-def _compared(correct: Tensor | None, first: Tensor | None) -> dict[str, float | None]:
-    if correct is None or first is None:
-        return {"accuracy": None, "difference": None, "standard_error": None}
-    n, gained, lost = len(correct), int((correct & ~first).sum()), int((first & ~correct).sum())
-    # Half a sample more on both sides: four gained and none lost, of fifty, is no clear case.
-    error = (gained + lost + 1 - (gained - lost) ** 2 / (n + 2)) ** 0.5 / (n + 2)
-    return {
-        "accuracy": int(correct.sum()) / n,
-        "difference": (gained - lost) / n,
-        "standard_error": error,
-    }
+def _compared(
+    labelled: Labelled | None, first: Labelled | None, metric: str
+) -> dict[str, float | None]:
+    if labelled is None or first is None:
+        return dict.fromkeys([ACCURACY, metric, "difference", "standard_error"])
+    predicted, y = labelled
+    found = difference(metric, predicted, first.predicted, y)
+    figures: dict[str, float | None] = {}
+    figures |= {name: measured_by(name, predicted, y) for name in (ACCURACY, metric)}
+    return figures | {"difference": found.value, "standard_error": found.standard_error}
 
 
 def _is_clearly_better(row: dict[str, Any]) -> bool:

@@ -31,6 +31,7 @@ from imprint_pl.method.pipeline import (
     holds_out_of_sums,
     learns_from_sums,
     make_head,
+    row_weights,
 )
 from imprint_pl.method.recipes import Recipe
 from imprint_pl.numerics.copies import CopyFinder
@@ -60,6 +61,7 @@ def calibrate_head(
     request: Request,
     sums: Sums | None = None,
     samples: int | None = None,
+    weights: Tensor | None = None,
 ) -> None:
     """Fits the temperature of a head on samples that were held out for it, or warns that there is
     none.
@@ -71,12 +73,14 @@ def calibrate_head(
         parts, request: of the head.
         sums: of all samples, where these are to be held out of them.
         samples: number of all samples; `len(y)` by default.
+        weights: as for `make_head`. The head alone has them: the temperature is that of samples as
+            they come.
     """
     most, enough = (HELD, ENOUGH) if sums is None else OF_SUMS
     held = held_out_rows(x, y, len(y) if samples is None else samples, request.seed, most)
     lam = head.settings.get("chosen_lam")
     parts = parts if lam is None else with_lam(parts, lam)
-    set_temperature(head, held_out_scores(x, y, parts, request, held, sums, enough))
+    set_temperature(head, held_out_scores(x, y, parts, request, held, sums, enough, None, weights))
 
 
 def held_out_rows(x: Tensor, y: Tensor, samples: int, seed: int, most: int = HELD) -> list[Tensor]:
@@ -111,6 +115,7 @@ def held_out_scores(
     sums: Sums | None = None,
     enough: float = math.inf,
     copies: list[Tensor] | None = None,
+    weights: Tensor | None = None,
 ) -> HeldOut:
     """Scores of held-out samples by a head that is made of the others, fold by fold of `held`.
 
@@ -127,7 +132,9 @@ def held_out_scores(
         sums: of all samples, where these are to be held out of them.
         enough: samples with a score, after which no further fold is looked at.
         copies: the near-copies of each fold, as `copies_of` gives them; looked for by default.
+        weights: `(N,)`, as for `make_head`.
     """
+    weights = row_weights(y, parts.gen) if weights is None else weights
     finder = CopyFinder(x, y, torch.cat(held)) if held and copies is None else None
 
     def hidden(rows: Tensor) -> Tensor:
@@ -141,17 +148,21 @@ def held_out_scores(
     fewer = len(held) * len(y) - out > len(y) + out
     if sums is None and not (fewer and holds_out_of_sums(parts)):
         return score_folds(
-            held, lambda rows: _without_rows(x, y, rows, hidden(rows), parts, request), enough
+            held,
+            lambda rows: _without_rows(x, y, rows, hidden(rows), parts, request, weights),
+            enough,
         )
     if sums is None:
         norm_pre, head = parts.fresh()
-        sums = Sums.fitted(norm_pre, head.norm_inf, parts.gen, x, y, request)
+        sums = Sums.fitted(norm_pre, head.norm_inf, parts.gen, x, y, request, weights)
         if getattr(parts.gen, "lam", None) in CHOICES:
-            sums = sums.with_rows(parts.gen, x, y, request.seed)
+            sums = sums.with_rows(parts.gen, x, y, request.seed, weights)
             parts = with_lam(parts, sums.generated(sums.moments, parts.gen).chosen["lam"])
     known = sums
     return score_folds(
-        held, lambda rows: _out_of_sums(known, x, y, rows, hidden(rows), parts, request), enough
+        held,
+        lambda rows: _out_of_sums(known, x, y, rows, hidden(rows), parts, request, weights),
+        enough,
     )
 
 
@@ -177,16 +188,23 @@ def copies_of_fold(finder: CopyFinder, y: Tensor, rows: Tensor) -> Tensor:
 
 
 def _without_rows(
-    x: Tensor, y: Tensor, rows: Tensor, hidden: Tensor, parts: Recipe, request: Request
+    x: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    hidden: Tensor,
+    parts: Recipe,
+    request: Request,
+    weights: Tensor | None = None,
 ) -> Fold:
     """Scores samples by a head that is made of the other rows, without the `hidden`."""
     others = torch.ones(len(y), dtype=torch.bool, device=y.device)
     others[rows] = False
     others[hidden] = False
+    left = None if weights is None else weights[others]
     # No names in messages of a head that nobody asked for, nor a bar.
     request = Request(request.num_classes, seed=request.seed, classifier=request.classifier)
     head = with_larger_lam(
-        parts, lambda changed: make_head(x[others], y[others], changed, request).head
+        parts, lambda changed: make_head(x[others], y[others], changed, request, left).head
     )
     rows = rows_to_score(rows, request.num_classes)
     return Fold(head.scores(x[rows]), y[rows], head.proxy_classes, rows)
@@ -200,19 +218,25 @@ def _out_of_sums(
     hidden: Tensor,
     parts: Recipe,
     request: Request,
+    weights: Tensor | None = None,
 ) -> Fold:
     """Scores samples by a head of the sums of all less those of the samples and the `hidden`."""
     out = torch.cat([rows, hidden])
     z = transform(sums.norm_pre, x[out])
     C, gram = request.num_classes, gram_of(parts.gen)
+    of_out = None if weights is None else weights[out]
     if sums.coordinates is None and learns_from_sums(sums.norm_pre):
         # The sums of all came about in this way, so that nothing but rounding is left of these.
-        held = sums_of(sums.norm_pre, x[out], y[out], C, gram)
+        held = sums_of(sums.norm_pre, x[out], y[out], C, gram, of_out)
     else:
         own = z if sums.coordinates is None else sums.coordinates[out.to(sums.coordinates.device)]
-        held = Moments.of(own, y[out].to(own.device), C, gram=gram)
+        held = Moments.of(own, y[out].to(own.device), C, of_out, gram=gram)
     z = z[: len(rows)]
     others = sums.moments - held
+    if weights is not None:
+        # Rounding leaves something of a class whose samples are all held out.
+        left = others.counts > 1e-9 * sums.moments.counts
+        others = replace(others, counts=others.counts.where(left, 0))
     proxies = with_larger_lam(parts, lambda changed: sums.proxies(others, changed, request))
     shown = rows_to_score(rows, C)
     if sums.norm_inf is not sums.norm_pre:

@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from imprint_pl.errors import ImprintError
 from imprint_pl.method.auto import choose
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.holdout import calibrate_head
-from imprint_pl.method.inputs import checked, checked_classifier
-from imprint_pl.method.pipeline import Request, make_head
+from imprint_pl.method.inputs import checked, checked_classifier, checked_weights
+from imprint_pl.method.pipeline import Request, make_head, row_weights
 from imprint_pl.method.recipes import AUTO, Auto, Recipe, RecipeName, resolve
 from imprint_pl.method.selection import checked_bounds, draw_shots, weibull_typical
 from imprint_pl.numerics.labels import checked_names
@@ -39,6 +40,7 @@ def imprint(
     classifier: Tensor | None = None,
     progress: bool = False,
     calibrate: bool = True,
+    sample_weight: Tensor | None = None,
     **overrides: Any,
 ) -> ImprintedHead:
     """Imprints a head: one pass, no gradient.
@@ -59,6 +61,9 @@ def imprint(
         progress: show a bar on stderr.
         calibrate: fit a temperature on held-out samples, so that a softmax of what the head returns
             gives probabilities. Costs a second, smaller imprinting.
+        sample_weight: `(N,)`, what each sample weighs, at least 0: a weight of 2 is the sample
+            twice, 0 leaves it out. For ls, ridge, kernel and ranpac, and auto, which then compares
+            these alone. Held-out samples and what NORM_pre learns have no weights.
         overrides: `norm_pre, gen, k, norm_post, norm_inf, agg` and more; see `resolve`. A part of
             your own is an instance, or the import path of its class: `gen="my_parts.Trimmed"`.
             `layer_widths` says that `x` holds several layers of a model side by side.
@@ -80,15 +85,23 @@ def imprint(
     import_parts(overrides)
     parts, seed = resolve(recipe, **overrides), checked_seed(seed)
     class_names = None if class_names is None else checked_names(class_names)
+    if sample_weight is not None:
+        sample_weight = checked_weights(sample_weight, len(x))
+        if (sample_weight == 0).any():
+            x, y, num_classes = checked(x, y, num_classes, class_names, allow_empty=False)
+            rows = (sample_weight > 0).nonzero().flatten().to(x.device)
+            x, y, sample_weight = x[rows], y[rows], _taken(sample_weight, rows)
     chooses = shots is not None or weibull is not None
     if chooses:
         x, y, num_classes = checked(x, y, num_classes, class_names, allow_empty=False)
     if shots is not None:
         rows = draw_shots(y, shots, seed)
         x, y = x[rows], y[rows]
+        sample_weight = _taken(sample_weight, rows)
     if weibull is not None:
         rows = weibull_typical(x, y, *checked_bounds(weibull))
         x, y = x[rows], y[rows]
+        sample_weight = _taken(sample_weight, rows)
     return imprint_parts(
         x,
         y,
@@ -100,6 +113,7 @@ def imprint(
         progress,
         calibrate=calibrate,
         values_checked=chooses,
+        sample_weight=sample_weight,
     )
 
 
@@ -115,6 +129,7 @@ def imprint_parts(
     allow_empty: bool = False,
     calibrate: bool = True,
     values_checked: bool = False,
+    sample_weight: Tensor | None = None,
 ) -> ImprintedHead:
     """Imprints a head as `imprint` does, from parts that `resolve` built.
 
@@ -123,22 +138,41 @@ def imprint_parts(
             epoch that was cut short on purpose.
         values_checked: the values of `x` were checked on their way, batch by batch, by
             `check_values`.
+        sample_weight: `(N,)`, above 0.
+
+    Raises:
+        ImprintError: as `imprint`; weights that the recipe cannot take.
     """
     x, y, num_classes = checked(x, y, num_classes, class_names, allow_empty, values_checked)
     check_width(parts.layer_widths, x.shape[1])
     # Draws and folds then depend on the set of samples alone, not on the order in which they came.
     rows = in_order(x, y)
     x, y = x[rows], y[rows]
+    weights = _taken(sample_weight, rows)
+    if weights is not None and len(weights) and (weights == weights[0]).all():
+        weights = None  # alike: they change nothing, whatever the recipe
     classifier = None if classifier is None else checked_classifier(classifier)
     request = Request(num_classes, class_names, seed, classifier, progress)
     if isinstance(parts, Auto):
-        recipe, tried = choose(x, y, request, parts.layer_widths)
+        recipe, tried = choose(
+            x, y, request, parts.layer_widths, parts.metric, parts.class_weight, weights
+        )
     else:
         recipe, tried = parts, []
-    head, sums = make_head(x, y, recipe, request)
+    if weights is not None and not getattr(recipe.gen, "takes_weights", False):
+        raise ImprintError(
+            f"sample_weight is not used by gen={recipe.gen.name!r}: leave it out, or take recipe "
+            "ls, ridge, kernel, ranpac or auto"
+        )
+    weights = row_weights(y, recipe.gen, weights)
+    head, sums = make_head(x, y, recipe, request, weights)
     if calibrate:
-        calibrate_head(head, x, y, recipe, request, sums)
+        calibrate_head(head, x, y, recipe, request, sums, weights=weights)
     if isinstance(parts, Auto):
         head.tried = tried
         head.settings["chosen_by"] = "auto"
     return head
+
+
+def _taken(weights: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if weights is None else weights[rows.to(weights.device)]

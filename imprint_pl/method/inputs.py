@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from imprint_pl.errors import ImprintError
+from imprint_pl.numerics.factorisations import double
 from imprint_pl.numerics.labels import plain_labels
 from imprint_pl.numerics.values import check_classes, check_size, check_values
 
@@ -105,3 +106,28 @@ def checked(
             "or leave the class out and number the labels without gaps"
         )
     return Checked(x, y, num_classes)
+
+
+def checked_weights(sample_weight: Any, samples: int) -> Tensor:
+    """The weights of samples, `(N,)` float64.
+
+    Raises:
+        ImprintError: another number of them, or one that is negative or not finite; all are 0.
+    """
+    weights = _tensor(sample_weight, "sample_weight")
+    if weights.shape != (samples,) or weights.is_complex():
+        raise ImprintError(
+            f"sample_weight of shape {tuple(weights.shape)} for {samples} embeddings: expected "
+            f"numbers ({samples},)"
+        )
+    weights = double(weights)
+    wrong = ~(weights.isfinite() & (weights >= 0))
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        raise ImprintError(
+            f"sample_weight {weights[first].item()} of sample {first}: give a finite number of at "
+            "least 0"
+        )
+    if not (weights > 0).any():
+        raise ImprintError("sample_weight is 0 for every sample: give one of them more")
+    return weights

@@ -20,6 +20,7 @@ from imprint_pl.numerics.factorisations import double
 from imprint_pl.numerics.moments import Moments
 from imprint_pl.parts.by_name import steps_of
 from imprint_pl.parts.gen import Proxies
+from imprint_pl.parts.gen.base import BALANCED
 from imprint_pl.parts.gen.ridge import LeftOut, rows_left_out
 from imprint_pl.parts.norm.base import Norm, sums_of, transform
 from imprint_pl.parts.norm.layers import JoinLayers
@@ -56,23 +57,48 @@ class Made(NamedTuple):
     sums: Sums | None
 
 
-def make_head(x: Tensor, y: Tensor, parts: Recipe, request: Request) -> Made:
+def row_weights(y: Tensor, gen: Any, sample_weight: Tensor | None = None) -> Tensor | None:
+    """The weights `(N,)` of samples with labels `y (N,)`, float64, N in all; `None` where all weigh
+    alike.
+
+    They are `sample_weight (N,)`, all above 0, times what makes the sums of the classes equal where
+    GEN has `class_weight="balanced"`.
+    """
+    balances = getattr(gen, "class_weight", None) == BALANCED
+    if sample_weight is None and not balances:
+        return None
+    weights = torch.ones(len(y)) if sample_weight is None else sample_weight
+    weights, labels = double(weights).cpu(), y.cpu()
+    if balances:
+        sums = torch.zeros(int(labels.max()) + 1, dtype=torch.float64)
+        weights = weights / sums.index_add_(0, labels, weights)[labels]
+    weights = weights * (len(y) / weights.sum())
+    return weights if y.device.type == "mps" else weights.to(y.device)
+
+
+def make_head(
+    x: Tensor, y: Tensor, parts: Recipe, request: Request, weights: Tensor | None = None
+) -> Made:
     """Makes a head of temperature 1 from embeddings `x (N, d)`, labels `y (N,)` that were checked.
 
     Random choices follow the places of the rows: `in_order` makes them depend on the set of rows
-    alone. A class without samples gets no proxy.
+    alone. A class without samples gets no proxy. `weights (N,)` are those of `row_weights`, which
+    the recipe decides on by default.
     """
     norm_pre: Any
+    weights = row_weights(y, parts.gen) if weights is None else weights
     norm_pre, head = parts.fresh()
     if parts.gen.from_moments:
-        sums = Sums.fitted(norm_pre, head.norm_inf, parts.gen, x, y, request)
-        sums = sums.with_rows(parts.gen, x, y, request.seed)
+        sums = Sums.fitted(norm_pre, head.norm_inf, parts.gen, x, y, request, weights)
+        sums = sums.with_rows(parts.gen, x, y, request.seed, weights)
         return Made(sums.head(parts, request), sums if holds_out_of_sums(parts) else None)
     present, labels = torch.unique(y, return_inverse=True)
     if getattr(norm_pre, "learns", False):
         norm_pre.to(x.device).fit(x, labels, len(present), request.seed)
     z = transform(norm_pre, x)
-    proxies = parts.gen(z, labels, len(present), request.seed, request.progress)
+    # Only a GEN that `takes_weights` gets any.
+    more = {} if weights is None else {"weights": weights}
+    proxies = parts.gen(z, labels, len(present), request.seed, request.progress, **more)
     del z
     proxies = _finished(proxies, parts, present, request.classifier)
     return Made(_filled(head, proxies, parts, request), None)
@@ -104,17 +130,26 @@ class Sums:
 
     @classmethod
     def fitted(
-        cls, norm_pre: Any, norm_inf: nn.Module, gen: Any, x: Tensor, y: Tensor, request: Request
+        cls,
+        norm_pre: Any,
+        norm_inf: nn.Module,
+        gen: Any,
+        x: Tensor,
+        y: Tensor,
+        request: Request,
+        weights: Tensor | None = None,
     ) -> Sums:
-        """Fits NORM_pre, and what NORM_inf shares with it, on `x (N, d)`, `y (N,)`; adds x up."""
+        """Fits NORM_pre, and what NORM_inf shares with it, on `x (N, d)`, `y (N,)`; adds x up, with
+        its `weights (N,)` where it has any."""
         norm_pre = norm_pre.to(x.device)
         if not isinstance(norm_pre, Norm):
-            return cls.of(norm_pre, norm_inf, gen, x, y, request.num_classes)
+            return cls.of(norm_pre, norm_inf, gen, x, y, request.num_classes, weights)
         present, labels = torch.unique(y, return_inverse=True)
         if few_for(gen, norm_pre, x):
             norm_pre.fit(x, labels, len(present), request.seed)
-            return cls.of(norm_pre, norm_inf, gen, x, y, request.num_classes)
-        moments = norm_pre.fit_sums(x, labels, len(present), request.seed, gram_of(gen))
+            return cls.of(norm_pre, norm_inf, gen, x, y, request.num_classes, weights)
+        more = {} if weights is None else {"weights": weights}
+        moments = norm_pre.fit_sums(x, labels, len(present), request.seed, gram_of(gen), **more)
         return cls(norm_pre, norm_inf, moments.relabelled(present, request.num_classes))
 
     @classmethod
@@ -139,18 +174,21 @@ class Sums:
         x: Tensor,
         y: Tensor,
         num_classes: int,
+        weights: Tensor | None = None,
     ) -> Sums:
         """Adds up `x (N, d)`, `y (N,)` in 0..C−1, with a NORM_pre that stays as it is."""
         if not few_for(gen, norm_pre, x):
-            moments = sums_of(norm_pre, x, y, num_classes, gram_of(gen))
+            moments = sums_of(norm_pre, x, y, num_classes, gram_of(gen), weights)
             return cls(norm_pre, norm_inf, moments)
         basis, triangle = torch.linalg.qr(double(transform(norm_pre, x)).T)
         coordinates = triangle.T
         y = y.to(coordinates.device)
-        moments = Moments.of(coordinates, y, num_classes, gram=gram_of(gen))
+        moments = Moments.of(coordinates, y, num_classes, weights, gram=gram_of(gen))
         return cls(norm_pre, norm_inf, moments, coordinates, basis.T, x.device)
 
-    def with_rows(self, gen: Any, x: Tensor, y: Tensor, seed: int) -> Sums:
+    def with_rows(
+        self, gen: Any, x: Tensor, y: Tensor, seed: int, weights: Tensor | None = None
+    ) -> Sums:
         """Adds the rows that GEN needs beside the sums.
 
         Args:
@@ -158,12 +196,13 @@ class Sums:
             x, y: all embeddings and labels, in the order in which they were added up; or a random
                 sample of them, as `rows_left_out` takes it.
             seed: fixes which rows are drawn.
+            weights: of the rows, as the sums have them.
         """
         if not getattr(gen, "needs_rows", False):
             return self
         if self.coordinates is not None:
-            return replace(self, left=rows_left_out(x, y, self.coordinates, seed))
-        left = rows_left_out(x, y, lambda rows: transform(self.norm_pre, x[rows]), seed)
+            return replace(self, left=rows_left_out(x, y, self.coordinates, seed, weights))
+        left = rows_left_out(x, y, lambda rows: transform(self.norm_pre, x[rows]), seed, weights)
         return replace(self, left=left)
 
     def generated(self, moments: Moments, gen: Any) -> Proxies:

@@ -11,6 +11,7 @@ from torch import nn
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.method.head import ImprintedHead
+from imprint_pl.numerics.measures import ACCURACY, checked_metric
 from imprint_pl.parts.by_name import (
     SLOTS,
     class_named,
@@ -22,6 +23,7 @@ from imprint_pl.parts.by_name import (
     step_names,
     steps_of,
 )
+from imprint_pl.parts.gen.base import checked_balance
 from imprint_pl.parts.norm.base import Chain, Norm
 from imprint_pl.parts.norm.layers import JoinLayers, LastLayer, checked_widths
 
@@ -56,10 +58,15 @@ VotesName: TypeAlias = Literal["uniform", "weighted_by_distance", "softmax"] | s
 LamName: TypeAlias = Literal["loo", "gcv", "holdout"] | str
 ShrinkageName: TypeAlias = Literal["oas"] | str
 EngineName: TypeAlias = Literal["auto", "faiss", "torch", "exact"] | str
+MetricName: TypeAlias = Literal["accuracy", "balanced_accuracy", "macro_f1"] | str
+ClassWeightName: TypeAlias = Literal["balanced"] | str
 PriorName: TypeAlias = Literal["empirical", "uniform"] | str
 
 # Keywords that are on or off: any text would count as on.
 SWITCHES = {"intercept", "as_published"}
+
+# Keywords that settings, ids and results name only where they are not these.
+UNNAMED: dict[str, Any] = {"metric": ACCURACY, "class_weight": None}
 
 RECIPES: dict[str, dict[str, Any]] = {
     # Qi et al. 2018: the mean.
@@ -157,6 +164,8 @@ class Auto:
 
     parameters: dict[str, Any] = field(default_factory=lambda: {"recipe": AUTO})
     layer_widths: list[int] | None = None
+    metric: str = ACCURACY
+    class_weight: str | None = None
 
     def empty_head(self) -> ImprintedHead:
         """A head that takes its parts from the state dict that it loads."""
@@ -184,6 +193,8 @@ def resolve(
     prior: PriorName | None = None,
     intercept: bool | None = None,
     as_published: bool | None = None,
+    metric: MetricName | None = None,
+    class_weight: ClassWeightName | None = None,
     layer_widths: list[int] | None = None,
     **own: Any,
 ) -> Recipe | Auto:
@@ -196,10 +207,10 @@ def resolve(
 
     Args:
         recipe: "auto" (compares recipes on held-out embeddings and takes the best; it takes no
-            other keyword than layer_widths), "kernel" (what auto mostly takes), "robust" (the
-            paper's best: k-means, 20 proxies a class), "qi" (the class mean), "hosoda", "janson",
-            "ls" (least squares), "knn" (nearest neighbours), "whitened", "ridge", "lda" or
-            "ranpac".
+            other keywords than metric, class_weight and layer_widths), "kernel" (what auto mostly
+            takes), "robust" (the paper's best: k-means, 20 proxies a class), "qi" (the class mean),
+            "hosoda", "janson", "ls" (least squares), "knn" (nearest neighbours), "whitened",
+            "ridge", "lda" or "ranpac".
         norm_pre: normalisation before GEN, or a list of several, `[whiten, l2]`, which may also be
             written "whiten+l2". The recipe's where not given, as are all the keywords below.
         gen: generator of the proxies.
@@ -223,6 +234,11 @@ def resolve(
         prior: of lda: the share of each class.
         intercept: of ridge and kridge: whether there is one.
         as_published: do quantile and mnn as the paper's code does, faults included.
+        metric: of auto and ridge: by which recipes are compared and λ is chosen on held-out
+            samples, "accuracy", "balanced_accuracy" (all classes count alike, however few samples
+            they have) or "macro_f1". "accuracy" is the default, and goes with every recipe.
+        class_weight: of ridge and ls: "balanced" lets all classes weigh alike, however few samples
+            they have.
         layer_widths: features of each layer in the embeddings, the last layer's included, where
             they hold several layers side by side. Any recipe takes them: `join` then comes before
             NORM_pre and NORM_inf, unless NORM_pre has `join` or `last` already. One width changes
@@ -242,18 +258,25 @@ norm_inf='l2', agg='max': leave it out, or choose a part that takes it (m: mnn)
     """
     typed = locals()
     overrides = {name: typed[name] for name in KEYWORDS} | own
-    given = {name: value for name, value in overrides.items() if value is not None}
+    given = {
+        name: value
+        for name, value in overrides.items()
+        if value is not None and not (name in UNNAMED and value == UNNAMED[name])
+    }
     widths = None if layer_widths is None else checked_widths(layer_widths)
     several = {"layer_widths": widths} if widths is not None and len(widths) > 1 else {}
     if recipe == AUTO:
         given.pop("layer_widths", None)
+        choice = {name: given.pop(name) for name in UNNAMED if name in given}
+        checked_metric(choice.get("metric", ACCURACY))
+        checked_balance(choice.get("class_weight"))
         if given:
             name = next(iter(given))
             raise ImprintError(
                 f"{name}={given[name]!r} is not used by recipe='auto', which chooses every part "
                 f"from the embeddings: leave it out, or name a recipe ({', '.join(RECIPES)})"
             )
-        return Auto({"recipe": AUTO} | several, widths)
+        return Auto({"recipe": AUTO} | choice | several, widths, **choice)
     if not isinstance(recipe, str) or recipe not in RECIPES:
         raise ImprintError(f"unknown recipe {recipe!r}{near_names(recipe, [AUTO, *RECIPES])}")
     chosen: dict[str, Any] = RECIPES[recipe] | given
@@ -289,6 +312,8 @@ norm_inf='l2', agg='max': leave it out, or choose a part that takes it (m: mnn)
         for step in steps_of(parts[slot]):
             for name in parameters_of(type(step)):
                 value = getattr(step, name)
+                if name in UNNAMED and value == UNNAMED[name]:
+                    continue
                 # Two parts that share a keyword have one value, unless they came as instances.
                 same = parameters.get(name, value) == value
                 parameters[name if same else f"{step.name}_{name}"] = value
@@ -395,7 +420,19 @@ def _unused_message(unused: set[str], given: dict[str, Any], parameters: dict[st
         return f"unknown keyword {unknown[0]!r}{near_names(unknown[0], known)}"
     name = sorted(unused)[0]
     chosen = ", ".join(f"{slot}={parameters[slot]!r}" for slot in SLOTS)
-    return (
+    takers_of = list(dict.fromkeys(takers[name]))
+    message = (
         f"{name}={given[name]!r} is not used by {chosen}: leave it out, or choose a part that "
-        f"takes it ({name}: {', '.join(dict.fromkeys(takers[name]))})"
+        f"takes it ({name}: {', '.join(takers_of)}"
     )
+    if name in UNNAMED:
+        # A recipe with a λ of its own leaves a metric nothing to choose.
+        recipes = [
+            recipe
+            for recipe, parts in RECIPES.items()
+            if parts["gen"] in takers_of and not (name == "metric" and "lam" in parts)
+        ]
+        message += f"; recipe: {', '.join([AUTO, *recipes])}"
+    if name == "class_weight" and parameters["gen"] == "lda":
+        message += "; lda balances classes by prior='uniform'"
+    return message + ")"

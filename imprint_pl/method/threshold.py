@@ -220,6 +220,7 @@ def _parts_of(head: ImprintedHead) -> Recipe:
     settings, chosen = keywords_of(head), head.settings.get("chosen_lam")
     if chosen is not None and settings.get("lam") in CHOICES:
         settings["lam"] = chosen
+        settings.pop("metric", None)
     parts = resolve(**settings)
     assert isinstance(parts, Recipe)  # a head's settings name the recipe that auto has chosen
     return parts

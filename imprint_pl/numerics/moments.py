@@ -32,7 +32,7 @@ class Moments:
     """Sums over labelled embeddings, in float64.
 
     Attributes:
-        counts: `(C,)`, samples of each class.
+        counts: `(C,)`, samples of each class; the sum of their weights where they have weights.
         sums: `(C, d)`, sum of each class.
         gram: `(d, d)`, Σ w z zᵀ over all samples, w the weight of the sample's class; `(C, d, d)`,
             a Gram matrix a class; `(d,)`, the diagonal of Σ z zᵀ; or `None` where only counts and
@@ -79,9 +79,12 @@ class Moments:
         )
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor, num_classes: int, **options: Any) -> Moments:
-        """The sums of embeddings `x (N, d)` with labels `y (N,)` in 0..C−1; options as `zeros`."""
-        return cls.zeros(num_classes, x.shape[1], device=x.device, **options).add(x, y)
+    def of(
+        cls, x: Tensor, y: Tensor, num_classes: int, weights: Tensor | None = None, **options: Any
+    ) -> Moments:
+        """The sums of embeddings `x (N, d)` with labels `y (N,)` in 0..C−1, and `weights (N,)` as
+        for `add`; options as `zeros`."""
+        return cls.zeros(num_classes, x.shape[1], device=x.device, **options).add(x, y, weights)
 
     @property
     def num_classes(self) -> int:
@@ -177,8 +180,14 @@ class Moments:
             None if self.class_weights is None else function(self.class_weights),
         )
 
-    def add(self, x: Tensor, y: Tensor) -> Moments:
-        """Adds a batch in place: `x (B, d)` of any float dtype, `y (B,)` in 0..C−1."""
+    def add(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> Moments:
+        """Adds a batch in place: `x (B, d)` of any float dtype, `y (B,)` in 0..C−1.
+
+        A row of weight w, of `weights (B,)`, counts as w rows. Weights are not for a Gram matrix a
+        class, nor for `class_weights`.
+        """
+        if weights is not None:
+            return self._add_weighted(x, y, weights)
         for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
             rows = rows.to(self.sums.dtype)
             self.counts += torch.bincount(labels, minlength=self.num_classes)
@@ -202,6 +211,23 @@ class Moments:
         else:
             for c in y.unique().tolist():
                 _mirror(self.gram[c])
+        return self
+
+    def _add_weighted(self, x: Tensor, y: Tensor, weights: Tensor) -> Moments:
+        if self.class_weights is not None or (self.gram is not None and self.gram.ndim == 3):
+            raise ValueError("weights of rows ask for one Gram matrix and no class_weights")
+        batches = (x.split(CHUNK), y.split(CHUNK), weights.to(self.sums).split(CHUNK))
+        for rows, labels, of_rows in zip(*batches, strict=True):
+            rows = rows.to(self.sums.dtype)
+            weighted = rows * of_rows[:, None]
+            self.counts.index_add_(0, labels, of_rows)
+            self.sums.index_add_(0, labels, weighted)
+            if self.gram is not None and self.gram.ndim == 1:
+                self.gram += (weighted * rows).sum(0)
+            elif self.gram is not None:
+                _add_upper(self.gram, weighted, rows)
+        if self.gram is not None and self.gram.ndim == 2:
+            _mirror(self.gram)
         return self
 
     def __add__(self, other: Moments) -> Moments:

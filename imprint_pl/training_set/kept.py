@@ -123,6 +123,7 @@ class State(ABC):
         if getattr(_parts_of(shared["settings"]).gen, "needs_rows", False):
             # No rows are kept to choose λ by anew: it stays, as the temperature does.
             shared["settings"]["lam"] = float(head.settings["chosen_lam"])
+            shared["settings"].pop("metric", None)
         parts = _parts_of(shared["settings"])
         _refuse_moments(parts, weibull)
         if not (head.familiar.is_empty and head.sets.is_empty):
@@ -444,6 +445,8 @@ def _refuse_moments(parts: Recipe, weibull: tuple[float, float] | None) -> None:
         recipes = "hosoda, janson, ls, ridge, lda"
     if not parts.gen.from_moments:
         reason = f"gen={parts.gen.name!r} has to see every sample"
+    elif getattr(parts.gen, "class_weight", None) is not None:
+        reason = "class_weight changes what every sample weighs as more of them come"
     elif learned:
         part = name_of(parts.norm_pre) if learned[0] == "join" else learned[0]
         reason = f"norm_pre={part!r} learns from the samples and would learn anew"

@@ -48,6 +48,9 @@ def needs_only_sums(parts: Recipe | Auto, samples: int | None) -> bool:
         return False
     learned = [step for step in steps_of(parts.norm_pre) if getattr(step, "learns", False)]
     drawn = all(hasattr(step, "draw") for step in learned) or learns_from_sums(parts.norm_pre)
+    if getattr(parts.gen, "class_weight", None) is not None:
+        # What a sample weighs is known when the last one has come.
+        return False
     few = samples is not None and any(samples < step.features(0, samples) for step in learned)
     return parts.gen.from_moments and drawn and not few
 

@@ -4,6 +4,7 @@ import csv
 import gc
 import json
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from places import ROOT, SHARED
 
+from imprint_pl import ImprintedClassifier
 from imprint_pl.cli import main
 
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("*.yaml"))
@@ -189,6 +191,37 @@ def test_a_folder_of_photos_is_imprinted_and_single_files_are_predicted(tmp_path
     rows = rows_of("out/it.csv")
     assert [Path(row["file"]).parent.name for row in rows] == ["dog", *["cat"] * 8, "dog"]
     assert [row["class"] for row in rows] == ["dog", *["cat"] * 8, "dog"]
+
+
+def test_a_folder_of_unequal_classes_is_fitted_by_balanced_accuracy_and_weights(tmp_path, capfd):
+    photos(tmp_path / "photos", ("cat",), n=24)
+    photos(tmp_path / "photos", ("cow", "dog"), n=6)
+    common = ["--data", "ImageFolder", "--data.num_workers", "0", "--model.image_size", "64"]
+    chosen = ["--model.metric", "balanced_accuracy", "--model.class_weight", "balanced"]
+    assert main(["fit", *common, *chosen]) == 0
+    output = capfd.readouterr().out
+    summary = summary_of(output)
+    assert re.search(r"candidate +balanced accuracy", output)
+    assert {row["recipe"] for row in summary["tried"]} == {"kernel", "ridge"}
+    assert all("balanced_accuracy" in row for row in summary["tried"])
+    assert (summary["metric"], summary["class_weight"]) == ("balanced_accuracy", "balanced")
+    page = (run_folder(output) / "evaluation.html").read_text()
+    assert "<th" in page
+    assert "balanced accuracy" in page
+    # The checkpoint remembers both, and measures as the fit did.
+    assert main(["test", *common, "--ckpt_path", summary["checkpoint"]]) == 0
+    model = ImprintedClassifier.load_from_checkpoint(summary["checkpoint"])
+    assert model.hparams["class_weight"] == "balanced"
+    assert model.head.settings["class_weight"] == "balanced"
+    # Kept embeddings follow new samples; a recipe without weights says so in one line.
+    capfd.readouterr()
+    kept = ["--model.recipe", "ridge", "--model.class_weight", "balanced", "--model.keep"]
+    assert main(["fit", *common, *kept, "embeddings"]) == 0
+    assert main(["fit", *common, *kept, "moments"]) == 2
+    assert "class_weight changes what every sample weighs" in capfd.readouterr().err
+    refused = ["--model.recipe", "qi", "--model.class_weight", "balanced"]
+    assert main(["fit", *common, *refused]) == 2
+    assert "recipe: auto, ls, ridge, ranpac, kernel" in capfd.readouterr().err
 
 
 SMALL = ["--data", "ImageFolder", "--data.num_workers", "0"]

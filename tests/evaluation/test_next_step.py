@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from imprint_pl import imprint
 from imprint_pl.evaluation.classes import measure
 from imprint_pl.evaluation.next_step import most_confused, next_step, suspicious, weakness
 from imprint_pl.evaluation.predictions import Predictions
+from imprint_pl.lightning.evaluation import balance_of
 
 NAMES = ["ant", "bee", "cat", "dog"]
 
@@ -31,6 +33,39 @@ def test_a_weak_class_with_few_training_images_needs_more():
     found = step_of(case((0, 1, 16), *GOOD), [16, 200, 210, 190])
     assert found.rule == "few"
     assert "training images of ant: it has 16, and a recall of 0.0 % (0 of 16;" in found.text
+
+
+def test_a_weak_class_with_few_training_images_may_weigh_more_where_the_recipe_can():
+    found = case((0, 1, 16), *GOOD)
+    measured = measure(found, torch.tensor([16, 200, 210, 190]))
+    text = next_step(measured, found, "class_weight: balanced").text
+    assert text.startswith("Add training images of ant, or fit with class_weight: balanced: it has")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "setting"),
+    [
+        (dict(recipe="auto"), "class_weight: balanced"),
+        (dict(recipe="ls"), "class_weight: balanced"),
+        (dict(recipe="ridge"), "class_weight: balanced"),
+        (dict(recipe="auto", class_weight="balanced"), "metric: balanced_accuracy"),
+        (dict(recipe="ridge", class_weight="balanced"), "metric: balanced_accuracy"),
+        (dict(recipe="ridge", class_weight="balanced", lam=0.1), ""),
+        (dict(recipe="auto", class_weight="balanced", metric="macro_f1"), ""),
+        (dict(recipe="ls", class_weight="balanced"), ""),
+        (dict(recipe="lda"), "prior: uniform"),
+        (dict(recipe="lda", prior="uniform"), ""),
+        (dict(recipe="qi"), ""),
+    ],
+)
+def test_the_setting_for_small_classes_is_one_that_the_recipe_takes(keywords, setting):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(60) % 3
+    head = imprint(torch.randn(60, 4, generator=generator) + y[:, None], y, **keywords)
+    assert balance_of(head) == setting
+    if setting:
+        name, value = setting.split(": ")
+        imprint(torch.randn(60, 4), y, **keywords | {name: value})
 
 
 def test_a_weak_class_with_as_many_as_the_others_is_another_case():

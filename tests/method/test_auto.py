@@ -71,6 +71,8 @@ def test_a_lead_within_two_standard_errors_changes_nothing(monkeypatch):
     little, much = right.clone(), right.clone()
     little[80:83] = True  # three more right: 0.03 against 2 · 0.02
     much[80:90] = True
+    y = torch.ones(100, dtype=torch.int64)
+    right, little, much = (auto.Labelled(each.long(), y) for each in (right, little, much))
     answers = iter([right, little])
     monkeypatch.setattr(auto, "ONE_LAYER", (dict(recipe="qi"), dict(recipe="lda")))
     monkeypatch.setattr(auto, "_labelled", lambda *_: next(answers))

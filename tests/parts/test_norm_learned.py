@@ -40,7 +40,8 @@ def test_whitened_samples_have_the_identity_as_within_class_covariance(blobs):
     torch.testing.assert_close(
         Moments.of(z, y, 3).within("micro").float(), torch.eye(5), atol=1e-5, rtol=0
     )
-    torch.testing.assert_close(z.mean(0), torch.zeros(5), atol=1e-5, rtol=0)
+    means = torch.stack([z[y == c].mean(0) for c in range(3)])
+    torch.testing.assert_close(means.mean(0), torch.zeros(5), atol=1e-5, rtol=0)
 
 
 def test_whiten_is_its_formula_with_shrinkage():
@@ -51,7 +52,8 @@ def test_whiten_is_its_formula_with_shrinkage():
     centred = np.concatenate([rows[:9] - rows[:9].mean(0), rows[9:] - rows[9:].mean(0)])
     within = centred.T @ centred / 30
     shrunk = 0.7 * within + 0.3 * np.trace(within) / 4 * np.eye(4)
-    expected = np.linalg.solve(np.linalg.cholesky(shrunk), (rows - rows.mean(0)).T).T
+    centre = (rows[:9].mean(0) + rows[9:].mean(0)) / 2
+    expected = np.linalg.solve(np.linalg.cholesky(shrunk), (rows - centre).T).T
     found = Whiten(shrinkage=0.3).fit(x, y, 2)(x)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
@@ -182,6 +184,19 @@ def test_whitened_is_its_parts_by_hand(blobs):
     means = torch.stack([F.normalize(whiten(x))[y == c].mean(0) for c in range(3)])
     torch.testing.assert_close(head.proxies.data, F.normalize(means))
     torch.testing.assert_close(head.scores(x), F.normalize(whiten(x)) @ F.normalize(means).T)
+
+
+def test_whitened_centres_between_two_classes_however_unequal_they_are():
+    # 98 samples of one class and 2 of the other: the mean of all lies in the first.
+    generator = torch.Generator().manual_seed(0)
+    y = torch.tensor([0] * 98 + [1] * 2)
+    x = torch.randn(100, 2, generator=generator)
+    x[:98] -= x[:98].mean(0)
+    x[98:] -= x[98:].mean(0) - torch.tensor([8.0, 0.0])
+    head = imprint(x, y, "whitened")
+    torch.testing.assert_close(head.norm_inf.steps[0].mean, torch.tensor([4.0, 0.0]))
+    torch.testing.assert_close(head.proxies[0], -head.proxies[1], atol=0.1, rtol=0)
+    assert (head(x).argmax(1) == y).all()
 
 
 def test_an_unfitted_norm_says_so():

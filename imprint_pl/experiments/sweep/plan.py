@@ -24,6 +24,9 @@ def is_shared(c: Configuration) -> bool:
     parts = c.variant.parts
     if isinstance(parts, Auto) or c.variant.weibull is not None:
         return False
+    if getattr(parts.gen, "class_weight", None) is not None:
+        # The sums that are shared have no weights.
+        return False
     gen, norms = parts.gen, (*steps_of(parts.norm_pre), *steps_of(parts.norm_inf))
     sums = getattr(gen, "from_moments", False) and not getattr(gen, "needs_rows", False)
     shares = sums or declared(gen, "per_class") or declared(gen, "clusters")

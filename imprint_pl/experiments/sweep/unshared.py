@@ -65,7 +65,7 @@ def alone(
         start = time.perf_counter()
         if isinstance(parts, Auto):
             # Not by `imprint`, which takes a classifier and not its quantiles.
-            found = choose(x, y, request, parts.layer_widths)
+            found = choose(x, y, request, parts.layer_widths, parts.metric, parts.class_weight)
             head = make_head(x, y, found.parts, request).head
             gen = time.perf_counter() - start
             start = time.perf_counter()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from imprint_pl.errors import ImprintError
 from imprint_pl.numerics.draws import rows_by_class
 from imprint_pl.ranks import share
 
@@ -30,6 +31,20 @@ class Proxies(NamedTuple):
     chosen: Mapping[str, float] = {}
 
 
+BALANCED = "balanced"
+
+
+def checked_balance(class_weight: str | None) -> str | None:
+    """What the classes weigh: `None` (each sample 1) or "balanced" (each class the same in all: a
+    sample of a class of n weighs N / (C n)); else an `ImprintError`."""
+    if class_weight not in (None, BALANCED):
+        raise ImprintError(
+            f"class_weight={class_weight!r}: give 'balanced', or leave it out; imprint and "
+            "ImprintEstimator.fit take other weights as sample_weight"
+        )
+    return class_weight
+
+
 class Generator:
     """The base of all generators: what they say of themselves, with the answers that are safe.
 
@@ -43,6 +58,8 @@ class Generator:
         needs_gram: these `Moments` need a Gram matrix.
         needs_rows: with these `Moments` it is given some of their rows, as `left`; see
             `imprint_pl.parts.gen.ridge.LeftOut`.
+        takes_weights: its samples may have weights: those of `Moments`, or, where it takes
+            embeddings, a further argument `weights (N,)`.
         spans: its proxies lie in the space that the samples span, and turn with it.
         per_class: the proxies of a class depend on the samples of that class alone.
         prefix_of_larger_k: the first k proxies of a class are those of any larger k.
@@ -57,6 +74,7 @@ class Generator:
     from_moments = False
     needs_gram = False
     needs_rows = False
+    takes_weights = False
     spans = False
     per_class = False
     prefix_of_larger_k = False

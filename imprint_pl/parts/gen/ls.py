@@ -11,7 +11,7 @@ from imprint_pl.errors import ImprintError
 from imprint_pl.numerics.factorisations import cholesky, double
 from imprint_pl.numerics.moments import Moments
 from imprint_pl.numerics.values import is_number
-from imprint_pl.parts.gen.base import Generator, Proxies
+from imprint_pl.parts.gen.base import Generator, Proxies, checked_balance
 
 
 class LeastSquares(Generator):
@@ -24,6 +24,7 @@ class LeastSquares(Generator):
     Args:
         lam: λ ≥ 0, in units of a squared feature. The default serves normalised and raw embeddings
             alike; 0 asks for more samples than dimensions.
+        class_weight: "balanced" lets all classes weigh alike in Σ z zᵀ, too; see `checked_balance`.
 
     Raises:
         ImprintError: `lam` is negative or not finite, or too small for the matrix to be inverted.
@@ -36,10 +37,12 @@ class LeastSquares(Generator):
     needs_gram = True
     # Proxies lie in the space that the samples span, and turn with it.
     spans = True
+    takes_weights = True
 
-    def __init__(self, lam: float = 1e-4) -> None:
+    def __init__(self, lam: float = 1e-4, class_weight: str | None = None) -> None:
         check_lam(lam)
         self.lam = float(lam)
+        self.class_weight = checked_balance(class_weight)
 
     def __call__(self, moments: Moments) -> Proxies:
         """`Moments` of C classes with a pooled Gram matrix → C proxies in float32.

@@ -13,11 +13,14 @@ from imprint_pl.errors import ImprintError
 from imprint_pl.numerics.copies import REFERENCE, Copies, CopyFinder
 from imprint_pl.numerics.draws import place_in_class, random_keys, sample
 from imprint_pl.numerics.factorisations import Tridiagonal, cholesky, double
+from imprint_pl.numerics.measures import ACCURACY, checked_metric, measured_by
 from imprint_pl.numerics.moments import CHUNK, Moments
 from imprint_pl.numerics.order import keys
-from imprint_pl.parts.gen.base import Generator, Proxies
+from imprint_pl.parts.gen.base import Generator, Proxies, checked_balance
 
 CHOICES = ("loo", "gcv", "holdout")
+# Those that see labels of held-out samples, so that any metric can choose by them.
+BY_LABELS = ("loo", "holdout")
 # Rows that are left out in turn to choose λ.
 SCORED = 500
 # λ over the trace of G where no class has two samples to choose it by.
@@ -43,10 +46,18 @@ class Ridge(Generator):
             small. "holdout": by the accuracy on a stratified tenth of the samples, at least one a
             class, drawn by the seed, then refitted on all.
         intercept: append the 1; without it the bias is 0.
+        metric: "accuracy", "balanced_accuracy" or "macro_f1", by which λ is chosen. By another than
+            accuracy, "loo" and "holdout" take the λ that is best by the labels of the left-out
+            samples, and "gcv", which knows none, is refused.
+        class_weight: "balanced" lets all classes weigh alike, see `checked_balance`.
+
+    Samples may have weights w: G = Σ w z zᵀ / Σ w, Q and the squares of left-out samples alike. A
+    weight of 2 is the sample twice.
 
     Raises:
         ImprintError: `lam` is none of these, negative or not finite, or too small for the matrix to
-            be inverted; "holdout" where no class has two samples.
+            be inverted; "holdout" where no class has two samples; a metric with a λ that is not
+            chosen by labels.
 
     Source: Hoerl & Kennard 1970; Allen 1974 (leave-one-out); Golub, Heath & Wahba 1979
     (generalised cross-validation).
@@ -56,10 +67,25 @@ class Ridge(Generator):
     needs_gram = True
     # Proxies lie in the space that the samples span, and turn with it.
     spans = True
+    takes_weights = True
 
-    def __init__(self, lam: float | str = "loo", intercept: bool = True) -> None:
+    def __init__(
+        self,
+        lam: float | str = "loo",
+        intercept: bool = True,
+        metric: str = ACCURACY,
+        class_weight: str | None = None,
+    ) -> None:
         self.lam = checked_lam(lam)
         self.intercept = intercept
+        self.metric = checked_metric(metric)
+        self.class_weight = checked_balance(class_weight)
+        if metric != ACCURACY and lam not in BY_LABELS:
+            knows = "knows no labels of held-out samples" if lam == "gcv" else "leaves no choice"
+            raise ImprintError(
+                f"metric={metric!r} chooses λ by held-out labels, and lam={lam!r} {knows}: give "
+                "lam='loo' or 'holdout', or leave metric out"
+            )
 
     @property
     def from_moments(self) -> bool:  # type: ignore[override]
@@ -78,6 +104,7 @@ class Ridge(Generator):
         seed: int = 0,
         progress: bool = False,
         left: LeftOut | None = None,
+        weights: Tensor | None = None,
     ) -> Proxies:
         """`Moments` with a pooled Gram matrix, or embeddings and labels → C proxies, float32.
 
@@ -90,11 +117,11 @@ class Ridge(Generator):
                 [0.0000, 0.5000]])
         """
         if isinstance(x, Moments):
-            return solve(x, self.lam, self.intercept, left=left)
+            return solve(x, self.lam, self.intercept, left=left, metric=self.metric)
         if y is None:
             raise ValueError("ridge asks for the labels of embeddings")
         classes = torch.arange(num_classes, device=x.device)
-        return fit(x, y, classes, self.lam, self.intercept, seed)
+        return fit(x, y, classes, self.lam, self.intercept, seed, self.metric, weights)
 
 
 class LeftOut(NamedTuple):
@@ -105,12 +132,26 @@ class LeftOut(NamedTuple):
         y: `(n,)`, their labels in the sums.
         scored: how many of them, the first ones, are foretold; the others are their near-copies.
         copies: pairs of near-copies among the n rows.
+        weights: `(n,)`, as the sums have them; `None` for ones.
     """
 
     z: Tensor
     y: Tensor
     scored: int
     copies: Copies
+    weights: Tensor | None = None
+
+
+class Losses(NamedTuple):
+    """What left-out rows say of each λ.
+
+    Attributes:
+        squares: `(L,)`, Σ w ‖y − ŷ‖², infinite where λ is too small to be judged.
+        figures: `(L,)`, the metric of the labels.
+    """
+
+    squares: Tensor
+    figures: Tensor
 
 
 class Spectrum:
@@ -164,13 +205,18 @@ class Spectrum:
         return min(self.grid.tolist(), key=self.gcv)
 
     def leave_out(self, left: LeftOut) -> Tensor | None:
-        """Σ ‖y − ŷ‖² `(L,)` over the scored rows for each λ of the grid, ŷ by the ridge regression
-        of all samples but the row and its near-copies.
+        """The `squares` of `losses`; `None` where no row can be foretold."""
+        losses = self.losses(left)
+        return None if losses is None else losses.squares
+
+    def losses(self, left: LeftOut, metric: str = ACCURACY) -> Losses | None:
+        """Σ ‖y − ŷ‖² `(L,)` over the scored rows for each λ of the grid, and the metric of their
+        labels, ŷ by the ridge regression of all samples but the row and its near-copies.
 
         With H_GG = Z_G (NG + NλI)⁻¹ Z_Gᵀ of the left-out rows G, the residuals y − ŷ of the
         regression without them are (I − H_GG)⁻¹ times those of the regression of all; of a row
         without near-copies, (y − ŷ) / (1 − h). A class that would have no sample left cannot be
-        foretold: its row is not scored.
+        foretold: its row is not scored. Weights w multiply z, its 1 and y by √w.
 
         Returns:
             `None` where no row can be foretold.
@@ -181,23 +227,32 @@ class Spectrum:
         z, y = double(left.z).cpu(), left.y.cpu()
         if self.constant is not None:
             z = torch.cat([z, z.new_full((len(z), 1), self.constant)], 1)
+        roots = None if left.weights is None else double(left.weights).cpu().sqrt()[:, None]
+        z = z if roots is None else z * roots
         turned, lams = self.system.turn(z.T), self.grid
         hats = self.system.squares(lams, turned) / self.samples
         groups = _groups(left, self.counts)
-        losses = lams.new_zeros(len(lams))
+        losses, figures = lams.new_zeros(len(lams)), lams.new_zeros(len(lams))
+        true = torch.cat([y[group[:, 0]] for group in groups]) if groups else y[:0]
         one_hot = torch.zeros(len(y), self.projected.shape[1], dtype=torch.float64)
         one_hot[torch.arange(len(y)), y] = 1
+        one_hot = one_hot if roots is None else one_hot * roots
         for i, lam in enumerate(lams.tolist()):
             residuals = one_hot - turned.T @ self.system.solve(lam, self.projected)
+            labels = []
             for group in groups:
                 if group.shape[1] == 1:
                     missed = residuals[group[:, 0]] / (1 - hats[i, group])
                 else:
                     missed = self._missed(lam, turned, residuals, group)
                 losses[i] += missed.square().sum()
+                if metric != ACCURACY:
+                    labels.append((one_hot[group[:, 0]] - missed).argmax(1))
+            if labels:
+                figures[i] = measured_by(metric, torch.cat(labels), true)
         # Where rounding is all that is left of a residual, λ is too small to be judged.
         known = (1 - hats > 1e-9).all(1)
-        return losses.where(known, torch.inf) if groups else None
+        return Losses(losses.where(known, torch.inf), figures) if groups else None
 
     def _missed(self, lam: float, turned: Tensor, residuals: Tensor, group: Tensor) -> Tensor:
         """Residuals `(n, C)` of the first rows of `group (n, g)`, each left out with the others of
@@ -207,40 +262,70 @@ class Spectrum:
         within = torch.eye(group.shape[1], dtype=hat.dtype) - hat
         return torch.linalg.solve(within, residuals[group])[:, 0]
 
-    def best_by_leaving_out(self, left: LeftOut) -> float | None:
+    def best_by_leaving_out(self, left: LeftOut, metric: str = ACCURACY) -> float | None:
         """The λ of the grid with the least `leave_out`; `None` where no row can be foretold.
+
+        By a metric other than accuracy it is the λ with the best figure; of several, the one with
+        the least sum of squares.
 
         The sum of squares decides, not the number of errors: over four sets of embeddings, from 100
         to 1,400 samples, its λ was nearer to the best by test, as errors are few and whole.
         """
-        losses = self.leave_out(left)
-        return None if losses is None else self.grid[losses.argmin()].item()
+        losses = self.losses(left, metric)
+        if losses is None:
+            return None
+        squares, figures = losses
+        known = squares.isfinite()
+        if metric != ACCURACY and known.any():
+            figures = figures.where(known, -torch.inf)
+            squares = squares.where(figures == figures.max(), torch.inf)
+        return self.grid[squares.argmin()].item()
 
-    def best_by_holdout(self, x: Tensor, targets: Tensor, classes: Tensor) -> float:
-        """The λ of the grid with the fewest errors on held-out `x (n, d)`.
+    def best_by_holdout(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        classes: Tensor,
+        metric: str = ACCURACY,
+        weights: Tensor | None = None,
+    ) -> float:
+        """The λ of the grid with the fewest errors on held-out `x (n, d)`, or the best figure.
 
         Of several, the one with the least sum of squares.
 
-        `targets (n,)` are columns of W, `classes (P,)` the class of each column.
+        `targets (n,)` are columns of W, `classes (P,)` the class of each column. Errors and squares
+        have the `weights (n,)`; a metric other than accuracy has none.
         """
-        errors = torch.zeros(len(self.grid), dtype=torch.float64)
-        squares = torch.zeros_like(errors)
+        squares = torch.zeros(len(self.grid), dtype=torch.float64)
         solutions = [self.weights(lam) for lam in self.grid.tolist()]
-        for rows, own in zip(x.split(CHUNK), targets.split(CHUNK), strict=True):
-            rows, own, of = double(rows).cpu(), own.cpu(), classes.cpu()
+        of, true = classes.cpu(), classes.cpu()[targets.cpu()]
+        weights = torch.ones(len(x), dtype=torch.float64) if weights is None else double(weights)
+        labels: list[list[Tensor]] = [[] for _ in solutions]
+        batches = (x.split(CHUNK), targets.split(CHUNK), weights.cpu().split(CHUNK))
+        for rows, own, weight in zip(*batches, strict=True):
+            rows, own = double(rows).cpu(), own.cpu()
             if self.constant is not None:
                 rows = torch.cat([rows, rows.new_full((len(rows), 1), self.constant)], 1)
-            for i, weights in enumerate(solutions):
-                scores = rows @ weights
-                errors[i] += (of[scores.argmax(1)] != of[own]).sum().item()
+            for i, solution in enumerate(solutions):
+                scores = rows @ solution
+                labels[i].append(of[scores.argmax(1)])
                 scores[torch.arange(len(own)), own] -= 1
-                squares[i] += scores.square().sum().item()
-        tied = errors == errors.min()
+                squares[i] += (weight[:, None] * scores.square()).sum().item()
+        given = [torch.cat(of_lam) for of_lam in labels]
+        if metric == ACCURACY:
+            figures = [-weights.cpu()[found != true].sum().item() for found in given]
+        else:
+            figures = [measured_by(metric, found, true) for found in given]
+        tied = torch.tensor([figure == max(figures) for figure in figures])
         return self.grid[squares.where(tied, torch.inf).argmin()].item()
 
 
 def rows_left_out(
-    x: Tensor, y: Tensor, z: Tensor | Callable[[Tensor], Tensor], seed: int
+    x: Tensor,
+    y: Tensor,
+    z: Tensor | Callable[[Tensor], Tensor],
+    seed: int,
+    weights: Tensor | None = None,
 ) -> LeftOut:
     """Draws the rows to leave out, and finds their near-copies.
 
@@ -252,13 +337,15 @@ def rows_left_out(
         y: `(n,)`, their labels in the sums.
         z: `(n, p)`, the rows as they were added up, or what gives those at some places.
         seed: fixes the draw.
+        weights: `(n,)`, as the sums have them.
     """
     first = random_keys(keys(x), seed).argsort()[:REFERENCE].to(x.device)
     scored = first[:SCORED]
     copies = CopyFinder(x, y, first).find(scored)
     places = torch.cat([scored, copies.of(scored)])
     rows = z[places.to(z.device)] if isinstance(z, Tensor) else z(places)
-    return LeftOut(rows, y[places.to(y.device)], len(scored), copies.among(places))
+    weights = None if weights is None else weights[places.to(weights.device)]
+    return LeftOut(rows, y[places.to(y.device)], len(scored), copies.among(places), weights)
 
 
 def _groups(left: LeftOut, counts: Tensor) -> list[Tensor]:
@@ -271,8 +358,11 @@ def _groups(left: LeftOut, counts: Tensor) -> list[Tensor]:
             members[one].append(other)
     by_size: dict[int, list[list[int]]] = {}
     labels, sizes = y.tolist(), counts.tolist()
+    weights = [1.0] * len(labels) if left.weights is None else left.weights.tolist()
     for line in members:
-        if sum(labels[i] == labels[line[0]] for i in line) < sizes[labels[line[0]]]:
+        of_class = sum(weights[i] for i in line if labels[i] == labels[line[0]])
+        # Sums of weights are known to rounding.
+        if of_class < (1 - 1e-9) * sizes[labels[line[0]]]:
             by_size.setdefault(len(line), []).append(line)
     return [torch.tensor(lines) for lines in by_size.values()]
 
@@ -283,6 +373,7 @@ def solve(
     intercept: bool,
     classes: Tensor | None = None,
     left: LeftOut | None = None,
+    metric: str = ACCURACY,
 ) -> Proxies:
     """The proxies `(P, d)` and their bias, float32, from sums.
 
@@ -296,6 +387,7 @@ def solve(
         intercept: see `Ridge`.
         classes: `(P,)`, the class of each cluster; each is a class of its own by default.
         left: rows for "loo"; without them it is "gcv".
+        metric: by which "loo" chooses.
     """
     if classes is None:
         classes = torch.arange(moments.num_classes, device=moments.sums.device)
@@ -303,7 +395,9 @@ def solve(
         spectrum = Spectrum(moments, intercept)
         clusters = len(classes.unique()) < len(classes)
         alone = moments.counts.max() == 1 and not clusters and spectrum.trace > 0
-        by_rows = None if left is None or lam == "gcv" else spectrum.best_by_leaving_out(left)
+        by_rows = None
+        if left is not None and lam == "loo":
+            by_rows = spectrum.best_by_leaving_out(left, metric)
         # Copies of one sample a class are one sample a class.
         alone |= left is not None and by_rows is None and lam == "loo" and spectrum.trace > 0
         lam = ONE_EACH * spectrum.trace if alone else by_rows or spectrum.best_by_gcv()
@@ -324,16 +418,28 @@ def solve(
 
 
 def fit(
-    x: Tensor, targets: Tensor, classes: Tensor, lam: float | str, intercept: bool, seed: int
+    x: Tensor,
+    targets: Tensor,
+    classes: Tensor,
+    lam: float | str,
+    intercept: bool,
+    seed: int,
+    metric: str = ACCURACY,
+    weights: Tensor | None = None,
 ) -> Proxies:
     """As `solve`, from samples `x (N, d)`; `targets (N,)` are proxies, of the classes `(P,)`."""
     if lam != "holdout":
-        left = rows_left_out(x, targets, x, seed) if lam == "loo" else None
-        return solve(Moments.of(x, targets, len(classes)), lam, intercept, classes, left)
+        left = rows_left_out(x, targets, x, seed, weights) if lam == "loo" else None
+        moments = Moments.of(x, targets, len(classes), weights)
+        return solve(moments, lam, intercept, classes, left, metric)
     held = held_out(classes[targets], seed)
-    part = Moments.of(x[~held], targets[~held], len(classes))
-    chosen = Spectrum(part, intercept).best_by_holdout(x[held], targets[held], classes)
-    whole = part + Moments.of(x[held], targets[held], len(classes))
+    of_held = None if weights is None else weights[held]
+    of_others = None if weights is None else weights[~held]
+    part = Moments.of(x[~held], targets[~held], len(classes), of_others)
+    chosen = Spectrum(part, intercept).best_by_holdout(
+        x[held], targets[held], classes, metric, of_held
+    )
+    whole = part + Moments.of(x[held], targets[held], len(classes), of_held)
     return solve(whole, chosen, intercept, classes)
 
 

@@ -59,15 +59,22 @@ class Norm(nn.Module):
         return self
 
     def fit_sums(
-        self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, gram: str = "pooled"
+        self,
+        x: Tensor,
+        y: Tensor,
+        num_classes: int,
+        seed: int = 0,
+        gram: str = "pooled",
+        weights: Tensor | None = None,
     ) -> Moments:
         """Learn as `fit` does, and return the sums of the normalised `x`.
 
-        The normalised `x` is never kept whole: it may be many times the size of `x`.
+        The normalised `x` is never kept whole: it may be many times the size of `x`. The sums have
+        the `weights (N,)`, where there are any.
         """
         if self.learns:
             self.fit(x, y, num_classes, seed)
-        return sums_of(self, x, y, num_classes, gram)
+        return sums_of(self, x, y, num_classes, gram, weights)
 
     def fit_moments(self, moments: Moments) -> Norm:
         """Learn as `fit` does, from sums with squares: for a NORM with `from_moments`."""
@@ -166,13 +173,21 @@ class Chain(Norm):
         return self
 
     def fit_sums(
-        self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, gram: str = "pooled"
+        self,
+        x: Tensor,
+        y: Tensor,
+        num_classes: int,
+        seed: int = 0,
+        gram: str = "pooled",
+        weights: Tensor | None = None,
     ) -> Moments:
         *others, last = self.norms
         if not last.learns:
-            return super().fit_sums(x, y, num_classes, seed, gram)
+            return super().fit_sums(x, y, num_classes, seed, gram, weights)
         first = Chain(others).fit(x, y, num_classes, seed)
-        return last.fit_sums(transform(first, x), y, num_classes, seed, gram)
+        # A NORM of one's own may know nothing of weights.
+        more = {} if weights is None else {"weights": weights}
+        return last.fit_sums(transform(first, x), y, num_classes, seed, gram, **more)
 
     def features(self, dim: int, samples: int) -> int:
         for step in self.norms:
@@ -214,17 +229,25 @@ def transform(norm: nn.Module, x: Tensor) -> Tensor:
     return result
 
 
-def sums_of(norm: nn.Module, x: Tensor, y: Tensor, num_classes: int, gram: str) -> Moments:
-    """Add up `norm(x)` by chunks; `gram` is as in `Moments.zeros`.
+def sums_of(
+    norm: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    num_classes: int,
+    gram: str,
+    weights: Tensor | None = None,
+) -> Moments:
+    """Add up `norm(x)` by chunks; `gram` is as in `Moments.zeros`, `weights (N,)` as in `add`.
 
     A NORM with `from_moments` makes them of the sums of `x`, so that rows give what streams give.
     """
     if getattr(norm, "from_moments", False):
-        return cast(Norm, norm).of_moments(Moments.of(x, y, num_classes, gram=gram))
+        return cast(Norm, norm).of_moments(Moments.of(x, y, num_classes, weights, gram=gram))
     apply = getattr(norm, "of_many", norm)
     first = apply(x[:CHUNK])
     moments = Moments.zeros(num_classes, first.shape[1], gram=gram, device=first.device)
-    moments.add(first, y[:CHUNK])
+    moments.add(first, y[:CHUNK], None if weights is None else weights[:CHUNK])
     for i in range(CHUNK, len(x), CHUNK):
-        moments.add(apply(x[i : i + CHUNK]), y[i : i + CHUNK])
+        of_chunk = None if weights is None else weights[i : i + CHUNK]
+        moments.add(apply(x[i : i + CHUNK]), y[i : i + CHUNK], of_chunk)
     return moments

@@ -72,11 +72,17 @@ class Nystrom(Learned):
         return min(self.projection_dim, samples)
 
     def fit_sums(
-        self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, gram: str = "pooled"
+        self,
+        x: Tensor,
+        y: Tensor,
+        num_classes: int,
+        seed: int = 0,
+        gram: str = "pooled",
+        weights: Tensor | None = None,
     ) -> Moments:
         # One pass is enough: compute the sums without the shift, then shift them by their mean.
         self._place(x, seed)
-        moments = sums_of(self, x, y, num_classes, gram)
+        moments = sums_of(self, x, y, num_classes, gram, weights)
         self._set(x, mean=moments.global_mean)
         return moments.shifted(self.mean)
 

@@ -17,10 +17,12 @@ from imprint_pl.parts.norm.learned import Learned
 class Whiten(Learned):
     """whiten: makes the within-class covariance the identity.
 
-    z ↦ L⁻¹ (z − μ_G), with L Lᵀ = (1−s) Σ_W + s (tr Σ_W / d) I; μ_G `(d,)` is the mean of all
-    training embeddings, Σ_W `(d, d)` their within-class covariance pooled over all samples.
-    Euclidean distances after it are Mahalanobis distances before it. Computed in float64, by
-    Cholesky.
+    z ↦ L⁻¹ (z − μ), with L Lᵀ = (1−s) Σ_W + s (tr Σ_W / d) I; μ `(d,)` is the mean of the class
+    means, Σ_W `(d, d)` the within-class covariance pooled over all samples. Euclidean distances
+    after it are Mahalanobis distances before it. Computed in float64, by Cholesky.
+
+    The mean of all samples would lie beside the mean of a class that has most of them: that class
+    would come to the origin, where unit lengths, as in `whitened`, turn it into noise.
 
     Args:
         shrinkage: s, from 0 (Σ_W unchanged, which needs more samples than dimensions) to 1 (all
@@ -53,9 +55,8 @@ class Whiten(Learned):
         """Fit from sums with a pooled Gram matrix; the state goes to the device of `like`,
         or of the sums."""
         inverse = inverse_factor(*shrunk_within(moments, self.shrinkage))
-        self._set(
-            moments.sums if like is None else like, mean=moments.global_mean, matrix=inverse.T
-        )
+        centre = moments.means[moments.counts > 0].mean(0)
+        self._set(moments.sums if like is None else like, mean=centre, matrix=inverse.T)
         return self
 
     def apply_fitted(self, x: Tensor) -> Tensor:
