@@ -5,13 +5,16 @@ import json
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from trainers import quiet_trainer
 
 from imprint_pl import ImprintedClassifier, ImprintedHead, ImprintError, imprint
 from imprint_pl.cli import main
 from imprint_pl.data import Digits
 from imprint_pl.lightning.outsiders import Outsiders, auroc
-from imprint_pl.method.threshold import set_threshold
+from imprint_pl.method.threshold import Limits, set_limits, set_threshold
+from imprint_pl.training_set.store import RowStore
 
 
 @pytest.mark.parametrize("recipe", ["qi", "robust", "knn", "kernel", "ridge", "lda"])
@@ -48,6 +51,29 @@ def test_the_threshold_survives_a_state_dict_and_old_heads_have_none(blobs):
     assert head.threshold is None
 
 
+@pytest.mark.parametrize("recipe", ["qi", "ridge"])
+def test_a_recipe_that_streams_goes_on_streaming_and_gets_the_same_limits(recipe, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(400) % 4
+    x = torch.eye(4)[y] + 0.3 * torch.randn(400, 4, generator=generator)
+    model = ImprintedClassifier(nn.Identity(), recipe, accept=0.9, coverage=0.9)
+    monkeypatch.setattr(RowStore, "add", None)
+    quiet_trainer().fit(model, DataLoader(TensorDataset(x, y), 32))
+    whole = set_limits(imprint(x, y, recipe), x, y, Limits(0.9, 0.9))
+    assert model.head.coverage == 0.9
+    assert model.head.threshold == pytest.approx(whole.threshold, abs=1e-3)
+    torch.testing.assert_close(
+        model.head.familiarity(x), whole.familiarity(x), atol=1e-3, rtol=1e-3
+    )
+    torch.testing.assert_close(model.head.bounds(), whole.bounds(), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("limits", [{"accept": 0.9}, {"coverage": 0.9}])
+def test_sums_that_are_kept_refuse_both_before_the_fit(limits):
+    with pytest.raises(ImprintError, match='give keep="embeddings"'):
+        ImprintedClassifier(nn.Identity(), "qi", keep="moments", **limits)
+
+
 @pytest.mark.parametrize("accept", [0, 1.5, -1])
 def test_a_share_that_is_none_is_refused(blobs, accept):
     with pytest.raises(ImprintError, match="accept="):
@@ -63,6 +89,7 @@ def test_a_test_run_logs_how_outsiders_are_told_from_insiders():
     assert 0.5 < found["test/outsiders_auroc"] < 1
     assert found["test/accepted"] > 0.85
     assert found["test/rejected"] > 0.05
+    assert 0 < found["test/outsiders_fpr95"] < 1
     assert not model.head._forward_hooks
     before = model.head.threshold
     model.remove_class("0")
