@@ -196,12 +196,13 @@ def test_a_folder_of_photos_is_imprinted_and_single_files_are_predicted(tmp_path
 def test_a_folder_of_unequal_classes_is_fitted_by_balanced_accuracy_and_weights(tmp_path, capfd):
     photos(tmp_path / "photos", ("cat",), n=24)
     photos(tmp_path / "photos", ("cow", "dog"), n=6)
-    common = ["--data", "ImageFolder", "--data.num_workers", "0", "--model.image_size", "64"]
+    common = ["--data", "ImageFolder", "--data.root", "photos", "--data.num_workers", "0"]
+    common += ["--model.image_size", "64"]
     chosen = ["--model.metric", "balanced_accuracy", "--model.class_weight", "balanced"]
     assert main(["fit", *common, *chosen]) == 0
     output = capfd.readouterr().out
     summary = summary_of(output)
-    assert re.search(r"candidate +balanced accuracy", output)
+    assert re.search(r"candidate\W+balanced accuracy", output)
     assert {row["recipe"] for row in summary["tried"]} == {"kernel", "ridge"}
     assert all("balanced_accuracy" in row for row in summary["tried"])
     assert (summary["metric"], summary["class_weight"]) == ("balanced_accuracy", "balanced")
