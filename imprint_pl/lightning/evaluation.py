@@ -168,8 +168,8 @@ def balance_of(head: ImprintedHead) -> str:
     if settings.get("gen") == "lda" and not by_auto:
         return "prior: uniform" if settings.get("prior") == "empirical" else ""
     gen = GENERATORS.get(settings.get("gen", ""))
-    takes = by_auto or getattr(gen, "takes_weights", False)
-    if takes and "class_weight" not in settings:
+    # `ls` weighs class means alike anyway: balanced, it finds less of small classes.
+    if (by_auto or gen is Ridge) and "class_weight" not in settings:
         return "class_weight: balanced"
     metric = settings.get("metric", compared_by(head.tried))
     chooses = by_auto or (gen is Ridge and settings.get("lam") in BY_LABELS)

@@ -21,7 +21,7 @@ from imprint_pl.errors import ImprintError
 from imprint_pl.experiments.report.read import read_results
 from imprint_pl.experiments.results import COLUMNS, TIMES, Results
 from imprint_pl.experiments.sweep import checked_sweep, sweep
-from imprint_pl.method.recipes import RECIPES
+from imprint_pl.method.recipes import RECIPES, UNNAMED
 from imprint_pl.method.selection import draw_shots
 from imprint_pl.parts.norm.l2 import L2
 
@@ -56,8 +56,9 @@ def plan(path, grid, tasks=("all",), seeds=(0,), **more):
 
 def keywords_of(row):
     """A row of the results as keywords of `imprint`."""
+    unnamed = {name: row[name] for name in UNNAMED if not pd.isna(row.get(name))}
     if row["recipe"] == "auto":
-        return {"recipe": "auto"}
+        return {"recipe": "auto"} | unnamed
     names = [n for n in (*SLOTS, *PARAMETERS) if not pd.isna(row[n])]
     given = {n: row[n] for n in names}
     if "lam" in given and given["lam"] not in ("loo", "gcv", "holdout"):
@@ -67,7 +68,7 @@ def keywords_of(row):
             given[name] = int(given[name])
     if given.get("votes") != "softmax" and given["agg"] == "mnn":
         given.pop("temperature", None)
-    return {"recipe": "qi"} | given
+    return {"recipe": "qi"} | given | unnamed
 
 
 def alone(splits, row):
@@ -171,6 +172,32 @@ def test_every_recipe_and_auto_are_allowed_and_give_what_they_give_alone(digits,
         assert alone(splits, row)[0] == pytest.approx(row["accuracy"], abs=1e-9), row
     auto = table[table.recipe == "auto"].iloc[0]
     assert not pd.isna(auto.gen)
+
+
+def test_metric_and_class_weight_are_columns_where_a_row_has_them(digits, tmp_path):
+    path, splits = digits
+    grid = [
+        dict(recipe=["ridge", "auto"], metric=["accuracy", "macro_f1"]),
+        dict(recipe=["ls", "ridge"], class_weight="balanced"),
+        dict(recipe="ls"),
+    ]
+    table = sweep(plan(path, grid, ["odd"], [1]), tmp_path, progress=False)
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    found = {(row["recipe"], row["metric"], row["class_weight"]) for row in rows}
+    assert found == {
+        ("ridge", None, None),
+        ("ridge", "macro_f1", None),
+        ("ridge", None, "balanced"),
+        ("auto", None, None),
+        ("auto", "macro_f1", None),
+        ("ls", None, None),
+        ("ls", None, "balanced"),
+    }
+    for row in table.to_dict("records"):
+        assert alone(splits, row)[0] == pytest.approx(row["accuracy"], abs=1e-9), row
+    plain = sweep(plan(path, [dict(recipe="ridge")], ["odd"], [1]), tmp_path / "p", progress=False)
+    assert list(plain.columns) == list(COLUMNS)
+    assert set(plain.id) < set(table.id)
 
 
 def on_a_backbone(digits, grid, folder, **more):

@@ -74,7 +74,7 @@ class Variant:
         """The variant for embeddings of these layers; its parameters stay those of the grid."""
         keywords = {n: v for n, v in self.parameters.items() if n not in ("recipe", "weibull")}
         if isinstance(self.parts, Auto):
-            return replace(self, parts=resolve(AUTO, layer_widths=layer_widths))
+            return replace(self, parts=resolve(AUTO, **keywords, layer_widths=layer_widths))
         name = self.parameters.get("recipe") or "qi"
         return replace(self, parts=resolve(name, **keywords, layer_widths=layer_widths))
 

@@ -47,7 +47,8 @@ def first_k(c: Configuration) -> int | None:
 def generator_key(c: Configuration) -> tuple[Hashable, ...]:
     """What decides on the proxies before NORM_post, besides the task."""
     if isinstance(c.variant.parts, Auto):
-        return ("auto", c.variant.weibull, c.shots, c.seed)
+        choice = (c.variant.parts.metric, c.variant.parts.class_weight)
+        return ("auto", *choice, c.variant.weibull, c.shots, c.seed)
     keys = c.variant.keys
     return (keys["norm_pre"], keys["gen"], c.variant.weibull, c.shots, c.seed)
 

@@ -15,7 +15,7 @@ from imprint_pl.errors import ImprintError, did_you_mean
 from imprint_pl.experiments.results import USUAL
 from imprint_pl.experiments.sweep.grid import Source, Sweep, Task, Variant, names_of
 from imprint_pl.files import digest, local_path
-from imprint_pl.method.recipes import AUTO, RECIPES, Auto, Recipe, drop_unused, resolve
+from imprint_pl.method.recipes import AUTO, RECIPES, UNNAMED, Auto, Recipe, drop_unused, resolve
 from imprint_pl.method.selection import checked_bounds
 from imprint_pl.numerics.values import is_count
 from imprint_pl.parts.by_name import (
@@ -227,8 +227,14 @@ def _variants(block: dict[str, Any], place: str, several: bool = False) -> Itera
             raise ImprintError(f"{place}: {error}") from error
         chosen = {} if weibull is None else {"weibull": list(weibull)}
         if recipe == AUTO:
-            refused = refused or _refusal(recipe, given)
-            yield Variant(resolve(AUTO), {"recipe": AUTO} | chosen, shots, weibull)
+            kept = {name: value for name, value in given.items() if name in UNNAMED}
+            used |= set(kept)
+            refused = refused or (_refusal(recipe, given) if len(kept) < len(given) else "")
+            try:
+                auto = resolve(AUTO, **kept)
+            except ImprintError as error:
+                raise ImprintError(f"{place}: {error}") from error
+            yield Variant(auto, auto.parameters | chosen, shots, weibull)
             continue
         if recipe is None and not all(slot in given for slot in SLOTS):
             raise ImprintError(f"{place}: without a recipe every part needs a value")
