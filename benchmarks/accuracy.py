@@ -46,7 +46,7 @@ from imprint_pl.embedding.backbone import load_backbone
 TASKS: dict[str, tuple[int, Callable[[str], ImageDataModule]]] = {
     "TrashNet": (224, lambda root: ImageFolder(f"{root}/trashnet")),
     "CIFAR-10": (128, lambda root: CIFAR10(root, download=False)),
-    "Fashion-MNIST": (128, lambda root: FashionMNIST(root, download=False)),
+    "Fashion-MNIST": (128, lambda root: FashionMNIST(root, download=False, shots=1000)),
     "digits": (128, lambda root: Digits()),
 }
 LAST, ALL = "last layer", "all layers"
