@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from imprint_pl.data.exclude import Excluded
 from imprint_pl.data.folders import ImageFolder, split_folders
 from imprint_pl.data.splits import Splits
 from imprint_pl.errors import ImprintError, did_you_mean
@@ -40,8 +41,10 @@ class ImageNet(ImageFolder):
                 "ImageNet's archives there, the validation images sorted into folders by class"
             )
         synsets, names = _class_index(Path(self.root))
+        self._excluded = Excluded(self.exclude, self.root)
         found, train = self._read(folders["train"])
         _, val = self._read(folders["val"], found)
+        self._excluded.check_all_found()
         for name in found:
             if name not in synsets:
                 raise ImprintError(

@@ -103,7 +103,7 @@ def test_the_quickstart_reaches_its_accuracy(capfd):
     assert summary["recipe"] == "auto"
     assert summary["chosen_recipe"] in ("kernel", "ridge")
     assert [row["recipe"] for row in summary["tried"]].count("kernel") == 3
-    assert "kernel norm_pre=last+power+l2+nystrom" in output
+    assert "kernel last+power+l2+nystrom" in output
     assert "chosen" in output
     assert f"auto chose {summary['chosen_recipe']}" in output
 
@@ -182,9 +182,11 @@ def test_predict_on_a_data_set_writes_a_csv_that_agrees_with_the_accuracy(fitted
 def test_a_folder_of_photos_is_imprinted_and_single_files_are_predicted(tmp_path, capfd):
     photos(tmp_path / "photos")
     arguments = ["--config", "configs/image_folder.yaml", "--model.image_size", "64"]
+    # A dozen images do not suffice to weigh the features of all layers.
+    arguments += ["--model.layers", "last"]
     assert main(["fit", *arguments]) == 0
     summary = summary_of(capfd.readouterr().out)
-    assert summary["accuracy"] >= 0.75
+    assert summary["accuracy"] == 1
     arguments = ["--ckpt_path", summary["checkpoint"], "--output", "out/it.csv"]
     arguments += ["--images", "photos/dog/3.png", "photos/cat", "photos/*/5.png"]
     assert main(["predict", *arguments]) == 0
