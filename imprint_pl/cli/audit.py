@@ -86,7 +86,7 @@ class AuditCLI(ImprintCLI):
             raise ImprintError("audit works in one process: give --trainer.devices 1")
         images = self.datamodule
         if hasattr(images, "on_error"):
-            # A file that cannot be read is what an audit is to find.
+            # The audit goes on after a file that cannot be read, and lists it.
             images.on_error = "skip"
         device = self.trainer.strategy.root_device
         with ExitStack() as stack:

@@ -18,9 +18,9 @@ from imprint_pl.errors import ImprintError, did_you_mean
 
 MOST_LAYERS = 8
 MOST_NUMBERS = 8192
-# A model is taken apart until it has so many parts that have parts of their own.
+# A model is split into its child modules until at least so many of them have children themselves.
 FEWEST_COMPOSITES = 4
-# A part with more than this share of the modules that run is taken apart, too.
+# A child that holds more than this share of all modules is split, too.
 LARGEST_SHARE = 0.8
 VIEWS = ("none", "flip")
 # Hooks sit on modules that another thread may run at the same time.

@@ -96,7 +96,7 @@ def bootstrap(confusion: Confusion, seed: int = 0) -> Bootstrapped:
     there = sizes > 0
     balanced = (right[:, there] / sizes[there]).mean(1)
     seen = sizes + taken
-    # A class that is neither there nor predicted does not count, as in torchmetrics.
+    # As in torchmetrics, F1 leaves out a class that has no image and is never predicted.
     f1 = np.divide(2 * right, seen, out=np.full_like(right, np.nan), where=seen > 0)
     return Bootstrapped(_middle(balanced), _middle(np.nanmean(f1, axis=1)))
 

@@ -26,8 +26,8 @@ CLASSES_SHOWN, NUMBERED = 40, 20
 ERRORS_SHOWN, IN_ROW = 24, 6
 # Longest side of a thumbnail; up to the smaller one it is kept pixel by pixel.
 SIDE, SMALL = 144, 48
-# From the number of an image to its pixels `(H, W)` or `(H, W, 3)`, uint8; `None` where it cannot
-# be read.
+# A function that takes the number of an image and returns its pixels, `(H, W)` or `(H, W, 3)`,
+# uint8, or `None` where the image cannot be read.
 Thumbnails = Callable[[int], np.ndarray | None]
 
 

@@ -174,7 +174,7 @@ class ImprintedClassifier(Growing, LightningModule):
         if isinstance(backbone, Backbone):
             check_made_with(backbone, layers, views)
             layers = backbone.reader.asked
-        # As given, or `None`: then data and checkpoints may ask for others than the usual ones.
+        # `None` means that the user did not choose: wide embeddings or a checkpoint then decide.
         self._layers = layers
         self.backbone = load_backbone(
             backbone,
