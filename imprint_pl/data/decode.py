@@ -81,7 +81,7 @@ def read_image(
             longest = _longest(opened.size, max_side, least_side)
             if longest is not None:
                 ratio = longest / max(opened.size)
-                # JPEG decodes at 1/2, 1/4 or 1/8; `draft` takes the smallest that is not below this size.
+                # JPEG decodes at 1/2, 1/4 or 1/8: `draft` takes the smallest that is large enough.
                 width, height = (max(1, math.ceil(side * ratio)) for side in opened.size)
                 opened.draft(None, (width, height))
             opened.load()

@@ -35,8 +35,8 @@ ONE_LAYER: tuple[dict[str, Any], ...] = (
     dict(recipe="robust", k=1),
 )
 # Several layers that were joined have features of both signs and one scale, which the square root
-# and the unit length do not improve. The last layer alone stays a candidate, since it may be the best
-# for images like those that the backbone was trained on.
+# and the unit length do not improve. The last layer alone stays a candidate: it may be best for
+# images like those that the backbone was trained on.
 SEVERAL_LAYERS: tuple[dict[str, Any], ...] = (
     dict(recipe="kernel", norm_pre="join+nystrom"),
     dict(recipe="kernel", norm_pre="join+power+l2+nystrom"),
