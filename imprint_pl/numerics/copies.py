@@ -99,7 +99,8 @@ class CopyFinder:
         size = int(counts[counts > 0].median()) if len(counts) else 0
         self.neighbours = max(1, min(most, size // 3))
         # In proportion, so that no square is too large or too small.
-        self.scale = self.x.abs().amax().clamp_min(1e-30) if len(x) else self.x.new_ones(())
+        low, high = self.x.aminmax() if self.x.numel() else (self.x.new_ones(()),) * 2
+        self.scale = torch.maximum(-low, high).clamp_min(1e-30)
         self.short = _projected(self.x, self.x[self.reference].mean(0), self.scale)
         self.squares = self.short.square().sum(1)
         if len(self.reference) > 2:

@@ -16,9 +16,7 @@ from imprint_pl.experiments.sweep import checked_sweep, sweep
 
 TRAIN, TEST, DIM = 40_000, 5_000, 1_280
 GRID = [
-    {"recipe": ["qi", "hosoda", "janson", "ls", "lda"]},
-    # With "loo" a sweep imprints `ridge` row by row, which takes three times the embeddings.
-    {"recipe": "ridge", "lam": "gcv"},
+    {"recipe": ["qi", "hosoda", "janson", "ls", "lda", "ridge"]},
     {"recipe": "robust", "gen": ["kmeans", "fps", "random", "cov_max"], "k": [1, 5]},
 ]
 

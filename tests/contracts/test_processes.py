@@ -250,5 +250,5 @@ def test_the_command_line_fits_tests_and_predicts_on_two_processes(tmp_path):
     files = ["--images", *(f"{i}.png" for i in range(4)), "--on_error", "skip"]
     shown = command("predict", "--ckpt_path", summary["checkpoint"], *files, data=())
     assert shown[-1].startswith("3 predictions: ")
-    assert shown[-3] == "skipped 1 that cannot be read:"
-    assert "cannot read the image 1.png: image file is truncated" in shown[-2]
+    place = shown.index("skipped 1 that cannot be read:")
+    assert "cannot read the image 1.png: image file is truncated" in shown[place + 1]

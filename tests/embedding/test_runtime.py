@@ -405,6 +405,28 @@ def test_fit_and_predict_agree_and_a_checkpoint_does_not_keep_the_runtime(tmp_pa
     assert torch.equal(loaded(images).argmax(1), fitted["auto"](images).argmax(1))
 
 
+@pytest.mark.slow
+def test_two_processes_in_onnx_runtime_make_the_head_of_one_in_torch(tmp_path):
+    def fitted(asked, processes):
+        command = [sys.executable, "-m", "imprint_pl", "fit", "--data", "Digits"]
+        command += ["--data.shots", "20", "--model.recipe", "qi", "--model.backbone", NAME]
+        command += ["--model.pretrained", "false", "--model.image_size", "32", "--model.runtime"]
+        command += [asked, "--trainer.accelerator", "cpu", "--trainer.devices", str(processes)]
+        folder = tmp_path / f"{asked}-{processes}"
+        folder.mkdir()
+        done = subprocess.run(
+            command, cwd=folder, timeout=240, text=True, capture_output=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        (summary,) = (json.loads(f.read_text()) for f in folder.glob("runs/**/summary.json"))
+        head = ImprintedClassifier.load_from_checkpoint(folder / summary["checkpoint"]).head
+        return summary.get("runtime", "torch"), head.proxies
+
+    (alone, expected), (together, found) = fitted("torch", 1), fitted("onnxruntime", 2)
+    assert (alone, together) == ("torch", "onnxruntime")
+    assert agree(found, expected)
+
+
 def test_fit_says_which_runtime_was_used_where_it_was_not_torch(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     line = (

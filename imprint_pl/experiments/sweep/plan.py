@@ -28,8 +28,11 @@ def is_shared(c: Configuration) -> bool:
         # The sums that are shared have no weights.
         return False
     gen, norms = parts.gen, (*steps_of(parts.norm_pre), *steps_of(parts.norm_inf))
-    sums = getattr(gen, "from_moments", False) and not getattr(gen, "needs_rows", False)
-    shares = sums or declared(gen, "per_class") or declared(gen, "clusters")
+    shares = (
+        getattr(gen, "from_moments", False)
+        or declared(gen, "per_class")
+        or declared(gen, "clusters")
+    )
     return bool(shares) and all(declared(norm, "row_by_row") for norm in norms)
 
 

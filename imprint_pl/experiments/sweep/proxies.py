@@ -22,6 +22,7 @@ from imprint_pl.numerics.moments import Moments
 from imprint_pl.parts.by_name import declared, parameters_of
 from imprint_pl.parts.gen import Proxies
 from imprint_pl.parts.gen.kls import clusters_of
+from imprint_pl.parts.gen.ridge import LeftOut, rows_left_out
 
 Key = tuple[Hashable, ...]
 
@@ -77,7 +78,11 @@ class SharedProxies:
         if not declared(gen, "clusters"):
             sums = [self.sum_of(g, c) for g in groups]
             start = time.perf_counter()
-            proxies = gen(_together([of_group.value for of_group in sums], gram.value))
+            moments = _together([of_group.value for of_group in sums], gram.value)
+            if getattr(gen, "needs_rows", False):
+                proxies = gen(moments, left=self._left_out(groups, c))
+            else:
+                proxies = gen(moments)
         else:
             sums = [self._clustered(g, c) for g in groups]
             start = time.perf_counter()
@@ -154,12 +159,19 @@ class SharedProxies:
             self.clusters[key] = Timed(moments, seconds + time.perf_counter() - start)
         return self.clusters[key]
 
+    def _left_out(self, groups: list[Group], c: Configuration) -> LeftOut:
+        """The rows that GEN leaves out in turn, as `imprint` draws them from the task's."""
+        x, counts = self.samples.together(groups, c.shots, c.seed)
+        norm = c.variant.recipe.norm_pre
+        return rows_left_out(x, _repeated(counts), lambda rows: norm(x[rows]), c.seed or 0)
+
     # Sums
 
     def sum_of(self, group: Group, c: Configuration) -> Timed[Moments]:
         """Count and sum of a label's training rows after NORM_pre."""
+        seed = c.seed if c.shots else None
         return self.sum_after(
-            c.variant.recipe.norm_pre, c.variant.keys["norm_pre"], group, c.shots, c.seed
+            c.variant.recipe.norm_pre, c.variant.keys["norm_pre"], group, c.shots, seed
         )
 
     def sum_after(
@@ -193,7 +205,7 @@ class SharedProxies:
 
     def _task_gram(self, groups: list[Group], c: Configuration) -> Timed[Tensor]:
         norm, name = c.variant.recipe.norm_pre, c.variant.keys["norm_pre"]
-        key = name, tuple(groups), c.shots, c.seed
+        key = name, tuple(groups), c.shots, c.seed if c.shots else None
         if key not in self.task_grams:
             total, seconds = torch.zeros(()), 0.0
             if c.shots is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,20 @@ class Samples:
     def training(self, group: Group, c: Configuration) -> Tensor:
         """`(n, d)`, after NORM_pre."""
         return c.variant.recipe.norm_pre(self.x[self.rows(group, c.shots, c.seed)])
+
+    def together(
+        self, groups: list[Group], shots: int | None, seed: int | None
+    ) -> tuple[Tensor, list[int]]:
+        """The training rows of several labels before NORM_pre, one label after the other, and how
+        many each has. They are copied only where they do not lie together."""
+        parts = [self.rows(group, shots, seed) for group in groups]
+        slices = [part for part in parts if isinstance(part, slice)]
+        follows = all(one.stop == other.start for one, other in itertools.pairwise(slices))
+        if len(slices) == len(parts) and follows:
+            counts = [part.stop - part.start for part in slices]
+            return self.x[slices[0].start : slices[-1].stop], counts
+        rows = [self.x[part] for part in parts]
+        return torch.cat(rows), [len(part) for part in rows]
 
     def count(self, group: Group, shots: int | None) -> int:
         n = sum(self.slices[c].stop - self.slices[c].start for c in group)
