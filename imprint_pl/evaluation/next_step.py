@@ -11,8 +11,8 @@ The first rule that holds says the step:
 6. there are so few test images that the accuracy is hardly known: hold out more;
 7. nothing stands out.
 
-A class is weak where its recall is below the accuracy of all images beyond chance: the upper end of
-its interval is lower.
+A class is weak where its recall is below the accuracy of all images beyond chance: of equally good
+classes, the worst would rarely have as few images right (binomial test, Bonferroni's correction).
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ FEW, FEW_OF_MEDIAN = 20, 0.5
 # One class dominates the errors of another, or a pair the errors of all, from these shares and
 # this number on.
 OF_CLASS, OF_ALL, PAIR_ERRORS = 0.5, 1 / 3, 5
+# How often at most a class may be called weak that is as good as all the others.
+BY_CHANCE = 0.025
 # An accuracy is hardly known where its interval is wider.
 WIDE = 0.1
 
@@ -97,8 +99,7 @@ def next_step(measured: Measured, predictions: Predictions, balance: str = "") -
         return Step("none", "No image was measured: give validation or test images.")
     if len(measured.classes) == 1:
         return Step("none", "There is a single class, so that every image is right: add a second.")
-    weakest = measured.weakest()[0]
-    weak = weakest if _is_weak(weakest, measured) else None
+    weak = next((found for found in measured.weakest() if _is_weak(found, measured)), None)
     if weak is not None and _has_few(weak, measured):
         return Step(
             "few",
@@ -203,9 +204,13 @@ def certainty(probability: float) -> str:
 
 
 def _is_weak(found: ClassFigures, measured: Measured) -> bool:
-    if found.recall.interval is None or measured.accuracy.value is None:
+    from scipy.stats import binom
+
+    if measured.accuracy.value is None or found.recall.value is None:
         return False
-    return found.recall.interval.high < measured.accuracy.value
+    # With many classes, one has few images right by chance.
+    least = BY_CHANCE / sum(other.images > 0 for other in measured.classes)
+    return bool(binom.cdf(found.right, found.images, measured.accuracy.value) < least)
 
 
 def _has_few(found: ClassFigures, measured: Measured) -> bool:
