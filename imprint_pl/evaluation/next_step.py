@@ -11,8 +11,10 @@ The first rule that holds says the step:
 6. there are so few test images that the accuracy is hardly known: hold out more;
 7. nothing stands out.
 
-A class is weak where its recall is below the accuracy of all images beyond chance: of equally good
-classes, the worst would rarely have as few images right (binomial test, Bonferroni's correction).
+A class is weak where its recall is below the accuracy of all images beyond chance. For one with few
+training images, which is a reason in itself, the upper end of its interval has to be lower. For
+others, the worst of equally good classes would rarely have as few images right (binomial test,
+Bonferroni's correction).
 """
 
 from __future__ import annotations
@@ -153,7 +155,7 @@ def next_step(measured: Measured, predictions: Predictions, balance: str = "") -
 def suspicion(predictions: Predictions, index: int, count: int = 1) -> str:
     """Says why the label of an image is in doubt, and how many more there are."""
     names = predictions.class_names
-    more = f"; {count - 1:,} more below" if count > 1 else ""
+    more = f"; {count - 1:,} more {'is' if count == 2 else 'are'} in doubt" if count > 1 else ""
     return (
         f"{shown(predictions.name_of(index))}: labelled {shown(names[predictions.labels[index]])}, "
         f"but taken for {shown(names[predictions.predicted[index]])} with a probability of "
@@ -206,11 +208,14 @@ def certainty(probability: float) -> str:
 def _is_weak(found: ClassFigures, measured: Measured) -> bool:
     from scipy.stats import binom
 
-    if measured.accuracy.value is None or found.recall.value is None:
+    accuracy = measured.accuracy.value
+    if found.recall.interval is None or accuracy is None:
         return False
+    if _has_few(found, measured):
+        return found.recall.interval.high < accuracy
     # With many classes, one has few images right by chance.
     least = BY_CHANCE / sum(other.images > 0 for other in measured.classes)
-    return bool(binom.cdf(found.right, found.images, measured.accuracy.value) < least)
+    return bool(binom.cdf(found.right, found.images, accuracy) < least)
 
 
 def _has_few(found: ClassFigures, measured: Measured) -> bool:
