@@ -45,8 +45,8 @@ class Run:
         facts: further words for the line under the title, such as the backbone.
         figures: further figures, such as NC1, as they are shown.
         tried: what `auto` compared, as `head.tried` has it.
-        balance: a setting that another fit may have for the sake of small classes, such as
-            "class_weight: balanced"; empty where there is none.
+        balance: settings that another fit may have for the sake of small classes, such as
+            "class_weight: balanced"; empty where there are none.
     """
 
     name: str

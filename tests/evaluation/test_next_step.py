@@ -39,15 +39,22 @@ def test_a_weak_class_with_few_training_images_may_weigh_more_where_the_recipe_c
     found = case((0, 1, 16), *GOOD)
     measured = measure(found, torch.tensor([16, 200, 210, 190]))
     text = next_step(measured, found, "class_weight: balanced").text
-    assert text.startswith("Add training images of ant, or fit with class_weight: balanced: it has")
+    assert text.startswith("Add training images of ant: it has 16, and a recall of 0.0 % (")
+    assert text.endswith("Until there are more, fit with class_weight: balanced.")
+    # A setting does next to nothing for a class that is not that small.
+    measured = measure(found, torch.tensor([40, 200, 210, 190]))
+    step = next_step(measured, found, "class_weight: balanced")
+    assert step.rule == "few"
+    assert "balanced" not in step.text
 
 
 @pytest.mark.parametrize(
     ("keywords", "setting"),
     [
-        (dict(recipe="auto"), "class_weight: balanced"),
+        (dict(recipe="auto"), "class_weight: balanced and metric: balanced_accuracy"),
         (dict(recipe="ls"), ""),
-        (dict(recipe="ridge"), "class_weight: balanced"),
+        (dict(recipe="ridge"), "class_weight: balanced and metric: balanced_accuracy"),
+        (dict(recipe="ridge", metric="macro_f1"), "class_weight: balanced"),
         (dict(recipe="auto", class_weight="balanced"), "metric: balanced_accuracy"),
         (dict(recipe="ridge", class_weight="balanced"), "metric: balanced_accuracy"),
         (dict(recipe="ridge", class_weight="balanced", lam=0.1), ""),
@@ -62,9 +69,8 @@ def test_the_setting_for_small_classes_is_one_that_the_recipe_takes(keywords, se
     y = torch.arange(60) % 3
     head = imprint(torch.randn(60, 4, generator=generator) + y[:, None], y, **keywords)
     assert balance_of(head) == setting
-    if setting:
-        name, value = setting.split(": ")
-        imprint(torch.randn(60, 4), y, **keywords | {name: value})
+    settings = dict(part.split(": ") for part in setting.split(" and ") if part)
+    imprint(torch.randn(60, 4), y, **keywords | settings)
 
 
 def test_a_weak_class_with_as_many_as_the_others_is_another_case():
