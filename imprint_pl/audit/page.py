@@ -117,8 +117,8 @@ def summary(found: Audit) -> list[str]:
         sentences.append(
             f"{_count(len(contradictions), 'pair')} of identical images "
             f"{'has' if len(contradictions) == 1 else 'have'} different labels, such as "
-            f"{shown(names[first.a])} ({found.label(first.a)}) and "
-            f"{shown(names[first.b])} ({found.label(first.b)})."
+            f"{shown(names[first.a])} ({_label(found, first.a)}) and "
+            f"{shown(names[first.b])} ({_label(found, first.b)})."
         )
     if found.unreadable:
         one = len(found.unreadable) == 1
@@ -129,11 +129,12 @@ def summary(found: Audit) -> list[str]:
         sure = [i for i in order.tolist() if scores.doubted[i] and scores.given[i] < SURELY_WRONG]
         if sure:
             i = sure[0]
-            likely = found.class_names[int(scores.likely[i])]
+            likely = shown(found.class_names[int(scores.likely[i])])
             sentences.append(
                 f"{_count(len(sure), 'label')} of {len(order):,} "
                 f"{'is' if len(sure) == 1 else 'are'} very likely wrong, first "
-                f"{shown(found.samples.names[i])}: labelled {found.label(i)}, looks like {likely}."
+                f"{shown(found.samples.names[i])}: labelled {_label(found, i)}, looks like "
+                f"{likely}."
             )
         else:
             sentences.append(f"No label of {len(order):,} is very likely wrong.")
@@ -160,6 +161,11 @@ def summary(found: Audit) -> list[str]:
     return sentences
 
 
+def _label(found: Audit, sample: int) -> str:
+    """The name of a sample's class, for people."""
+    return shown(found.label(sample))
+
+
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
@@ -181,7 +187,7 @@ def _what(found: Audit, pair: Pair) -> str:
 
 
 def _doubt(found: Audit, scores: LabelScores, sample: int, picture: Picture) -> Doubt:
-    likely = found.class_names[int(scores.likely[sample])]
+    likely = shown(found.class_names[int(scores.likely[sample])])
     given, probability = float(scores.given[sample]), float(scores.probability[sample])
     return Doubt(picture, _percent(given), likely, _percent(probability))
 
@@ -197,7 +203,7 @@ def _picture(found: Audit, sample: int) -> Picture:
     except (ImprintError, OSError):
         pass  # The file has gone since the audit began: its name still says which it was.
     name = shown(samples.names[sample])
-    return Picture(source, small, name, samples.split[sample], found.label(sample))
+    return Picture(source, small, name, samples.split[sample], _label(found, sample))
 
 
 def _pillow(image: Tensor) -> Image.Image:
@@ -249,7 +255,7 @@ def _labels(found: Audit, doubted: list[int]) -> PageTable:
         [
             Cell(shown(samples.names[i])),
             Cell(samples.split[i]),
-            Cell(shown(found.label(i))),
+            Cell(_label(found, i)),
             cell(float(scores.given[i]), f"{100 * scores.given[i]:.1f}"),
             Cell(shown(found.class_names[int(scores.likely[i])])),
             cell(float(scores.probability[i]), f"{100 * scores.probability[i]:.1f}"),
@@ -266,9 +272,9 @@ def _pairs(found: Audit) -> PageTable:
     rows = [
         [
             Cell(shown(samples.names[pair.a])),
-            Cell(f"{samples.split[pair.a]}, {found.label(pair.a)}"),
+            Cell(f"{samples.split[pair.a]}, {_label(found, pair.a)}"),
             Cell(shown(samples.names[pair.b])),
-            Cell(f"{samples.split[pair.b]}, {found.label(pair.b)}"),
+            Cell(f"{samples.split[pair.b]}, {_label(found, pair.b)}"),
             cell(pair.cosine, "identical" if pair.kind == "identical" else f"{pair.cosine:.3f}"),
         ]
         for pair in found.pairs
@@ -284,7 +290,7 @@ def _issues(found: Audit) -> PageTable:
     rows += [
         [
             Cell(shown(samples.names[issue.sample])),
-            Cell(f"{samples.split[issue.sample]}, {found.label(issue.sample)}"),
+            Cell(f"{samples.split[issue.sample]}, {_label(found, issue.sample)}"),
             Cell(issue.reason),
         ]
         for issue in found.issues

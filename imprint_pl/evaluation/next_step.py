@@ -2,8 +2,8 @@
 
 The first rule that holds says the step:
 
-1. a weak class has few training images: add some, or have classes weigh alike, where the recipe
-   can;
+1. a weak class has few training images: add some, and where it has very few, have classes weigh
+   alike until then, if the recipe can;
 2. most of a weak class's errors go to one other class: compare the two;
 3. a class is weak otherwise: add images like those that were missed;
 4. images are perhaps labelled wrong: look at their labels;
@@ -11,8 +11,10 @@ The first rule that holds says the step:
 6. there are so few test images that the accuracy is hardly known: hold out more;
 7. nothing stands out.
 
-A class is weak where its recall is below the accuracy of all images beyond chance: the upper end of
-its interval is lower.
+A class is weak where its recall is below the accuracy of all images beyond chance. For one with few
+training images, which is a reason in itself, the upper end of its interval has to be lower. For
+others, the worst of equally good classes would rarely have as few images right (binomial test,
+Bonferroni's correction).
 """
 
 from __future__ import annotations
@@ -33,9 +35,14 @@ SURE, UNLIKELY = 0.95, 0.02
 RECOGNISED = 0.5
 # A class has few training images with fewer than these, or than this part of the median class.
 FEW, FEW_OF_MEDIAN = 20, 0.5
+# Below this part of the median class, weights help it as well; above, they hardly do, or cost other
+# classes more (tried on subsets of TrashNet).
+RARE_OF_MEDIAN = 0.1
 # One class dominates the errors of another, or a pair the errors of all, from these shares and
 # this number on.
 OF_CLASS, OF_ALL, PAIR_ERRORS = 0.5, 1 / 3, 5
+# How often at most a class may be called weak that is as good as all the others.
+BY_CHANCE = 0.025
 # An accuracy is hardly known where its interval is wider.
 WIDE = 0.1
 
@@ -90,20 +97,21 @@ def next_step(measured: Measured, predictions: Predictions, balance: str = "") -
 
     Args:
         measured, predictions: of a loader.
-        balance: a setting for the sake of small classes, such as "class_weight: balanced", where
-            the fit can have one and had none.
+        balance: settings for the sake of small classes, such as "class_weight: balanced", where
+            the fit can have some that it had not.
     """
     if not measured.images:
         return Step("none", "No image was measured: give validation or test images.")
     if len(measured.classes) == 1:
         return Step("none", "There is a single class, so that every image is right: add a second.")
-    weakest = measured.weakest()[0]
-    weak = weakest if _is_weak(weakest, measured) else None
-    if weak is not None and _has_few(weak, measured):
+    weak = next((found for found in measured.weakest() if _is_weak(found, measured)), None)
+    if weak is not None and weak.trained is not None and _has_few(weak, measured):
+        helps = balance and weak.trained < RARE_OF_MEDIAN * _median_trained(measured)
+        until = f" Until there are more, fit with {balance}." if helps else ""
         return Step(
             "few",
-            f"Add training images of {name_of(weak)}{f', or fit with {balance}' * bool(balance)}: "
-            f"it has {weak.trained:,}, and a recall of {recall_of(weak)}.",
+            f"Add training images of {name_of(weak)}: it has {weak.trained:,}, and a recall of "
+            f"{recall_of(weak)}.{until}",
         )
     names = [name_of(found) for found in measured.classes]
     if weak is not None and weak.mistaken_for is not None:
@@ -152,7 +160,7 @@ def next_step(measured: Measured, predictions: Predictions, balance: str = "") -
 def suspicion(predictions: Predictions, index: int, count: int = 1) -> str:
     """Says why the label of an image is in doubt, and how many more there are."""
     names = predictions.class_names
-    more = f"; {count - 1:,} more below" if count > 1 else ""
+    more = f"; {count - 1:,} more {'is' if count == 2 else 'are'} in doubt" if count > 1 else ""
     return (
         f"{shown(predictions.name_of(index))}: labelled {shown(names[predictions.labels[index]])}, "
         f"but taken for {shown(names[predictions.predicted[index]])} with a probability of "
@@ -203,17 +211,27 @@ def certainty(probability: float) -> str:
 
 
 def _is_weak(found: ClassFigures, measured: Measured) -> bool:
-    if found.recall.interval is None or measured.accuracy.value is None:
+    from scipy.stats import binom
+
+    accuracy = measured.accuracy.value
+    if found.recall.interval is None or accuracy is None:
         return False
-    return found.recall.interval.high < measured.accuracy.value
+    if _has_few(found, measured):
+        return found.recall.interval.high < accuracy
+    # With many classes, one has few images right by chance.
+    least = BY_CHANCE / sum(other.images > 0 for other in measured.classes)
+    return bool(binom.cdf(found.right, found.images, accuracy) < least)
 
 
 def _has_few(found: ClassFigures, measured: Measured) -> bool:
-    trained = sorted(other.trained for other in measured.classes if other.trained is not None)
-    if found.trained is None or not trained:
+    if found.trained is None:
         return False
-    median = trained[len(trained) // 2]
+    median = _median_trained(measured)
     # Where every class has as few, it is not the number that makes this one weak.
-    return found.trained < FEW_OF_MEDIAN * median or (
-        found.trained < FEW and found.trained < median
-    )
+    return found.trained < FEW_OF_MEDIAN * median or found.trained < min(FEW, median)
+
+
+def _median_trained(measured: Measured) -> int:
+    """How many training images the class in the middle has; 0 where nobody knows."""
+    trained = sorted(found.trained for found in measured.classes if found.trained is not None)
+    return trained[len(trained) // 2] if trained else 0

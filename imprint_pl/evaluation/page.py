@@ -45,8 +45,8 @@ class Run:
         facts: further words for the line under the title, such as the backbone.
         figures: further figures, such as NC1, as they are shown.
         tried: what `auto` compared, as `head.tried` has it.
-        balance: a setting that another fit may have for the sake of small classes, such as
-            "class_weight: balanced"; empty where there is none.
+        balance: settings that another fit may have for the sake of small classes, such as
+            "class_weight: balanced"; empty where there are none.
     """
 
     name: str
@@ -241,17 +241,28 @@ def _tried(tried: list[dict[str, Any]]) -> PageTable:
     for row in tried:
         measured = {"recipe", "difference", "standard_error", "chosen", *METRICS}
         keywords = [f"{name}={value}" for name, value in row.items() if name not in measured]
-        figure = row[metric]
+        figure, better = row[metric], row.get("difference")
+        error = row.get("standard_error") or 0.0
         rows.append(
             [
                 Cell(" ".join([str(row["recipe"]), *keywords])),
                 cell(figure, "too few images" if figure is None else f"{100 * figure:.2f} %"),
+                cell(
+                    better,
+                    f"{100 * better:+.2f} ± {100 * error:.2f}"
+                    if rows and better is not None
+                    else "",
+                ),
                 Cell("chosen" if row["chosen"] else ""),
             ]
         )
     shown_metric = metric.replace("_", " ")
-    columns = [Column("candidate", False), Column(shown_metric, True), Column("", False)]
-    note = "On held-out training embeddings."
+    columns = [Column("candidate", False), Column(shown_metric, True)]
+    columns += [Column("points more than the first", True), Column("", False)]
+    note = (
+        "On held-out training embeddings. Another candidate than the first is chosen where it is "
+        "better by more than two standard errors, the number after ±."
+    )
     return PageTable("tried", "What auto tried", note, columns, rows, filtered=False)
 
 

@@ -54,6 +54,7 @@ COLUMNS: dict[str, str] = {
     "num_train": WHOLE,
     "num_test": WHOLE,
     "accuracy": NUMBER,
+    "balanced_accuracy": NUMBER,
     "macro_f1": NUMBER,
     "nc1": NUMBER,
     "vci": NUMBER,
@@ -61,6 +62,8 @@ COLUMNS: dict[str, str] = {
     "inference_seconds": NUMBER,
     "id": TEXT,
 }
+# Columns that files of earlier versions do not have.
+LATER = ("balanced_accuracy",)
 TIMES = ("gen_seconds", "inference_seconds")
 
 
@@ -142,7 +145,8 @@ class Results:
             records = table.astype(object).where(table.notna(), None).to_dict("records")
             rows = cast("list[dict[str, Any]]", records)
             # A column that is absent is a KeyError; those of further keywords stay.
-            return [row | {name: row[name] for name in COLUMNS} for row in rows]
+            older = dict.fromkeys(LATER)
+            return [older | row | {n: row[n] for n in COLUMNS if n not in LATER} for row in rows]
         except (ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise ImprintError(

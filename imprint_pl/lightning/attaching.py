@@ -82,9 +82,9 @@ def attach(
     configure(module, layer)
     head = ImprintedHead()
     if data is not None:
-        x, y = gather_embeddings(module, layer, data, unpack)
+        x, y, names = gather_embeddings(module, layer, data, unpack)
         settings = class_settings(data) | ({"num_classes": num_classes} if num_classes else {})
-        head.take(imprint(x, y, recipe, **(settings | overrides)))
+        head.take(imprint(x, y, recipe, **(settings | overrides)).name_classes(names))
     put_head(module, layer, head)
     return head
 

@@ -21,6 +21,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from imprint_pl.data.batch import split_batch
 from imprint_pl.data.batch_hooks import datamodule_of, in_training, transfer_of
+from imprint_pl.data.facts import names_of_dataset
 from imprint_pl.data.lightning_packages import averaging_callbacks, both, callbacks_of, overrides
 from imprint_pl.data.loaders import loader_at, sampler_length
 from imprint_pl.errors import ImprintError, did_you_mean
@@ -264,7 +265,8 @@ class ImprintCallback(Callback):
             at_rest(pl_module, self.layer),
             trainer.precision_plugin.forward_context(),
         ):
-            loader = in_data_order(self._loader(trainer), trainer.world_size, trainer.global_rank)
+            given = self._loader(trainer)
+            loader = in_data_order(given, trainer.world_size, trainer.global_rank)
             store = RowStore(sampler_length(loader))
             embed_batches(
                 store,
@@ -276,9 +278,11 @@ class ImprintCallback(Callback):
                 self._limit(trainer, loader, settings["num_classes"]),
             )
 
+        names = names_of_dataset(getattr(given, "dataset", None))
+
         def make(x: Tensor, y: Tensor) -> ImprintedHead:
             x, y = on_gpu(x, y, trainer.strategy.root_device)
-            head = imprint(x, y, self.recipe, **settings)
+            head = imprint(x, y, self.recipe, **settings).name_classes(names)
             if self.when == "fit_start" and not _is_trainable(head, x[:2]):
                 raise ImprintError(
                     f"the head of recipe {self.recipe!r} ({len(head.proxies)} proxies, "

@@ -122,8 +122,8 @@ class ImprintEpoch:
 
     def __init__(self, trainer: Trainer, parts: Recipe | Auto, options: EpochOptions) -> None:
         self.trainer, self.options = trainer, options
-        self.facts = DataFacts(datamodule_of(trainer))
         loader, self._keys = the_loader(trainer.train_dataloader)
+        self.facts = DataFacts(datamodule_of(trainer), loader)
         # Cut short on purpose, it may miss classes. A limit of 1 is one batch, 1.0 all of them.
         limit = trainer.limit_train_batches
         self.shortened = is_fast_dev_run(trainer) or limit != 1.0 or isinstance(limit, int)
@@ -244,6 +244,7 @@ class ImprintEpoch:
     ) -> Imprinted:
         """Makes the head of sums, where they are."""
         head = sums.imprint(self.facts.class_names, classifier, self.shortened)
+        head.name_classes(self.facts.names_of_dataset)
         return Imprinted(head, sums.nc1(), len(sums))
 
     def _imprint_rows(
@@ -267,6 +268,7 @@ class ImprintEpoch:
             allow_empty=self.shortened,
             values_checked=True,
         )
+        head.name_classes(self.facts.names_of_dataset)
         set_limits(head, x, y, options.limits, classifier)
         state = None
         if options.keep is not None:

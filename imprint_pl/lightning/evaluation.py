@@ -161,19 +161,20 @@ def _run(
 
 
 def balance_of(head: ImprintedHead) -> str:
-    """The setting with which another fit would do more for small classes, as YAML has it; empty
+    """The settings with which another fit would do more for small classes, as YAML has them; empty
     where the recipe has none that is not in use."""
     settings = head.settings
     by_auto = settings.get("chosen_by") == AUTO
     if settings.get("gen") == "lda" and not by_auto:
         return "prior: uniform" if settings.get("prior") == "empirical" else ""
-    gen = GENERATORS.get(settings.get("gen", ""))
-    # `ls` weighs class means alike anyway: balanced, it finds less of small classes.
-    if (by_auto or gen is Ridge) and "class_weight" not in settings:
-        return "class_weight: balanced"
+    is_ridge = GENERATORS.get(settings.get("gen", "")) is Ridge
     metric = settings.get("metric", compared_by(head.tried))
-    chooses = by_auto or (gen is Ridge and settings.get("lam") in BY_LABELS)
-    return "metric: balanced_accuracy" if chooses and metric == ACCURACY else ""
+    chooses = by_auto or (is_ridge and settings.get("lam") in BY_LABELS)
+    # Together they find more of small classes than either alone. `ls` weighs class means alike
+    # anyway: balanced, it finds less.
+    found = ["class_weight: balanced"] * (by_auto or is_ridge) * ("class_weight" not in settings)
+    found += ["metric: balanced_accuracy"] * chooses * (metric == ACCURACY)
+    return " and ".join(found)
 
 
 def _trained(trainer: Trainer, head: ImprintedHead) -> Tensor | None:

@@ -122,7 +122,7 @@ def extend(
         given = unlabelled(samples) if isinstance(samples, Tensor) else samples
         x = torch.empty(0, 0)
         if given is samples or len(samples):
-            x, _ = gather_embeddings(module, layer, given, unlabelled, hooks)
+            x = gather_embeddings(module, layer, given, unlabelled, hooks).x
         if not len(x):
             raise ImprintError(f"class {name!r} has no sample: add some, or leave it out")
         parts.append(x)
@@ -131,7 +131,7 @@ def extend(
     if old_data is None:
         new: nn.Module = _with_rows(old, *_new_rows(old, x, y))
     else:
-        old_x, old_y = gather_embeddings(module, layer, old_data, unpack)
+        old_x, old_y, _ = gather_embeddings(module, layer, old_data, unpack)
         if len(old_y) and int(old_y.max()) >= size:
             raise ImprintError(
                 f"label {int(old_y.max())} in old_data: layer {layer!r} has the classes "

@@ -8,7 +8,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
@@ -27,6 +27,7 @@ from torch.utils.data import (
 )
 
 from imprint_pl.data.batch_hooks import batch_hooks, in_training
+from imprint_pl.data.facts import names_of_dataset
 from imprint_pl.data.lightning_packages import both, callbacks_of, overrides
 from imprint_pl.embedding.batches import Unpack, run_batches
 from imprint_pl.errors import ImprintError, did_you_mean
@@ -117,10 +118,24 @@ def configure(module: nn.Module, layer: str) -> None:
     layer_of(module, layer)
 
 
+class Gathered(NamedTuple):
+    """What goes into a layer, in data order.
+
+    Attributes:
+        x: `(N, d)` on the CPU.
+        y: `(N,)`, the labels.
+        names: of the classes, where the data set has them.
+    """
+
+    x: Tensor
+    y: Tensor
+    names: list[str] | None
+
+
 def gather_embeddings(
     module: nn.Module, layer: str, data: Any, unpack: Unpack | None = None, hooks: Any = None
-) -> tuple[Tensor, Tensor]:
-    """What goes into a layer, `(N, d)` on the CPU, and the labels `(N,)`, in data order.
+) -> Gathered:
+    """Passes data through a module and gathers what goes into a layer.
 
     Batches go through the batch hooks of `hooks`, a DataModule (`data` by default), or else of the
     module.
@@ -157,7 +172,7 @@ def gather_embeddings(
             "attach and extend gather the embeddings of all processes in the first one: call them "
             "before the Trainer starts others, or use ImprintCallback"
         )
-    return gathered
+    return Gathered(*gathered, names_of_dataset(getattr(loader, "dataset", None)))
 
 
 def embed_batches(

@@ -19,6 +19,7 @@ from imprint_pl.method.familiarity import Familiarity
 from imprint_pl.method.pretrained import Pretrained
 from imprint_pl.method.sets import PredictionSets, checked_coverage
 from imprint_pl.numerics.constants import Constants
+from imprint_pl.numerics.measures import compared_by
 from imprint_pl.numerics.values import MAX_CLASSES, is_number, to_json_value
 from imprint_pl.parts.agg.max import Max
 from imprint_pl.parts.by_name import build, describe, steps_of
@@ -204,7 +205,7 @@ class ImprintedHead(Constants, Pretrained):
         return scores + 0 * embeddings.float().square().sum(-1, keepdim=True).to(scores.dtype)
 
     def tried_table(self) -> pd.DataFrame:
-        """`tried` as a table, best first; it needs pandas.
+        """`tried` as a table, best first by the metric that `auto` compared by; it needs pandas.
 
         Raises:
             ImprintError: pandas is not installed.
@@ -212,7 +213,15 @@ class ImprintedHead(Constants, Pretrained):
         with needs("sweep", "head.tried_table()", "or read the rows of head.tried"):
             import pandas as pd
         table = pd.DataFrame(self.tried)
-        return table.sort_values("accuracy", ascending=False) if len(table) else table
+        by = compared_by(self.tried)
+        return table.sort_values(by, ascending=False) if len(table) else table
+
+    def name_classes(self, names: list[str] | None) -> ImprintedHead:
+        """Gives its classes names, where they have none and there is a name for each; returns
+        itself."""
+        if not self.class_names and names and len(names) == self.num_classes:
+            self.class_names = list(names)
+        return self
 
     def extra_repr(self) -> str:
         """What `print(head)` says first: recipe, classes and proxies."""

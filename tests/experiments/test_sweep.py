@@ -398,8 +398,8 @@ def test_collapse_is_that_of_the_l2_normalised_training_set(digits, tmp_path):
         assert rows.vci.tolist() == pytest.approx([vci(L2()(x), y)] * 2, rel=1e-6)
 
 
-def test_macro_f1_and_counts_are_torchmetrics_and_the_task_s(digits, tmp_path):
-    from torchmetrics.functional.classification import multiclass_f1_score
+def test_the_metrics_and_counts_are_torchmetrics_and_the_task_s(digits, tmp_path):
+    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
     path, splits = digits
     row = sweep(plan(path, [dict(recipe="qi")], ["odd"]), tmp_path, progress=False).iloc[0]
@@ -407,6 +407,8 @@ def test_macro_f1_and_counts_are_torchmetrics_and_the_task_s(digits, tmp_path):
     (x, y), (x_test, y_test) = task.arrays("train"), task.arrays("test")
     scores = imprint(x, y, "qi")(x_test)
     assert row.macro_f1 == pytest.approx(multiclass_f1_score(scores, y_test, 5).item(), abs=1e-6)
+    balanced = multiclass_accuracy(scores, y_test, 5).item()
+    assert row.balanced_accuracy == pytest.approx(balanced, abs=1e-6)
     assert (row.num_classes, row.num_train, row.num_test) == (5, len(y), len(y_test))
     assert pd.isna(row.seed)  # nothing is random
     assert pd.isna(row.k)

@@ -8,13 +8,23 @@ import pytest
 import timm
 import torch
 import torchvision
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from projects import Plain, digits
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+from trainers import quiet_trainer
 
-from imprint_pl import ImprintedHead, ImprintError, attach, detach, extend, imprint
+from imprint_pl import (
+    ImprintCallback,
+    ImprintedClassifier,
+    ImprintedHead,
+    ImprintError,
+    attach,
+    detach,
+    extend,
+    imprint,
+)
 from imprint_pl.lightning.extending import ExtendedLayer
 
 POINTS = torch.tensor([[3.0, 4.0], [4.0, 3.0], [-3.0, 4.0], [-4.0, 3.0], [0.0, -2.0], [0.1, -2.0]])
@@ -54,6 +64,106 @@ def test_the_head_is_that_of_imprint_on_what_went_into_the_layer(data):
     torch.testing.assert_close(head.proxies, expected.proxies)
     torch.testing.assert_close(module(POINTS), expected(POINTS))
     assert head.name_of(1) == ("left" if isinstance(data, PointsData) else "1")
+
+
+class Named(TensorDataset):
+    """A data set with names, as those of torchvision have them."""
+
+    def __init__(self, classes, **more):
+        super().__init__(POINTS, LABELS)
+        self.classes = classes
+        self.__dict__ |= more
+
+
+NAMED = ["right", "left", "down"]
+
+
+def named_by_attach(loader):
+    return attach(net(), "1", data=loader, recipe="qi")
+
+
+def named_by_a_datamodule(loader):
+    class Data(LightningDataModule):
+        def train_dataloader(self):
+            return loader
+
+    return attach(net(), "1", data=Data(), recipe="qi")
+
+
+def named_by_the_classifier(loader):
+    model = ImprintedClassifier(None, "qi")
+    quiet_trainer().fit(model, loader)
+    return model.head
+
+
+def named_by_sums(loader):
+    model = ImprintedClassifier(None, "ls")
+    quiet_trainer().fit(model, loader)
+    return model.head
+
+
+def named_by_the_callback(loader):
+    class Project(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, batch_idx):
+            return None
+
+        def configure_optimizers(self):
+            return None
+
+    callback = ImprintCallback("net.1", "qi", num_classes=3)
+    quiet_trainer(callbacks=[callback]).fit(Project(), loader)
+    return callback.head
+
+
+@pytest.mark.parametrize(
+    "fitted",
+    [
+        named_by_attach,
+        named_by_a_datamodule,
+        named_by_the_classifier,
+        named_by_sums,
+        named_by_the_callback,
+    ],
+)
+def test_the_names_in_a_data_set_are_those_of_the_head(fitted):
+    assert fitted(DataLoader(Named(NAMED), 4)).class_names == NAMED
+    # A subset has the labels of the whole.
+    part = torch.utils.data.Subset(Named(NAMED), [0, 2, 4])
+    assert fitted(DataLoader(part, 4)).class_names == NAMED
+
+
+@pytest.mark.parametrize(
+    ("dataset", "names"),
+    [
+        (Named(("right", "left", "down")), NAMED),
+        # ImageNet of torchvision has synonyms.
+        (Named([("cock", "rooster"), ("hen",), ("cat",)]), ["cock, rooster", "hen", "cat"]),
+        # Names of classes without a sample: nobody knows whether label 2 is the third of them.
+        (Named(["right", "left", "up", "down"]), []),
+        (Named(NAMED, target_transform=lambda label: 2 - label), []),
+        (Named([0, 1, 2]), []),
+        (Named("abc"), []),
+        (Named([]), []),
+        (TensorDataset(POINTS, LABELS), []),
+    ],
+)
+def test_names_in_a_data_set_that_do_not_fit_are_left(dataset, names):
+    assert named_by_attach(DataLoader(dataset, 4)).class_names == names
+
+
+def test_the_names_of_a_datamodule_come_before_those_of_its_data_set():
+    class Data(PointsData):
+        def setup(self, stage):
+            self.data = Named(["a", "b", "c"])
+
+    assert attach(net(), "1", data=Data(), recipe="qi").class_names == NAMED
 
 
 def test_detach_gives_the_first_layer_back_bitwise_after_any_number_of_attaches():

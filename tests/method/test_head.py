@@ -216,3 +216,13 @@ def test_what_auto_tried_is_a_table_best_first():
     assert (table["accuracy"].dropna().diff().dropna() <= 0).all()
     assert int(table["chosen"].sum()) == 1
     assert not len(imprint(torch.eye(3), torch.arange(3), "qi").tried_table())
+
+
+def test_the_table_of_what_auto_tried_is_sorted_by_the_metric_it_compared_by():
+    pytest.importorskip("pandas")
+    head = imprint(torch.eye(3), torch.arange(3), "qi")
+    head.tried = [
+        dict(recipe="kernel", accuracy=0.9, balanced_accuracy=0.5, chosen=False),
+        dict(recipe="ridge", accuracy=0.8, balanced_accuracy=0.7, chosen=True),
+    ]
+    assert head.tried_table()["recipe"].tolist() == ["ridge", "kernel"]

@@ -31,6 +31,7 @@ NUMBERS = (
     "seed",
     "num_classes",
     "accuracy",
+    "balanced_accuracy",
     "macro_f1",
     "nc1",
     "vci",
@@ -64,9 +65,9 @@ def find_results(path: str | Path) -> Path:
 def read_results(path: str | Path) -> pd.DataFrame:
     """Returns the rows of a results file, with the columns `method` and `group` added.
 
-    Layers and views, where a row has them, become a part of the backbone's name. Accuracy and macro
-    F1 are fractions. A missing column is added empty. Rows without an accuracy
-    are left out.
+    Layers and views, where a row has them, become a part of the backbone's name. Accuracy,
+    balanced accuracy and macro F1 are fractions. A missing column is added empty. Rows without an
+    accuracy are left out.
 
     Raises:
         ImprintError: there is no file, it cannot be read, a needed column is missing, an accuracy

@@ -193,6 +193,7 @@ def runs(rows: pd.DataFrame) -> pd.DataFrame:
         {
             "runs": grouped.size(),
             "accuracy %": 100 * grouped["accuracy"].mean(),
+            "balanced %": 100 * grouped["balanced_accuracy"].mean(),
             "macro F1 %": 100 * grouped["macro_f1"].mean(),
             "NC1": grouped["nc1"].mean(),
             "GEN s": grouped["gen_seconds"].median(),

@@ -149,9 +149,15 @@ class Work:
 
 
 def _measured(labels: Tensor, y: Tensor, num_classes: int) -> dict[str, float]:
-    """Accuracy and macro F1, fractions; a class that is neither there nor predicted counts not."""
+    """Accuracy, balanced accuracy (over the classes with samples) and macro F1, fractions; a class
+    that is neither there nor predicted does not count."""
     confusion = torch.bincount(y * num_classes + labels, minlength=num_classes**2)
     confusion = confusion.reshape(num_classes, num_classes).double()
-    right, sizes = confusion.diagonal(), confusion.sum(0) + confusion.sum(1)
+    right, there = confusion.diagonal(), confusion.sum(1)
+    sizes = confusion.sum(0) + there
     f1 = (2 * right / sizes)[sizes > 0]
-    return {"accuracy": (right.sum() / len(y)).item(), "macro_f1": f1.mean().item()}
+    return {
+        "accuracy": (right.sum() / len(y)).item(),
+        "balanced_accuracy": (right / there)[there > 0].mean().item(),
+        "macro_f1": f1.mean().item(),
+    }
