@@ -21,7 +21,7 @@ from imprint_pl.numerics.moments import Moments
 from imprint_pl.parts.by_name import steps_of
 from imprint_pl.parts.gen import Proxies
 from imprint_pl.parts.gen.base import BALANCED
-from imprint_pl.parts.gen.ridge import LeftOut, rows_left_out
+from imprint_pl.parts.gen.choice_of_lam import LeftOut, rows_left_out
 from imprint_pl.parts.norm.base import Norm, sums_of, transform
 from imprint_pl.parts.norm.layers import JoinLayers
 from imprint_pl.parts.norm.quantile import Quantile
