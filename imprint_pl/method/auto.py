@@ -59,7 +59,7 @@ NEIGHBOURS = 2**25
 # Features for each sample that a candidate is imprinted on, from which on `lda` is not tried: the
 # inverse of its covariance would take longer than all other candidates together.
 FEATURES_OF_LDA = 2
-# Candidates are imprinted on a third of the samples, at most 2,000, and `kernel` has 1,000 landmarks
+# Candidates are imprinted on a third of the samples, at most 2,000. `kernel` has 1,000 landmarks
 # there: enough to rank them, in a fraction of the time that the winner takes on all samples. With
 # fewer landmarks `ridge` would look better than it is beside the whole kernel.
 SHARE = 3
