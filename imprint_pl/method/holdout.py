@@ -222,14 +222,17 @@ def _out_of_sums(
 ) -> Fold:
     """Scores samples by a head of the sums of all less those of the samples and the `hidden`."""
     out = torch.cat([rows, hidden])
-    z = transform(sums.norm_pre, x[out])
+    if sums.rows is None or sums.basis is not None:
+        z = transform(sums.norm_pre, x[out])
+    else:
+        z = sums.rows[out]
     C, gram = request.num_classes, gram_of(parts.gen)
     of_out = None if weights is None else weights[out]
-    if sums.coordinates is None and learns_from_sums(sums.norm_pre):
+    if sums.rows is None and learns_from_sums(sums.norm_pre):
         # The sums of all came about in this way, so that nothing but rounding is left of these.
         held = sums_of(sums.norm_pre, x[out], y[out], C, gram, of_out)
     else:
-        own = z if sums.coordinates is None else sums.coordinates[out.to(sums.coordinates.device)]
+        own = z if sums.rows is None else sums.rows[out.to(sums.rows.device)]
         held = Moments.of(own, y[out].to(own.device), C, of_out, gram=gram)
     z = z[: len(rows)]
     others = sums.moments - held

@@ -17,11 +17,11 @@ from imprint_pl.errors import ImprintError
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.recipes import Recipe
 from imprint_pl.numerics.factorisations import double
-from imprint_pl.numerics.moments import Moments
+from imprint_pl.numerics.moments import CHUNK, Moments
 from imprint_pl.parts.by_name import steps_of
 from imprint_pl.parts.gen import Proxies
 from imprint_pl.parts.gen.base import BALANCED
-from imprint_pl.parts.gen.ridge import LeftOut, rows_left_out
+from imprint_pl.parts.gen.choice_of_lam import LeftOut, rows_left_out
 from imprint_pl.parts.norm.base import Norm, sums_of, transform
 from imprint_pl.parts.norm.layers import JoinLayers
 from imprint_pl.parts.norm.quantile import Quantile
@@ -104,6 +104,30 @@ def make_head(
     return Made(_filled(head, proxies, parts, request), None)
 
 
+class Basis(NamedTuple):
+    """An orthonormal basis of the space that N samples span, `(d, N)`, as the N reflections that
+    LAPACK makes of them: the matrix itself would take as long again.
+
+    Attributes:
+        reflections, scale: `(d, N)` and `(N,)`, as `torch.geqrf` gives them.
+    """
+
+    reflections: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, z: Tensor) -> tuple[Basis, Tensor]:
+        """The basis of samples `z (N, d)`, N < d, and their coordinates `(N, N)`, float64."""
+        basis = cls(*torch.geqrf(double(z).T))
+        return basis, basis.reflections[: len(z)].triu().T
+
+    def turn_back(self, coordinates: Tensor) -> Tensor:
+        """Coordinates `(P, N)` → `(P, d)`, float64."""
+        padded = self.reflections.new_zeros(len(self.reflections), len(coordinates))
+        padded[: coordinates.shape[1]] = coordinates.T
+        return torch.ormqr(self.reflections, self.scale, padded).T
+
+
 @dataclass(frozen=True)
 class Sums:
     """Training embeddings as sums of NORM_pre(x): of them a head is made, and heads without some
@@ -115,7 +139,8 @@ class Sums:
     Attributes:
         norm_pre, norm_inf: fitted.
         moments: the sums, of C classes.
-        coordinates, basis: `(N, N)` and `(N, p)`, whose product is NORM_pre(x); or `None`.
+        rows: `(N, q)`, the samples as they were added up, where these are few.
+        basis: the space of such coordinates; `None` where the sums are those of NORM_pre(x).
         device: where proxies go that a basis gives.
         left: some rows of the sums, where GEN needs them.
     """
@@ -123,8 +148,8 @@ class Sums:
     norm_pre: nn.Module
     norm_inf: nn.Module
     moments: Moments
-    coordinates: Tensor | None = None
-    basis: Tensor | None = None
+    rows: Tensor | None = None
+    basis: Basis | None = None
     device: torch.device | None = None
     left: LeftOut | None = None
 
@@ -148,6 +173,12 @@ class Sums:
         if few_for(gen, norm_pre, x):
             norm_pre.fit(x, labels, len(present), request.seed)
             return cls.of(norm_pre, norm_inf, gen, x, y, request.num_classes, weights)
+        if len(x) <= CHUNK and not learns_from_sums(norm_pre):
+            # One chunk is whole in memory in any case. Kept, it need not be computed again for the
+            # rows that are left out or held out.
+            z = norm_pre.fit_transform(x, labels, len(present), request.seed)
+            moments = Moments.of(z, y, request.num_classes, weights, gram=gram_of(gen))
+            return cls(norm_pre, norm_inf, moments, z)
         more = {} if weights is None else {"weights": weights}
         moments = norm_pre.fit_sums(x, labels, len(present), request.seed, gram_of(gen), **more)
         return cls(norm_pre, norm_inf, moments.relabelled(present, request.num_classes))
@@ -180,11 +211,10 @@ class Sums:
         if not few_for(gen, norm_pre, x):
             moments = sums_of(norm_pre, x, y, num_classes, gram_of(gen), weights)
             return cls(norm_pre, norm_inf, moments)
-        basis, triangle = torch.linalg.qr(double(transform(norm_pre, x)).T)
-        coordinates = triangle.T
+        basis, coordinates = Basis.of(transform(norm_pre, x))
         y = y.to(coordinates.device)
         moments = Moments.of(coordinates, y, num_classes, weights, gram=gram_of(gen))
-        return cls(norm_pre, norm_inf, moments, coordinates, basis.T, x.device)
+        return cls(norm_pre, norm_inf, moments, coordinates, basis, x.device)
 
     def with_rows(
         self, gen: Any, x: Tensor, y: Tensor, seed: int, weights: Tensor | None = None
@@ -200,8 +230,8 @@ class Sums:
         """
         if not getattr(gen, "needs_rows", False):
             return self
-        if self.coordinates is not None:
-            return replace(self, left=rows_left_out(x, y, self.coordinates, seed, weights))
+        if self.rows is not None:
+            return replace(self, left=rows_left_out(x, y, self.rows, seed, weights))
         left = rows_left_out(x, y, lambda rows: transform(self.norm_pre, x[rows]), seed, weights)
         return replace(self, left=left)
 
@@ -226,7 +256,7 @@ class Sums:
             raise ImprintError("the held-out samples are all there are")
         proxies = self.generated(moments, parts.gen)
         if self.basis is not None:
-            weights = (double(proxies.weights) @ self.basis).float()
+            weights = self.basis.turn_back(proxies.weights).float()
             proxies = proxies._replace(
                 weights=weights.to(self.device),
                 bias=proxies.bias.to(self.device),

@@ -294,6 +294,19 @@ class Moments:
         return scatter / (weights * counts).sum()
 
 
+def gram_of_rows(x: Tensor) -> Tensor:
+    """x xᵀ `(n, n)` of rows `x (n, d)`, in little more than half of the time of a product of two.
+
+    >>> gram_of_rows(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+    tensor([[5., 2.],
+            [2., 1.]])
+    """
+    gram = x.new_zeros(len(x), len(x))
+    _add_upper(gram, x.T, x.T)
+    _mirror(gram)
+    return gram
+
+
 def _add_upper(gram: Tensor, x: Tensor, z: Tensor) -> None:
     """Adds xᵀz `(d, d)`, a symmetric matrix, to `gram`: its upper triangle, by whole blocks."""
     for start in range(0, len(gram), COLUMNS):

@@ -182,8 +182,6 @@ def test_predict_on_a_data_set_writes_a_csv_that_agrees_with_the_accuracy(fitted
 def test_a_folder_of_photos_is_imprinted_and_single_files_are_predicted(tmp_path, capfd):
     photos(tmp_path / "photos")
     arguments = ["--config", "configs/image_folder.yaml", "--model.image_size", "64"]
-    # A dozen images do not suffice to weigh the features of all layers.
-    arguments += ["--model.layers", "last"]
     assert main(["fit", *arguments]) == 0
     summary = summary_of(capfd.readouterr().out)
     assert summary["accuracy"] == 1

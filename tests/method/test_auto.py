@@ -113,6 +113,51 @@ def test_thousands_of_samples_with_rare_classes_are_compared_on_all_classes():
     assert imprint(x, y)(x[-5:]).argmax(1).tolist() == [1, 1, 2, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("samples", "trained", "labelled"),
+    [(600, 480, 600), (748, 598, 748), (900, 300, 600), (3000, 1000, 2000), (7000, 2000, 3000)],
+)
+def test_a_third_is_imprinted_and_of_few_samples_all_are_labelled_in_turn(
+    samples, trained, labelled
+):
+    y = torch.arange(samples) % 3
+    rows, held = auto._comparison(y, seed=0)
+    assert abs(len(rows) - len(held[0]) - trained) <= 3  # folds are whole samples of each class
+    assert sum(map(len, held)) == labelled
+    assert len(torch.cat(held).unique()) == labelled
+
+
+def layers(n, seed):
+    """Three classes: 200 early features that say nothing, of which some hardly vary, and 20 late
+    ones that tell the classes apart."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 3
+    early = torch.randn(n, 200, generator=generator) ** 5
+    late = (torch.randn(n, 20, generator=generator) + 3 * torch.eye(3, 20)[y]).relu()
+    return torch.cat([early, late], 1), y
+
+
+def test_a_dozen_samples_of_several_layers_are_known_by_the_last_one():
+    right = []
+    for seed in range(5):
+        x, y = layers(12, seed)
+        new_x, new_y = layers(300, 100 + seed)
+        head = imprint(x, y, layer_widths=[200, 20])
+        assert head.tried[0]["norm_pre"] == "last+power+l2+nystrom"
+        right.append((head(new_x).argmax(1) == new_y).double().mean().item())
+    assert sum(right) / len(right) > 0.85
+
+
+@pytest.mark.parametrize(
+    ("samples", "first"),
+    [(20, "last+power+l2+nystrom"), (21, "join+power+l2+nystrom"), (501, "join+nystrom")],
+)
+def test_what_comes_first_of_several_layers_depends_on_the_number_of_samples(samples, first):
+    candidates = auto._candidates(30, samples, [10, 20], samples)
+    assert candidates[0] == dict(recipe="kernel", norm_pre=first)
+    assert sorted(map(str, candidates)) == sorted(map(str, auto.SEVERAL_LAYERS))
+
+
 def test_keywords_of_parts_are_refused():
     with pytest.raises(ImprintError, match="k=5 is not used by recipe='auto'.*robust"):
         imprint(torch.eye(3), torch.arange(3), k=5)

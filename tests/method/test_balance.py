@@ -12,7 +12,8 @@ from imprint_pl.method.selection import draw_shots, weibull_typical
 from imprint_pl.numerics.copies import Copies
 from imprint_pl.numerics.measures import METRICS, difference, measured_by
 from imprint_pl.numerics.moments import Moments
-from imprint_pl.parts.gen.ridge import LeftOut, Ridge, Spectrum
+from imprint_pl.parts.gen.choice_of_lam import LeftOut, Spectrum
+from imprint_pl.parts.gen.ridge import Ridge
 from imprint_pl.training_set.kept import State
 
 WEIGHED = ["ls", "ridge", "kernel", "ranpac"]

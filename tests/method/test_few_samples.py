@@ -7,8 +7,10 @@ import torch
 from sklearn.datasets import load_digits
 
 from imprint_pl import imprint
-from imprint_pl.method.pipeline import Request, Sums
+from imprint_pl.method import pipeline
+from imprint_pl.method.pipeline import Basis, Request, Sums
 from imprint_pl.method.recipes import resolve
+from imprint_pl.parts.norm.base import transform
 
 X, Y = load_digits(return_X_y=True)
 TEST = slice(1200, None)
@@ -96,3 +98,40 @@ def test_fewer_samples_than_features_give_what_the_gram_matrix_of_all_features_g
     expected = Sums(norm_pre, empty.norm_inf, moments).head(parts, Request(3))
     torch.testing.assert_close(head.scores(x), expected.scores(x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(head.proxies, expected.proxies, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("samples", [1, 7, 40])
+def test_the_basis_of_samples_gives_them_back_from_their_coordinates(samples):
+    z = torch.randn(samples, 50, generator=torch.Generator().manual_seed(0))
+    basis, coordinates = Basis.of(z)
+    assert coordinates.shape == (samples, samples)
+    torch.testing.assert_close(basis.turn_back(coordinates), z.double())
+    # Directions of the basis are orthonormal: lengths and angles stay.
+    torch.testing.assert_close(coordinates @ coordinates.T, z.double() @ z.double().T)
+
+
+@pytest.mark.parametrize(
+    "norm_pre", ["none", "l2", "centre", "nystrom", "power+l2+nystrom", "centre+l2", "whiten"]
+)
+def test_fit_transform_gives_what_fitting_and_then_normalising_gives(norm_pre):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(90) % 3
+    x = torch.randn(90, 5, generator=generator) + 2 * torch.eye(3, 5)[y]
+    parts = resolve("ridge", norm_pre=norm_pre)
+    one, other = parts.fresh()[0], parts.fresh()[0]
+    torch.testing.assert_close(
+        one.fit_transform(x, y, 3), transform(other.fit(x, y, 3), x), rtol=1e-5, atol=1e-6
+    )
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(one.state_dict()[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_a_small_set_and_one_that_is_added_up_by_chunks_give_the_same_head(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(90) % 3
+    x = torch.randn(90, 5, generator=generator) + 2 * torch.eye(3, 5)[y]
+    once = imprint(x, y, "kernel")
+    monkeypatch.setattr(pipeline, "CHUNK", 10)
+    chunks = imprint(x, y, "kernel")
+    assert chunks.settings["chosen_lam"] == once.settings["chosen_lam"]
+    torch.testing.assert_close(chunks(x), once(x), rtol=1e-3, atol=1e-3)

@@ -13,7 +13,8 @@ from imprint_pl.method.pipeline import Request
 from imprint_pl.method.recipes import resolve
 from imprint_pl.numerics.copies import Copies
 from imprint_pl.numerics.moments import Moments
-from imprint_pl.parts.gen.ridge import LeftOut, Ridge, Spectrum
+from imprint_pl.parts.gen.choice_of_lam import LeftOut, Spectrum
+from imprint_pl.parts.gen.ridge import Ridge
 from imprint_pl.training_set.sums import TrainingSums
 
 PART = Path(__file__).parents[1] / "data" / "fashion_mnist_part.npz"

@@ -12,7 +12,7 @@ from imprint_pl.method.recipes import resolve
 from imprint_pl.method.selection import draw_shots
 from imprint_pl.numerics.moments import Moments
 from imprint_pl.parts.gen import LDA, KRidge, Ridge
-from imprint_pl.parts.gen.ridge import Spectrum, held_out
+from imprint_pl.parts.gen.choice_of_lam import Spectrum, held_out
 
 CLOSED = ["whitened", "ridge", "lda", "ranpac", "kernel"]
 

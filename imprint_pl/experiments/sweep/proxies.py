@@ -21,8 +21,8 @@ from imprint_pl.numerics.kmeans import kmeans_classes
 from imprint_pl.numerics.moments import Moments
 from imprint_pl.parts.by_name import declared, parameters_of
 from imprint_pl.parts.gen import Proxies
+from imprint_pl.parts.gen.choice_of_lam import LeftOut, rows_left_out
 from imprint_pl.parts.gen.kls import clusters_of
-from imprint_pl.parts.gen.ridge import LeftOut, rows_left_out
 
 Key = tuple[Hashable, ...]
 

@@ -57,7 +57,7 @@ class Generator:
         from_moments: it is called with `Moments`, instead of embeddings and labels.
         needs_gram: these `Moments` need a Gram matrix.
         needs_rows: with these `Moments` it is given some of their rows, as `left`; see
-            `imprint_pl.parts.gen.ridge.LeftOut`.
+            `imprint_pl.parts.gen.choice_of_lam.LeftOut`.
         takes_weights: its samples may have weights: those of `Moments`, or, where it takes
             embeddings, a further argument `weights (N,)`.
         spans: its proxies lie in the space that the samples span, and turn with it.

@@ -76,6 +76,12 @@ class Norm(nn.Module):
             self.fit(x, y, num_classes, seed)
         return sums_of(self, x, y, num_classes, gram, weights)
 
+    def fit_transform(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Tensor:
+        """Learn as `fit` does, and return the normalised `x`, with the rounding of `of_many`."""
+        if self.learns:
+            self.fit(x, y, num_classes, seed)
+        return transform(self, x)
+
     def fit_moments(self, moments: Moments) -> Norm:
         """Learn as `fit` does, from sums with squares: for a NORM with `from_moments`."""
         raise NotImplementedError
@@ -188,6 +194,13 @@ class Chain(Norm):
         # A NORM of one's own may know nothing of weights.
         more = {} if weights is None else {"weights": weights}
         return last.fit_sums(transform(first, x), y, num_classes, seed, gram, **more)
+
+    def fit_transform(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Tensor:
+        *others, last = self.norms
+        if not last.learns:
+            return super().fit_transform(x, y, num_classes, seed)
+        first = Chain(others).fit(x, y, num_classes, seed)
+        return last.fit_transform(transform(first, x), y, num_classes, seed)
 
     def features(self, dim: int, samples: int) -> int:
         for step in self.norms:

@@ -10,9 +10,9 @@ from imprint_pl.numerics.factorisations import (
     double,
     inverse_factor,
 )
-from imprint_pl.numerics.moments import Moments
+from imprint_pl.numerics.moments import Moments, gram_of_rows
 from imprint_pl.numerics.values import is_number
-from imprint_pl.parts.norm.base import sums_of
+from imprint_pl.parts.norm.base import sums_of, transform
 from imprint_pl.parts.norm.learned import Learned, check_projection_dim
 
 # Added to the diagonal of the landmarks' kernel, which is 1 there. Inference is in float32: along
@@ -86,6 +86,12 @@ class Nystrom(Learned):
         self._set(x, mean=moments.global_mean)
         return moments.shifted(self.mean)
 
+    def fit_transform(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Tensor:
+        self._place(x, seed)
+        z = transform(self, x)
+        self._set(x, mean=double(z).mean(0))
+        return z - self.mean
+
     def _place(self, x: Tensor, seed: int) -> None:
         """Draw the landmarks and set all constants; the mean is 0."""
         generator = torch.Generator().manual_seed(seed)
@@ -93,7 +99,8 @@ class Nystrom(Learned):
         landmarks = double(x[drawn.sort().values.to(x.device)])
         shift = landmarks.mean(0)
         landmarks = landmarks - shift
-        squared = _squared_distances(landmarks, landmarks)
+        squares = landmarks.square().sum(1)
+        squared = (squares[:, None] + squares - 2 * gram_of_rows(landmarks)).clamp_min_(0)
         squared.fill_diagonal_(0)
         apart = squared[squared > 1e-12 * squared.max()]
         # If all landmarks are equal, the kernel is 1 everywhere for any width.
