@@ -13,6 +13,7 @@ from imprint_pl.errors import ImprintError
 from imprint_pl.numerics.copies import REFERENCE, Copies, CopyFinder
 from imprint_pl.numerics.draws import place_in_class, random_keys, sample
 from imprint_pl.numerics.factorisations import Tridiagonal, cholesky, double
+from imprint_pl.numerics.large import taken
 from imprint_pl.numerics.measures import ACCURACY, checked_metric, measured_by
 from imprint_pl.numerics.moments import CHUNK, Moments
 from imprint_pl.numerics.order import keys
@@ -435,11 +436,12 @@ def fit(
     held = held_out(classes[targets], seed)
     of_held = None if weights is None else weights[held]
     of_others = None if weights is None else weights[~held]
-    part = Moments.of(x[~held], targets[~held], len(classes), of_others)
+    part = Moments.of(taken(x, ~held), targets[~held], len(classes), of_others)
+    left_out = taken(x, held)
     chosen = Spectrum(part, intercept).best_by_holdout(
-        x[held], targets[held], classes, metric, of_held
+        left_out, targets[held], classes, metric, of_held
     )
-    whole = part + Moments.of(x[held], targets[held], len(classes), of_held)
+    whole = part + Moments.of(left_out, targets[held], len(classes), of_held)
     return solve(whole, chosen, intercept, classes)
 
 
