@@ -175,7 +175,7 @@ def imprint_parts(
         )
     too_many = x.device.type == "cpu" and not fits(x.nbytes)
     if too_many and getattr(recipe.gen, "every_sample", False):
-        check_in_memory(*x.shape, f"gen={recipe.gen.name!r} makes each of them a proxy")
+        check_in_memory(len(x), x.shape[1], f"gen={recipe.gen.name!r} makes each of them a proxy")
     weights = row_weights(y, recipe.gen, weights)
     head, sums = make_head(x, y, recipe, request, weights)
     if calibrate:

@@ -294,7 +294,7 @@ def _new_file(size: int, expected: int = 0) -> BinaryIO:
             file.truncate(size)
     except OSError as error:
         raise _full(error) from error
-    return file  # type: ignore[return-value]
+    return file
 
 
 def _mapped(file: BinaryIO, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
