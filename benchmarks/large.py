@@ -55,7 +55,7 @@ def anonymous():
     return int(status.split("RssAnon:")[1].split()[0]) / 1024
 
 
-def measure(path, samples, recipe, in_memory, budget):
+def measure(path, samples, recipe, in_memory, budget, **options):
     """Imprints the first samples of a file and prints what that took."""
     from imprint_pl import imprint
 
@@ -75,7 +75,7 @@ def measure(path, samples, recipe, in_memory, budget):
     watcher = threading.Thread(target=watch)
     watcher.start()
     wall, processor = time.perf_counter(), time.process_time()
-    head = imprint(x, y, recipe, memory_budget=budget)
+    head = imprint(x, y, recipe, memory_budget=budget, **options)
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
     done.set()
     watcher.join()
@@ -97,6 +97,7 @@ def main():
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--recipes", nargs="+", default=["kernel", "auto", "robust"])
     parser.add_argument("--budget", type=float, help="GiB; half of what is free by default")
+    parser.add_argument("--projection_dim", type=int, help="landmarks of kernel; 2,000 by default")
     parser.add_argument("--in_memory", action="store_true")
     parser.add_argument("--total", type=int, help="samples in the file; the most by default")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -105,7 +106,9 @@ def main():
     path = arguments.folder / f"{total}x{arguments.dim}-{arguments.dtype}.npy"
     if arguments.child:
         (samples,), (recipe,) = arguments.samples, arguments.recipes
-        measure(path, samples, recipe, arguments.in_memory, arguments.budget)
+        landmarks = arguments.projection_dim
+        options = {} if landmarks is None else {"projection_dim": landmarks}
+        measure(path, samples, recipe, arguments.in_memory, arguments.budget, **options)
         return
     write(path, total, arguments.dim, arguments.dtype)
     for recipe in arguments.recipes:
@@ -114,6 +117,8 @@ def main():
             command += ["--samples", str(samples), "--recipes", recipe, "--total", str(total)]
             command += ["--dim", str(arguments.dim), "--dtype", arguments.dtype]
             command += ["--in_memory"] * arguments.in_memory
+            if arguments.projection_dim:
+                command += ["--projection_dim", str(arguments.projection_dim)]
             if arguments.budget:
                 command += ["--budget", str(arguments.budget)]
             subprocess.run(command, check=True)

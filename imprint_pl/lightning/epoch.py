@@ -27,7 +27,7 @@ from imprint_pl.method.imprinting import imprint_parts
 from imprint_pl.method.recipes import Auto, Recipe
 from imprint_pl.method.selection import weibull_typical
 from imprint_pl.method.threshold import Limits, set_limits
-from imprint_pl.numerics.large import check_budget, within_budget
+from imprint_pl.numerics.large import check_budget, taken, within_budget
 from imprint_pl.parts.norm.base import transform
 from imprint_pl.parts.norm.layers import last_columns
 from imprint_pl.ranks import on_rank_zero
@@ -273,7 +273,7 @@ class ImprintEpoch:
         whole = x, y = on_gpu(*rows, device)
         if options.weibull is not None:
             typical = weibull_typical(x, y, *options.weibull)
-            x, y = x[typical], y[typical]
+            x, y = taken(x, typical), y[typical]
         head = imprint_parts(
             x,
             y,

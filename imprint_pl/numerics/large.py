@@ -187,6 +187,13 @@ def floats(x: Tensor) -> Tensor:
     return result
 
 
+def joined(parts: list[Tensor]) -> Tensor:
+    """`torch.cat(parts)`, in a file where it does not fit."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts, out=rows_like(parts[0], sum(map(len, parts))))
+
+
 def groups_that_fit(sizes: Sequence[int], row_bytes: int) -> list[range]:
     """Neighbouring classes of so many rows each, in groups whose rows fit into memory.
 

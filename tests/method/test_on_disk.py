@@ -10,6 +10,7 @@ from imprint_pl import ImprintedClassifier, ImprintError, ImprintEstimator, impr
 from imprint_pl.data.arrays import ArrayDataset
 from imprint_pl.data.embeddings import EmbeddingDataModule
 from imprint_pl.data.splits import Splits
+from imprint_pl.embedding.row_cache import RowCache
 from imprint_pl.numerics import large
 from imprint_pl.training_set.store import RowStore
 
@@ -218,3 +219,14 @@ def test_a_data_module_reads_mapped_arrays(tmp_path, files, classes):
     model, _ = fit(module(*mapped), recipe="ridge")
     the_same(model.head, expected.head, x[:100])
     assert files == []
+
+
+def test_the_embedding_cache_reads_into_a_file_what_does_not_fit(tmp_path, files):
+    x, _ = points()
+    cache = RowCache(tmp_path, {"backbone": "none"})
+    with cache.lock(print):
+        cache.write(torch.arange(4000), x)
+    with large.within_budget(BUDGET):
+        found = cache.read(torch.arange(1, 4000))
+    assert torch.equal(found.rows, x[1:])
+    assert files == [found.rows.nbytes]

@@ -56,6 +56,13 @@ def test_other_floats_are_converted_block_by_block(files, dtype):
     assert files == [4 * x.numel()]
 
 
+def test_joined_parts_are_one_tensor(files):
+    with large.within_budget(TINY):
+        assert torch.equal(large.joined([X[:3], X[3:3], X[3:]]), X)
+        assert large.joined([X]) is X
+    assert files == [X.nbytes]
+
+
 def test_appended_rows_come_back_as_one_tensor():
     file = large.RowFile()
     for rows in (X[:7], X[7:7], X[7:].t().contiguous().t()):
