@@ -41,6 +41,7 @@ from imprint_pl.method.recipes import (
 )
 from imprint_pl.method.threshold import Limits, set_limits
 from imprint_pl.numerics.labels import check_composition, find_label, plain_labels, some, with_label
+from imprint_pl.numerics.large import as_tensor, within_budget
 from imprint_pl.numerics.values import check_values, checked_seed
 from imprint_pl.parts.by_name import import_parts
 from imprint_pl.parts.norm.base import transform
@@ -50,8 +51,12 @@ from imprint_pl.training_set.sums import TrainingSums
 
 DEFAULT_RECIPE = "auto"
 
-# torch can only share memory that may be written to.
-AS_TENSOR = {"dtype": np.float32, "order": "C", "force_writeable": True}
+AS_TENSOR: dict[str, Any] = {"dtype": np.float32, "order": "C"}
+# A mapped file stays one: `imprint` checks its values, and takes it to float32 block by block.
+AS_IT_IS: dict[str, Any] = {
+    "dtype": [np.float32, np.float16, np.float64],
+    "ensure_all_finite": False,
+}
 
 
 class ImprintEstimator(ClassifierMixin, BaseEstimator):
@@ -82,6 +87,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             `familiarity` and `accepts`; not with `keep="moments"`.
         coverage: probability that a prediction set holds the truth, such as 0.95; see
             `predict_set`; not with `keep="moments"`.
+        memory_budget: GiB of memory for `fit`; see `imprint`.
         seed: an integer that fixes every random choice; what `random_state` is elsewhere, but never
             the global generator.
         device: where to compute, such as "cuda"; the CPU by default. A pickle holds CPU tensors,
@@ -135,6 +141,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         keep: str | None = None,
         accept: float | None = None,
         coverage: float | None = None,
+        memory_budget: float | None = None,
         seed: int = 0,
         device: str | torch.device | None = None,
         **own: Any,
@@ -164,6 +171,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         self.keep = keep
         self.accept = accept
         self.coverage = coverage
+        self.memory_budget = memory_budget
         self.seed = seed
         self.device = device
         if own:
@@ -209,8 +217,9 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             keywords["sample_weight"] = torch.from_numpy(
                 _check_sample_weight(sample_weight, X, dtype=np.float64, copy=True)
             )
-        self._head = imprint(x, labels, class_names=names, seed=seed, **keywords)
-        set_limits(self._head, x, labels, limits)
+        with within_budget(self.memory_budget):
+            self._head = imprint(x, labels, class_names=names, seed=seed, **keywords)
+            set_limits(self._head, x, labels, limits)
         self._kept, self.classes_, self._state = None, classes, None
         if self.keep is not None:
             self._state = State.of(
@@ -272,7 +281,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         return state
 
     def _rows(self, X: Any) -> Tensor:
-        return torch.from_numpy(validate_data(self, X, reset=False, **AS_TENSOR))
+        return as_tensor(validate_data(self, X, reset=False, **AS_TENSOR))
 
     def _become(self, state: State, classes: np.ndarray | None = None) -> ImprintEstimator:
         head = state.head()
@@ -369,8 +378,9 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """Labels `(n,)`."""
-        best = self._logits(X).argmax(1).numpy()
-        return self.classes_[best]
+        # The scores of many rows in many classes would take more than the rows.
+        best = self._of_rows(X, lambda x: transform(lambda z: self.head_(z).argmax(1), x))
+        return self.classes_[best.numpy()]
 
     def familiarity(self, X: Any) -> np.ndarray:
         """How familiar rows are, `(n,)`: about 0 for rows like those of the training set, and the
@@ -417,12 +427,13 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             return function(x).cpu()
 
     def _checked(self, X: Any, y: Any, reset: bool) -> tuple[Tensor, np.ndarray]:
-        X, y = validate_data(self, X, plain_labels(y), reset=reset, **AS_TENSOR)
+        how = AS_IT_IS if isinstance(X, np.memmap) else AS_TENSOR
+        X, y = validate_data(self, X, plain_labels(y), reset=reset, **how)
         check_classification_targets(y)
         return self._tensor(X), y
 
     def _tensor(self, X: np.ndarray) -> Tensor:
-        return torch.from_numpy(X).to(self.device or "cpu")
+        return as_tensor(X).to(self.device or "cpu")
 
     def _seed(self) -> int:
         return checked_seed(self.seed)
@@ -430,7 +441,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
     def _keywords(self) -> dict[str, Any]:
         """What was given of the recipe and its parts; NumPy's scalars, of a grid, as Python's."""
         given = self.get_params(deep=False)
-        for name in ("seed", "device", "keep", "accept", "coverage"):
+        for name in ("seed", "device", "keep", "accept", "coverage", "memory_budget"):
             del given[name]
         import_parts(given)
         return {

@@ -150,10 +150,10 @@ def travelling_device() -> torch.device:
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
-def gather_rows(rows: Tensor) -> Tensor | None:
+def gather_rows(rows: Tensor, empty: Callable[..., Tensor] = torch.empty) -> Tensor | None:
     """Row j of rank r becomes row j · ranks + r on rank 0; `None` on the others.
 
-    Ranks may hold different numbers of rows.
+    Ranks may hold different numbers of rows. `empty` makes the tensor for all of them.
     """
     if ranks() == 1:
         return rows
@@ -161,21 +161,25 @@ def gather_rows(rows: Tensor) -> Tensor | None:
     of_ranks = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(ranks())]
     dist.all_gather(of_ranks, torch.tensor([len(rows)], device=device))
     counts = torch.cat(of_ranks).cpu()
-    parts: list[Tensor] = []
+    result, done = None, 0
+    if rank == 0:
+        result = empty(int(counts.sum()), *rows.shape[1:], dtype=rows.dtype)
     for start in range(0, int(counts.max()), CHUNK):
         size = min(CHUNK, int(counts.max()) - start)
         piece = rows.new_zeros(size, *rows.shape[1:])
         own = rows[start : start + size]
         piece[: len(own)] = own
         piece = piece.to(device)
-        if rank > 0:
+        if result is None:
             dist.gather(piece)
             continue
         pieces = [torch.empty_like(piece) for _ in range(ranks())]
         dist.gather(piece, pieces)
         held = torch.arange(start, start + size)[:, None] < counts
-        parts.append(torch.stack(pieces, 1).cpu()[held])
-    return concatenate(parts) if rank == 0 else None
+        found = torch.stack(pieces, 1).cpu()[held]
+        result[done : done + len(found)] = found
+        done += len(found)
+    return result
 
 
 def concatenate(chunks: list[Tensor]) -> Tensor:

@@ -36,6 +36,7 @@ from imprint_pl.lightning.classifier import ImprintedClassifier
 from imprint_pl.lightning.evaluation import Evaluation
 from imprint_pl.lightning.outsiders import Outsiders
 from imprint_pl.method.recipes import KEYWORDS, drop_unused
+from imprint_pl.numerics.large import within_budget
 from imprint_pl.parts.by_name import import_parts, keywords_of_parts
 from imprint_pl.training_set.kept_file import read_state, state_path
 
@@ -307,7 +308,10 @@ class ImprintCLI(LightningCLI):
                 "weights only when the Trainer starts: give bf16-mixed, or --model.precision bf16"
             )
         # On the device and in the precision in which the Trainer would embed.
-        with self.trainer.precision_plugin.forward_context():
+        with (
+            self.trainer.precision_plugin.forward_context(),
+            within_budget(self.model.options.memory_budget),
+        ):
             self.datamodule = embed(
                 self.model.backbone,
                 self.datamodule,

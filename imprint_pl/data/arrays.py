@@ -16,6 +16,7 @@ from torch import Tensor
 from imprint_pl.data.base import ImageDataModule
 from imprint_pl.data.splits import SplitDataset, Splits
 from imprint_pl.errors import ImprintError
+from imprint_pl.numerics.large import as_tensor, taken
 
 DIGITS_TRAIN = 1437
 
@@ -29,11 +30,13 @@ class ArrayDataset(SplitDataset):
     Args:
         images: uint8 `(N, C, H, W)`, or embeddings, float32 `(N, d)`.
         labels: int64 `(N,)`.
+
+    Both may be NumPy arrays, mapped files among them (`np.load(path, mmap_mode="r")`), which are
+    not copied.
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images = images
-        self.labels = labels
+        self.images, self.labels = as_tensor(images), as_tensor(labels)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         positions = np.asarray(indices)
@@ -46,7 +49,7 @@ class ArrayDataset(SplitDataset):
         """Return the samples at `positions` `(M,)`, ascending, with new labels `(M,)`."""
         # Ascending positions, as many as there are images, are all of them: no copy is needed.
         everything = len(positions) == len(self)
-        return ArrayDataset(self.images if everything else self.images[positions], labels)
+        return ArrayDataset(self.images if everything else taken(self.images, positions), labels)
 
     def fingerprint(self) -> str:
         """Return a hash of the images' shape, type and bytes.

@@ -34,6 +34,7 @@ from imprint_pl.embedding.batches import run_batches
 from imprint_pl.embedding.row_cache import RowCache, WiderRows
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import digest, local_path
+from imprint_pl.numerics.large import joined
 
 # A part is written when it has this many rows, or after this many seconds: what a kill can cost.
 PART_ROWS = 8192
@@ -230,7 +231,7 @@ class CachedDataset(SplitDataset):
         else:
             wanted = [(self._parts[0], self.source, positions)]
         rows = [self._filler.rows(*one) for one in wanted]
-        selected = ArrayDataset(rows[0] if len(rows) == 1 else torch.cat(rows), labels)
+        selected = ArrayDataset(joined(rows), labels)
         paths = getattr(self.source, "paths", None)
         if paths is not None:
             selected.paths = [paths[position] for position in positions.tolist()]

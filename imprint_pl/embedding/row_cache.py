@@ -24,6 +24,7 @@ from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import digest
+from imprint_pl.numerics.large import empty_rows
 
 FORMAT = "imprint_pl embeddings 1"
 
@@ -89,7 +90,7 @@ class RowCache:
                 continue
             held, embeddings = part
             if rows is None:
-                rows = np.empty((len(wanted), embeddings.shape[1]), dtype=np.float32)
+                rows = empty_rows(len(wanted), embeddings.shape[1]).numpy()
             if embeddings.shape[1] != rows.shape[1]:
                 faults[path] = f"it has {embeddings.shape[1]} numbers a row, not {rows.shape[1]}"
                 continue
@@ -106,7 +107,7 @@ class RowCache:
             if there.rows is None or (rows is not None and columns != rows.shape[1]):
                 continue
             if rows is None:
-                rows = np.empty((len(wanted), columns), dtype=np.float32)
+                rows = empty_rows(len(wanted), columns).numpy()
             hits = there.found.numpy()
             places = (~found).nonzero()[0][hits]
             rows[places] = there.rows.numpy()[hits, -columns:]

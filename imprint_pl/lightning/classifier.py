@@ -86,6 +86,9 @@ class ImprintedClassifier(Growing, LightningModule):
             `keep="embeddings"` both are fitted anew when classes come or go.
         coverage: probability that a prediction set holds the truth, such as 0.95: `predict` then
             lists the classes that may be true. It can be asked for another one without a new fit.
+        memory_budget: GiB of memory for the embeddings and what is computed of them; half of what
+            is free by default. Above it they go to files without a name in the folder for temporary
+            files (`TMPDIR`). Checkpoints do not keep it.
         seed: fixes every random choice.
         image_size: side of the backbone's input in pixels; its own by default.
         pretrained: load the backbone's weights; without them it is random.
@@ -135,6 +138,7 @@ class ImprintedClassifier(Growing, LightningModule):
         max_per_class: int | None = None,
         accept: float | None = None,
         coverage: float | None = None,
+        memory_budget: float | None = None,
         seed: int = 0,
         image_size: int | None = None,
         pretrained: bool = True,
@@ -155,7 +159,7 @@ class ImprintedClassifier(Growing, LightningModule):
         if weights is not None and not str(weights).isidentifier():
             ignored.append("weights")
         # Nor does what runs on this machine: a checkpoint loads anywhere.
-        ignored.append("runtime")
+        ignored += ["runtime", "memory_budget"]
         self.save_hyperparameters(ignore=ignored)
         self.automatic_optimization = False
         self.strict_loading = False
@@ -163,7 +167,14 @@ class ImprintedClassifier(Growing, LightningModule):
         self.seed = seed
         self.weibull = None if weibull is None else checked_bounds(weibull)
         self.options = EpochOptions(
-            seed, self.weibull, keep, keep_sources, accept, coverage, max_per_class
+            seed,
+            self.weibull,
+            keep,
+            keep_sources,
+            accept,
+            coverage,
+            max_per_class,
+            memory_budget,
         )
         import_parts(parts)
         self._recipe, self._keywords = recipe, {**parts}

@@ -27,10 +27,12 @@ from imprint_pl.method.imprinting import imprint_parts
 from imprint_pl.method.recipes import Auto, Recipe
 from imprint_pl.method.selection import weibull_typical
 from imprint_pl.method.threshold import Limits, set_limits
+from imprint_pl.numerics.large import check_budget, taken, within_budget
+from imprint_pl.parts.norm.base import transform
 from imprint_pl.parts.norm.layers import last_columns
 from imprint_pl.ranks import on_rank_zero
 from imprint_pl.training_set.kept import KEEP, NO_HELD_OUT, State
-from imprint_pl.training_set.memory import check_memory
+from imprint_pl.training_set.memory import check_room
 from imprint_pl.training_set.reservoir import EmbeddingReservoir
 from imprint_pl.training_set.store import Collector, RowStore, on_gpu
 from imprint_pl.training_set.sums import EmbeddingSums, needs_only_sums
@@ -51,9 +53,11 @@ class EpochOptions:
     accept: float | None = None
     coverage: float | None = None
     max_per_class: int | None = None
+    memory_budget: float | None = None
 
     def __post_init__(self) -> None:
         keep, most, accept = self.keep, self.max_per_class, self.accept
+        check_budget(self.memory_budget)
         if keep is not None and keep not in KEEP:
             raise ImprintError(
                 f"keep={keep!r}{did_you_mean(keep, KEEP)}: give one of {', '.join(KEEP)}"
@@ -177,22 +181,32 @@ class ImprintEpoch:
         Raises:
             ImprintError: a batch that cannot be; more embeddings than there is memory for.
         """
-        if self.kept.grows:
-            self._check_memory(embeddings)
-        self.kept.add(embeddings, labels)
+        with within_budget(self.options.memory_budget):
+            if self.kept.grows:
+                self._check_room(embeddings)
+            self.kept.add(embeddings, labels)
         self.batches += 1
 
-    def _check_memory(self, embeddings: Tensor) -> None:
+    def _check_room(self, embeddings: Tensor) -> None:
         """Checks before the first batch, or before each where nobody knows how many will come."""
         self.seen += len(embeddings)
         samples = self.seen if self.samples is None else self.samples
-        needed = partial(check_memory, samples, embeddings.shape[1])
+        needed = partial(check_room, samples, embeddings.shape[1], self._in_memory)
         if self.samples is None:
             # Ranks may have different numbers of batches, and cannot wait for each other.
             if self.trainer.is_global_zero:
                 needed()
         elif self.batches == 0 and (estimate := on_rank_zero(needed)) is not None:
             rank_zero_info(estimate)
+
+    @property
+    def _in_memory(self) -> str | None:
+        """Why the embeddings have to be in memory; `None` where they need not."""
+        if self.options.keep == "embeddings":
+            return "keep='embeddings' keeps them"
+        if isinstance(self.parts, Recipe) and getattr(self.parts.gen, "every_sample", False):
+            return f"gen={self.parts.gen.name!r} makes each of them a proxy"
+        return None
 
     def cut_short(self) -> None:
         """Called before `finish` where the last batch has not come: says what is imprinted instead.
@@ -220,6 +234,11 @@ class ImprintEpoch:
         Raises:
             ImprintError: the recipe cannot be imprinted from these samples; on every rank.
         """
+        progress = self.trainer.progress_bar_callback is not None
+        with within_budget(self.options.memory_budget, progress):
+            return self._finish(classifier, device)
+
+    def _finish(self, classifier: Tensor | None, device: torch.device) -> Finished:
         embed_seconds = time.perf_counter() - self.start
         gathered = self.kept.gather()
         make = self._imprint_sums if self._summed else self._imprint_rows
@@ -255,7 +274,7 @@ class ImprintEpoch:
         whole = x, y = on_gpu(*rows, device)
         if options.weibull is not None:
             typical = weibull_typical(x, y, *options.weibull)
-            x, y = x[typical], y[typical]
+            x, y = taken(x, typical), y[typical]
         head = imprint_parts(
             x,
             y,
@@ -283,7 +302,7 @@ class ImprintEpoch:
                 classifier=classifier,
             )
         # As the paper has it: on unit vectors of the last layer, whatever the recipe.
-        unit = nn.functional.normalize(last_columns(x, self.parts.layer_widths))
+        unit = transform(nn.functional.normalize, last_columns(x, self.parts.layer_widths))
         value = nc1(unit, y) if len(y.unique()) > 1 else float("nan")
         return Imprinted(head, value, len(y), state)
 

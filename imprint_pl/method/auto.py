@@ -18,6 +18,7 @@ from imprint_pl.method.holdout import copies_of, held_out_scores
 from imprint_pl.method.pipeline import Request
 from imprint_pl.method.recipes import RECIPES, Recipe, resolve
 from imprint_pl.numerics.draws import place_in_class, sample
+from imprint_pl.numerics.large import chosen_room
 from imprint_pl.numerics.measures import ACCURACY, difference, measured_by
 from imprint_pl.parts.by_name import class_named, parameters_of
 
@@ -172,7 +173,7 @@ def _candidates(
     if several:
         first = next((norm_pre for most, norm_pre in FIRST_OF_FEW if samples <= most), None)
         candidates.sort(key=lambda one: one["norm_pre"] != first)
-    if samples * last > NEIGHBOURS:
+    if samples * last > NEIGHBOURS or 4 * samples * last > chosen_room():
         candidates = [one for one in candidates if one["recipe"] != "knn"]
     if several and dim > FEATURES_OF_LDA * trained:
         candidates = [one for one in candidates if one["recipe"] != "lda"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from imprint_pl.numerics.constants import Constants
 from imprint_pl.numerics.factorisations import double, oas
-from imprint_pl.numerics.moments import Moments
+from imprint_pl.numerics.moments import CHUNK, Moments
 from imprint_pl.parts.norm.layers import last_columns
 
 # Directions of the within-class covariance that are kept, and at most as many of the class means:
@@ -238,8 +238,10 @@ def unit_sums(x: Tensor, y: Tensor, num_classes: int, layer_widths: list[int] | 
 def add_units(moments: Moments, x: Tensor, y: Tensor, layer_widths: list[int] | None) -> Moments:
     """Adds embeddings `x (n, d)`, `y (n,)` to such sums in place, and returns them."""
     device = moments.sums.device
-    unit = nn.functional.normalize(last_columns(x, layer_widths).to(device, torch.float32))
-    return moments.add(unit, y.to(device))
+    for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+        unit = nn.functional.normalize(last_columns(rows, layer_widths).to(device, torch.float32))
+        moments.add(unit, labels.to(device))
+    return moments
 
 
 def _squared(x: Tensor, centres: Tensor) -> Tensor:

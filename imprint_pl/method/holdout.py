@@ -36,6 +36,7 @@ from imprint_pl.method.pipeline import (
 from imprint_pl.method.recipes import Recipe
 from imprint_pl.numerics.copies import CopyFinder
 from imprint_pl.numerics.draws import random_keys
+from imprint_pl.numerics.large import taken
 from imprint_pl.numerics.moments import Moments
 from imprint_pl.numerics.order import keys
 from imprint_pl.parts.gen.ridge import CHOICES
@@ -200,11 +201,11 @@ def _without_rows(
     others = torch.ones(len(y), dtype=torch.bool, device=y.device)
     others[rows] = False
     others[hidden] = False
-    left = None if weights is None else weights[others]
+    left, left_x = None if weights is None else weights[others], taken(x, others)
     # No names in messages of a head that nobody asked for, nor a bar.
     request = Request(request.num_classes, seed=request.seed, classifier=request.classifier)
     head = with_larger_lam(
-        parts, lambda changed: make_head(x[others], y[others], changed, request, left).head
+        parts, lambda changed: make_head(left_x, y[others], changed, request, left).head
     )
     rows = rows_to_score(rows, request.num_classes)
     return Fold(head.scores(x[rows]), y[rows], head.proxy_classes, rows)

@@ -21,6 +21,7 @@ from imprint_pl.method.pipeline import Request, make_head, row_weights
 from imprint_pl.method.recipes import AUTO, Auto, Recipe, RecipeName, resolve
 from imprint_pl.method.selection import checked_bounds, draw_shots, weibull_typical
 from imprint_pl.numerics.labels import checked_names
+from imprint_pl.numerics.large import FILES, check_disk, check_in_memory, fits, taken, within_budget
 from imprint_pl.numerics.order import in_order
 from imprint_pl.numerics.values import checked_seed
 from imprint_pl.parts.by_name import import_parts
@@ -41,12 +42,14 @@ def imprint(
     progress: bool = False,
     calibrate: bool = True,
     sample_weight: Tensor | None = None,
+    memory_budget: float | None = None,
     **overrides: Any,
 ) -> ImprintedHead:
     """Imprints a head: one pass, no gradient.
 
     Args:
-        x: `(N, d)`, embeddings of the training samples, float, finite.
+        x: `(N, d)`, embeddings of the training samples, float, finite; a tensor or an array, such
+            as a mapped file, `np.load(path, mmap_mode="r")`.
         y: `(N,)`, labels 0..C−1.
         recipe: "auto", which compares recipes on held-out samples (see `auto.py`), or a name in
             `RECIPES`, such as "kernel" (what auto mostly chooses) or "robust" (the paper's best).
@@ -85,36 +88,37 @@ def imprint(
     import_parts(overrides)
     parts, seed = resolve(recipe, **overrides), checked_seed(seed)
     class_names = None if class_names is None else checked_names(class_names)
-    if sample_weight is not None:
-        sample_weight = checked_weights(sample_weight, len(x))
-        if (sample_weight == 0).any():
+    with within_budget(memory_budget, progress):
+        if sample_weight is not None:
+            sample_weight = checked_weights(sample_weight, len(x))
+            if (sample_weight == 0).any():
+                x, y, num_classes = checked(x, y, num_classes, class_names, allow_empty=False)
+                rows = (sample_weight > 0).nonzero().flatten().to(x.device)
+                x, y, sample_weight = taken(x, rows), y[rows], _taken(sample_weight, rows)
+        chooses = shots is not None or weibull is not None
+        if chooses:
             x, y, num_classes = checked(x, y, num_classes, class_names, allow_empty=False)
-            rows = (sample_weight > 0).nonzero().flatten().to(x.device)
-            x, y, sample_weight = x[rows], y[rows], _taken(sample_weight, rows)
-    chooses = shots is not None or weibull is not None
-    if chooses:
-        x, y, num_classes = checked(x, y, num_classes, class_names, allow_empty=False)
-    if shots is not None:
-        rows = draw_shots(y, shots, seed)
-        x, y = x[rows], y[rows]
-        sample_weight = _taken(sample_weight, rows)
-    if weibull is not None:
-        rows = weibull_typical(x, y, *checked_bounds(weibull))
-        x, y = x[rows], y[rows]
-        sample_weight = _taken(sample_weight, rows)
-    return imprint_parts(
-        x,
-        y,
-        parts,
-        num_classes,
-        class_names,
-        seed,
-        classifier,
-        progress,
-        calibrate=calibrate,
-        values_checked=chooses,
-        sample_weight=sample_weight,
-    )
+        if shots is not None:
+            rows = draw_shots(y, shots, seed)
+            x, y = taken(x, rows), y[rows]
+            sample_weight = _taken(sample_weight, rows)
+        if weibull is not None:
+            rows = weibull_typical(x, y, *checked_bounds(weibull))
+            x, y = taken(x, rows), y[rows]
+            sample_weight = _taken(sample_weight, rows)
+        return imprint_parts(
+            x,
+            y,
+            parts,
+            num_classes,
+            class_names,
+            seed,
+            classifier,
+            progress,
+            calibrate=calibrate,
+            values_checked=chooses,
+            sample_weight=sample_weight,
+        )
 
 
 def imprint_parts(
@@ -145,9 +149,14 @@ def imprint_parts(
     """
     x, y, num_classes = checked(x, y, num_classes, class_names, allow_empty, values_checked)
     check_width(parts.layer_widths, x.shape[1])
+    if x.device.type == "cpu" and not fits(x.nbytes):
+        # Before minutes of work: in order and, where GEN sees rows, without held-out samples and
+        # normalised.
+        of_sums = isinstance(parts, Recipe) and parts.gen.from_moments
+        check_disk(x.nbytes * (1 if of_sums else FILES - 1))
     # Draws and folds then depend on the set of samples alone, not on the order in which they came.
     rows = in_order(x, y)
-    x, y = x[rows], y[rows]
+    x, y = taken(x, rows), y[rows]
     weights = _taken(sample_weight, rows)
     if weights is not None and len(weights) and (weights == weights[0]).all():
         weights = None  # alike: they change nothing, whatever the recipe
@@ -164,6 +173,9 @@ def imprint_parts(
             f"sample_weight is not used by gen={recipe.gen.name!r}: leave it out, or take recipe "
             "ls, ridge, kernel, ranpac or auto"
         )
+    too_many = x.device.type == "cpu" and not fits(x.nbytes)
+    if too_many and getattr(recipe.gen, "every_sample", False):
+        check_in_memory(len(x), x.shape[1], f"gen={recipe.gen.name!r} makes each of them a proxy")
     weights = row_weights(y, recipe.gen, weights)
     head, sums = make_head(x, y, recipe, request, weights)
     if calibrate:

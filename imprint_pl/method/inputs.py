@@ -12,6 +12,7 @@ from torch import Tensor
 from imprint_pl.errors import ImprintError
 from imprint_pl.numerics.factorisations import double
 from imprint_pl.numerics.labels import plain_labels
+from imprint_pl.numerics.large import as_tensor, floats
 from imprint_pl.numerics.values import check_classes, check_size, check_values
 
 
@@ -26,10 +27,10 @@ class Checked(NamedTuple):
 def _tensor(values: Any, what: str) -> Tensor:
     try:
         if hasattr(values, "__array__") and not isinstance(values, Tensor):
-            # Torch takes no frames, nor arrays that run backwards or may only be read.
-            values = np.require(values, requirements=["C", "W"])
+            # Torch takes no frames, nor arrays that run backwards.
+            values = np.require(values, requirements=["C"])
         # Embeddings may come with the graph that made them: nothing here asks for a gradient.
-        return torch.as_tensor(values).detach()
+        return as_tensor(values).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ImprintError(
             f"{what} of type {type(values).__name__} ({' '.join(str(error).split())}): expected a "
@@ -80,7 +81,7 @@ def checked(
     # In the type that they came in: float64 may hold what float32 cannot. A batch may have small
     # values alone, the whole set may not: its largest is needed either way.
     check_size(torch.linalg.vector_norm(x, torch.inf).item() if values_checked else check_values(x))
-    x, y = x.float(), y.long().to(x.device)
+    x, y = floats(x), y.long().to(x.device)
     if num_classes is None:
         num_classes = len(class_names) if class_names else int(y.max()) + 1
     if class_names and len(class_names) != num_classes:

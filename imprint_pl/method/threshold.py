@@ -19,6 +19,7 @@ from imprint_pl.method.inputs import checked
 from imprint_pl.method.pipeline import Request, Sums, holds_out_of_sums, keywords_of
 from imprint_pl.method.recipes import Recipe, resolve
 from imprint_pl.method.sets import checked_coverage
+from imprint_pl.numerics.large import taken
 from imprint_pl.numerics.moments import Moments
 from imprint_pl.numerics.order import in_order
 from imprint_pl.parts.gen.ridge import CHOICES
@@ -119,7 +120,7 @@ def set_limits(
         return head
     x, y, _ = checked(x, y, head.num_classes, None, allow_empty=True, values_checked=True)
     rows = in_order(x, y)
-    x, y = x[rows].float(), y[rows]
+    x, y = taken(x, rows), y[rows]
     parts = _parts_of(head)
     request = Request(head.num_classes, seed=head.settings.get("seed", 0), classifier=classifier)
     unit = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from imprint_pl.numerics.draws import place_in_class
+from imprint_pl.numerics.large import CHUNK, blocks, floats, rows_like
 
 # A near-copy is nearer than this share of the usual distance. Mirrored photographs are at 0.24 to
 # 0.39 of it (EfficientNet-Lite0; nine of ten), burst shots at 0.2 to 0.4. Of other photographs,
@@ -29,8 +30,8 @@ MOST = 15
 PROJECTED = 64
 # The projected distance of a pair varies by a tenth; pairs up to so much more are looked at.
 MARGIN = 1.5
-# Distances computed at a time.
-BLOCK = 2**22
+# Distances computed at a time, and the rows that they are from where there are many others.
+BLOCK, ROWS = 2**22, 512
 # Rows whose usual distances the median is taken of.
 MEDIAN_OF = 500
 # Neighbours that a row may have by chance that are as near as copies.
@@ -91,7 +92,7 @@ class CopyFinder:
 
     def __init__(self, x: Tensor, y: Tensor, reference: Tensor | None = None) -> None:
         x = x.detach()
-        self.x = (x.cpu() if x.device.type == "mps" else x).float()
+        self.x = floats(x.cpu() if x.device.type == "mps" else x)
         reference = torch.arange(len(x)) if reference is None else reference
         self.reference = reference[:REFERENCE].to(self.x.device)
         counts = torch.bincount(y[reference[:REFERENCE].to(y.device)]) if len(y) else y
@@ -99,10 +100,11 @@ class CopyFinder:
         size = int(counts[counts > 0].median()) if len(counts) else 0
         self.neighbours = max(1, min(most, size // 3))
         # In proportion, so that no square is too large or too small.
-        low, high = self.x.aminmax() if self.x.numel() else (self.x.new_ones(()),) * 2
-        self.scale = torch.maximum(-low, high).clamp_min(1e-30)
+        self.scale = self.x.new_ones(())
+        if len(x):
+            self.scale = torch.linalg.vector_norm(self.x, torch.inf).clamp_min(1e-30)
         self.short = _projected(self.x, self.x[self.reference].mean(0), self.scale)
-        self.squares = self.short.square().sum(1)
+        self.squares = torch.cat([rows.square().sum(1) for rows in self.short.split(CHUNK)])
         if len(self.reference) > 2:
             some = self.reference[:MEDIAN_OF]
             usual, half = self._usual(some), self._usual(some, (self.neighbours + 1) // 2)
@@ -129,12 +131,15 @@ class CopyFinder:
             return Copies(nothing, nothing, total)
         limit = self.share * self._usual(asked).clamp_max(self.usual)
         found: list[tuple[Tensor, Tensor]] = []
-        size = max(1, BLOCK // total)
+        size = max(ROWS, BLOCK // total)
         for rows, nearer in zip(asked.split(size), limit.split(size), strict=True):
             # The rounding of projected distances counts, too: candidates are then checked in full.
             bound = (MARGIN * nearer).square() + 1e-6 * self.squares[rows]
-            candidates = self._apart(rows, everything) < bound[:, None]
-            row, other = candidates.nonzero().T
+            near_rows = []
+            for others in everything.split(max(1, BLOCK // len(rows))):
+                row, place = (self._apart(rows, others) < bound[:, None]).nonzero().T
+                near_rows.append((row, others[place]))
+            row, other = (torch.cat(parts) for parts in zip(*near_rows, strict=True))
             exact = torch.cat(
                 [
                     ((self.x[rows[r]] - self.x[o]) / self.scale).norm(dim=1)
@@ -173,9 +178,13 @@ class CopyFinder:
 def _projected(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     """(x − mean) / scale `(N, d)` in random directions, `(N, min(d, 64))`, whose distances are on
     average those of the rows."""
-    if x.shape[1] <= PROJECTED:
-        return (x - mean) / scale
+    short = rows_like(x[:, :PROJECTED], len(x))
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(x.shape[1], PROJECTED, generator=generator).to(x.device)
     directions /= PROJECTED**0.5 * scale
-    return x @ directions - mean @ directions
+    for block in blocks(len(x), "near-copies"):
+        if x.shape[1] <= PROJECTED:
+            short[block] = (x[block] - mean) / scale
+        else:
+            short[block] = x[block] @ directions - mean @ directions
+    return short

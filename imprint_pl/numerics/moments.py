@@ -14,10 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from imprint_pl.numerics.large import CHUNK, blocks
 from imprint_pl.ranks import ranks, travelling_device
 
-# Rows taken to float64 at a time, so that a large set needs no float64 copy of itself.
-CHUNK = 4096
 # Columns of a Gram matrix computed at a time: its lower triangle need not be.
 COLUMNS = 256
 
@@ -188,8 +187,9 @@ class Moments:
         """
         if weights is not None:
             return self._add_weighted(x, y, weights)
-        for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-            rows = rows.to(self.sums.dtype)
+        # A large set needs no float64 copy of itself.
+        for block in blocks(len(x), "adding up"):
+            rows, labels = x[block].to(self.sums.dtype), y[block]
             self.counts += torch.bincount(labels, minlength=self.num_classes)
             self.sums.index_add_(0, labels, rows)
             if self.gram is None:

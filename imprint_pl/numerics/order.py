@@ -44,6 +44,6 @@ def in_order(x: Tensor, y: Tensor) -> Tensor:
     """`(N,)`, the places of the rows `x (N, d)` with labels `y (N,)` in an order that depends on
     the rows alone. Multiples of a row follow each other by size, equal rows by label.
     """
-    sizes = x.detach().abs().amax(1) if len(x) else x.new_zeros(0)
+    sizes = torch.linalg.vector_norm(x.detach(), torch.inf, 1) if len(x) else x.new_zeros(0)
     columns = (y, sizes, keys(x))
     return torch.from_numpy(np.lexsort([c.cpu().numpy() for c in columns])).to(x.device)

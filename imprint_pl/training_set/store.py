@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from imprint_pl.errors import ImprintError
+from imprint_pl.numerics.large import RowFile, empty_rows, room
 from imprint_pl.numerics.values import check_classes, check_values
 from imprint_pl.ranks import concatenate, gather_rows
 
@@ -61,6 +62,8 @@ class Collector:
 class RowStore(Collector):
     """Collects rows with labels; `gather` brings them together on rank 0 and empties the store.
 
+    Rows that do not fit into the budget of memory (see `numerics/large.py`) go to a file.
+
     Args:
         dealt: how many samples a `DistributedSampler` deals to the ranks (see `sampler_length`);
             what it repeats to make them even is dropped. `None` keeps every row.
@@ -72,6 +75,9 @@ class RowStore(Collector):
         super().__init__()
         self.dealt = dealt
         self._embeddings: list[Tensor] = []
+        self._file: RowFile | None = None
+        self._room, self._bytes = 0.0, 0
+        self._dim: int | None = None
         self._labels: list[Tensor] = []
 
     def take(self, embeddings: Tensor, labels: Tensor) -> None:
@@ -81,16 +87,25 @@ class RowStore(Collector):
             ImprintError: see `check_batch`.
         """
         embeddings = embeddings.to("cpu", torch.float32)
-        dim = self._embeddings[0].shape[1] if self._embeddings else None
-        check_batch(embeddings, len(self._labels), dim)
+        check_batch(embeddings, len(self._labels), self._dim)
+        if not self._labels:
+            self._room = room()
+        self._dim = embeddings.shape[1]
+        self._bytes += embeddings.nbytes
         self._embeddings.append(embeddings)
+        if self._bytes > self._room:
+            self._file = self._file or RowFile(2 * self._bytes)
+            for rows in self._embeddings:
+                self._file.append(rows)
+            self._embeddings = []
         self._labels.append(labels.to("cpu", torch.int64))
 
     def gather(self) -> tuple[Tensor, Tensor] | None:
         """`(N, d)` and `(N,)` of all ranks on rank 0, `None` on the others."""
         self.take_waiting()
-        embeddings, labels = concatenate(self._embeddings), concatenate(self._labels)
-        x, y = gather_rows(embeddings), gather_rows(labels)
+        file, self._file, self._bytes, self._dim = self._file, None, 0, None
+        embeddings = concatenate(self._embeddings) if file is None else file.rows()
+        x, y = gather_rows(embeddings, empty_rows), gather_rows(concatenate(self._labels))
         return None if x is None or y is None else (x[: self.dealt], y[: self.dealt])
 
 

@@ -32,6 +32,8 @@ POINTS = {
     "ranpac": {"projection_dim": 40},
     # Not by sums: embeddings are gathered, all or at most so many of a class.
     "knn": {}, "kernel": {"projection_dim": 40}, "bounded": {"k": 2, "max_per_class": 60},
+    # In files: each process has its own, and the first one all rows.
+    "kernel_on_disk": {"projection_dim": 40, "memory_budget": 1e-4},
     "kmedoids": {"k": 2}, "random": {"k": 2}, "fps": {"k": 2}, "cov_max": {"k": 2},
     "kls": {"k": 2}, "kridge": {"k": 2},
 }
@@ -67,6 +69,8 @@ for recipe, options in POINTS.items():
         options |= {"recipe": "robust", "gen": recipe}
     elif recipe == "bounded":
         options |= {"recipe": "robust"}
+    elif recipe == "kernel_on_disk":
+        options |= {"recipe": "kernel"}
     model = ImprintedClassifier(torch.nn.Identity(), **({"recipe": recipe} | options))
     trainer.fit(model, Points())
     if trainer.is_global_zero:
@@ -175,7 +179,7 @@ def test_more_processes_give_the_proxies_of_one(results, recipe, devices):
 @pytest.mark.parametrize("devices", [2, THREE])
 def test_every_gen_gives_on_more_processes_the_head_of_one_and_its_temperature(results, devices):
     names = [name for name in results if name.startswith("points-") and name.endswith("-1")]
-    assert len(names) == 16
+    assert len(names) == 17
     for name in names:
         one, more = results[name], results[f"{name[:-1]}{devices}"]
         assert one["head"]["proxy_classes"].unique().tolist() == [0, 1, 2, 3, 4, 5], name
@@ -185,6 +189,14 @@ def test_every_gen_gives_on_more_processes_the_head_of_one_and_its_temperature(r
         )
         nc1 = one["metrics"]["train/nc1"]
         assert more["metrics"]["train/nc1"] == pytest.approx(nc1, rel=1e-6), name
+
+
+@pytest.mark.parametrize("devices", [1, 2, THREE])
+def test_embeddings_in_files_give_the_head_of_those_in_memory(results, devices):
+    head, expected = (
+        results[f"points-{name}"]["head"] for name in (f"kernel_on_disk-{devices}", "kernel-1")
+    )
+    torch.testing.assert_close(head, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("devices", [2, THREE])

@@ -1,5 +1,7 @@
 """Bounded memory: the reservoir of embeddings, `max_per_class`, and the estimate before a run."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from trainers import quiet_trainer
 
 from imprint_pl import ImprintedClassifier, ImprintError, imprint
+from imprint_pl.numerics import large
 from imprint_pl.training_set import memory, reservoir
 from imprint_pl.training_set.reservoir import EmbeddingReservoir, Reservoir
 from imprint_pl.training_set.store import RowStore
@@ -104,6 +107,10 @@ def test_an_empty_batch_adds_nothing():
 # In a fit.
 
 
+class Usage(NamedTuple):
+    free: int
+
+
 def points():
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(900) % 3
@@ -144,9 +151,15 @@ def test_a_fit_that_there_is_no_memory_for_is_refused_before_the_second_batch(mo
     # 900 × 5 floats are 18 kB, 81 kB with what GEN does.
     seen = []
     monkeypatch.setattr(RowStore, "add", lambda self, x, y: seen.append(len(x)))
-    monkeypatch.setattr(memory, "available_bytes", lambda: 80_000)
-    with pytest.raises(ImprintError, match=r"900 images.*max_per_class \(room is for 727 in all\)"):
-        fit(DataLoader(TensorDataset(*points()), 64))
+    monkeypatch.setattr(large, "available_bytes", lambda: 80_000)
+    budget = dict(memory_budget=1e-9)
+    for options in (dict(recipe="knn"), dict(k=2, keep="embeddings")):
+        with pytest.raises(ImprintError, match="900 images.*max_per_class.*room is for 727 in all"):
+            fit(DataLoader(TensorDataset(*points()), 64), **options, **budget)
+    # In files: up to four times 18 kB.
+    monkeypatch.setattr(large.psutil, "disk_usage", lambda folder: Usage(free=71_000))
+    with pytest.raises(ImprintError, match="do not fit into memory.*of disk.*TMPDIR"):
+        fit(DataLoader(TensorDataset(*points()), 64), **budget)
     assert seen == []
 
 
@@ -155,20 +168,29 @@ def test_where_nobody_knows_how_many_will_come_it_is_refused_on_the_way(monkeypa
         def __iter__(self):
             yield from zip(*points(), strict=True)
 
-    monkeypatch.setattr(memory, "available_bytes", lambda: 50_000)
+    monkeypatch.setattr(large, "available_bytes", lambda: 50_000)
+    monkeypatch.setattr(large, "SMALL", 0)
     with pytest.raises(ImprintError, match="512 images"):
-        fit(DataLoader(Stream(), 64))
+        fit(DataLoader(Stream(), 64), "knn")
+    monkeypatch.setattr(large.psutil, "disk_usage", lambda folder: Usage(free=40_000))
+    with pytest.raises(ImprintError, match="do not fit into memory"):
+        fit(DataLoader(Stream(), 64), k=2)
     # Sums fit, and so do the embeddings of a bounded number.
     fit(DataLoader(Stream(), 64), "ridge")
     fit(DataLoader(Stream(), 64), max_per_class=100, k=2)
 
 
 def test_an_estimate_above_a_gibibyte_is_told(monkeypatch):
-    monkeypatch.setattr(memory, "available_bytes", lambda: 2**40)
-    assert memory.check_memory(1000, 10) is None
-    told = memory.check_memory(1_281_167, 1280)
+    monkeypatch.setattr(large, "available_bytes", lambda: 2**40)
+    assert memory.check_room(1000, 10) is None
+    told = memory.check_room(1_281_167, 1280)
     assert "1,281,167 images take 6.1 GiB, imprinting them some 33.6 GiB, and 1024.0 GiB" in told
+    monkeypatch.setattr(large.psutil, "disk_usage", lambda folder: Usage(free=2**40))
+    with large.within_budget(4):
+        told = memory.check_room(1_281_167, 1280)
+    assert "more than memory_budget, 4.0 GiB: they go to files in" in told
+    assert "of up to 24.4 GiB, which vanish with the run" in told
 
 
 def test_the_memory_of_this_machine_is_positive_and_below_that_of_all_machines():
-    assert 2**20 < memory.available_bytes() < 2**50
+    assert 2**20 < large.available_bytes() < 2**50

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ from tqdm import tqdm
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.numerics.draws import rows_by_class
-from imprint_pl.ranks import share
+from imprint_pl.numerics.large import groups_that_fit
+from imprint_pl.ranks import OfClasses, share
 
 
 class Proxies(NamedTuple):
@@ -90,6 +92,36 @@ class Generator:
         return False
 
 
+def by_groups(
+    of_classes: OfClasses,
+    x: Tensor,
+    members: list[Tensor],
+    seed: int,
+    progress: bool,
+    shared: bool = True,
+) -> list[Tensor]:
+    """`of_classes(xs, seed, progress)` for all classes: at once, or where their rows do not fit
+    into memory beside each other, for so many classes at a time as do.
+
+    Args:
+        of_classes: gives one tensor `(p, d)` a class, which may not depend on the other classes.
+        x: `(N, d)`, all rows.
+        members: places of the rows of each class.
+        seed, progress: passed on; with several groups the bar counts these.
+        shared: whether the processes of a run take a share of the classes each.
+    """
+    run = partial(share, of_classes) if shared else of_classes
+    groups = [range(len(members))]
+    if x.device.type == "cpu":
+        groups = groups_that_fit([len(rows) for rows in members], x[:1].nbytes)
+    bar = tqdm(groups, "GEN", unit="group", disable=not progress or len(groups) == 1, delay=2)
+    return [
+        proxies
+        for group in bar
+        for proxies in run([x[members[i]] for i in group], seed, progress and len(groups) == 1)
+    ]
+
+
 class PerClass(Generator):
     """A generator that looks at one class at a time; subclasses define `of_class`.
 
@@ -105,11 +137,8 @@ class PerClass(Generator):
         self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0, progress: bool = False
     ) -> Proxies:
         """Embeddings `x (N, d)`, labels `y (N,)` in 0..C−1 → `Proxies`."""
-        xs = [x[rows] for rows in rows_by_class(y, num_classes)]
-        if self.shared:
-            weights = share(self.of_classes, xs, seed, progress)
-        else:
-            weights = self.of_classes(xs, seed, progress)
+        members = rows_by_class(y, num_classes)
+        weights = by_groups(self.of_classes, x, members, seed, progress, self.shared)
         sizes = torch.tensor([len(of_class) for of_class in weights], device=x.device)
         classes = torch.arange(num_classes, device=x.device).repeat_interleave(sizes)
         stacked = torch.cat(weights)

@@ -8,10 +8,9 @@ from torch import Tensor
 from imprint_pl.numerics.draws import rows_by_class
 from imprint_pl.numerics.kmeans import check_settings
 from imprint_pl.numerics.moments import CHUNK, Moments
-from imprint_pl.parts.gen.base import Generator, Proxies
+from imprint_pl.parts.gen.base import Generator, Proxies, by_groups
 from imprint_pl.parts.gen.kmeans import KMeans
 from imprint_pl.parts.gen.ls import check_lam, solve
-from imprint_pl.ranks import share
 
 
 class KLeastSquares(Generator):
@@ -71,8 +70,7 @@ def pseudo_classes(
         The cluster of each sample `(N,)` and the class of each cluster `(P,)`; none is empty.
     """
     members = rows_by_class(y, num_classes)
-    xs = [x[rows] for rows in members]
-    centroids = share(KMeans(k, engine).of_classes, xs, seed, progress)
+    centroids = by_groups(KMeans(k, engine).of_classes, x, members, seed, progress)
     cluster = torch.empty_like(y)
     classes: list[int] = []
     for c, (rows, of_class) in enumerate(zip(members, centroids, strict=True)):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.numerics.factorisations import cholesky
+from imprint_pl.numerics.large import taken
 from imprint_pl.numerics.measures import ACCURACY, checked_metric
 from imprint_pl.numerics.moments import Moments
 from imprint_pl.parts.gen.base import Generator, Proxies, checked_balance
@@ -193,11 +194,12 @@ def fit(
     held = held_out(classes[targets], seed)
     of_held = None if weights is None else weights[held]
     of_others = None if weights is None else weights[~held]
-    part = Moments.of(x[~held], targets[~held], len(classes), of_others)
+    part = Moments.of(taken(x, ~held), targets[~held], len(classes), of_others)
+    left_out = taken(x, held)
     chosen = Spectrum(part, intercept).best_by_holdout(
-        x[held], targets[held], classes, metric, of_held
+        left_out, targets[held], classes, metric, of_held
     )
-    whole = part + Moments.of(x[held], targets[held], len(classes), of_held)
+    whole = part + Moments.of(left_out, targets[held], len(classes), of_held)
     return solve(whole, chosen, intercept, classes)
 
 

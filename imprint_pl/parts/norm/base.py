@@ -7,12 +7,13 @@ base class of NORMs that learn from the training embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 from torch import Tensor, nn
 
-from imprint_pl.numerics.moments import CHUNK, Moments
+from imprint_pl.numerics.large import CHUNK, blocks, rows_like
+from imprint_pl.numerics.moments import Moments
 
 
 class Norm(nn.Module):
@@ -81,6 +82,23 @@ class Norm(nn.Module):
         if self.learns:
             self.fit(x, y, num_classes, seed)
         return transform(self, x)
+
+    def places(self, samples: int, seed: int) -> Tensor | None:
+        """Return the places `(n,)` of the few rows that it learns from; `None` where it needs all.
+
+        It may learn the mean of what it makes of all rows, too. `fit_few` learns from the few rows,
+        and `centred` turns the sums of what it then makes of all into those of what it makes in the
+        end.
+        """
+        return None
+
+    def fit_few(self, few: Tensor) -> Norm:
+        """Learn from the rows at its `places`, `(n, d)`."""
+        raise NotImplementedError
+
+    def centred(self, moments: Moments) -> Moments:
+        """Learn the mean, and return the sums relative to it."""
+        raise NotImplementedError
 
     def fit_moments(self, moments: Moments) -> Norm:
         """Learn as `fit` does, from sums with squares: for a NORM with `from_moments`."""
@@ -191,6 +209,11 @@ class Chain(Norm):
         if not last.learns:
             return super().fit_sums(x, y, num_classes, seed, gram, weights)
         first = Chain(others).fit(x, y, num_classes, seed)
+        places = last.places(len(x), seed) if isinstance(last, Norm) else None
+        if places is not None:
+            # One pass, which keeps nothing of the size of x.
+            last.fit_few(transform(first, x[places.to(x.device)]))
+            return last.centred(sums_of(self, x, y, num_classes, gram, weights))
         # A NORM of one's own may know nothing of weights.
         more = {} if weights is None else {"weights": weights}
         return last.fit_sums(transform(first, x), y, num_classes, seed, gram, **more)
@@ -229,16 +252,18 @@ class Chain(Norm):
         return weights
 
 
-def transform(norm: nn.Module, x: Tensor) -> Tensor:
-    """Normalise many rows `(N, d)` by chunks, so that only the result takes memory of its size."""
+def transform(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Normalise many rows `(N, d)` by chunks, so that only the result takes memory of its size, or
+    a file where it does not fit."""
     apply = getattr(norm, "of_many", norm)
     first = apply(x[:CHUNK])
     if len(x) <= CHUNK:
         return first
-    result = first.new_empty(len(x), first.shape[1])
+    result = rows_like(first, len(x))
     result[:CHUNK] = first
-    for i in range(CHUNK, len(x), CHUNK):
-        result[i : i + CHUNK] = apply(x[i : i + CHUNK])
+    for block in blocks(len(x), "normalising"):
+        if block.start:
+            result[block] = apply(x[block])
     return result
 
 
@@ -259,8 +284,7 @@ def sums_of(
     apply = getattr(norm, "of_many", norm)
     first = apply(x[:CHUNK])
     moments = Moments.zeros(num_classes, first.shape[1], gram=gram, device=first.device)
-    moments.add(first, y[:CHUNK], None if weights is None else weights[:CHUNK])
-    for i in range(CHUNK, len(x), CHUNK):
-        of_chunk = None if weights is None else weights[i : i + CHUNK]
-        moments.add(apply(x[i : i + CHUNK]), y[i : i + CHUNK], of_chunk)
+    for block in blocks(len(x), "adding up"):
+        z = apply(x[block]) if block.start else first
+        moments.add(z, y[block], None if weights is None else weights[block])
     return moments

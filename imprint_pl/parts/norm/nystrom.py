@@ -81,22 +81,27 @@ class Nystrom(Learned):
         weights: Tensor | None = None,
     ) -> Moments:
         # One pass is enough: compute the sums without the shift, then shift them by their mean.
-        self._place(x, seed)
-        moments = sums_of(self, x, y, num_classes, gram, weights)
-        self._set(x, mean=moments.global_mean)
+        self.fit_few(x[self.places(len(x), seed).to(x.device)])
+        return self.centred(sums_of(self, x, y, num_classes, gram, weights))
+
+    def places(self, samples: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(samples, generator=generator)[: self.projection_dim]
+        return drawn.sort().values
+
+    def centred(self, moments: Moments) -> Moments:
+        self._set(self.mean, mean=moments.global_mean)
         return moments.shifted(self.mean)
 
     def fit_transform(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Tensor:
-        self._place(x, seed)
+        self.fit_few(x[self.places(len(x), seed).to(x.device)])
         z = transform(self, x)
         self._set(x, mean=double(z).mean(0))
         return z - self.mean
 
-    def _place(self, x: Tensor, seed: int) -> None:
-        """Draw the landmarks and set all constants; the mean is 0."""
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randperm(len(x), generator=generator)[: self.projection_dim]
-        landmarks = double(x[drawn.sort().values.to(x.device)])
+    def fit_few(self, few: Tensor) -> Nystrom:
+        """Set all constants, with the landmarks `(p, d)`; the mean is 0."""
+        landmarks = double(few)
         shift = landmarks.mean(0)
         landmarks = landmarks - shift
         squares = landmarks.square().sum(1)
@@ -111,7 +116,8 @@ class Nystrom(Learned):
         cure = f"width={self.width}: give a smaller one, or fewer landmarks (projection_dim)"
         matrix = inverse_factor(kernel, cure).T
         mean = torch.zeros(len(kernel))
-        self._set(x, shift=shift, landmarks=landmarks, gamma=gamma, matrix=matrix, mean=mean)
+        self._set(few, shift=shift, landmarks=landmarks, gamma=gamma, matrix=matrix, mean=mean)
+        return self
 
     def apply_fitted(self, x: Tensor) -> Tensor:
         exact = torch.compiler.is_exporting() or x.shape[:-1].numel() <= EXACT_ROWS
