@@ -92,8 +92,8 @@ class Parser(LightningArgumentParser):
         if "are required" in message and ".data" in message:
             return (
                 "no data: give --data Digits (or MNIST, FashionMNIST, CIFAR10, ImageFolder with "
-                "--data.root …, CSV with --data.table …, Union with --data.sources …; for predict also --images FILE …), or "
-                "a --config that does"
+                "--data.root …, CSV with --data.table …, Union with --data.sources …; for predict "
+                "also --images FILE …), or a --config that does"
             )
         return message
 

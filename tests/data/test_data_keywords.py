@@ -25,6 +25,7 @@ TASK = {
     "num_labels": 2,
     "task_seed": 4,
     "shots": 5,
+    "max_images": 90,
     "val_fraction": 0.25,
     "batch_size": 6,
     "num_workers": 7,
