@@ -200,14 +200,14 @@ def asked(photos, tmp_path, **options):
 @pytest.mark.slow
 def test_two_rounds_a_page_and_the_same_command_again(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(candidates, "SECONDS", 0.01)
-    names = [SMALL, LARGE, "efficientnet_lite0@48", "torchvision/resnet18"]
-    question = asked(photos, tmp_path, backbones=names, images=30, finalists=2)
+    names = [SMALL, LARGE, "torchvision/resnet18"]
+    question = asked(photos, tmp_path, backbones=names, images=30, finalists=1)
     found = compare(question, progress=False)
     first, last = found.rounds
     assert (first.images, first.trained) == (9, 21)
     assert (last.images, last.trained) == (18, 42)
-    assert len(first.measured) == 6
-    assert len(last.measured) == 4
+    assert len(first.measured) == 4
+    assert len(last.measured) == 2
     assert [one.name for one in found.missing] == ["torchvision/resnet18"]
     assert "resnet18-f37072fd.pth" in found.missing[0].reason
 
@@ -216,7 +216,7 @@ def test_two_rounds_a_page_and_the_same_command_again(photos, tmp_path, monkeypa
     assert question.command(chosen.candidate, chosen.layers).replace("'", "&#39;") in page
     assert "resnet18-f37072fd.pth" in page
     assert page.count("<img") == 2
-    assert len(json.loads((question.folder / "backbones.json").read_text())) == 3
+    assert len(json.loads((question.folder / "backbones.json").read_text())) == 2
 
     # What was done is read: nothing is embedded, nothing is timed.
     monkeypatch.setattr(candidates, "_speed", None)
