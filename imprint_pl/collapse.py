@@ -201,12 +201,25 @@ def vci_of_moments(moments: Moments, average: str = "macro", as_published: bool 
     if as_published:
         within = within + torch.outer(moments.global_mean, moments.global_mean)
     total = within + deviations.T @ deviations
-    values, vectors = torch.linalg.eigh(total)
+    values, vectors = _eigh(total)
     kept = values > TOLERANCE * values[-1]
     projected = deviations @ vectors[:, kept]
     trace = (projected.square() / values[kept]).sum().item()
     rank = _between_pseudo_root(moments).shape[1]
     return 1 - trace / rank if rank else float("nan")
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues, ascending, and the eigenvectors of a symmetric matrix `(d, d)`."""
+    try:
+        return torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        # With few samples nearly all eigenvalues are 0, for which the fast algorithm (divide and
+        # conquer) sometimes does not converge. The QR algorithm is slower and does.
+        from scipy.linalg import eigh
+
+        values, vectors = map(torch.from_numpy, eigh(matrix.cpu().numpy(), driver="ev"))
+        return values.to(matrix), vectors.to(matrix)
 
 
 def _between_pseudo_root(moments: Moments) -> Tensor:

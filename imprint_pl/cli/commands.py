@@ -20,7 +20,7 @@ from imprint_pl.errors import ImprintError
 
 COMMANDS = (
     *("fit", "validate", "test", "predict", "embed"),
-    *("audit", "sweep", "report", "dashboard"),
+    *("audit", "compare", "sweep", "report", "dashboard"),
 )
 # These commands take a checkpoint and files, and need no Trainer.
 FILE_COMMANDS = ("add-class", "add-examples", "remove-class", "export")
@@ -35,6 +35,7 @@ commands:
   test       measure a checkpoint on the test images
   predict    label the images of a data set, of files or of folders; writes a CSV
   audit      look for wrong labels, duplicates and unusual images; writes a page
+  compare    say which backbone is best for a data set, and how fast each is here; writes a page
   embed      fill the embedding cache with a data set, for `fit --cache_dir`
   export     write a checkpoint as one file: onnx, torch_export, or the head as safetensors
   add-class, add-examples, remove-class
@@ -50,6 +51,7 @@ examples:
   python -m imprint_pl test --data Digits --ckpt_path CHECKPOINT
   python -m imprint_pl predict --ckpt_path CHECKPOINT --images photo.jpg holiday/
   python -m imprint_pl audit photos --fix_list fix.csv
+  python -m imprint_pl compare --data.root photos
   python -m imprint_pl fit --config configs/d_in_1_digits.yaml --cache_dir cache
   python -m imprint_pl add-class CHECKPOINT --name fox --images foxes/
   python -m imprint_pl export CHECKPOINT --format onnx
@@ -135,6 +137,10 @@ def _command(argv: list[str]) -> tuple[Callable[[list[str]], None], list[str]]:
     arguments = [_packaged_config(argument) for argument in argv]
     if argv[0] == "sweep":
         from imprint_pl.cli.sweep import run
+
+        return run, arguments[1:]
+    if argv[0] == "compare":
+        from imprint_pl.cli.compare import run
 
         return run, arguments[1:]
     if argv[0] == "audit":

@@ -35,6 +35,8 @@ DATA = {
         imprint_pl.data.Union,
         imprint_pl.data.ImageNet,
         imprint_pl.data.ImageFolder,
+        imprint_pl.data.CSV,
+        imprint_pl.data.HuggingFace,
         imprint_pl.data.ImageFiles,
         imprint_pl.data.LabelledFolder,
     )
@@ -90,8 +92,8 @@ class Parser(LightningArgumentParser):
         if "are required" in message and ".data" in message:
             return (
                 "no data: give --data Digits (or MNIST, FashionMNIST, CIFAR10, ImageFolder with "
-                "--data.root …, Union with --data.sources …; for predict also --images FILE …), or "
-                "a --config that does"
+                "--data.root …, CSV with --data.table …, Union with --data.sources …; for predict "
+                "also --images FILE …), or a --config that does"
             )
         return message
 

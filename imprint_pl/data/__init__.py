@@ -1,5 +1,5 @@
-"""Images for imprinting, as LightningDataModules: named sets, unions of them, image folders,
-image files; and embeddings.
+"""Images for imprinting, as LightningDataModules: named sets, unions of them, image folders, tables
+of image files, data sets of the `datasets` library, image files; and embeddings.
 
 Every module hands out uint8 images at their native size and never asks which backbone reads them.
 The extras of the base class (`class_names`, `task`, `sample_names`, ...) are conveniences: any
@@ -12,13 +12,16 @@ from imprint_pl.data.cifar import CIFAR10, CIFAR100
 from imprint_pl.data.digit_sets import MNISTM, SVHN, USPS
 from imprint_pl.data.embeddings import EmbeddingDataModule
 from imprint_pl.data.folders import ImageFiles, ImageFolder, LabelledFolder
+from imprint_pl.data.hugging_face import HuggingFace
 from imprint_pl.data.image_files import ImageFileDataset
 from imprint_pl.data.imagenet import ImageNet
+from imprint_pl.data.listed import CSV
 from imprint_pl.data.union import CombiDigits, Union, UnionDataset
 
 __all__ = [
     "CIFAR10",
     "CIFAR100",
+    "CSV",
     "MNIST",
     "MNISTM",
     "SVHN",
@@ -28,6 +31,7 @@ __all__ = [
     "Digits",
     "EmbeddingDataModule",
     "FashionMNIST",
+    "HuggingFace",
     "ImageDataModule",
     "ImageFileDataset",
     "ImageFiles",

@@ -62,6 +62,8 @@ class ImageDataModule(LightningDataModule):
             there are batches, and none for a single batch and for data sets in memory.
         download: Whether to fetch missing files.
         seed: Seed of the shots and of the held-out part.
+        max_images: Images to take of all splits together, the same part of each class (two at
+            least), for a quick look. Default: all.
 
     Attributes:
         class_names: Names of the chosen classes, in the order given; names of merged classes are
@@ -89,10 +91,13 @@ class ImageDataModule(LightningDataModule):
         num_workers: int | None = None,
         download: bool = True,
         seed: int = 0,
+        max_images: int | None = None,
     ) -> None:
         super().__init__()
         if shots is not None and shots < 1:
             raise ImprintError(f"shots={shots}: a class needs at least 1 training image")
+        if max_images is not None and max_images < 1:
+            raise ImprintError(f"max_images={max_images}: take at least 1 image")
         if not 0 <= val_fraction < 1:
             raise ImprintError(
                 f"val_fraction={val_fraction} is not in [0, 1): it is the part of the training "
@@ -108,6 +113,7 @@ class ImageDataModule(LightningDataModule):
         self.num_labels = num_labels
         self.task_seed = task_seed
         self.shots = shots
+        self.max_images = max_images
         self.val_fraction = val_fraction
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -170,12 +176,18 @@ class ImageDataModule(LightningDataModule):
                 )
         self.class_names = [tasks.merged_name(group, names) for group in chosen]
         self.original_class_names = splits.original_class_names or names
-        self.train_dataset = _select(splits.train, chosen, drawn)
-        self.test_dataset = _select(splits.test, chosen)
+
+        def select(dataset: SplitDataset, positions: Tensor | None = None) -> SplitDataset:
+            if positions is None:
+                positions, _ = tasks.relabel(dataset.labels, chosen)
+            return _select(dataset, chosen, self.sample_of(splits, dataset, positions))
+
+        self.train_dataset = select(splits.train, drawn)
+        self.test_dataset = select(splits.test)
         if self.val_fraction:
-            self.val_dataset = _select(splits.train, chosen, held)
+            self.val_dataset = select(splits.train, held)
         elif splits.val is not None:
-            self.val_dataset = _select(splits.val, chosen)
+            self.val_dataset = select(splits.val)
         else:
             self.val_dataset = self.test_dataset
         self.predict_dataset = self.test_dataset
@@ -188,6 +200,21 @@ class ImageDataModule(LightningDataModule):
         self.num_classes = len(chosen)
         self.task = self._task_name(chosen, names)
         self._is_set_up = True
+
+    def sample_of(self, splits: Splits, dataset: SplitDataset, positions: Tensor) -> Tensor:
+        """Return the positions in a split that `max_images` leaves.
+
+        Args:
+            splits: What `load` returned.
+            dataset: One of them.
+            positions: `(M,)`, those of the task, ascending.
+        """
+        if self.max_images is None:
+            return positions
+        every = [one for one in (splits.train, splits.test, splits.val) if one is not None]
+        share = self.max_images / sum(len(one.labels) for one in every)
+        labels = dataset.labels[positions]
+        return positions[tasks.part(labels, len(splits.class_names), share, self.seed)]
 
     def _task_name(self, chosen: list[list[int]], names: list[str]) -> str:
         what = []
@@ -281,11 +308,7 @@ class ImageDataModule(LightningDataModule):
         return min(max(cpu_count() // processes, 1), MOST_WORKERS)
 
 
-def _select(
-    dataset: SplitDataset, chosen: list[list[int]], positions: Tensor | None = None
-) -> SplitDataset:
-    if positions is None:
-        positions = torch.arange(len(dataset.labels))
+def _select(dataset: SplitDataset, chosen: list[list[int]], positions: Tensor) -> SplitDataset:
     kept, labels = tasks.relabel(dataset.labels[positions], chosen)
     selected = dataset.select(positions[kept], labels)
     original = getattr(dataset, "original_labels", dataset.labels)

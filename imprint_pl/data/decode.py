@@ -5,6 +5,7 @@ one error that names the file.
 """
 
 import functools
+import io
 import math
 import os
 from typing import cast
@@ -52,7 +53,10 @@ BITS_PER_SAMPLE, SAMPLE_FORMAT, UNSIGNED = 258, 339, 1
 
 
 def read_image(
-    path: str | os.PathLike, max_side: int | None = None, least_side: int | None = None
+    path: str | os.PathLike,
+    max_side: int | None = None,
+    least_side: int | None = None,
+    content: bytes | None = None,
 ) -> Tensor:
     """Decode an image file, upright.
 
@@ -64,6 +68,7 @@ def read_image(
             asked for, which is several times faster. Files of other formats are decoded whole.
         least_side: `max_side` does not shrink the shorter side below this many pixels; the longer
             side of a panorama may then exceed `max_side`.
+        content: The file's bytes where they are known; `path` is then its name in messages alone.
 
     Returns:
         uint8 `(C, H, W)`: one channel for grey and bilevel files, two for grey with alpha, four for
@@ -77,7 +82,8 @@ def read_image(
             decompression-bomb limit; the message names the file.
     """
     try:
-        with Image.open(path, formats=_formats()) as opened:
+        source = path if content is None else io.BytesIO(content)
+        with Image.open(source, formats=_formats()) as opened:
             longest = _longest(opened.size, max_side, least_side)
             if longest is not None:
                 ratio = longest / max(opened.size)
@@ -100,7 +106,7 @@ def read_image(
     # Decoders raise errors of many kinds for damaged files.
     except Exception as error:
         raise ImprintError(
-            f"cannot read the image {shown(path)}: {_reason(error, path)}. "
+            f"cannot read the image {shown(path)}: {_reason(error, path, content)}. "
             "Replace or remove the file."
         ) from error
     channels_first = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
@@ -140,9 +146,12 @@ def is_heif(path: str | os.PathLike) -> bool:
     """Return whether a file's first bytes are those of HEIC and HEIF (ISO/IEC 23008-12)."""
     try:
         with open(path, "rb") as file:
-            head = file.read(12)
+            return _begins_as_heif(file.read(12))
     except OSError:
         return False
+
+
+def _begins_as_heif(head: bytes) -> bool:
     return head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 
 
@@ -158,9 +167,9 @@ def _formats() -> list[str]:
     return [name for name in (*FORMATS, "HEIF") if name in Image.OPEN]
 
 
-def _reason(error: Exception, path: str | os.PathLike) -> str:
+def _reason(error: Exception, path: str | os.PathLike, content: bytes | None) -> str:
     if isinstance(error, UnidentifiedImageError):
-        if is_heif(path):
+        if is_heif(path) if content is None else _begins_as_heif(content[:12]):
             return f"it is an HEIC or HEIF file, which pillow-heif reads ({HEIF_CURE})"
         return "cannot identify an image in it: it is damaged, or of a kind that is not read here"
     if isinstance(error, OSError) and error.errno is not None:

@@ -13,7 +13,7 @@ from imprint_pl.data.base import ImageDataModule
 from imprint_pl.data.splits import Splits
 from imprint_pl.errors import ImprintError
 
-TASK_OPTIONS = ("classes", "d", "num_labels", "task_seed", "shots", "val_fraction")
+TASK_OPTIONS = ("classes", "d", "num_labels", "task_seed", "shots", "max_images", "val_fraction")
 
 
 class EmbeddingDataModule(ImageDataModule):

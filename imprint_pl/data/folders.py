@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,13 @@ from imprint_pl.data.finding import (
     tell_loose_images,
     warn_of_left_out,
 )
-from imprint_pl.data.image_files import SKIP_ADVICE, ImageFileDataset, unreadable
+from imprint_pl.data.image_files import (
+    SKIP_ADVICE,
+    DecodedDataset,
+    ImageFileDataset,
+    unreadable,
+    unreadable_at,
+)
 from imprint_pl.data.splits import SplitDataset, Splits
 from imprint_pl.errors import ImprintError, shown
 from imprint_pl.numerics.labels import check_composition, composed, place_of, warn_of_alike
@@ -44,6 +50,7 @@ SPLIT_NAMES = {
 TEST_SEED = 0
 # How many unreadable images a message names.
 UNREADABLE_SHOWN = 10
+Decoded = TypeVar("Decoded", bound=DecodedDataset)
 
 
 class ImageFolder(ImageDataModule):
@@ -117,12 +124,16 @@ class ImageFolder(ImageDataModule):
         if others:
             test = others["test"] if "test" in others else others["val"]
             return Splits(class_names, train, test, others.get("val"))
+        return self._hold_out(class_names, train, str(train_folder))
+
+    def _hold_out(self, class_names: list[str], train: SplitDataset, where: str) -> Splits:
+        """Hold a part of each class out as validation and test; `where` names the images."""
         every_class = range(len(class_names))
         staying, held = tasks.draw(
             train.labels, class_names, every_class, self.test_fraction, seed=TEST_SEED
         )
         rank_zero_info(
-            f"{train_folder} has no test split: {len(held)} of its {len(train)} images are held "
+            f"{where} has no test split: {len(held)} of its {len(train)} images are held "
             f"out as validation and test (test_fraction={self.test_fraction})"
         )
         return Splits(
@@ -188,42 +199,50 @@ class ImageFolder(ImageDataModule):
             labels += [place] * len(images)
         warn_of_left_out(left_out)
         tell_loose_images(folder)
-        dataset = ImageFileDataset(paths, torch.tensor(labels), self.max_side, advice=SKIP_ADVICE)
-        if self.on_error == "skip":
-            self._look_at(paths, folder)
-            readable = [i for i, path in enumerate(paths) if path not in self.unreadable]
-            kept = torch.tensor(readable, dtype=torch.int64)
-            dataset = dataset.select(kept, dataset.labels[kept])
-            empty = [] if is_test else sorted(set(labels) - set(dataset.labels.tolist()))
-            if empty:
-                raise ImprintError(
-                    f"no image of the class folder {folder / class_names[empty[0]]} can be read: "
-                    "replace the images, or remove the folder"
-                )
+        images = ImageFileDataset(paths, torch.tensor(labels), self.max_side, advice=SKIP_ADVICE)
+        dataset = self._readable(images, paths, f"images below {shown(folder)}")
+        empty = [] if is_test else sorted(set(labels) - set(dataset.labels.tolist()))
+        if empty:
+            raise ImprintError(
+                f"no image of the class folder {folder / class_names[empty[0]]} can be read: "
+                "replace the images, or remove the folder"
+            )
         return class_names, dataset
 
-    def _look_at(self, paths: list[str], folder: Path) -> None:
-        """Add the files that cannot be read to `unreadable`."""
-        new = [path for path in paths if path not in self._looked_at]
+    def _readable(self, images: Decoded, names: list[str], what: str) -> Decoded:
+        """Leave out the images that cannot be read, if `on_error` says so.
+
+        Args:
+            images: The images of a split.
+            names: Their names; those of images that cannot be read are added to `unreadable`.
+            what: Names all of them in the warning.
+        """
+        if self.on_error != "skip":
+            return images
+        new = [place for place, name in enumerate(names) if name not in self._looked_at]
         workers = self._free_processors() if self.num_workers is None else self.num_workers
         # Each rank decodes a share. Without a Trainer the other ranks may not be here to take part.
         shares = ranks() if self.trainer is not None else 1
-        own = new[dist.get_rank() :: shares] if shares > 1 else new
-        found = [unreadable(own, self.max_side, workers)] * shares
+        own = torch.tensor(new[dist.get_rank() :: shares] if shares > 1 else new, dtype=torch.int64)
+        reasons = unreadable_at(images.select(own, images.labels[own]), workers)
+        found = [{names[own[place]]: reason for place, reason in reasons.items()}] * shares
         if shares > 1:
             dist.all_gather_object(found, found[0])
-        faults = {path: reason for share in found for path, reason in share.items()}
-        self._looked_at.update(new)
+        faults = {name: reason for share in found for name, reason in share.items()}
+        self._looked_at.update(names[place] for place in new)
         # Keep the order of the data set.
-        self.unreadable |= {path: faults[path] for path in new if path in faults}
-        if faults:
-            names = [shown(path) for path in new if path in faults]
-            more = len(names) - UNREADABLE_SHOWN
+        faulty = [names[place] for place in new if names[place] in faults]
+        self.unreadable |= {name: faults[name] for name in faulty}
+        if faulty:
+            more = len(faulty) - UNREADABLE_SHOWN
             rank_zero_warn(
-                f"{len(names)} of {len(new)} images below {shown(folder)} cannot be read and are "
-                f"left out: {', '.join(names[:UNREADABLE_SHOWN])}"
+                f"{len(faulty)} of {len(new)} {what} cannot be read and are left out: "
+                f"{', '.join(map(shown, faulty[:UNREADABLE_SHOWN]))}"
                 f"{f' and {more} more' if more > 0 else ''}"
             )
+        readable = [place for place, name in enumerate(names) if name not in self.unreadable]
+        kept = torch.tensor(readable, dtype=torch.int64)
+        return images.select(kept, images.labels[kept])
 
 
 class LabelledFolder(ImageFolder):

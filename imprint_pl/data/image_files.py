@@ -8,7 +8,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -22,38 +22,36 @@ from imprint_pl.errors import ImprintError, shown
 SKIP_ADVICE = 'Or leave out what cannot be read: on_error="skip" (--on_error skip).'
 
 
-class ImageFileDataset(SplitDataset):
-    """Images that are decoded from their files for each batch.
+class DecodedDataset(SplitDataset):
+    """Images that are decoded for each batch.
 
     A batch, `__getitems__(indices)`, is `(images, labels)`: a list of uint8 `(C, H, W)` tensors and
-    int64 `(B,)`; without labels the list alone. If a DataLoader's worker cannot read a file, the
+    int64 `(B,)`; without labels the list alone. If a DataLoader's worker cannot read an image, the
     batch is an `ImprintError`, which `ImageFileLoader` raises: torch would wrap an exception in the
     worker's traceback.
 
+    A subclass writes `read`, `select`, `fingerprint` and `__len__`.
+
     Args:
-        paths: One file for each sample.
         labels: `(N,)` int64; None for images to predict, which then have no attribute `labels`.
         max_side: Longest side in pixels; larger images are shrunk.
         least_side: Pixels below which `max_side` does not shrink the shorter side.
-        on_error: "fail", or "skip" for images to predict: a file that cannot be read is replaced by
-            a black image, and its batch is a dict of `images` and of `skipped`, which maps the
-            place in the batch to the reason. Use `unreadable` for images with labels.
-        advice: A sentence that ends the error of a file that cannot be read.
+        on_error: "fail", or "skip" for images to predict: an image that cannot be read is replaced
+            by a black one, and its batch is a dict of `images` and of `skipped`, which maps the
+            place in the batch to the reason. Use `unreadable_at` for images with labels.
+        advice: A sentence that ends the error of an image that cannot be read.
     """
 
-    paths: list[str]
     from_files = True
 
     def __init__(
         self,
-        paths: Sequence[str],
         labels: Tensor | None = None,
         max_side: int | None = None,
         on_error: str = "fail",
         advice: str = "",
         least_side: int | None = None,
     ) -> None:
-        self.paths = list(paths)
         self.has_labels = labels is not None
         if labels is not None:
             self.labels = labels
@@ -62,18 +60,27 @@ class ImageFileDataset(SplitDataset):
         self.on_error = on_error
         self.advice = advice
 
-    def __len__(self) -> int:
-        return len(self.paths)
+    def read(self, index: int) -> Tensor:
+        """Decode an image to uint8 `(C, H, W)`.
+
+        Raises:
+            ImprintError: If it cannot be read.
+        """
+        raise NotImplementedError
+
+    def select(self, positions: Tensor, labels: Tensor) -> Self:
+        """Return the samples at `positions` `(M,)`, with new labels `(M,)`."""
+        raise NotImplementedError
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | Tensor:
-        image = self._read(index)
+        image = self.read(index)
         return (image, self.labels[index]) if self.has_labels else image
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         if self.on_error == "skip":
             return self._readable(indices)
         try:
-            images = [self._read(index) for index in indices]
+            images = [self.read(index) for index in indices]
         except ImprintError as error:
             advised = ImprintError(f"{error} {self.advice}".rstrip())
             if get_worker_info() is None:
@@ -86,20 +93,21 @@ class ImageFileDataset(SplitDataset):
         skipped: dict[int, str] = {}
         for place, index in enumerate(indices):
             try:
-                images.append(self._read(index))
+                images.append(self.read(index))
             except ImprintError as error:
                 images.append(torch.zeros(3, 8, 8, dtype=torch.uint8))
                 skipped[place] = str(error)
         return {"images": images, "skipped": skipped} if skipped else images
 
-    def select(self, positions: Tensor, labels: Tensor) -> "ImageFileDataset":
-        """Return the samples at `positions` `(M,)`, with new labels `(M,)`."""
-        paths = [self.paths[position] for position in positions.tolist()]
-        return ImageFileDataset(
-            paths, labels, self.max_side, advice=self.advice, least_side=self.least_side
-        )
+    def _labelled(self, labels: Tensor) -> Self:
+        """Return a copy for `select`, with other labels."""
+        selected = copy.copy(self)
+        selected.labels, selected.has_labels, selected.on_error = labels, True, "fail"
+        # They belong to all samples.
+        selected.__dict__.pop("original_labels", None)
+        return selected
 
-    def sized(self, max_side: int | None, least_side: int | None) -> "ImageFileDataset":
+    def sized(self, max_side: int | None, least_side: int | None) -> Self:
         """Return the data set as a model wants its images read.
 
         Args:
@@ -111,18 +119,58 @@ class ImageFileDataset(SplitDataset):
         sized.least_side = least_side
         return sized
 
-    def _read(self, index: int) -> Tensor:
+    def how_read(self) -> str:
+        """Return what the pixels depend on besides the images' files, for `fingerprint`.
+
+        Where `max_side` is set, `least_side` belongs to it.
+        """
+        least = "" if None in (self.max_side, self.least_side) else f" {self.least_side}"
+        return f"{self.max_side}{least}"
+
+
+class ImageFileDataset(DecodedDataset):
+    """Image files.
+
+    Args:
+        paths: One file for each sample.
+        labels: As for `DecodedDataset`, like all that follow.
+        max_side: Longest side in pixels.
+        on_error: "fail" or "skip".
+        advice: A sentence that ends the error of a file that cannot be read.
+        least_side: Pixels below which `max_side` does not shrink the shorter side.
+    """
+
+    paths: list[str]
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        labels: Tensor | None = None,
+        max_side: int | None = None,
+        on_error: str = "fail",
+        advice: str = "",
+        least_side: int | None = None,
+    ) -> None:
+        super().__init__(labels, max_side, on_error, advice, least_side)
+        self.paths = list(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> Tensor:
         return read_image(self.paths[index], self.max_side, self.least_side)
+
+    def select(self, positions: Tensor, labels: Tensor) -> Self:
+        selected = self._labelled(labels)
+        selected.paths = [self.paths[position] for position in positions.tolist()]
+        return selected
 
     def fingerprint(self) -> str:
         """Return a hash of the files' names below their folder, sizes and times, and of `max_side`.
 
-        Where `max_side` is set, `least_side` belongs to it.
-
         The files are not read: for a million images that would take longer than embedding them.
         """
-        least = "" if None in (self.max_side, self.least_side) else f" {self.least_side}"
-        digest = hashlib.sha256(f"files {self.max_side}{least}".encode())
+        digest = hashlib.sha256(f"files {self.how_read()}".encode())
         root = os.path.commonpath(self.paths) if len(self.paths) > 1 else ""
         for path in self.paths:
             try:
@@ -140,54 +188,66 @@ class ImageFileDataset(SplitDataset):
 
 
 class _Reasons(Dataset):
-    """For each image file the reason why it cannot be read, or None."""
+    """For each image the reason why it cannot be read, or None."""
 
-    def __init__(self, paths: Sequence[str], max_side: int | None) -> None:
-        self.paths, self.max_side = paths, max_side
+    def __init__(self, images: DecodedDataset) -> None:
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> str | None:
         try:
-            read_image(self.paths[index], self.max_side)
+            self.images.read(index)
         except ImprintError as error:
             return str(error)
         return None
 
 
-def unreadable(
-    paths: Sequence[str], max_side: int | None = None, num_workers: int = 0
-) -> dict[str, str]:
-    """Find the files that cannot be read.
+def unreadable_at(images: DecodedDataset, num_workers: int = 0) -> dict[int, str]:
+    """Find the images that cannot be read.
 
-    Each file is decoded whole: the pixels may be damaged behind a good header.
+    Each image is decoded whole: the pixels may be damaged behind a good header.
 
     Args:
-        paths: Image files.
-        max_side: As for `read_image`.
+        images: The images.
         num_workers: Processes that decode.
 
     Returns:
-        The reason for each file that cannot be read.
+        The reason for each place of an image that cannot be read.
     """
+    count = len(images)
     # At least two batches for each worker, so that none is idle.
-    size = max(1, min(64, len(paths) // (2 * num_workers) if num_workers else 64))
+    size = max(1, min(64, count // (2 * num_workers) if num_workers else 64))
     reasons: list[str | None] = []
     with tqdm(
-        total=len(paths), desc="looking for broken images", delay=2, leave=False, disable=None
+        total=count, desc="looking for broken images", delay=2, leave=False, disable=None
     ) as progress:
         for batch in ImageFileLoader(
-            _Reasons(paths, max_side),
+            _Reasons(images),
             batch_size=size,
-            num_workers=num_workers if len(paths) > size else 0,
+            num_workers=num_workers if count > size else 0,
             collate_fn=list,
             # Pass a generator: otherwise the loader draws from the global one.
             generator=torch.Generator(),
         ):
             reasons += batch
             progress.update(len(batch))
-    return {path: reason for path, reason in zip(paths, reasons, strict=True) if reason}
+    return {place: reason for place, reason in enumerate(reasons) if reason}
+
+
+def unreadable(
+    paths: Sequence[str], max_side: int | None = None, num_workers: int = 0
+) -> dict[str, str]:
+    """Find the image files that cannot be read; the reason for each of them.
+
+    Args:
+        paths: Image files.
+        max_side: As for `read_image`.
+        num_workers: Processes that decode.
+    """
+    found = unreadable_at(ImageFileDataset(paths, max_side=max_side), num_workers)
+    return {paths[place]: reason for place, reason in found.items()}
 
 
 class PackedBatch(NamedTuple):

@@ -332,6 +332,26 @@ def draw(
     return torch.cat(drawn).sort().values, torch.cat(held).sort().values
 
 
+def part(labels: Tensor, num_classes: int, share: float, seed: int = 0) -> Tensor:
+    """Draw the same share of each class, two samples at least where it has as many.
+
+    Args:
+        labels: `(N,)` int64.
+        num_classes: Number of classes.
+        share: The share to draw, rounded; 1 and more takes all.
+        seed: Seed of the draw.
+
+    Returns:
+        Positions of the drawn samples, ascending.
+
+    >>> len(part(torch.tensor([0] * 10 + [1] * 3), num_classes=2, share=0.4))
+    6
+    """
+    orders = _class_orders(labels, num_classes, seed)
+    drawn = [order[: max(2, round(share * len(order)))] for order in orders]
+    return torch.cat(drawn).sort().values
+
+
 def _held_count(available: int, fraction: float, index: int, name: str) -> int:
     if fraction == 0 or available == 0:
         return 0

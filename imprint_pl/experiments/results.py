@@ -6,17 +6,19 @@ New rows go to a journal, a line each, and from time to time into `results.parqu
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import numpy as np
 import pandas as pd
 from pandas.api.types import infer_dtype
 
 from imprint_pl.errors import ImprintError
-from imprint_pl.files import local_path
+from imprint_pl.files import damaged, local_path, write_whole
 from imprint_pl.method.recipes import KEYWORDS, UNNAMED
 
 TEXT, WHOLE, NUMBER, TRUTH = "string", "Int64", "Float64", "boolean"
@@ -108,6 +110,25 @@ class Results:
         except OSError as error:
             raise _not_writable(self.folder, error) from error
         self._rows |= {row["id"]: row for row in rows}
+
+    def keep_labels(self, id: str, predicted: np.ndarray, true: np.ndarray) -> None:
+        """Keeps the labels `(N_test,)` of a row that is to be appended afterwards."""
+        content = io.BytesIO()
+        np.savez(content, predicted=predicted.astype(np.int32), true=true.astype(np.int32))
+        try:
+            self._labels_at(id).parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise _not_writable(self.folder, error) from error
+        write_whole(self._labels_at(id), content.getvalue())
+
+    def labels(self, id: str) -> tuple[np.ndarray, np.ndarray]:
+        """The predicted and the true labels of a row, `(N_test,)` int32 each."""
+        path = self._labels_at(id)
+        with damaged(path, "the labels of a row"), np.load(path, allow_pickle=False) as file:
+            return file["predicted"], file["true"]
+
+    def _labels_at(self, id: str) -> Path:
+        return self.folder / "labels" / f"{id}.npz"
 
     def table(self, order: list[str] | None = None) -> pd.DataFrame:
         """All rows under `COLUMNS` and the keywords of users' own parts; the rows of `order`, ids,

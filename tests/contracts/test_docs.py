@@ -73,6 +73,7 @@ SHOWN = {
         and (n["labels"] == n["y"]).all()
         and n["head"].settings["k"] == 5
     ),
+    "docs/guides/backbones.md": lambda n: n["found"].rounds[-1].images == 71,
     "docs/guides/clean.md": lambda n: (
         n["scores"].ranking()[0] == 5 and n["data"].exclude == "fix.csv"
     ),
@@ -101,12 +102,12 @@ def test_every_page_with_python_has_an_outcome():
     assert {name for name, text in PAGES.items() if blocks(text, "python")} == set(SHOWN)
 
 
-# The page on Lightning fits several models: as long as all the others together.
-LONG = "docs/guides/lightning.md"
+# These pages fit or compare several models: as long as all the others together.
+LONG = ("docs/guides/lightning.md", "docs/guides/backbones.md")
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(p, marks=[pytest.mark.slow] if p == LONG else []) for p in SHOWN]
+    "page", [pytest.param(p, marks=[pytest.mark.slow] if p in LONG else []) for p in SHOWN]
 )
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -7,9 +7,11 @@ from jsonargparse import ArgumentParser
 
 from imprint_pl.cli.fit_parser import DATA
 from imprint_pl.data import (
+    CSV,
     CombiDigits,
     Digits,
     EmbeddingDataModule,
+    HuggingFace,
     ImageDataModule,
     ImageFiles,
     ImageFolder,
@@ -23,6 +25,7 @@ TASK = {
     "num_labels": 2,
     "task_seed": 4,
     "shots": 5,
+    "max_images": 90,
     "val_fraction": 0.25,
     "batch_size": 6,
     "num_workers": 7,
@@ -56,6 +59,8 @@ def test_a_command_line_does_not_offer_keywords_that_a_data_set_cannot_use():
     assert not {"download"} & set(options_of(ImageFolder))
     assert not {"download", "test_fraction"} & set(options_of(ImageNet))
     assert not {"download", "root"} & set(options_of(Union))
+    assert not {"download"} & set(options_of(CSV))
+    assert not {"download", "exclude"} & set(options_of(HuggingFace))
     assert not {"sources"} & set(options_of(CombiDigits))
 
 

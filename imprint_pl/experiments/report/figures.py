@@ -44,7 +44,7 @@ def critical_difference(compared: pd.DataFrame, tests: Significance) -> Figure:
     names = _short_names(compared.index)
     # Names are written on both sides of the axis, each with its rank.
     sides = 2 * max(width(f"{name}  10.00 ", 10) for name in names.values())
-    figure, axes = _figure(max(8.0, 4.0 + sides), 1.4 + 0.17 * len(compared))
+    figure, axes = new_figure(max(8.0, 4.0 + sides), 1.4 + 0.17 * len(compared))
     ranks = compared["rank"].rename(index=names)
     p = tests.pairs.rename(index=names, columns=names)
     if not tests.some_differ:
@@ -113,7 +113,7 @@ def gain_against_nc1(rows: pd.DataFrame) -> Figure | None:
         return None
     sources = rows.drop_duplicates("group").set_index("group")
     labels = [f"{sources.backbone[g]}, {sources.data[g]}" for g in table["group"]]
-    figure, axes = _figure(7.0, 4.2)
+    figure, axes = new_figure(7.0, 4.2)
     for i, (label, name) in enumerate(_short_names(labels).items()):
         own = table[[label == other for other in labels]]
         # With more than eight names, another marker tells equal colours apart.
@@ -136,7 +136,7 @@ def gain_against_nc1(rows: pd.DataFrame) -> Figure | None:
         f"{len(table)} groups, Spearman {round(correlation, 2) + 0:.2f}".replace("-", "−"),
         fontsize=10,
     )
-    _legend(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
@@ -149,7 +149,7 @@ def gen_seconds(rows: pd.DataFrame) -> Figure | None:
     seconds = seconds.sort_values("median").iloc[-20:]
     names = _short_names(seconds.index).values()
     beside = max(width(name, 10) for name in names)
-    figure, axes = _figure(max(7.0, 5.0 + beside), 1.0 + 0.32 * len(seconds))
+    figure, axes = new_figure(max(7.0, 5.0 + beside), 1.0 + 0.32 * len(seconds))
     places = np.arange(len(seconds))
     axes.hlines(places, seconds["min"], seconds["max"], color="#999999", linewidth=2)
     axes.plot(seconds["median"], places, "o", color=COLOURS[0])
@@ -194,7 +194,7 @@ def _lines(lines: dict[str, pd.Series], x: str, y: str, title: str, log: bool = 
         title: stands above the axes.
         log: whether the x axis is logarithmic.
     """
-    figure, axes = _figure(7.0, 4.2)
+    figure, axes = new_figure(7.0, 4.2)
     # Sorted by the values at the right end, so that the legend is in the order of the lines.
     best = _short_names(sorted(lines, key=lambda name: -lines[name].iloc[-1])[:MOST])
     for i, (name, shown) in enumerate(best.items()):
@@ -231,17 +231,19 @@ def _lines(lines: dict[str, pd.Series], x: str, y: str, title: str, log: bool = 
                 drawn.set_clip_on(False)
     left_out = len(lines) - len(best)
     axes.set_title(title + (f"; {left_out} lower lines left out" if left_out else ""), fontsize=10)
-    _legend(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
-def _figure(across: float, high: float) -> tuple[Figure, Axes]:
+def new_figure(across: float, high: float) -> tuple[Figure, Axes]:
+    """Returns an empty figure of a size in inches, and its axes."""
     # Without pyplot, which opens windows and keeps global state.
     figure = Figure(figsize=(across, high), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """Adds the legend below the axes."""
     handles, labels = axes.get_legend_handles_labels()
     longest = max(width(label, 9) for label in labels)
     # Below the axes: beside them, a long name would leave no room for the lines. The figure grows

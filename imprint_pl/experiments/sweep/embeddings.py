@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def load_splits(entry: dict[str, Any]) -> tuple[ImageDataModule | None, Splits]:
     """A data set before embedding, and its data module (`None` where it is embeddings)."""
     if "embeddings" in entry:
         return None, _from_file(entry)
-    arguments = {n: v for n, v in entry.items() if n not in ("name", "label")}
+    arguments = {n: v for n, v in entry.items() if n not in ("name", "label", "on")}
     data = getattr(imprint_pl.data, entry["name"], None)
     known = [n for n in imprint_pl.data.__all__ if n not in ("Splits", "ArrayDataset")]
     of_images = isinstance(data, type) and issubclass(data, ImageDataModule)
@@ -81,7 +81,15 @@ def load_splits(entry: dict[str, Any]) -> tuple[ImageDataModule | None, Splits]:
     except TypeError as error:
         raise ImprintError(f"data {entry['name']!r}: {error}") from error
     module.prepare_data()
-    return module, module.load()
+    return module, _measured_on(module.load(), entry)
+
+
+def _measured_on(splits: Splits, entry: dict[str, Any]) -> Splits:
+    """The splits with the images to measure on as test: `on: val` takes those of a validation
+    split, where there is one."""
+    if entry.get("on", "test") == "val" and splits.val is not None:
+        return replace(splits, test=splits.val)
+    return splits
 
 
 def load_embeddings(
@@ -104,7 +112,8 @@ def load_embeddings(
             raise ImprintError(f"backbone {backbone_entry['name']!r}: {error}") from error
         if len(needed) < len(splits.class_names):
             module.classes = [splits.class_names[c] for c in needed]
-        splits = embed(backbone, module, cache_dir).splits
+        whole = embed(backbone, module, cache_dir).splits
+        splits = _measured_on(whole, entry)
         widths = backbone.layer_widths
         if backbone.classifier is not None:
             classifier = backbone.classifier.float().cpu().numpy()
@@ -112,6 +121,8 @@ def load_embeddings(
     sets: list[tuple[str, Any]] = [("training", splits.train), ("test", splits.test)]
     for split, dataset in sets:
         kept = torch.isin(dataset.labels, torch.tensor(needed)).nonzero().flatten()
+        if module is not None:
+            kept = module.sample_of(whole, dataset, kept)
         selected = dataset.select(kept, dataset.labels[kept])
         largest = check_values(selected.images, f"data {entry['name']!r}, {split}: ")
         if dataset is splits.train:

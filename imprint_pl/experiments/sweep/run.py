@@ -44,6 +44,7 @@ def sweep(
     dask: str | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     progress: bool = True,
+    keep_labels: bool = False,
 ) -> pd.DataFrame:
     """Runs what is not done yet of a sweep.
 
@@ -57,6 +58,8 @@ def sweep(
             of two on this machine.
         chunk_bytes: memory besides the embeddings, see `Work`.
         progress: a bar on stderr with the time that is left.
+        keep_labels: keep the labels of each row's test samples beside the results, for
+            `Results.labels`.
 
     Returns:
         All rows of the results, under `imprint_pl.experiments.results.COLUMNS`.
@@ -69,6 +72,7 @@ def sweep(
     with _alone_in(folder), _where(n_jobs, dask):
         results = Results(folder)
         ids: dict[int, list[str]] = {}
+        loaded: dict[str, DataFacts] = {}
         failed: list[str] = []
         for task in plan.tasks:
             made_of = digest({"classes": task.classes})
@@ -76,7 +80,7 @@ def sweep(
         # Several layers first: the last one alone is then read from the cache of these.
         for place in sorted(range(len(plan.sources)), key=lambda i: not plan.sources[i].wide):
             source = plan.sources[place]
-            facts = _facts(source)
+            facts = _facts(source, loaded)
             backbone, data = names_of(source)
             wide: dict[str, str | None] = dict.fromkeys(USUAL) | source.wide
             of_names = results.has(backbone=backbone, data=data, **wide)
@@ -93,6 +97,7 @@ def sweep(
                     digest({"ids": [c.id for c in configurations], "time": time.time_ns()}),
                     embeddings,
                     chunk_bytes,
+                    keep_labels,
                 )
                 jobs = None if dask else n_jobs
                 failed += _run(shared, configurations, todo, results, jobs, progress)
@@ -125,6 +130,7 @@ class Shared(NamedTuple):
     token: str
     embeddings: Embeddings
     chunk_bytes: int
+    keep_labels: bool
 
 
 class UnitDone(NamedTuple):
@@ -174,6 +180,8 @@ def _run(
             unit, unit_cost = ranked[number]
             by_id = {c.id: collapse[c.task]._asdict() for c in unit}
             rows = [row | by_id[row["id"]] for row in done.rows]
+            for id, labels in done.labels.items():
+                results.keep_labels(id, labels.predicted.numpy(), labels.true.numpy())
             results.append(rows)
             failed += done.failed
             finished += len(rows)
@@ -203,7 +211,9 @@ def _collapse(shared: Shared, task: Task) -> Collapse:
 
 @torch.no_grad()
 def _unit(shared: Shared, number: int, unit: list[Configuration], todo: set[str]) -> UnitDone:
-    return UnitDone(number, _work(shared).run(unit, todo))
+    done = _work(shared).run(unit, todo)
+    # Of a large sweep they would be much to send from process to process.
+    return UnitDone(number, done if shared.keep_labels else done._replace(labels={}))
 
 
 class Size(NamedTuple):
@@ -249,17 +259,34 @@ class Facts(NamedTuple):
     made_of: str
 
 
-def _facts(source: Source) -> Facts:
+class DataFacts(NamedTuple):
+    """What a data set holds: `splits` has the fingerprints and labels of train and test."""
+
+    class_names: list[str]
+    num_train: int
+    splits: list[Any]
+
+
+def _facts(source: Source, loaded: dict[str, DataFacts]) -> Facts:
+    """Looks at a source; `loaded` keeps what is known of data sets, which several sources share."""
+    key = digest(source.data)
+    if key not in loaded:
+        loaded[key] = _data_facts(source)
+    names, num_train, splits = loaded[key]
+    made_of = {"backbone": source.backbone, "class_names": names, "splits": splits}
+    return Facts(names, num_train, digest(made_of))
+
+
+def _data_facts(source: Source) -> DataFacts:
     _, splits = load_splits(source.data)
     both: list[Any] = [splits.train, splits.test]
     if len(both[0].labels) == 0:
         raise ImprintError(f"data {names_of(source)[1]!r} has no training sample")
-    entry, of_splits = source.backbone, []
+    of_splits = []
     for split in both:
         parts = [part.fingerprint() for part in getattr(split, "parts", [split])]
         of_splits.append([parts, split.labels.tolist()])
-    made_of = {"backbone": entry, "class_names": splits.class_names, "splits": of_splits}
-    return Facts(splits.class_names, len(both[0].labels), digest(made_of))
+    return DataFacts(splits.class_names, len(both[0].labels), of_splits)
 
 
 def _check_same(folder: Path, name: str, made_of: str, has_rows: bool) -> None:

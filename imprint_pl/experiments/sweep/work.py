@@ -43,11 +43,20 @@ class Collapse(NamedTuple):
     vci: float
 
 
+class Labels(NamedTuple):
+    """The labels of a configuration's test samples, in the data set's order, `(N_test,)` each."""
+
+    predicted: Tensor
+    true: Tensor
+
+
 class Done(NamedTuple):
-    """The rows of a unit, and a message for each kind of configuration that failed."""
+    """The rows of a unit, a message for each kind of configuration that failed, and the labels of
+    each row by its id."""
 
     rows: list[dict[str, Any]]
     failed: list[str]
+    labels: dict[str, Labels]
 
 
 class Work:
@@ -87,30 +96,32 @@ class Work:
         self.proxies.forget()
         rows: list[dict[str, Any]] = []
         failed: list[str] = []
+        labels: dict[str, Labels] = {}
         try:
             shared = [c for c in unit if is_shared(c)]
             self.proxies.prepare(shared)
             fast = class_scores(self.proxies, shared, self.chunk_bytes)
         except ImprintError as error:
-            return Done([], [f"{unit[0].columns()}: {error}"])
+            return Done([], [f"{unit[0].columns()}: {error}"], {})
         for (_, task), same in grouped(unit, lambda c: (generator_key(c), c.task)).items():
             same = [c for c in same if c.id in todo]
             if not same:
                 continue
             try:
-                rows += self._rows(task, same, fast)
+                rows += self._rows(task, same, fast, labels)
             except ImprintError as error:
                 failed.append(f"{task.name}, {same[0].variant.parameters}: {error}")
         self.proxies.forget()
-        return Done(rows, failed)
+        return Done(rows, failed, labels)
 
     def _rows(
         self,
         task: Task,
         same: list[Configuration],
         fast: dict[tuple[Wanted, Group], ClassScores],
+        labels_of_rows: dict[str, Labels],
     ) -> list[dict[str, Any]]:
-        """Configurations of one task and one GEN."""
+        """Configurations of one task and one GEN; their labels are added to `labels_of_rows`."""
         groups = self.samples.groups(task)
         rows, y = self.samples.test(groups)
         size = {"num_classes": len(groups), "num_test": len(rows)}
@@ -138,6 +149,7 @@ class Work:
                 share = len(rows) / len(self.samples.test_y)
                 seconds += share * sum(f.seconds for f in found)
                 results.append(Result(c, labels, seconds, sum(f.gen_seconds for f in found), {}))
+        labels_of_rows |= {r.configuration.id: Labels(r.labels, y) for r in results}
         return [
             r.configuration.columns()
             | size

@@ -1,0 +1,17 @@
+"""Which backbone is best for one's own images: all of them on the same images, by a sweep.
+
+`candidates.py` finds backbones and measures how fast they are here, `run.py` compares them, on a
+part of the images and then the best few on all, `choice.py` says which to take, and `page.py`
+writes the page.
+"""
+
+from imprint_pl.errors import needs
+
+with needs("sweep", "compare"):
+    import pandas  # noqa: F401, here, so that a missing one is named before the work
+    import pyarrow  # noqa: F401
+
+    from imprint_pl.experiments.compare.candidates import found_backbones
+    from imprint_pl.experiments.compare.run import Comparison, Question, compare
+
+__all__ = ["Comparison", "Question", "compare", "found_backbones"]
