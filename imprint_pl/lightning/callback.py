@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
@@ -26,10 +27,10 @@ from imprint_pl.data.loaders import loader_at, sampler_length
 from imprint_pl.errors import ImprintError, did_you_mean
 from imprint_pl.lightning.attaching import (
     RECIPE,
+    check_recipe,
     class_settings,
     detach,
     put_head,
-    refuse_layers,
 )
 from imprint_pl.lightning.layer import (
     Unpack,
@@ -48,7 +49,20 @@ from imprint_pl.method.imprinting import imprint
 from imprint_pl.ranks import Result, on_rank_zero
 from imprint_pl.training_set.store import RowStore, on_gpu
 
-WHEN = ("fit_start", "validation", "train_end")
+# What the callback says of the head, for each value of `when`.
+PLACE = {
+    "fit_start": "layer {layer!r} is now an imprinted head, which is fine-tuned",
+    "validation": "an imprinted head is measured beside layer {layer!r} in each validation",
+    "train_end": "layer {layer!r} is now an imprinted head",
+}
+WHEN = tuple(PLACE)
+
+
+class Imprinted(NamedTuple):
+    """A head, and the number of samples that it was imprinted from."""
+
+    head: ImprintedHead
+    samples: int
 
 
 class ImprintCallback(Callback):
@@ -78,6 +92,10 @@ class ImprintCallback(Callback):
         overrides: as for `imprint`; `num_classes` is by default the DataModule's, or that of the
             `nn.Linear` that is replaced.
 
+    A line says which recipe was imprinted from how many samples and classes, and how much of the
+    held-out samples is right. The loggers get it, too, as `imprint/recipe` (a hyperparameter),
+    `imprint/samples`, `imprint/classes` and `imprint/held_out_accuracy`.
+
     A checkpoint with a head loads through this callback (`trainer.test(module, ckpt_path=…)`) or
     after `attach(module, layer)`, strictly. Fitting again imprints again; a fit that resumes from
     `ckpt_path` imprints, too, and then takes the head of the checkpoint.
@@ -101,7 +119,7 @@ class ImprintCallback(Callback):
         **overrides: Any,
     ) -> None:
         super().__init__()
-        refuse_layers(overrides)
+        check_recipe(recipe, overrides)
         if when not in WHEN:
             raise ImprintError(
                 f"unknown when={when!r}{did_you_mean(when, WHEN)} (known: {', '.join(WHEN)})"
@@ -117,6 +135,9 @@ class ImprintCallback(Callback):
         # What a run has put into the module, and what a validation batch has; undone when they end.
         self._undo, self._watch = ExitStack(), ExitStack()
         self._validated: dict[int, RowStore] = {}
+        # The last one made, until the loggers have it, and whether a line has told of one.
+        self._made: Imprinted | None = None
+        self._told = False
 
     # Set-up and undo.
 
@@ -129,6 +150,7 @@ class ImprintCallback(Callback):
             )
         as_in_the_file = partial(_as_in_the_file, self.layer)
         self._undo.callback(pl_module.register_load_state_dict_pre_hook(as_in_the_file).remove)
+        self._told = False
         if stage == "fit":
             self._undo.enter_context(
                 _once_set_up(pl_module, partial(self._prepare_fit, trainer, pl_module))
@@ -181,12 +203,17 @@ class ImprintCallback(Callback):
         self._watch.close()
         self._undo.close()
 
-    # At the end of training.
+    # At the start and at the end of training.
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not before: the loggers have the user's hyperparameters now, to which these are added.
+        self._log(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.when != "train_end":
             return
         self._replace(trainer, pl_module)
+        self._log(trainer)
         folder = getattr(trainer.checkpoint_callback, "dirpath", None)
         if folder:
             self.checkpoint_path = str(Path(folder) / "imprinted.ckpt")
@@ -207,6 +234,7 @@ class ImprintCallback(Callback):
             # Not before: callbacks put averaged weights in place when the epoch starts, and the
             # head is to be made with the weights that are validated.
             self.head = self._imprint(trainer, pl_module).to(pl_module.device)
+            self._log(trainer)
             self._is_due = False
         self._seen = self._watch.enter_context(inputs_of(pl_module, self.layer))
 
@@ -276,7 +304,7 @@ class ImprintCallback(Callback):
                 self._limit(trainer, loader, settings["num_classes"]),
             )
 
-        def make(x: Tensor, y: Tensor) -> ImprintedHead:
+        def make(x: Tensor, y: Tensor) -> Imprinted:
             x, y = on_gpu(x, y, trainer.strategy.root_device)
             head = imprint(x, y, self.recipe, **settings)
             if self.when == "fit_start" and not _is_trainable(head, x[:2]):
@@ -285,12 +313,45 @@ class ImprintCallback(Callback):
                     f"agg={head.agg.name!r}) cannot be fine-tuned: no gradient reaches its "
                     'proxies; choose another recipe, or when="train_end"'
                 )
-            return head.cpu()
+            return Imprinted(head.cpu(), len(x))
 
+        self._made = _of_all_rows(store, make)
+        self._tell(self._made)
         # Like the head of `attach`, it takes its parts from the checkpoint that it loads.
         head = ImprintedHead()
-        head.take(_of_all_rows(store, make))
+        head.take(self._made.head)
         return head
+
+    def _tell(self, made: Imprinted) -> None:
+        """Says in a line what was imprinted; beside validations, the first time alone."""
+        if self._told:
+            return
+        self._told = True
+        head, chosen = made.head, made.head.settings.get("chosen_by") == "auto"
+        recipe = f"recipe {head.settings['recipe']}" + (", which auto chose," if chosen else "")
+        accuracy = head.held_out_accuracy
+        known = (
+            "" if accuracy is None else f"; {100 * accuracy:.1f} % of held-out samples are right"
+        )
+        rank_zero_info(
+            f"{PLACE[self.when].format(layer=self.layer)}: {recipe} from {made.samples} samples of "
+            f"{head.num_classes} classes{known}"
+        )
+
+    def _log(self, trainer: Trainer) -> None:
+        """Gives the loggers what was imprinted, once, as `imprint/…`."""
+        made, self._made = self._made, None
+        if made is None:
+            return
+        values: dict[str, float] = {
+            "imprint/samples": made.samples,
+            "imprint/classes": made.head.num_classes,
+        }
+        if made.head.held_out_accuracy is not None:
+            values["imprint/held_out_accuracy"] = made.head.held_out_accuracy
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"imprint/recipe": made.head.settings["recipe"]})
+            logger.log_metrics(values, step=trainer.global_step)
 
     def _loader(self, trainer: Trainer) -> Any:
         if self.data is not None:
