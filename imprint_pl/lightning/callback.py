@@ -24,7 +24,7 @@ from imprint_pl.data.batch import split_batch
 from imprint_pl.data.batch_hooks import datamodule_of, in_training, transfer_of
 from imprint_pl.data.lightning_packages import averaging_callbacks, both, callbacks_of, overrides
 from imprint_pl.data.loaders import loader_at, sampler_length
-from imprint_pl.errors import ImprintError, did_you_mean
+from imprint_pl.errors import ImprintError, did_you_mean, warn
 from imprint_pl.lightning.attaching import (
     RECIPE,
     check_recipe,
@@ -32,12 +32,20 @@ from imprint_pl.lightning.attaching import (
     detach,
     put_head,
 )
+from imprint_pl.lightning.fine_tuning import (
+    advice,
+    batch_norms,
+    compare_statistics,
+    freeze,
+    frozen,
+)
 from imprint_pl.lightning.layer import (
     Unpack,
     at_rest,
     configure,
     embed_batches,
     in_data_order,
+    in_mixed_order,
     inputs_of,
     layer_of,
     loader_of,
@@ -89,6 +97,11 @@ class ImprintCallback(Callback):
         unpack: batch → (inputs, labels), for batches that are neither tuples `(x, y, …)` nor dicts
             with `image`, `images`, `x`, `pixel_values` or `input`, and `label`, `labels`, `y`,
             `target` or `targets`.
+        freeze_batch_norm: with "fit_start": batch-norm layers are in eval mode during this fit.
+            Their running statistics stay as they are and are used in training, too, so that
+            training starts with the embeddings that the head was made for. Their weights are
+            trained. Without it they use the statistics of each batch, as ever, and a warning says
+            so where that costs the head more than 5 points of accuracy on training samples.
         overrides: as for `imprint`; `num_classes` is by default the DataModule's, or that of the
             `nn.Linear` that is replaced.
 
@@ -116,6 +129,7 @@ class ImprintCallback(Callback):
         when: str = "fit_start",
         data: Any = None,
         unpack: Unpack | None = None,
+        freeze_batch_norm: bool = False,
         **overrides: Any,
     ) -> None:
         super().__init__()
@@ -124,8 +138,14 @@ class ImprintCallback(Callback):
             raise ImprintError(
                 f"unknown when={when!r}{did_you_mean(when, WHEN)} (known: {', '.join(WHEN)})"
             )
+        if freeze_batch_norm and when != "fit_start":
+            raise ImprintError(
+                f"freeze_batch_norm is not used with when={when!r}, where your layer is trained: "
+                'leave it out, or take when="fit_start"'
+            )
         self.layer = layer
         self.recipe = recipe
+        self.freeze_batch_norm = freeze_batch_norm
         self.when = when
         self.data = data
         self.unpack = unpack
@@ -138,6 +158,7 @@ class ImprintCallback(Callback):
         # The last one made, until the loggers have it, and whether a line has told of one.
         self._made: Imprinted | None = None
         self._told = False
+        self._norms: list[nn.Module] = []
 
     # Set-up and undo.
 
@@ -150,7 +171,7 @@ class ImprintCallback(Callback):
             )
         as_in_the_file = partial(_as_in_the_file, self.layer)
         self._undo.callback(pl_module.register_load_state_dict_pre_hook(as_in_the_file).remove)
-        self._told = False
+        self._told, self._norms = False, []
         if stage == "fit":
             self._undo.enter_context(
                 _once_set_up(pl_module, partial(self._prepare_fit, trainer, pl_module))
@@ -204,6 +225,21 @@ class ImprintCallback(Callback):
         self._undo.close()
 
     # At the start and at the end of training.
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.when != "fit_start" or self._made is None or self.head is None:
+            return
+        norms = batch_norms(pl_module) if self.freeze_batch_norm else []
+        self._norms = norms
+        self._undo.enter_context(frozen(norms))
+        kept = f"; {len(norms)} batch-norm layers are frozen" if norms else ""
+        self._tell(self._made, kept + advice(trainer.optimizers, pl_module, self.head))
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any
+    ) -> None:
+        # For each batch: a hook of the user's may have put the module into training mode.
+        freeze(self._norms)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not before: the loggers have the user's hyperparameters now, to which these are added.
@@ -273,6 +309,8 @@ class ImprintCallback(Callback):
 
     def _replace(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.head = self._imprint(trainer, pl_module)
+        if self.when == "fit_start" and not self.freeze_batch_norm:
+            self._warn_of_batch_statistics(trainer, pl_module, self.head)
         holders = [*vars(pl_module).values(), *values_of_callbacks(trainer)]
         put_head(pl_module, self.layer, self.head, holders)
         for callback in averaging_callbacks(trainer):
@@ -316,14 +354,15 @@ class ImprintCallback(Callback):
             return Imprinted(head.cpu(), len(x))
 
         self._made = _of_all_rows(store, make)
-        self._tell(self._made)
+        if self.when != "fit_start":
+            self._tell(self._made)
         # Like the head of `attach`, it takes its parts from the checkpoint that it loads.
         head = ImprintedHead()
         head.take(self._made.head)
         return head
 
-    def _tell(self, made: Imprinted) -> None:
-        """Says in a line what was imprinted; beside validations, the first time alone."""
+    def _tell(self, made: Imprinted, more: str = "") -> None:
+        """Says in a line what was imprinted, and more; beside validations, the first time alone."""
         if self._told:
             return
         self._told = True
@@ -335,7 +374,7 @@ class ImprintCallback(Callback):
         )
         rank_zero_info(
             f"{PLACE[self.when].format(layer=self.layer)}: {recipe} from {made.samples} samples of "
-            f"{head.num_classes} classes{known}"
+            f"{head.num_classes} classes{known}{more}"
         )
 
     def _log(self, trainer: Trainer) -> None:
@@ -352,6 +391,28 @@ class ImprintCallback(Callback):
         for logger in trainer.loggers:
             logger.log_hyperparams({"imprint/recipe": made.head.settings["recipe"]})
             logger.log_metrics(values, step=trainer.global_step)
+
+    def _warn_of_batch_statistics(
+        self, trainer: Trainer, pl_module: LightningModule, head: ImprintedHead
+    ) -> None:
+        data = datamodule_of(trainer) if self.data is None else self.data
+        with in_training(pl_module, data, trainer), trainer.precision_plugin.forward_context():
+            accuracy = compare_statistics(
+                pl_module,
+                self.layer,
+                head,
+                lambda: in_mixed_order(self._loader(trainer)),
+                self.unpack,
+                transfer_of(trainer, pl_module, data),
+            )
+        if accuracy is not None and accuracy.differ and trainer.is_global_zero:
+            warn(
+                f"the head in the place of {self.layer!r} is right on {100 * accuracy.running:.0f} "
+                f"% of the training samples, but on {100 * accuracy.batch:.0f} % where batch norm "
+                "uses the statistics of each batch, as it does in training: fine-tuning starts "
+                "from there and may end below the head. Give "
+                "ImprintCallback(freeze_batch_norm=True), which keeps the running statistics"
+            )
 
     def _loader(self, trainer: Trainer) -> Any:
         if self.data is not None:
