@@ -7,7 +7,8 @@ and metrics go on as they were. `callback.py` does the same inside a Trainer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,8 @@ from imprint_pl.lightning.layer import (
 )
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.imprinting import imprint
+from imprint_pl.method.recipes import resolve
+from imprint_pl.parts.by_name import import_parts
 
 # The recipe of attach, extend and ImprintCallback where none is given.
 RECIPE = "auto"
@@ -78,7 +81,7 @@ def attach(
     >>> detach(net, "1")
     Linear(in_features=2, out_features=5, bias=True)
     """
-    refuse_layers(overrides)
+    check_recipe(recipe, overrides)
     configure(module, layer)
     head = ImprintedHead()
     if data is not None:
@@ -139,6 +142,18 @@ def refuse_layers(overrides: Collection[str]) -> None:
                 f"{name}= is a keyword of ImprintedClassifier and load_backbone: here the input of "
                 "the layer that you name is the embedding; leave it out"
             )
+
+
+def check_recipe(recipe: str, overrides: Mapping[str, Any]) -> None:
+    """Raises for a recipe, or a keyword of it, that `imprint` would refuse, before data are read.
+
+    Raises:
+        ImprintError: as `imprint_pl.method.recipes.resolve`; a keyword of backbones.
+    """
+    refuse_layers(overrides)
+    import_parts(overrides)
+    own = signature(imprint).parameters
+    resolve(recipe, **{name: value for name, value in overrides.items() if name not in own})
 
 
 def class_settings(data: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -16,6 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import (
     BatchSampler,
@@ -25,12 +26,14 @@ from torch.utils.data import (
     SequentialSampler,
     TensorDataset,
 )
+from torchmetrics import Metric, MetricCollection
 
 from imprint_pl.data.batch_hooks import batch_hooks, in_training
 from imprint_pl.data.facts import names_of_dataset
 from imprint_pl.data.lightning_packages import both, callbacks_of, overrides
 from imprint_pl.embedding.batches import Unpack, run_batches
 from imprint_pl.errors import ImprintError, did_you_mean
+from imprint_pl.method.head import ImprintedHead
 from imprint_pl.training_set.store import RowStore
 
 # Samples that go through the module at a time where the data came as two tensors.
@@ -85,14 +88,27 @@ def layer_of(module: nn.Module, layer: str) -> nn.Module:
     Raises:
         ImprintError: no such layer; near names are given.
     """
-    names = [name for name, _ in module.named_modules(remove_duplicate=False) if name]
-    if layer not in names:
-        last = f"; the last one is {names[-1]!r}" if names else ""
+    parts = dict(module.named_modules(remove_duplicate=False))
+    if not layer or layer not in parts:
+        names = list(_replaceable(parts))
+        linear = [name for name in names if isinstance(parts[name], nn.Linear | ImprintedHead)]
+        last = "".join(f"; the last one is {name!r}" for name in (linear or names)[-1:])
         raise ImprintError(
             f"{type(module).__name__} has no layer {layer!r}{did_you_mean(layer, names) or last}"
         )
     _show(module, layer)
     return module.get_submodule(layer)
+
+
+def _replaceable(parts: Mapping[str, nn.Module]) -> Iterator[str]:
+    """The names of a module's parts that a head could replace: neither metrics, losses and averaged
+    copies nor what is inside of them or of a head."""
+    others = (Metric, MetricCollection, AveragedModel, _Loss)
+    for name, part in parts.items():
+        above = [parts[name[:place]] for place, sign in enumerate(name) if sign == "."]
+        inside = any(isinstance(outer, (ImprintedHead, *others)) for outer in above)
+        if name and not inside and not isinstance(part, others):
+            yield name
 
 
 def _show(module: nn.Module, layer: str) -> None:
@@ -295,19 +311,35 @@ def in_data_order(loader: Any, ranks: int = 1, rank: int = 0) -> Any:
         sampler = SequentialSampler(loader.dataset)
     if ranks > 1:
         sampler = DistributedSamplerWrapper(sampler, num_replicas=ranks, rank=rank, shuffle=False)
+    return _with_sampler(loader, sampler)
+
+
+def in_mixed_order(loader: Any, seed: int = 0) -> Any:
+    """A loader that shuffles the samples of another by a generator of its own. A sampler or batch
+    sampler of the user's own, and whatever is no DataLoader, stay as they are."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    kinds = RandomSampler | DistributedSampler | SequentialSampler
+    known = isinstance(getattr(loader, "sampler", None), kinds)
+    if not known or type(batch_sampler) is not BatchSampler:
+        return loader
+    generator = torch.Generator().manual_seed(seed)
+    return _with_sampler(loader, RandomSampler(loader.dataset, generator=generator))
+
+
+def _with_sampler(loader: Any, sampler: Any) -> Any:
     # A DataLoader refuses new samplers: a copy gets them past its __setattr__. It keeps whatever a
     # subclass does when iterated.
-    ordered = copy.copy(loader)
-    ordered.__dict__.update(
+    other = copy.copy(loader)
+    other.__dict__.update(
         sampler=sampler,
         # Its own: the order in which workers are seeded draws a number from it.
         generator=torch.Generator().manual_seed(0),
         persistent_workers=False,
         _iterator=None,
     )
-    if batch_sampler is not None:
-        ordered.__dict__["batch_sampler"] = BatchSampler(sampler, loader.batch_size, False)
-    return ordered
+    if getattr(loader, "batch_sampler", None) is not None:
+        other.__dict__["batch_sampler"] = BatchSampler(sampler, loader.batch_size, False)
+    return other
 
 
 def _entry(module: nn.Module, layer: str) -> nn.Module:

@@ -132,13 +132,16 @@ def score_folds(
 
 
 def set_temperature(head: Any, held_out: HeldOut) -> None:
-    """Fits the temperature of a head, or warns that its probabilities are not calibrated.
+    """Fits the temperature of a head, or warns that its probabilities are not calibrated; notes how
+    many of the held-out samples are right.
 
     Without a held-out sample that has a score the temperature stays as it is, and
     `head.settings["calibrated"]` is false.
     """
     if len(held_out.y):
         head.temperature = fit_temperature(held_out.scores, held_out.y)
+        right = held_out.scores.argmax(1) == held_out.y
+        head.held_out_accuracy = right.double().mean().item()
     elif len(head.proxy_classes.unique()) > 1:
         say_uncalibrated(
             head,

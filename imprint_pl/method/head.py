@@ -65,6 +65,9 @@ class ImprintedHead(Constants, Pretrained):
         sets: what prediction sets rest on; empty where none was fitted.
         coverage: the probability that a prediction set holds the truth, unless another is asked
             for; `None` where none was fitted.
+        held_out_accuracy: the accuracy on the held-out samples that the temperature rests on, a
+            fraction, by heads made without them; `None` where none were held out. Training the head
+            does not change it.
     """
 
     constants = ("bias", "proxy_classes")
@@ -104,6 +107,7 @@ class ImprintedHead(Constants, Pretrained):
         self.familiar.clear()
         self.coverage: float | None = None
         self.sets.clear()
+        self.held_out_accuracy: float | None = None
 
     def fill(
         self, proxies: Proxies, num_classes: int, class_names: list[str] | None = None
@@ -136,6 +140,7 @@ class ImprintedHead(Constants, Pretrained):
             self.sets = copy.deepcopy(other.sets).to(device)
         self.settings, self.tried = copy.deepcopy((other.settings, other.tried))
         self.threshold, self.coverage = other.threshold, other.coverage
+        self.held_out_accuracy = other.held_out_accuracy
 
     @property
     def is_empty(self) -> bool:
@@ -342,8 +347,9 @@ class ImprintedHead(Constants, Pretrained):
             "tried": self.tried,
             "threshold": self.threshold,
         }
-        if self.coverage is not None:
-            values["coverage"] = self.coverage
+        for name in ("coverage", "held_out_accuracy"):
+            if getattr(self, name) is not None:
+                values[name] = getattr(self, name)
         text = json.dumps(values, default=to_json_value)
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
@@ -378,6 +384,7 @@ class ImprintedHead(Constants, Pretrained):
             setattr(self, name, values[name])
         # Heads of earlier versions have none.
         self.threshold, self.coverage = values.get("threshold"), values.get("coverage")
+        self.held_out_accuracy = values.get("held_out_accuracy")
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -408,6 +415,8 @@ def _read(state: Tensor) -> dict[str, Any]:
         right &= values.get("threshold") is None or is_number(values["threshold"])
         coverage = values.get("coverage")
         right &= coverage is None or (is_number(coverage) and 0 < coverage <= 1)
+        accuracy = values.get("held_out_accuracy")
+        right &= accuracy is None or (is_number(accuracy) and 0 <= accuracy <= 1)
         if not right:
             raise ValueError("values of other types")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
