@@ -55,7 +55,12 @@ class Page:
         method, values = message.get("method"), message.get("params", {})
         if method == "Network.requestWillBeSent":
             self.asked.append(values["request"]["url"])
-        elif method in ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled"):
+        elif method == "Log.entryAdded":
+            entry = values["entry"]
+            # An answer with an error is a matter of the page, which shows it.
+            if "Failed to load resource" not in entry["text"]:
+                self.log.append(f"{entry['text']} {entry.get('url')}")
+        elif method in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled"):
             self.log.append(json.dumps(values))
 
     def js(self, expression: str) -> Any:

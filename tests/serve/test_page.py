@@ -76,7 +76,7 @@ def test_drop_predict_add_a_class_predict_again_and_undo(page, server, tmp_path)
     page.until(f"{SAYS} === 'blue,blue,blue,blue,red,blue'")
     for width in (1200, 420, 320):
         for dark in (False, True):
-            page.look(width, 900, dark)
+            page.look(width, 900, dark, tmp_path / f"{width}{'-dark' * dark}.png")
             assert page.js(WIDE), width
     page.look(1200, 900)
     page.click("#undo")
