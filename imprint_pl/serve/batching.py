@@ -51,7 +51,8 @@ class Batcher:
     def _run(self) -> None:
         ends = False
         while not ends:
-            jobs, count = [], 0
+            jobs: list[_Job] = []
+            count = 0
             try:
                 while count < self._most:
                     job = self._jobs.get(block=not jobs)

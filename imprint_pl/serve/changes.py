@@ -210,6 +210,8 @@ class Changes:
     def _own_entry(self, path: Path) -> dict[str, Any]:
         own = read_checkpoint(path).get(SERVED)
         with damaged(path, "a checkpoint that `serve` wrote"):
+            if not isinstance(own, dict):
+                raise ValueError("no entry of its own")
             of, id, change = (own[name] for name in ("of", "id", "change"))
             if not all(isinstance(value, str) for value in (of, id, change)):
                 raise ValueError("values of other types")

@@ -21,6 +21,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
+# Bodies that the server holds at the same time, in units of the largest that is allowed.
+HELD = 4
+
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Headers of every answer. A page of somebody else's can neither show these answers nor read them.
 SAFE_HEADERS = {
@@ -83,6 +86,14 @@ class Limits:
         return int(self.megabytes * 1e6)
 
 
+@dataclass
+class _Body:
+    """What has arrived of a request's body: how many bytes, and whether that is all."""
+
+    arrived: int = 0
+    whole: bool = False
+
+
 class Guard:
     """Stands around the application and refuses requests by their headers, size and number.
 
@@ -94,13 +105,14 @@ class Guard:
 
     Attributes:
         under_way: how many requests are being answered.
+        held: bytes of their bodies.
     """
 
     def __init__(self, app: App, hosts: Collection[str], limits: Limits) -> None:
         self.app = app
         self.hosts = {host.lower() for host in hosts}
         self.limits = limits
-        self.under_way = 0
+        self.under_way = self.held = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -119,10 +131,12 @@ class Guard:
             await _answer(refused, send_safely)
             return
         self.under_way += 1
+        body = _Body()
         try:
-            await self.app(scope, self._limited(receive), send_safely)
+            await self.app(scope, self._limited(receive, body), send_safely)
         finally:
             self.under_way -= 1
+            self.held -= body.arrived
 
     def _check(self, scope: MutableMapping[str, Any]) -> None:
         headers = {
@@ -144,11 +158,14 @@ class Guard:
             raise self._too_large()
         # Whoever watches over the server must get an answer when it is busy, too.
         if self.under_way >= self.limits.requests and scope["path"] != "/health":
-            raise Refused(
-                503,
-                f"{self.under_way} requests are under way: try again in a moment",
-                {"retry-after": "1"},
-            )
+            raise self._busy()
+
+    def _busy(self) -> Refused:
+        return Refused(
+            503,
+            f"{self.under_way} requests are under way: try again in a moment",
+            {"retry-after": "1"},
+        )
 
     def _too_large(self) -> Refused:
         return Refused(
@@ -156,14 +173,13 @@ class Guard:
             f"the request is larger than {self.limits.megabytes:g} MB: send fewer images",
         )
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, receive: Receive, body: _Body) -> Receive:
         """Counts the bytes that arrive, and the time until all have arrived."""
         loop = asyncio.get_running_loop()
-        deadline, arrived, whole = loop.time() + self.limits.seconds, 0, False
+        deadline = loop.time() + self.limits.seconds
 
         async def limited() -> Message:
-            nonlocal arrived, whole
-            if whole:
+            if body.whole:
                 # Only the end of the connection can come now.
                 return await receive()
             try:
@@ -173,10 +189,14 @@ class Guard:
                 raise Refused(
                     408, f"the request has not arrived within {self.limits.seconds:g} seconds"
                 ) from None
-            arrived += len(message.get("body", b""))
-            if arrived > self.limits.body:
+            size = len(message.get("body", b""))
+            body.arrived += size
+            self.held += size
+            if body.arrived > self.limits.body:
                 raise self._too_large()
-            whole = not message.get("more_body", False)
+            if self.held > HELD * self.limits.body:
+                raise self._busy()
+            body.whole = not message.get("more_body", False)
             return message
 
         return limited

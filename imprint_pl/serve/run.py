@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import signal
@@ -66,6 +67,8 @@ def serve(options: Options) -> None:
     Raises:
         ImprintError: the checkpoint cannot be served, or the address cannot be had.
     """
+    # It would print a line for every form that a client has cut short.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     hosts = _hosts(options)
     token, is_drawn = _token(options) if options.allow_changes else (None, False)
     listener = _listener(options.host, options.port)

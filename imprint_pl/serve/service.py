@@ -8,6 +8,7 @@ import io
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -147,7 +148,7 @@ class Service:
         """Embeddings `(n, d)` of n image files."""
         backbone, side, limits = self.model.backbone, self.model.max_side, self.limits
         decoding = [
-            _in(self._threads, lambda u=upload: prepared(u, backbone, side, limits))
+            _in(self._threads, partial(prepared, upload, backbone, side, limits))
             for upload in uploads
         ]
         try:

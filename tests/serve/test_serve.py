@@ -275,6 +275,8 @@ async def ask(app, receive, headers=(), path="/predict"):
     return sent[0]["status"]
 
 
+# How a form with an image begins.
+PART = b'--x\r\nContent-Disposition: form-data; name="images"; filename="a.png"\r\n\r\n'
 FORM = [(b"content-type", b"multipart/form-data; boundary=x")]
 
 
@@ -303,7 +305,9 @@ def test_more_requests_than_the_server_holds_are_sent_away_and_health_is_not(ser
             return {"type": "http.request", "body": b"", "more_body": False}
 
         slow = [asyncio.create_task(ask(app, waits, FORM)) for _ in range(2)]
-        await asyncio.sleep(0.05)
+        async with asyncio.timeout(20):
+            while app.under_way < 2:
+                await asyncio.sleep(0.001)
         busy = await ask(app, empty, FORM)
         health = await ask(app, empty, path="/health")
         end.set()
@@ -314,6 +318,36 @@ def test_more_requests_than_the_server_holds_are_sent_away_and_health_is_not(ser
     # The method is wrong, but it was let in.
     assert health == 405
     assert later == slow[0] == slow[1] == 422
+
+
+def test_the_bodies_of_all_requests_together_are_limited(service):
+    app = Guard(make_app(service, None), LOOPBACK, Limits(megabytes=0.001, seconds=30))
+
+    async def run():
+        end = asyncio.Event()
+
+        def slow():
+            pieces = [PART + bytes(900 - len(PART))]
+
+            async def receive():
+                if pieces:
+                    return {"type": "http.request", "body": pieces.pop(), "more_body": True}
+                await end.wait()
+                return {"type": "http.disconnect"}
+
+            return receive
+
+        waiting = [asyncio.create_task(ask(app, slow(), FORM)) for _ in range(4)]
+        async with asyncio.timeout(20):
+            while app.held < 3600:
+                await asyncio.sleep(0.001)
+        busy = await ask(app, slow(), FORM)
+        end.set()
+        await asyncio.gather(*waiting)
+        return busy
+
+    assert asyncio.run(run()) == 503
+    assert app.held == app.under_way == 0
 
 
 # The thread that runs the backbone.
@@ -428,8 +462,7 @@ def test_sigterm_finishes_what_is_under_way(checkpoint):
     process, page = started(checkpoint)
     host, port = re.match(r"http://([^:]+):(\d+)/$", page).groups()
     content = picture("green", 3)
-    head = b'--x\r\nContent-Disposition: form-data; name="images"; filename="a.png"\r\n\r\n'
-    body = head + content + b"\r\n--x--\r\n"
+    body = PART + content + b"\r\n--x--\r\n"
     request = (
         f"POST /predict HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: {len(body)}\r\n"
         "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
