@@ -71,9 +71,9 @@ class Changes:
             with open(self.checkpoint, "rb") as file:
                 self._base = hashlib.file_digest(file, "sha256").hexdigest()
             self.current = self._read(self._newest()).prepare()
-            if allowed:
-                # Raises where nothing was kept, and says how to fit.
-                read_state(state_path(self._path(self.current.number)))
+            if allowed and self.current.state is None:
+                # Raises, since nothing was kept, and says how to fit.
+                read_state(state_path(self.checkpoint))
         except BaseException:
             self.close()
             raise

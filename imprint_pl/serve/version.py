@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from imprint_pl.errors import ImprintError
+from imprint_pl.errors import ImprintError, shown
 from imprint_pl.explain import unit_rows
 from imprint_pl.method.head import NONE, ImprintedHead
 from imprint_pl.training_set.kept import KeptRows, State
@@ -99,7 +99,7 @@ class Version:
         """The classes in the order of their labels."""
         head = self.head
         counts = [None] * head.num_classes if self.state is None else self.state.counts.tolist()
-        return [ServedClass(head.name_of(label), n) for label, n in enumerate(counts)]
+        return [ServedClass(shown(head.name_of(label)), n) for label, n in enumerate(counts)]
 
     @torch.inference_mode()
     def predict(self, x: Tensor, files: list[str], top: int, neighbours: int) -> list[Prediction]:
@@ -128,15 +128,15 @@ class Version:
             values = best.values[i].tolist()
             if math.isnan(values[0]):
                 raise ImprintError(f"{file}: its embedding is not finite; look at that image")
-            names = [head.name_of(label) for label in best.indices[i].tolist()]
+            names = [shown(head.name_of(label)) for label in best.indices[i].tolist()]
             inside = None
             if sets is not None:
                 places = [] if label == NONE else sets[i].nonzero().flatten().tolist()
-                inside = [head.name_of(place) for place in places]
+                inside = [shown(head.name_of(place)) for place in places]
             found.append(
                 Prediction(
                     file=file,
-                    class_name=head.name_of(label),
+                    class_name=shown(head.name_of(label)),
                     label=label,
                     probability=None if label == NONE else round(values[0], 6),
                     classes=[
@@ -176,7 +176,7 @@ class Version:
         return [
             [
                 NearImage(
-                    state.class_names[int(state.y[row])],
+                    shown(state.class_names[int(state.y[row])]),
                     round(cosine, 4),
                     _picture_of(state.sources[row]) if state.sources else None,
                 )

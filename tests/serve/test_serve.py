@@ -10,13 +10,14 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import Future
+from dataclasses import asdict
 
 import pytest
 import torch
 from PIL import Image
 from served import picture, started, write_checkpoint
 
-from imprint_pl import ImprintedClassifier, ImprintError
+from imprint_pl import ImprintedClassifier, ImprintError, imprint
 from imprint_pl.cli import main
 from imprint_pl.data.decode import decode_image
 
@@ -29,6 +30,7 @@ from imprint_pl.serve.changes import Changes
 from imprint_pl.serve.limits import LOOPBACK, Guard, Limits
 from imprint_pl.serve.run import Options, serve
 from imprint_pl.serve.service import Service
+from imprint_pl.serve.version import Version
 
 TOKEN = "a token for the tests"
 SMALL = Limits(megabytes=0.2, megapixels=0.01, images=4, seconds=5, requests=3)
@@ -348,6 +350,16 @@ def test_the_bodies_of_all_requests_together_are_limited(service):
 
     assert asyncio.run(run()) == 503
     assert app.held == app.under_way == 0
+
+
+def test_a_class_name_that_is_no_text_is_shown_with_escapes():
+    x = torch.eye(2).repeat(3, 1)
+    head = imprint(x, torch.arange(6) % 2, "qi", class_names=["caf\udce9", "b"])
+    version = Version(head.eval(), None, 0, "id")
+    (found,) = version.predict(x[:1], ["a.png"], 2, 5)
+    assert found.class_name == found.classes[0].class_name == r"caf\xe9"
+    assert [one.name for one in version.classes] == [r"caf\xe9", "b"]
+    json.dumps(asdict(found), ensure_ascii=False).encode()
 
 
 # The thread that runs the backbone.
