@@ -51,6 +51,9 @@ class Service:
         changes: the versions of the classifier.
         limits: see `Limits`.
         keep_images: folder for the images of added classes; their bytes are not kept without it.
+
+    Raises:
+        ImprintError: the classifier takes embeddings.
     """
 
     def __init__(
@@ -58,6 +61,11 @@ class Service:
     ) -> None:
         self.changes, self.limits = changes, limits
         self.model = changes.model
+        if self.model.backbone.preprocess is None:
+            raise ImprintError(
+                "this classifier takes embeddings, not images: serve one that was fitted on images"
+            )
+        self._preprocess = self.model.backbone.preprocess
         self.keep_images = None if keep_images is None else Path(keep_images).resolve()
         if self.keep_images is not None:
             self.keep_images.mkdir(parents=True, exist_ok=True)
@@ -146,9 +154,9 @@ class Service:
 
     async def _embedded(self, uploads: list[Upload]) -> Tensor:
         """Embeddings `(n, d)` of n image files."""
-        backbone, side, limits = self.model.backbone, self.model.max_side, self.limits
+        preprocess, side, limits = self._preprocess, self.model.max_side, self.limits
         decoding = [
-            _in(self._threads, partial(prepared, upload, backbone, side, limits))
+            _in(self._threads, partial(prepared, upload, preprocess, side, limits))
             for upload in uploads
         ]
         try:
@@ -165,13 +173,8 @@ class Service:
 
     def _warm_up(self) -> None:
         """Has a runtime build its graph, and torch its kernels, before the first request."""
-        preprocess = self.model.backbone.preprocess
-        if preprocess is None:
-            raise ImprintError(
-                "this classifier takes embeddings, not images: serve one that was fitted on images"
-            )
-        grey = torch.zeros(1, 3, *preprocess.size, dtype=torch.uint8)
-        self._batcher.submit(preprocess([grey[0, : preprocess.mean.shape[1]]])).result()
+        grey = torch.zeros(1, *self._preprocess.size, dtype=torch.uint8)
+        self._batcher.submit(self._preprocess([grey])).result()
 
 
 def _in(pool: ThreadPoolExecutor, work: Callable[[], T]) -> asyncio.Future[T]:

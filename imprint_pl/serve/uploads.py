@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect, Request
 from torch import Tensor
 
 from imprint_pl.data.decode import HEIF_CURE, decode_image, stated_size
-from imprint_pl.embedding.backbone import Backbone
+from imprint_pl.embedding.preprocess import Preprocess
 from imprint_pl.errors import ImprintError, shown
 from imprint_pl.serve.limits import Limits, Refused
 
@@ -86,7 +86,9 @@ async def _checked(form: FormData, limits: Limits) -> Form:
     return Form(images, name)
 
 
-def prepared(upload: Upload, backbone: Backbone, max_side: int | None, limits: Limits) -> Tensor:
+def prepared(
+    upload: Upload, preprocess: Preprocess, max_side: int | None, limits: Limits
+) -> Tensor:
     """Decodes an image and makes the backbone's input of it, `(1, C, H, W)`.
 
     The decoded image, which may be large, is not kept.
@@ -111,9 +113,8 @@ def prepared(upload: Upload, backbone: Backbone, max_side: int | None, limits: L
             "million",
         )
     try:
-        image = decode_image(upload.content, upload.name, max_side, backbone.least_side)
-        assert backbone.preprocess is not None
-        return backbone.preprocess([image])
+        image = decode_image(upload.content, upload.name, max_side, preprocess.least_side)
+        return preprocess([image])
     except ImprintError as error:
         raise Refused(422, str(error)) from error
 

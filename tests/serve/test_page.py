@@ -1,5 +1,7 @@
 """The served page in a browser, with real drops, clicks and keys: predict, teach a class, undo."""
 
+import base64
+
 import pytest
 from served import picture, started, write_checkpoint
 
@@ -45,6 +47,11 @@ def saved(folder, contents):
 
 SAYS = "[...document.querySelectorAll('.says')].map(node => node.textContent).join()"
 CLASSES = "[...document.querySelectorAll('#classes li')].map(node => node.firstChild.data).join()"
+PASTE = """(() => {
+  const bytes = Uint8Array.from(atob("%s"), sign => sign.charCodeAt(0)), data = new DataTransfer();
+  data.items.add(new File([bytes], "pasted.png", { type: "image/png" }));
+  document.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, cancelable: true }));
+})()"""
 STATUS = "document.getElementById('status').textContent"
 WIDE = "document.documentElement.scrollWidth <= innerWidth"
 
@@ -93,6 +100,8 @@ def test_the_keyboard_alone_is_enough_and_a_file_that_is_no_image_says_so(page, 
     page.choose("#files", [*paths, bad])
     page.until(f"document.querySelectorAll('.says').length === 2 && {SAYS}")
     page.until("document.getElementById('cards').innerText.includes('notes.txt: no image')")
+    page.js(PASTE % base64.b64encode(picture("red", 5)).decode())
+    page.until(f"document.querySelectorAll('.says').length === 3 && {SAYS}.endsWith('red')")
     page.js("document.getElementById('name').focus()")
     page.write("sky")
     # From the name by Tab to the first photograph.
@@ -125,5 +134,10 @@ def test_without_the_token_the_page_asks_for_it(page, server, tmp_path):
     page.write(server.partition("#token=")[2])
     page.click("#add")
     page.until(f"{CLASSES} === 'red,green,blue'")
-    page.click("#undo")
-    page.until(f"{CLASSES} === 'red,green'")
+    # Removed on the page, after a question.
+    page.js("window.confirm = () => true")
+    page.click("#classes li:nth-child(1) button")
+    page.until(f"{CLASSES} === 'green,blue'")
+    for classes in ("red,green,blue", "red,green"):
+        page.click("#undo")
+        page.until(f"{CLASSES} === '{classes}'")

@@ -11,6 +11,7 @@ import time
 import urllib.request
 from concurrent.futures import Future
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -426,6 +427,12 @@ def test_a_request_that_was_given_up_is_not_computed():
 
 
 # The command.
+
+
+def test_a_classifier_of_embeddings_is_not_served(service):
+    changes = SimpleNamespace(model=ImprintedClassifier("identity", "qi"))
+    with pytest.raises(ImprintError, match="takes embeddings, not images"):
+        Service(changes, SMALL)
 
 
 @pytest.mark.parametrize(
