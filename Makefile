@@ -51,6 +51,7 @@ bench: $(INSTALLED)  ## Ratios against scikit-learn, faiss and the bare forward 
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/serve.py
 	$(BIN)/python benchmarks/whole_job.py $(PHOTOS)
 
 bench-accuracy: $(INSTALLED)  ## Real tasks: auto beside trained probes (the first time 15 minutes).

@@ -261,13 +261,19 @@ def _of_layers(head: ImprintedHead, x: Tensor) -> Tensor:
     return x.cpu()
 
 
+@torch.no_grad()
+def unit_rows(head: ImprintedHead, x: Tensor) -> Tensor:
+    """Embeddings `(n, d)` → unit vectors `(n, d')`, on the CPU: their inner products are the
+    cosines by which training images are near, see `Neighbour`."""
+    return functional.normalize(_of_layers(head, x.float()), dim=1)
+
+
 def _neighbours(
     head: ImprintedHead, x: Tensor, state: KeptRows, count: int
 ) -> list[tuple[Neighbour, ...]]:
-    kept = functional.normalize(_of_layers(head, state.x.float()), dim=1)
-    cosines = functional.normalize(_of_layers(head, x.float()), dim=1) @ kept.T
-    nearest = cosines.topk(min(count, len(kept)), dim=1)
-    sources = state.sources or ("",) * len(kept)
+    cosines = unit_rows(head, x) @ unit_rows(head, state.x).T
+    nearest = cosines.topk(min(count, len(state.x)), dim=1)
+    sources = state.sources or ("",) * len(state.x)
     return [
         tuple(
             Neighbour(sources[i], state.class_names[int(state.y[i])], value)

@@ -69,8 +69,13 @@ def damaged(
         raise ImprintError(f"{path}: damaged, or not {what} ({type(error).__name__})") from error
 
 
-def write_whole(path: str | Path, content: bytes) -> Path:
+def write_whole(path: str | Path, content: bytes, durable: bool = False) -> Path:
     """Write a file that appears whole or not at all; an old file stays until then.
+
+    Args:
+        path: The file.
+        content: Its bytes.
+        durable: Wait until the disk has it, so that this also holds for a power failure.
 
     Raises:
         ImprintError: If it cannot be written there, or the disk is full.
@@ -79,13 +84,26 @@ def write_whole(path: str | Path, content: bytes) -> Path:
     temporary = path.with_name(f"{path.name}.unfinished")
     try:
         temporary.write_bytes(content)
+        if durable:
+            sync(temporary)
         os.replace(temporary, path)
+        if durable:
+            sync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise ImprintError(
             f"cannot write {path} ({error}): give a place on a disk with room, where you may write"
         ) from error
     return path
+
+
+def sync(path: str | Path) -> None:
+    """Wait until the disk has what a file, or the names in a folder, are now."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:

@@ -9,7 +9,7 @@ PACKAGE = ROOT / "imprint_pl"
 FLOORS = [
     ["__init__", "__main__"],
     ["cli"],
-    ["experiments", "export", "audit"],
+    ["experiments", "export", "audit", "serve"],
     ["explain"],
     ["lightning", "estimator"],
     ["gallery", "training_set", "evaluation"],

@@ -5,12 +5,10 @@ files, and need no Trainer.
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import tempfile
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from imprint_pl.cli.arguments import PROGRAM, ArgumentParser
@@ -18,7 +16,7 @@ from imprint_pl.data import Digits, ImageFiles
 from imprint_pl.errors import ImprintError
 from imprint_pl.export import FORMATS, check, export
 from imprint_pl.files import write_whole
-from imprint_pl.lightning.checkpoint import read_checkpoint
+from imprint_pl.lightning.checkpoint import read_checkpoint, with_head
 from imprint_pl.lightning.classifier import ImprintedClassifier
 from imprint_pl.training_set.kept import KeptRows
 from imprint_pl.training_set.kept_file import state_path
@@ -58,7 +56,7 @@ def run_on_file(argv: list[str]) -> None:
     target = Path(options.output or options.checkpoint)
     target.parent.mkdir(parents=True, exist_ok=True)
     # The head first: after a stop in between, the command can be run again, from the old state.
-    _write_checkpoint(model, options.checkpoint, target)
+    write_whole(target, with_head(read_checkpoint(options.checkpoint), model.head))
     model.save_state(target)
     state = model.kept_state()
     names, counts = state.class_names, state.counts.tolist()
@@ -70,17 +68,6 @@ def run_on_file(argv: list[str]) -> None:
 def load_classifier(checkpoint: str | Path) -> ImprintedClassifier:
     """Loads the classifier of a checkpoint that `fit` wrote, in eval mode, on the CPU."""
     return ImprintedClassifier.load_from_checkpoint(checkpoint, map_location="cpu").eval()
-
-
-def _write_checkpoint(model: ImprintedClassifier, source: str | Path, target: Path) -> None:
-    checkpoint = read_checkpoint(source)
-    state = checkpoint["state_dict"]
-    checkpoint["state_dict"] = {n: t for n, t in state.items() if not n.startswith("head.")} | {
-        f"head.{name}": value for name, value in model.head.state_dict().items()
-    }
-    content = io.BytesIO()
-    torch.save(checkpoint, content)
-    write_whole(target, content.getvalue())
 
 
 def _export(model: ImprintedClassifier, options: argparse.Namespace) -> None:

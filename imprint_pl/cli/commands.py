@@ -20,7 +20,7 @@ from imprint_pl.errors import ImprintError
 
 COMMANDS = (
     *("fit", "validate", "test", "predict", "embed"),
-    *("audit", "compare", "sweep", "report", "dashboard"),
+    *("audit", "compare", "serve", "sweep", "report", "dashboard"),
 )
 # These commands take a checkpoint and files, and need no Trainer.
 FILE_COMMANDS = ("add-class", "add-examples", "remove-class", "export")
@@ -38,6 +38,7 @@ commands:
   compare    say which backbone is best for a data set, and how fast each is here; writes a page
   embed      fill the embedding cache with a data set, for `fit --cache_dir`
   export     write a checkpoint as one file: onnx, torch_export, or the head as safetensors
+  serve      answer over HTTP, with a page to drop photographs on
   add-class, add-examples, remove-class
              change the classes of a checkpoint that was fitted with --model.keep
   sweep      run a grid of recipes on many backbones, data sets and tasks
@@ -55,6 +56,7 @@ examples:
   python -m imprint_pl fit --config configs/d_in_1_digits.yaml --cache_dir cache
   python -m imprint_pl add-class CHECKPOINT --name fox --images foxes/
   python -m imprint_pl export CHECKPOINT --format onnx
+  python -m imprint_pl serve CHECKPOINT --allow_changes
   python -m imprint_pl sweep --config configs/sweeps/quick.yaml
   python -m imprint_pl report results/section_5_1
 
@@ -127,6 +129,10 @@ def _command(argv: list[str]) -> tuple[Callable[[list[str]], None], list[str]]:
         return run, argv[1:]
     if argv[0] == "dashboard":
         from imprint_pl.cli.dashboard import run
+
+        return run, argv[1:]
+    if argv[0] == "serve":
+        from imprint_pl.cli.serve import run
 
         return run, argv[1:]
     if argv[0] in FILE_COMMANDS:

@@ -154,6 +154,21 @@ def saved_head(
     return head.check()
 
 
+def with_head(checkpoint: dict[str, Any], head: ImprintedHead) -> bytes:
+    """The bytes of a checkpoint file with another head in place of its own.
+
+    Args:
+        checkpoint: as `read_checkpoint` returns it; it stays as it is.
+        head: takes the place.
+    """
+    state = checkpoint["state_dict"]
+    own = {name: value for name, value in state.items() if not name.startswith(HEAD)}
+    new = {f"{HEAD}{name}": value.cpu() for name, value in head.state_dict().items()}
+    content = io.BytesIO()
+    torch.save(checkpoint | {"state_dict": own | new}, content)
+    return content.getvalue()
+
+
 def saved_max_side(checkpoint: dict[str, Any]) -> int | None:
     """The longest side of the images that a checkpoint was fitted on; `None` without a limit.
 

@@ -67,6 +67,7 @@ def fitted(tmp_path_factory):
         f"predict --ckpt_path {checkpoint} --images runs --output it.csv --explain explained",
         f"export {checkpoint} --format safetensors --output head",
         f"export {checkpoint} --format onnx",
+        f"serve {checkpoint}",
         "sweep --config configs/sweeps/quick.yaml",
         "report results/quick",
         "dashboard --entity somebody",
@@ -91,9 +92,10 @@ def test_fit_with_its_pictures_and_predict_need_only_the_base(fitted):
 
 @pytest.mark.slow
 def test_a_command_whose_extra_is_missing_says_in_one_line_what_to_install(fitted):
-    _, (_, _, _, export, sweep, report, online, offline, _) = fitted
+    _, (_, _, _, export, serve, sweep, report, online, offline, _) = fitted
     for (status, out, err), extra, package in [
         (export, "onnx", "onnx"),
+        (serve, "serve", "fastapi"),
         (sweep, "sweep", "p(yarrow|andas)"),
         (report, "sweep", "pandas"),
         (online, "sweep", "wandb_workspaces"),

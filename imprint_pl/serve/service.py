@@ -1,0 +1,201 @@
+"""What the routes call: images to predictions, to changes, and to pictures of training images."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import joblib
+import torch
+from PIL import Image
+from torch import Tensor
+
+from imprint_pl.data.decode import read_image
+from imprint_pl.errors import ImprintError
+from imprint_pl.files import write_whole
+from imprint_pl.serve.batching import Batcher
+from imprint_pl.serve.changes import Changes
+from imprint_pl.serve.limits import Limits, Refused
+from imprint_pl.serve.uploads import Form, Upload, prepared
+from imprint_pl.serve.version import Prediction, Version
+
+# Longest side of a training image's picture on the page, in pixels.
+SMALL = 192
+# Stands for the number of images that are to come: a server runs long.
+MANY = 10**9
+
+T = TypeVar("T")
+
+
+class Predicted(NamedTuple):
+    """Predictions, and the version that made all of them."""
+
+    version: Version
+    predictions: list[Prediction]
+
+
+class Service:
+    """A classifier that answers many clients at the same time.
+
+    Images are decoded by a thread for each core, embedded by one thread in batches (`Batcher`), and
+    changes are made by one more.
+
+    Args:
+        changes: the versions of the classifier.
+        limits: see `Limits`.
+        keep_images: folder for the images of added classes; their bytes are not kept without it.
+
+    Raises:
+        ImprintError: the classifier takes embeddings.
+    """
+
+    def __init__(
+        self, changes: Changes, limits: Limits, keep_images: str | Path | None = None
+    ) -> None:
+        self.changes, self.limits = changes, limits
+        self.model = changes.model
+        if self.model.backbone.preprocess is None:
+            raise ImprintError(
+                "this classifier takes embeddings, not images: serve one that was fitted on images"
+            )
+        self._preprocess = self.model.backbone.preprocess
+        self.keep_images = None if keep_images is None else Path(keep_images).resolve()
+        if self.keep_images is not None:
+            self.keep_images.mkdir(parents=True, exist_ok=True)
+        self._threads = ThreadPoolExecutor(joblib.cpu_count(), "images")
+        self._changing = ThreadPoolExecutor(1, "changes")
+        self.model.backbone.expect(MANY)
+        self._batcher = Batcher(self._embed)
+        self._warm_up()
+
+    def close(self) -> None:
+        """Ends the threads, after what they are doing."""
+        self._threads.shutdown()
+        self._changing.shutdown()
+        self._batcher.close()
+        self.changes.close()
+
+    async def predict(self, form: Form, top: int, neighbours: int) -> Predicted:
+        """Predicts the images of a form.
+
+        Args:
+            form: of a request.
+            top: how many classes to name, at most.
+            neighbours: how many training images to name, at most.
+
+        Raises:
+            Refused: an image cannot be read, or it took too long (504).
+            ImprintError: an embedding is not finite.
+        """
+        files = [upload.name for upload in form.images]
+        async with self._in_time():
+            x = await self._embedded(form.images)
+            # One version for all images of a request.
+            version = self.changes.current
+            found = await _in(self._threads, lambda: version.predict(x, files, top, neighbours))
+        return Predicted(version, found)
+
+    async def add_class(self, form: Form, expected: str | None) -> Version:
+        """Adds a class of a form's images. See `Changes.add_class`."""
+        x, sources = await self._to_add(form)
+        step = self.changes.add_class
+        return await _in(self._changing, lambda: step(form.name, x, sources, expected))
+
+    async def add_examples(self, form: Form, expected: str | None) -> Version:
+        """Adds a form's images to a class. See `Changes.add_examples`."""
+        x, sources = await self._to_add(form)
+        step = self.changes.add_examples
+        return await _in(self._changing, lambda: step(form.name, x, sources, expected))
+
+    async def remove_class(self, name: str, expected: str | None) -> Version:
+        """Removes a class. See `Changes.remove_class`."""
+        return await _in(self._changing, lambda: self.changes.remove_class(name, expected))
+
+    async def undo(self, expected: str | None) -> Version:
+        """Undoes the last change. See `Changes.undo`."""
+        return await _in(self._changing, lambda: self.changes.undo(expected))
+
+    async def picture(self, key: str) -> bytes:
+        """A training image as a small JPEG file, by the key of `NearImage.picture`.
+
+        Raises:
+            Refused: there is none, or it can no longer be read (404).
+        """
+        source = self.changes.current.picture(key)
+        if source is None:
+            raise Refused(404, "there is no such picture")
+        return await _in(self._threads, lambda: _small(source))
+
+    async def _to_add(self, form: Form) -> tuple[Tensor, list[str]]:
+        """Embeddings and sources of the images that a class is to get."""
+        async with self._in_time():
+            x = (await self._embedded(form.images)).cpu()
+            folder = self.keep_images
+            if folder is None:
+                return x, []
+            return x, await _in(self._threads, lambda: [_kept(u, folder) for u in form.images])
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                yield
+        except TimeoutError:
+            raise Refused(
+                504, f"no answer within {self.limits.seconds:g} seconds: send fewer images"
+            ) from None
+
+    async def _embedded(self, uploads: list[Upload]) -> Tensor:
+        """Embeddings `(n, d)` of n image files."""
+        preprocess, side, limits = self._preprocess, self.model.max_side, self.limits
+        decoding = [
+            _in(self._threads, partial(prepared, upload, preprocess, side, limits))
+            for upload in uploads
+        ]
+        try:
+            images = torch.cat(await asyncio.gather(*decoding))
+        finally:
+            # Where one is refused, the others are for nothing.
+            for one in decoding:
+                one.cancel()
+        return await asyncio.wrap_future(self._batcher.submit(images))
+
+    @torch.inference_mode()
+    def _embed(self, images: Tensor) -> Tensor:
+        return self.model.embed(images)
+
+    def _warm_up(self) -> None:
+        """Has a runtime build its graph, and torch its kernels, before the first request."""
+        grey = torch.zeros(1, *self._preprocess.size, dtype=torch.uint8)
+        self._batcher.submit(self._preprocess([grey])).result()
+
+
+def _in(pool: ThreadPoolExecutor, work: Callable[[], T]) -> asyncio.Future[T]:
+    return asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+def _kept(upload: Upload, folder: Path) -> str:
+    """Keeps an image under a name of its content, never of the client's; returns the path."""
+    path = folder / hashlib.sha256(upload.content).hexdigest()
+    if not path.is_file():
+        write_whole(path, upload.content)
+    return str(path)
+
+
+def _small(source: str) -> bytes:
+    try:
+        image = read_image(source, SMALL)
+    except ImprintError as error:
+        raise Refused(404, "this picture can no longer be read") from error
+    # Grey is repeated and alpha dropped, as the backbone sees it.
+    colours = image[: 1 if len(image) < 3 else 3].expand(3, -1, -1).permute(1, 2, 0)
+    content = io.BytesIO()
+    Image.fromarray(colours.contiguous().numpy()).save(content, "JPEG", quality=85)
+    return content.getvalue()
