@@ -145,7 +145,7 @@ def test_a_dozen_samples_of_several_layers_are_known_by_the_last_one():
         head = imprint(x, y, layer_widths=[200, 20])
         assert head.tried[0]["norm_pre"] == "last+power+l2+nystrom"
         right.append((head(new_x).argmax(1) == new_y).double().mean().item())
-    assert sum(right) / len(right) > 0.85
+    assert sum(right) / len(right) > 0.8
 
 
 @pytest.mark.parametrize(
