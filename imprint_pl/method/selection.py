@@ -82,12 +82,9 @@ def weibull_typical(x: Tensor, y: Tensor, lower: float, upper: float) -> Tensor:
     _check_bounds(lower, upper)
     present, y = torch.unique(y, return_inverse=True)
     means = Moments.of(x, y, len(present), gram="none").means
-    distances = torch.cat(
-        [
-            (rows.to(means.dtype) - means[labels]).norm(dim=1)
-            for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True)
-        ]
-    )
+    distances = means.new_empty(len(x))
+    for rows, labels, norms in zip(*(part.split(CHUNK) for part in (x, y, distances)), strict=True):
+        norms.copy_((rows.to(means.dtype) - means[labels]).norm(dim=1))
     kept = [rows[_typical(distances[rows], lower, upper)] for rows in rows_by_class(y) if len(rows)]
     return torch.cat(kept).sort().values
 

@@ -104,7 +104,9 @@ class CopyFinder:
         if len(x):
             self.scale = torch.linalg.vector_norm(self.x, torch.inf).clamp_min(1e-30)
         self.short = _projected(self.x, self.x[self.reference].mean(0), self.scale)
-        self.squares = torch.cat([rows.square().sum(1) for rows in self.short.split(CHUNK)])
+        self.squares = self.short.new_empty(len(x))
+        for rows, squares in zip(self.short.split(CHUNK), self.squares.split(CHUNK), strict=True):
+            torch.sum(rows.square(), 1, out=squares)
         if len(self.reference) > 2:
             some = self.reference[:MEDIAN_OF]
             usual, half = self._usual(some), self._usual(some, (self.neighbours + 1) // 2)
@@ -135,11 +137,10 @@ class CopyFinder:
         for rows, nearer in zip(asked.split(size), limit.split(size), strict=True):
             # The rounding of projected distances counts, too: candidates are then checked in full.
             bound = (MARGIN * nearer).square() + 1e-6 * self.squares[rows]
-            near_rows = []
+            row = other = asked[:0]
             for others in everything.split(max(1, BLOCK // len(rows))):
-                row, place = (self._apart(rows, others) < bound[:, None]).nonzero().T
-                near_rows.append((row, others[place]))
-            row, other = (torch.cat(parts) for parts in zip(*near_rows, strict=True))
+                some, place = (self._apart(rows, others) < bound[:, None]).nonzero().T
+                row, other = torch.cat([row, some]), torch.cat([other, others[place]])
             exact = torch.cat(
                 [
                     ((self.x[rows[r]] - self.x[o]) / self.scale).norm(dim=1)

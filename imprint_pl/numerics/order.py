@@ -25,9 +25,12 @@ def keys(x: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**15), 2**15, (x.shape[1] + 1,), generator=generator)
     x = x.detach()
-    x, found = (x.cpu() if x.device.type == "mps" else x), []
+    x = x.cpu() if x.device.type == "mps" else x
     factors, single = factors.to(x.device), x.shape[1] == 1
-    for rows in x.split(CHUNK):
+    # Filled in: small results, kept one by one between large ones that come and go, would leave
+    # holes in the memory that add up to the size of x.
+    found = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    for rows, result in zip(x.split(CHUNK), found.split(CHUNK), strict=True):
         rows = rows.double()
         largest = rows.abs().amax(1, keepdim=True)
         fractions = rows / largest.where(largest > 0, 1.0)
@@ -36,8 +39,8 @@ def keys(x: Tensor) -> Tensor:
             fractions = torch.cat([fractions, mantissa], 1)
         whole = fractions.mul_(2.0**45).round_().long()
         key = whole.mul_(factors[: whole.shape[1]]).sum(1)
-        found.append(key + EXPONENT * exponent.flatten().long() if single else key)
-    return torch.cat(found).cpu() if found else torch.zeros(0, dtype=torch.int64)
+        result.copy_(key + EXPONENT * exponent.flatten().long() if single else key)
+    return found.cpu()
 
 
 def in_order(x: Tensor, y: Tensor) -> Tensor:
