@@ -107,7 +107,7 @@ def audit_page(
 
 def summary(found: Audit) -> list[str]:
     """Says in a few sentences what was found, what matters most first, and what to do next."""
-    sentences = []
+    sentences, sure = list[str](), list[int]()
     scores = found.scores
     contradictions = [p for p in found.pairs if found.is_contradiction(p) and p.kind != "near"]
     across = [p for p in found.pairs if found.is_across(p) and p.kind != "near"]
@@ -153,10 +153,17 @@ def summary(found: Audit) -> list[str]:
             f"{f', {more:,} of them in two splits' if more else ''}."
         )
     sentences += found.warnings
-    if found.samples.paths is not None:
+    if not (found.pairs or found.issues or found.unreadable or sure):
+        sentences.append("Nothing else stands out: the data can be used as they are.")
+    elif found.samples.paths is not None:
         sentences.append(
-            "Next: look at the pictures below; audit with --fix_list fix.csv writes the files that "
-            "are best left out, and --data.exclude fix.csv leaves them out of a fit."
+            "Next: look at the pictures of the page; audit with --fix_list fix.csv writes the "
+            "files that are best left out, and --data.exclude fix.csv leaves them out of a fit."
+        )
+    else:
+        sentences.append(
+            "Next: look at the pictures of the page. The CSVs name all images by their split and "
+            "number."
         )
     return sentences
 

@@ -103,15 +103,16 @@ def _print_best(table: pd.DataFrame) -> None:
     usual = ["recipe", "norm_pre", "gen", "k", "norm_post", "norm_inf", "agg", "m", "distance"]
     names = [n for n in usual if n in keywords]
     names += [n for n in keywords if n not in usual and table[n].dropna().nunique() > 1]
-    mean = table.groupby(keywords, dropna=False)[["accuracy", "macro_f1"]].mean().reset_index()
+    figures = {"accuracy": "accuracy", "balanced_accuracy": "balanced", "macro_f1": "macro F1"}
+    mean = table.groupby(keywords, dropna=False)[list(figures)].mean().reset_index()
     columns: dict[str, Side] = {
-        name: "right" if name in ("k", "m", "accuracy") else "left"
-        for name in (*names, "accuracy", "macro F1")
+        name: "right" if name in ("k", "m", *figures.values()) else "left"
+        for name in (*names, *figures.values())
     }
     rows = []
     for _, row in mean.sort_values("accuracy", ascending=False).head(BEST).iterrows():
         cells = [str(row[n]) if row.notna()[n] else "" for n in names]
-        cells += [f"{100 * row['accuracy']:.2f} %", f"{100 * row['macro_f1']:.2f} %"]
+        cells += [f"{100 * row[n]:.2f} %" if row.notna()[n] else "" for n in figures]
         rows.append(cells)
     print_table(columns, rows, "best on average", width=120)
 

@@ -236,7 +236,7 @@ def _errors(predictions: Predictions, worst: list[int]) -> PageTable:
 
 
 def _tried(tried: list[dict[str, Any]]) -> PageTable:
-    rows = []
+    rows: list[list[Cell]] = []
     metric = compared_by(tried)
     for row in tried:
         measured = {"recipe", "difference", "standard_error", "chosen", *METRICS}

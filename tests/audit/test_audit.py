@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -189,6 +190,18 @@ def test_the_page_escapes_names_and_the_files_name_every_fault(found, tmp_path):
     assert sum(int(classes["cat"][split]) for split in ("train", "test")) == 14
 
 
+def test_the_last_sentence_is_the_next_step(found):
+    assert "--fix_list fix.csv" in summary(found)[-1]
+    clean = replace(found, scores=None, pairs=[], issues=[], unreadable={})
+    assert summary(clean) == ["Nothing else stands out: the data can be used as they are."]
+
+
+def test_a_class_name_cannot_colour_the_terminal(found):
+    text = " ".join(summary(replace(found, class_names=["cat", "\x1b[31mdog"])))
+    assert "(\\x1b[31mdog)" in text
+    assert "\x1b" not in text
+
+
 def test_a_fix_list_leaves_out_contradictions_copies_and_what_shows_nothing(found):
     reasons = dict(found.leave_out())
     assert {"cat/0.png", "dog/copy of cat.png", "dog/blank.png", "dog/broken.png"} <= set(reasons)
@@ -209,6 +222,7 @@ def test_a_data_set_in_memory_is_audited_without_a_fix_list(tmp_path):
     pairs = {(found.samples.names[p.a], found.samples.names[p.b]) for p in found.pairs}
     assert ("train 3", "train 8") in pairs
     assert write_audit(found, tmp_path, "digits").is_file()
+    assert "by their split and number" in summary(found)[-1]
     with pytest.raises(ImprintError, match="image files"):
         found.leave_out()
 
