@@ -45,7 +45,7 @@ from imprint_pl.numerics.large import as_tensor, within_budget
 from imprint_pl.numerics.values import check_values, checked_seed
 from imprint_pl.parts.by_name import import_parts
 from imprint_pl.parts.norm.base import transform
-from imprint_pl.training_set.kept import State
+from imprint_pl.training_set.kept import State, check_keep
 from imprint_pl.training_set.partial_fit import TrainingRows
 from imprint_pl.training_set.sums import TrainingSums
 
@@ -201,6 +201,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         names = [str(label) for label in classes]
         seed, keywords = self._seed(), self._keywords()
         limits = Limits(self.accept, self.coverage)
+        if self.keep is not None:
+            check_keep(self.keep, bool(limits))
         labels = torch.from_numpy(codes)
         if sample_weight is not None:
             if self.keep is not None:
@@ -222,9 +224,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             set_limits(self._head, x, labels, limits)
         self._kept, self.classes_, self._state = None, classes, None
         if self.keep is not None:
-            self._state = State.of(
-                x, labels, self._head, self.keep, accept=self.accept, coverage=self.coverage
-            )
+            self._state = State.of(x, labels, self._head, self.keep, limits=limits)
         return self
 
     def add_class(self, label: Any, X: Any) -> ImprintEstimator:

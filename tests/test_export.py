@@ -210,6 +210,31 @@ def test_the_familiarity_is_exported_and_agrees(model, format, request, tmp_path
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch_export"])
+def test_limits_of_several_layers_are_exported_and_agree_on_strange_images(small, format, tmp_path):
+    _, _, y, images = small
+    layers = nn.Conv2d(3, 24, 5, 3), nn.ReLU(), nn.Conv2d(24, 32, 3, 2), nn.AdaptiveAvgPool2d(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(*layers, nn.Flatten())
+    preprocess = dict(size=24, mean=[0.5] * 3, std=[0.5] * 3)
+    backbone = load_backbone(model, preprocess=preprocess, layers=["1"])
+    with torch.no_grad():
+        x = backbone(images)
+    head = imprint(x, y, "kernel", norm_pre="join+nystrom", layer_widths=backbone.layer_widths)
+    set_limits(head, x, y, Limits(0.95, 0.9))
+    path = export(backbone, head, tmp_path / "it.file", format)
+    noise = torch.randint(0, 256, (4, 3, 40, 30), generator=torch.Generator().manual_seed(1))
+    strange = [*noise.byte(), torch.zeros(3, 9, 9).byte(), torch.full((3, 50, 9), 255).byte()]
+    strange = [image.contiguous() for image in strange]
+    assert check(path, format, backbone, head, [*images, *strange], tmp_path).same_class == 206
+    for image in strange:
+        _, classes, familiarity, sets = load(path, format)(image[None])
+        assert classes.tolist() == [-1]
+        assert familiarity < head.threshold
+        assert not sets.any()
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch_export"])
 @pytest.mark.parametrize("accept", [None, 0.8])
 def test_prediction_sets_are_exported_and_agree(small, format, accept, tmp_path):
     backbone, x, y, images = small

@@ -7,6 +7,7 @@ work; the maths is in `imprinting.py` and below.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from imprint_pl.data.base import ImageDataModule
 from imprint_pl.data.batch import images_of, split_batch
@@ -199,6 +201,9 @@ class ImprintedClassifier(Growing, LightningModule):
             views=views,
             runtime=runtime,
         )
+        # Modules without weights say nothing of what is much.
+        if size := sum(p.nbytes for p in self.backbone.parameters() if not is_lazy(p)):
+            self.options = replace(self.options, most_bytes=max(1, size // 4))
         self._finish_recipe(self.backbone.layer_widths)
         self.head = self.parts.empty_head()
         self.max_side: int | None = None

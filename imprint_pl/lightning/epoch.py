@@ -20,8 +20,9 @@ from imprint_pl.data.batch_hooks import datamodule_of
 from imprint_pl.data.facts import DataFacts
 from imprint_pl.data.lightning_packages import is_fast_dev_run
 from imprint_pl.data.loaders import expected_samples, sampler_length
-from imprint_pl.errors import ImprintError, did_you_mean
+from imprint_pl.errors import ImprintError
 from imprint_pl.lightning.trainer import STOPPED, no_head, the_loader
+from imprint_pl.method.familiarity import MOST_BYTES
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.imprinting import imprint_parts
 from imprint_pl.method.recipes import Auto, Recipe
@@ -31,7 +32,7 @@ from imprint_pl.numerics.large import check_budget, taken, within_budget
 from imprint_pl.parts.norm.base import transform
 from imprint_pl.parts.norm.layers import last_columns
 from imprint_pl.ranks import on_rank_zero
-from imprint_pl.training_set.kept import KEEP, NO_HELD_OUT, State
+from imprint_pl.training_set.kept import State, check_keep
 from imprint_pl.training_set.memory import check_room
 from imprint_pl.training_set.reservoir import EmbeddingReservoir
 from imprint_pl.training_set.store import Collector, RowStore, on_gpu
@@ -53,15 +54,14 @@ class EpochOptions:
     accept: float | None = None
     coverage: float | None = None
     max_per_class: int | None = None
+    most_bytes: int = MOST_BYTES
     memory_budget: float | None = None
 
     def __post_init__(self) -> None:
-        keep, most, accept = self.keep, self.max_per_class, self.accept
+        keep, most, limits = self.keep, self.max_per_class, self.limits
         check_budget(self.memory_budget)
-        if keep is not None and keep not in KEEP:
-            raise ImprintError(
-                f"keep={keep!r}{did_you_mean(keep, KEEP)}: give one of {', '.join(KEEP)}"
-            )
+        if keep is not None:
+            check_keep(keep, bool(limits))
         if most is not None and most < 1:
             raise ImprintError(f"max_per_class={most}: give a number from 1 on")
         if most is not None and keep is not None:
@@ -69,13 +69,11 @@ class EpochOptions:
                 f"max_per_class={most} drops samples that keep={keep!r} has to keep: give one of "
                 "them"
             )
-        if self.limits and keep == "moments":
-            raise ImprintError(f"accept={accept}, coverage={self.coverage}: {NO_HELD_OUT}")
 
     @property
     def limits(self) -> Limits:
         """What is asked of the head beside its classes."""
-        return Limits(self.accept, self.coverage)
+        return Limits(self.accept, self.coverage, self.most_bytes)
 
     @property
     def needs_rows(self) -> bool:
@@ -296,8 +294,7 @@ class ImprintEpoch:
                 head,
                 options.keep,
                 sources=self._sources(len(whole[1])),
-                accept=options.accept,
-                coverage=options.coverage,
+                limits=options.limits,
                 weibull=options.weibull,
                 classifier=classifier,
             )

@@ -6,19 +6,32 @@ on this score, and `predict` reports it. `threshold.py` fits it on samples that 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from imprint_pl.numerics.constants import Constants
+from imprint_pl.numerics.constants import OptionalConstants
 from imprint_pl.numerics.factorisations import double, oas
 from imprint_pl.numerics.moments import CHUNK, Moments
-from imprint_pl.parts.norm.layers import last_columns
 
 # Directions of the within-class covariance that are kept, and at most as many of the class means:
 # 64, 128 and 256 give the same AUROC within half a point. With 1,280 features 1.3 MB.
 DIRECTIONS = 128
+# Bytes that all of it may take where no backbone is known: a quarter of EfficientNet-Lite0's.
+MOST_BYTES = 18_600_000 // 4
+# What the three scores weigh: the class score as much as both distances, which are of one model.
+# Where the model is wrong, as for a pullover among coats and shirts, it then does less harm.
+WEIGHTS = (2.0, 1.0, 1.0)
+# Standard deviations above the mean from which on a class score counts alike: scores of linear
+# recipes go on growing far away from all samples.
+SURE = 1.0
+# Layers that are shorter than this share of the embedding stay short: what they hold is rounding,
+# such as the deviations over an image of one colour. Those of EfficientNet-Lite0 are 0.01 at least.
+SHORTEST = 1e-2
+# So that an embedding of zeros stays one.
+LEAST_SQUARE = 1e-24
 # Rounds of subspace iteration. It starts anew for sums without held-out samples: directions that
 # were found with them would make them look more familiar than they are.
 ROUNDS = 2
@@ -40,14 +53,15 @@ class Distances(NamedTuple):
     absolute: Tensor
 
 
-class Familiarity(Constants):
+class Familiarity(OptionalConstants):
     """A score of familiarity, kept in the head; empty where no `accept` was asked for.
 
-    It is the mean of three scores, each less its mean and over its standard deviation on held-out
-    training samples: the best class score, the relative and the absolute Mahalanobis distance. So
-    0 is a usual training sample, and −2 a strange one. The distances are those of the last layer's
-    unit vectors z, with the within-class covariance W, shrunk by OAS, and the covariance of all
-    samples T = W + B:
+    It is the weighted mean of three scores, each less its mean and over its standard deviation on
+    held-out training samples: the best class score, the relative and the absolute Mahalanobis
+    distance. So 0 is a usual training sample, and −2 a strange one. The distances are those of
+    vectors z in which every layer of the embedding has unit length: earlier layers show differences
+    that the last one was trained to ignore. They go by the within-class covariance W, shrunk by
+    OAS, and the covariance of all samples T = W + B:
 
     min_c (z − m_c)ᵀ W⁻¹ (z − m_c) [− (z − m)ᵀ T⁻¹ (z − m)]
 
@@ -55,13 +69,14 @@ class Familiarity(Constants):
     counts as one number σ² along the others, where the relative distance is 0.
 
     Attributes:
-        mean: `(d,)`, m; d is the width of the last layer.
+        mean: `(d,)`, m.
         basis: `(d, q)`, orthonormal: the directions that are kept.
         turn: `(q, q)`: coordinates in which W is the identity and B diagonal.
         centres: `(C, q)`, the class means there.
         shares: `(q,)`, the share of W in T along each.
         noise: `(1,)`, σ².
         scale: `(2, 3)`, means and standard deviations of the three scores.
+        unit: makes z of an embedding.
 
     Source: Ren et al. 2021, "A Simple Fix to Mahalanobis Distance for Improving Near-OOD
     Detection"; Müller & Hein 2025, "Mahalanobis++" (unit vectors).
@@ -78,24 +93,27 @@ class Familiarity(Constants):
 
     def __init__(self) -> None:
         super().__init__()
-        self.clear()
+        self.unit = UnitLayers()
 
     def clear(self) -> None:
-        """Forgets what was fitted."""
-        device = self.mean.device if hasattr(self, "mean") else None
-        for name in self.constants:
-            setattr(self, name, torch.zeros(0, device=device))
+        super().clear()
+        self.unit.clear()
 
-    @property
-    def is_empty(self) -> bool:
-        return not self.mean.numel()
-
-    def fit(self, moments: Moments, seed: int = 0) -> Familiarity:
+    def fit(
+        self,
+        moments: Moments,
+        seed: int = 0,
+        most_bytes: int = MOST_BYTES,
+        layer_widths: list[int] | None = None,
+    ) -> Familiarity:
         """Fits the distances; `standardise` fits the scale.
 
         Args:
             moments: sums of unit vectors, with a pooled Gram matrix; see `unit_sums`.
             seed: fixes the random start of the iteration.
+            most_bytes: bytes that the constants may take; fewer directions are kept where they
+                would take more.
+            layer_widths: as `unit_sums` had them.
 
         Returns:
             Itself.
@@ -115,7 +133,9 @@ class Familiarity(Constants):
         level = shrinkage * within.diagonal().mean() + LEAST * spread
         within = (1 - shrinkage) * within
         within.diagonal().add_(level)
-        basis = _basis(centres * counts.sqrt()[:, None], within, seed)
+        self.unit.fit(layer_widths, moments.counts.device)
+        most = _most_directions(most_bytes - self.unit.layers.nbytes, d, len(counts))
+        basis = _basis(centres * counts.sqrt()[:, None], within, most, seed)
         inner = basis.T @ within @ basis
         left = d - basis.shape[1]
         rest = within.diagonal().sum() - inner.diagonal().sum()
@@ -159,7 +179,8 @@ class Familiarity(Constants):
         mean, basis, turn, centres, shares, noise = (
             getattr(self, name).to(dtype) for name in self.constants[:-1]
         )
-        z = nn.functional.normalize(embeddings[..., -len(mean) :].to(dtype)) - mean
+        # Heads of earlier versions have the mean of the last layer alone.
+        z = self.unit(embeddings[..., -len(mean) :].to(dtype)) - mean
         inner = z @ basis
         turned = inner @ turn
         nearest = _squared(turned, centres).amin(1)
@@ -180,14 +201,16 @@ class Familiarity(Constants):
     def of_scores(self, scores: Tensor) -> Tensor:
         """The three scores `(B, 3)` → familiarity `(B,)`."""
         means, deviations = self.scale.to(scores)
-        counts = (deviations > 0).to(scores)
+        weights = scores.new_tensor(WEIGHTS) * (deviations > 0)
         standard = (scores - means) / deviations.where(deviations > 0, 1.0)
-        return ((standard * counts).sum(1) / counts.sum().clamp(min=1)).float()
+        standard = torch.cat([standard[:, :1].clamp(max=SURE), standard[:, 1:]], 1)
+        return ((standard * weights).sum(1) / weights.sum().clamp(min=1)).float()
 
     def fits(self, embedding_dim: int) -> bool:
         """Whether the constants of a file fit each other and embeddings of so many numbers."""
         if self.is_empty:
-            return all(not getattr(self, name).numel() for name in self.constants)
+            left = (getattr(self, name) for name in self.constants)
+            return self.unit.is_empty and not any(value.numel() for value in left)
         values = [getattr(self, name) for name in self.constants]
         q = len(self.shares)
         shapes = (
@@ -201,6 +224,7 @@ class Familiarity(Constants):
             and self.shares.ndim == 1
             and self.noise.shape == (1,)
             and self.scale.shape == (2, 3)
+            and self.unit.fits(len(self.mean))
         )
         return (
             shapes
@@ -214,33 +238,58 @@ class Familiarity(Constants):
             for name, value in values.items():
                 setattr(self, name, value.detach().to(device, torch.float32).clone())
 
-    # Heads without a familiarity have the files that they always had.
 
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        if not self.is_empty:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
+class UnitLayers(OptionalConstants):
+    """Embeddings `(B, d)` → every layer at unit length, side by side, `(B, d)`.
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        if any(prefix + name in state_dict for name in self.constants):
-            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        else:
-            self.clear()
+    Attributes:
+        layers: `(L, d)`, 1 where a feature belongs to a layer, else 0; empty where there is one
+            layer.
+    """
+
+    constants = ("layers",)
+    layers: Tensor
+
+    def fit(self, layer_widths: list[int] | None, device: torch.device | str = "cpu") -> UnitLayers:
+        """Takes how many features each layer has, and returns itself."""
+        self.clear()
+        if layer_widths is not None and len(layer_widths) > 1:
+            widths = torch.tensor(layer_widths)
+            layer = torch.arange(len(widths)).repeat_interleave(widths)
+            with torch.inference_mode(False):
+                self.layers = nn.functional.one_hot(layer).T.to(device, torch.float32)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_empty:
+            return nn.functional.normalize(x)
+        layers = self.layers.to(x)
+        squares = x.square() @ layers.T
+        least = SHORTEST**2 * squares.sum(1, keepdim=True).clamp(min=LEAST_SQUARE)
+        return x / (squares.maximum(least).sqrt() @ layers)
+
+    def fits(self, dim: int) -> bool:
+        """Whether the constant of a file is one of embeddings of so many numbers."""
+        one = (self.layers == 0) | (self.layers == 1)
+        return self.is_empty or (
+            self.layers.ndim == 2
+            and self.layers.shape[1] == dim
+            and bool(one.all() and (self.layers.sum(0) == 1).all())
+        )
 
 
 def unit_sums(x: Tensor, y: Tensor, num_classes: int, layer_widths: list[int] | None) -> Moments:
     """The sums that `Familiarity.fit` takes, of embeddings `x (N, d)`, `y (N,)` in 0..C−1."""
-    dim = last_columns(x[:1], layer_widths).shape[1]
-    return add_units(Moments.zeros(num_classes, dim, device=x.device), x, y, layer_widths)
+    empty = Moments.zeros(num_classes, x.shape[1], device=x.device)
+    return add_units(empty, x, y, layer_widths)
 
 
 def add_units(moments: Moments, x: Tensor, y: Tensor, layer_widths: list[int] | None) -> Moments:
     """Adds embeddings `x (n, d)`, `y (n,)` to such sums in place, and returns them."""
     device = moments.sums.device
+    unit = UnitLayers().fit(layer_widths, device)
     for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-        unit = nn.functional.normalize(last_columns(rows, layer_widths).to(device, torch.float32))
-        moments.add(unit, labels.to(device))
+        moments.add(unit(rows.to(device, torch.float32)), labels.to(device))
     return moments
 
 
@@ -250,15 +299,23 @@ def _squared(x: Tensor, centres: Tensor) -> Tensor:
     return (squares - 2 * x @ centres.T).clamp(min=0)
 
 
-def _basis(means: Tensor, within: Tensor, seed: int) -> Tensor:
-    """An orthonormal basis `(d, q)` of the directions to keep: those of the class means `(C, d)`,
-    weighted by the square roots of the counts, and the main ones of `within (d, d)`."""
+def _most_directions(most_bytes: int, d: int, num_classes: int) -> int:
+    """The largest q ≥ 1 for which the constants take at most so many bytes: they are
+    q (d + q + C + 1) numbers of four bytes, beside d + 7 that do not depend on q."""
+    half = (d + num_classes + 1) / 2
+    return max(1, int(math.sqrt(half**2 + max(0, most_bytes / 4 - d - 7)) - half))
+
+
+def _basis(means: Tensor, within: Tensor, most: int, seed: int) -> Tensor:
+    """An orthonormal basis `(d, q)` of the directions to keep, at most so many: those of the class
+    means `(C, d)`, weighted by the square roots of the counts, and the main ones of
+    `within (d, d)`."""
     d = len(within)
     # One direction fewer than classes: the means are relative to the mean of all.
-    few = min(len(means) - 1, DIRECTIONS, d)
+    few = min(len(means) - 1, DIRECTIONS, most // 2, d)
     of_means = torch.linalg.svd(means, full_matrices=False)[2][:few].T
-    more = min(DIRECTIONS, d - few)
-    if more < DIRECTIONS:
+    more = min(DIRECTIONS, most - few, d - few)
+    if few + more == d:
         return torch.eye(d, dtype=within.dtype, device=within.device)
     generator = torch.Generator().manual_seed(seed)
     columns = torch.randn(d, more, generator=generator, dtype=torch.float64).to(within)

@@ -5,20 +5,19 @@ for, such as 95 %. Split conformal prediction on training samples that were held
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from imprint_pl.errors import ImprintError
-from imprint_pl.numerics.constants import Constants
+from imprint_pl.numerics.constants import OptionalConstants
 
 # A class has a bound of its own where at least so many of its held-out samples are expected to
 # miss it: with 95 % from 100 held-out samples of the class on, with 90 % from 50.
 MISSES = 5
 
 
-class PredictionSets(Constants):
+class PredictionSets(OptionalConstants):
     """What prediction sets rest on, kept in the head; empty where no `coverage` was asked for.
 
     A class belongs to the set of an image if its probability reaches the class's bound. The bound
@@ -35,22 +34,9 @@ class PredictionSets(Constants):
     """
 
     constants = ("log_probabilities", "classes")
+    integers = ("classes",)
     log_probabilities: Tensor
     classes: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.clear()
-
-    def clear(self) -> None:
-        """Forgets what was fitted."""
-        device = self.classes.device if hasattr(self, "classes") else None
-        self.log_probabilities = torch.zeros(0, device=device)
-        self.classes = torch.zeros(0, dtype=torch.int64, device=device)
-
-    @property
-    def is_empty(self) -> bool:
-        return not len(self.classes)
 
     def fit(self, logits: Tensor, y: Tensor) -> None:
         """Takes the logits `(n, C)` of held-out samples and their labels `(n,)`."""
@@ -86,20 +72,6 @@ class PredictionSets(Constants):
             and bool((values <= 0).all())
             and bool(((classes >= 0) & (classes < num_classes)).all())
         )
-
-    # Heads without prediction sets have the files that they always had.
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        if not self.is_empty:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        if any(prefix + name in state_dict for name in self.constants):
-            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        else:
-            self.clear()
 
 
 def checked_coverage(coverage: float | None, default: float | None = None) -> float:

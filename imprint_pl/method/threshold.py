@@ -12,7 +12,7 @@ from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.method.calibration import ENOUGH, HeldOut, folds
-from imprint_pl.method.familiarity import Familiarity, unit_sums
+from imprint_pl.method.familiarity import MOST_BYTES, Familiarity, unit_sums
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.holdout import HELD, copies_of, held_out_rows, held_out_scores
 from imprint_pl.method.inputs import checked
@@ -36,6 +36,8 @@ class Limits:
     Attributes:
         accept: share of training samples that the threshold accepts, or `None` for no threshold.
         coverage: probability that a prediction set holds the truth, or `None` for no sets.
+        most_bytes: bytes that the familiarity may take in the head: a quarter of the backbone's.
+            Where no backbone is known, a quarter of the embedded one's.
 
     Raises:
         ImprintError: a value that is not above 0 and at most 1.
@@ -43,6 +45,7 @@ class Limits:
 
     accept: float | None = None
     coverage: float | None = None
+    most_bytes: int = MOST_BYTES
 
     def __post_init__(self) -> None:
         if self.accept is not None and not 0 < self.accept <= 1:
@@ -181,8 +184,8 @@ def set_limits_of_sums(
         head.coverage = limits.coverage
     if limits.accept is None or unit is None:
         return head
-    head.familiar.fit(unit, request.seed)
-    scores = _familiar_scores(x, y, unit, held, copies, held_out, parts, request)
+    head.familiar.fit(unit, request.seed, limits.most_bytes, parts.layer_widths)
+    scores = _familiar_scores(x, y, unit, held, copies, held_out, parts, request, limits)
     head.familiar.standardise(scores)
     ascending = head.familiar.of_scores(scores).double().sort().values
     # The largest value that at least this share of the samples reaches.
@@ -200,6 +203,7 @@ def _familiar_scores(
     held_out: HeldOut,
     parts: Recipe,
     request: Request,
+    limits: Limits,
 ) -> Tensor:
     """The three scores `(n, 3)` of held-out samples, from sums without their fold."""
     best, found = held_out.scores.amax(1), []
@@ -211,7 +215,7 @@ def _familiar_scores(
         others = unit - unit_sums(x[out], y[out], request.num_classes, parts.layer_widths).to(
             unit.sums.device
         )
-        fitted = Familiarity().fit(others, request.seed)
+        fitted = Familiarity().fit(others, request.seed, limits.most_bytes, parts.layer_widths)
         found.append(fitted.scores(x[held_out.rows[of_fold]], best[of_fold]))
     return torch.cat(found)
 

@@ -78,3 +78,44 @@ class Constants(nn.Module):
         # torch expects parameters and buffers only, and reports the constants as unexpected.
         own = {prefix + name for name in self.constants}
         unexpected_keys[:] = [key for key in unexpected_keys if key not in own]
+
+
+class OptionalConstants(Constants):
+    """Constants that a module may do without: empty until they are fitted.
+
+    A module without them has none in its state dict, so that its files are those of a module which
+    never could have had any; loading such a state dict empties them.
+
+    Attributes:
+        integers: the constants that are int64; the others are floats.
+    """
+
+    integers: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.constants:
+            dtype = torch.int64 if name in self.integers else torch.float32
+            setattr(self, name, torch.zeros(0, dtype=dtype))
+
+    def clear(self) -> None:
+        """Forgets what was fitted."""
+        for name in self.constants:
+            setattr(self, name, getattr(self, name).new_zeros(0))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was fitted."""
+        return not getattr(self, self.constants[0]).numel()
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        if not self.is_empty:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if any(prefix + name in state_dict for name in self.constants):
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        else:
+            self.clear()

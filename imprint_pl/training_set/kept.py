@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from imprint_pl.errors import ImprintError, did_you_mean, warn
+from imprint_pl.method.familiarity import MOST_BYTES
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.imprinting import imprint_parts
 from imprint_pl.method.pipeline import (
@@ -38,12 +39,29 @@ from imprint_pl.parts.by_name import name_of, steps_of
 from imprint_pl.parts.norm.random_projection import RandomProjection
 
 KEEP = ("moments", "embeddings")
-# Why sums cannot keep the familiarity and the prediction sets of a head right.
-NO_HELD_OUT = (
-    'keep="moments" has no samples to hold out, and could not keep the familiarity and the '
-    'prediction sets right when classes come or go: give keep="embeddings", which fits them anew, '
-    "or leave accept and coverage out"
-)
+
+
+def check_keep(keep: str, limits: bool) -> None:
+    """Raises where `keep` is none of `KEEP`, or cannot keep the limits of a head right.
+
+    Args:
+        keep: the word that was given.
+        limits: whether the head has a familiarity or prediction sets.
+
+    Raises:
+        ImprintError: an unknown word, or sums beside limits.
+    """
+    if keep not in KEEP:
+        raise ImprintError(
+            f"keep={keep!r}{did_you_mean(keep, KEEP)}: give one of {', '.join(KEEP)}"
+        )
+    if keep == "moments" and limits:
+        raise ImprintError(
+            'keep="moments" does not go with accept and coverage: sums have no samples to hold '
+            "out, and could not keep the familiarity and the prediction sets right when classes "
+            'come or go. Give keep="embeddings", which fits them anew, or leave accept and '
+            "coverage out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +96,7 @@ class State(ABC):
         keep: str,
         *,
         sources: Sequence[str] = (),
-        accept: float | None = None,
-        coverage: float | None = None,
+        limits: Limits | None = None,
         weibull: tuple[float, float] | None = None,
         classifier: Tensor | None = None,
     ) -> State:
@@ -90,16 +107,15 @@ class State(ABC):
             head: gives the recipe, the seed and the class names.
             keep: "moments" or "embeddings".
             sources: see `KeptRows`; sums do not keep them.
-            accept, coverage, weibull: see `KeptRows`.
+            limits: what was asked of the head beside its classes.
+            weibull: see `KeptRows`.
             classifier: see the attributes.
 
         Raises:
-            ImprintError: an unknown `keep`, or sums that do not suffice for the recipe.
+            ImprintError: an unknown `keep`, or sums that do not suffice for the recipe, or for the
+                familiarity and the prediction sets of the head.
         """
-        if keep not in KEEP:
-            raise ImprintError(
-                f"keep={keep!r}{did_you_mean(keep, KEEP)}: give one of {', '.join(KEEP)}"
-            )
+        check_keep(keep, not (head.familiar.is_empty and head.sets.is_empty))
         settings = keywords_of(head)
         quantile = settings.get("norm_post") == "quantile"
         shared: dict[str, Any] = dict(
@@ -115,8 +131,7 @@ class State(ABC):
                 x=x,
                 y=y,
                 sources=tuple(sources),
-                accept=accept,
-                coverage=coverage,
+                **asdict(limits or Limits()),
                 weibull=None if weibull is None else (float(weibull[0]), float(weibull[1])),
                 **shared,
             )._in_order()
@@ -126,8 +141,6 @@ class State(ABC):
             shared["settings"].pop("metric", None)
         parts = _parts_of(shared["settings"])
         _refuse_moments(parts, weibull)
-        if not (head.familiar.is_empty and head.sets.is_empty):
-            raise ImprintError(f"accept, coverage: {NO_HELD_OUT}")
         norm_pre, _ = _fresh(parts, x.shape[1], len(y), shared["seed"])
         return KeptSums(
             moments=kept_sums(parts, norm_pre, x, y, head.num_classes),
@@ -255,6 +268,7 @@ class KeptRows(State):
             names.
         accept: share of training samples that the threshold lets pass; see `method/threshold.py`.
         coverage: probability that a prediction set holds the truth; see `method/sets.py`.
+        most_bytes: see `Limits`.
         weibull: as for `imprint`.
     """
 
@@ -265,6 +279,7 @@ class KeptRows(State):
     sources: tuple[str, ...] = ()
     accept: float | None = None
     coverage: float | None = None
+    most_bytes: int = MOST_BYTES
     weibull: tuple[float, float] | None = None
 
     @property
@@ -279,7 +294,8 @@ class KeptRows(State):
         head = imprint_parts(
             x, y, self.parts, len(names), names, self.seed, self.classifier, allow_empty=True
         )
-        return set_limits(head, x, y, Limits(self.accept, self.coverage), self.classifier)
+        limits = Limits(self.accept, self.coverage, self.most_bytes)
+        return set_limits(head, x, y, limits, self.classifier)
 
     def _with(self, x: Tensor, y: Tensor, sources: tuple[str, ...]) -> Self:
         named = (self.sources or ("",) * len(self.x)) + (sources or ("",) * len(x))

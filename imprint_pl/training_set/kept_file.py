@@ -14,6 +14,7 @@ from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import damaged, local_path, read_tensors, save_tensors
+from imprint_pl.method.familiarity import MOST_BYTES
 from imprint_pl.method.pipeline import kept_gram
 from imprint_pl.method.selection import checked_bounds
 from imprint_pl.numerics.labels import checked_names
@@ -29,7 +30,7 @@ PLAIN: dict[type[State], set[str]] = {
     kind: {field.name for field in fields(kind)} - set(TENSORS) for kind in (KeptRows, KeptSums)
 }
 # What stands for fields that files of earlier versions leave out.
-EARLIER = {"calibrated": True, "capped": True, "coverage": None}
+EARLIER = {"calibrated": True, "capped": True, "coverage": None, "most_bytes": MOST_BYTES}
 
 
 def state_path(checkpoint: str | Path) -> Path:
@@ -113,6 +114,7 @@ def _rows_fit(state: KeptRows) -> bool:
         and bool(((y >= 0) & (y < len(state.class_names))).all())
         and len(state.sources) in (0, samples)
         and all(isinstance(source, str) for source in state.sources)
+        and is_count(state.most_bytes)
     )
 
 

@@ -9,7 +9,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from trainers import quiet_trainer
 
-from imprint_pl import ImprintedClassifier, ImprintedHead, ImprintError, imprint
+from imprint_pl import (
+    ImprintedClassifier,
+    ImprintedHead,
+    ImprintError,
+    ImprintEstimator,
+    imprint,
+)
 from imprint_pl.cli import main
 from imprint_pl.data import Digits
 from imprint_pl.lightning.outsiders import Outsiders, auroc
@@ -69,9 +75,49 @@ def test_a_recipe_that_streams_goes_on_streaming_and_gets_the_same_limits(recipe
 
 
 @pytest.mark.parametrize("limits", [{"accept": 0.9}, {"coverage": 0.9}])
-def test_sums_that_are_kept_refuse_both_before_the_fit(limits):
-    with pytest.raises(ImprintError, match='give keep="embeddings"'):
+def test_sums_that_are_kept_refuse_both_before_the_fit(limits, blobs):
+    with pytest.raises(ImprintError, match='Give keep="embeddings"'):
         ImprintedClassifier(nn.Identity(), "qi", keep="moments", **limits)
+    x, y = (part.numpy() for part in blobs)
+    model = ImprintEstimator("qi", keep="moments", **limits)
+    with pytest.raises(ImprintError, match='Give keep="embeddings"'):
+        model.fit(x, y)
+    assert not hasattr(model, "classes_")
+
+
+def test_a_classifier_that_kept_nothing_refuses_to_grow_and_keeps_its_limits(blobs):
+    x, y = blobs
+    model = ImprintedClassifier(nn.Identity(), "qi", accept=0.9, coverage=0.9)
+    quiet_trainer().fit(model, DataLoader(TensorDataset(x, y), 32))
+    before = model.head.familiarity(x), model.head.threshold, model.head.bounds()
+    with pytest.raises(ImprintError, match="nothing was kept"):
+        model.add_class("more", x)
+    with pytest.raises(ImprintError, match="nothing was kept"):
+        model.remove_class("0")
+    assert torch.equal(model.head.familiarity(x), before[0])
+    assert model.head.threshold == before[1]
+    assert torch.equal(model.head.bounds(), before[2])
+
+
+def assert_limits_of_a_fit(head, x, y):
+    """The head's limits are those of a fit on these samples."""
+    whole = set_limits(imprint(x, y, "qi"), x, y, Limits(0.9, 0.9))
+    assert head.threshold == pytest.approx(whole.threshold, abs=1e-5)
+    torch.testing.assert_close(head.familiarity(x), whole.familiarity(x), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(head.bounds(), whole.bounds())
+
+
+def test_kept_embeddings_fit_both_anew_with_added_examples_and_without_a_class(blobs):
+    x, y = blobs
+    first = torch.arange(len(y)) % 2 == 0
+    options = dict(keep="embeddings", accept=0.9, coverage=0.9)
+    model = ImprintedClassifier(nn.Identity(), "qi", **options)
+    quiet_trainer().fit(model, DataLoader(TensorDataset(x[first], y[first]), 32))
+    for label in range(3):
+        model.add_examples(str(label), x[~first & (y == label)])
+    assert_limits_of_a_fit(model.head, x, y)
+    model.remove_class("0")
+    assert_limits_of_a_fit(model.head, x[y > 0], y[y > 0] - 1)
 
 
 @pytest.mark.parametrize("accept", [0, 1.5, -1])

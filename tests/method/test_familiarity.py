@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
+from torch.utils.data import DataLoader, TensorDataset
+from trainers import quiet_trainer
 
-from imprint_pl import ImprintedHead, ImprintError, ImprintEstimator, imprint
+from imprint_pl import ImprintedClassifier, ImprintedHead, ImprintError, ImprintEstimator, imprint
 from imprint_pl.lightning.outsiders import auroc, false_positive_rate
 from imprint_pl.method import familiarity as module
 from imprint_pl.method import threshold
-from imprint_pl.method.familiarity import Familiarity, unit_sums
+from imprint_pl.method.familiarity import Familiarity, UnitLayers, unit_sums
 from imprint_pl.method.holdout import copies_of
 from imprint_pl.method.recipes import resolve
 from imprint_pl.method.threshold import Limits, set_threshold
@@ -62,13 +64,116 @@ def test_distances_are_those_of_the_definition(width):
     torch.testing.assert_close(got.absolute, absolute, **tolerance)
 
 
-def test_of_several_layers_the_last_one_counts():
+@pytest.mark.parametrize("classes", [3, 100])
+@pytest.mark.parametrize("widths", [None, [100, 80, 120]])
+@pytest.mark.parametrize("most_bytes", [1, 15_000, 60_000, 10**7])
+def test_it_takes_at_most_the_bytes_that_it_may(classes, widths, most_bytes):
+    x, y = directions(600, 300, classes)
+    found = Familiarity().fit(unit_sums(x, y, classes, widths), 0, most_bytes, widths)
+    kept = found.basis.shape[1]
+    if most_bytes == 10**7:
+        assert kept == classes - 1 + 128
+        return
+    tensors = [getattr(found, name) for name in found.constants]
+    size = sum(tensor.nbytes for tensor in [*tensors, found.unit.layers])
+    # One direction is the least there is; one more would be too much.
+    assert size <= most_bytes or kept == 1
+    assert size + 4 * (300 + classes + 1 + 2 * kept + 1) > most_bytes
+    # Insiders are told from noise by any number of directions but one.
+    noise = torch.randn(600, 300, generator=torch.Generator().manual_seed(1))
+    inside, outside = found.distances(x).absolute, found.distances(noise).absolute
+    assert kept == 1 or auroc(inside[:, None], outside[:, None]) > 0.7
+
+
+def test_a_classifier_gives_it_a_quarter_of_the_bytes_of_its_backbone():
+    backbone = torch.nn.Linear(300, 300)
+    model = ImprintedClassifier(backbone, "qi", accept=0.9, keep="embeddings")
+    assert model.options.limits.most_bytes == 4 * 300 * 301 // 4
+    assert ImprintedClassifier(torch.nn.Identity(), "qi").options.limits == Limits()
+    x, y = directions(120, 300, 3)
+    quiet_trainer().fit(model, DataLoader(TensorDataset(x, y), 40))
+    for _ in range(2):
+        familiar = model.head.familiar
+        size = sum(getattr(familiar, name).nbytes for name in familiar.constants)
+        assert 0.95 * 90_300 < size <= 90_300
+        model.add_examples("0", x[y == 0])
+
+
+def test_distances_of_several_layers_are_those_of_their_unit_vectors():
     x, y = directions(60, 6, 3)
-    wide = torch.cat([100 * torch.randn(60, 4), x], 1)
-    alone = Familiarity().fit(unit_sums(x, y, 3, None)).distances(x)
-    joined = Familiarity().fit(unit_sums(wide, y, 3, [4, 6])).distances(wide)
-    torch.testing.assert_close(joined.relative, alone.relative)
-    torch.testing.assert_close(joined.absolute, alone.absolute)
+    wide = torch.cat([9 * torch.randn(60, 4, generator=torch.Generator().manual_seed(1)), x], 1)
+    both = torch.cat([normalize(wide[:, :4]), normalize(x)], 1)
+    # Both layers together have the length √2, so that `normalize` changes nothing but the scale.
+    one = Familiarity().fit(unit_sums(both, y, 3, None)).distances(both)
+    found = Familiarity().fit(unit_sums(wide, y, 3, [4, 6]), layer_widths=[4, 6]).distances(wide)
+    torch.testing.assert_close(found, one, atol=1e-3, rtol=1e-4)
+
+
+def test_a_layer_that_is_zero_or_very_large_has_finite_distances():
+    x, y = directions(60, 6, 3)
+    wide = torch.cat([torch.zeros(60, 4), 1e12 * x], 1)
+    found = Familiarity().fit(unit_sums(wide, y, 3, [4, 6]), layer_widths=[4, 6])
+    for queries in (wide, 0 * wide, 1e-9 * wide):
+        distances = found.distances(queries)
+        assert distances.relative.isfinite().all()
+        assert distances.absolute.isfinite().all()
+    torch.testing.assert_close(
+        found.distances(1e-9 * wide), found.distances(wide), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_the_rounding_of_a_layer_that_is_constant_does_not_count():
+    units = UnitLayers().fit([3, 3])
+    x = torch.tensor([[3.0, 4.0, 0.0, 1e-7, -1e-7, 0.0], [3.0, 4.0, 0.0, 0.06, 0.0, 0.08]])
+    expected = torch.tensor([[0.6, 0.8, 0.0, 0.0, 0.0, 0.0], [0.6, 0.8, 0.0, 0.6, 0.0, 0.8]])
+    torch.testing.assert_close(units(x), expected, atol=1e-5, rtol=0)
+    assert torch.equal(units(0 * x), 0 * x)
+
+
+def test_a_head_of_several_layers_keeps_its_familiarity_in_files_and_loses_it_with_another(
+    tmp_path,
+):
+    x, y = directions(90, 10, 3)
+    widths = [4, 6]
+    head = set_threshold(imprint(x, y, "ridge", layer_widths=widths), x, y, 0.9)
+    assert head.familiar.unit.layers.sum(1).tolist() == widths
+    head.save_pretrained(tmp_path / "head")
+    read = ImprintedHead.from_pretrained(tmp_path / "head")
+    assert torch.equal(read.familiarity(x), head.familiarity(x))
+    one = set_threshold(imprint(x[:, 4:], y, "ridge"), x[:, 4:], y, 0.9)
+    read.take(one)
+    assert torch.equal(read.familiarity(x[:, 4:]), one.familiarity(x[:, 4:]))
+    # Heads of earlier versions have the distances of the last layer alone.
+    state = head.state_dict() | {n: v for n, v in one.state_dict().items() if "familiar" in n}
+    del state["familiar.unit.layers"]
+    earlier = ImprintedHead()
+    earlier.load_state_dict(state)
+    assert torch.equal(
+        earlier.check().familiar.distances(x)[0], one.familiar.distances(x[:, 4:])[0]
+    )
+
+
+@pytest.mark.parametrize("forge", [lambda v: v[:, 1:], lambda v: v / 2, lambda v: v[0]])
+def test_forged_layers_are_refused(forge):
+    x, y = directions(90, 10, 3)
+    head = set_threshold(imprint(x, y, "ridge", layer_widths=[4, 6]), x, y, 0.9)
+    state = head.state_dict()
+    state["familiar.unit.layers"] = forge(state["familiar.unit.layers"]).clone()
+    read = ImprintedHead()
+    read.load_state_dict(state)
+    with pytest.raises(ImprintError, match="damaged or forged"):
+        read.check()
+
+
+def test_the_class_score_weighs_as_much_as_both_distances_and_is_never_more_than_sure():
+    familiar = Familiarity().fit(unit_sums(*directions(60, 6, 3), 3, None))
+    familiar.standardise(torch.tensor([[0.0, -10.0, 5.0], [2.0, -30.0, 7.0]]))
+    scores = torch.tensor([[1.0, -20, 6], [2, -20, 6], [0, -20, 6], [9, -20, 6], [1, -10, 7]])
+    # Standard deviations: 1, 10 and 1. The class score makes up a half, each distance a quarter.
+    assert familiar.of_scores(scores).tolist() == pytest.approx([0, 0.5, -0.5, 0.5, 0.5])
+    # Where the class score is the same everywhere, the distances alone count.
+    familiar.standardise(torch.tensor([[1.0, -10.0, 5.0], [1.0, -30.0, 7.0]]))
+    assert familiar.of_scores(scores).tolist() == pytest.approx([0, 0, 0, 0, 1])
 
 
 def test_a_usual_held_out_sample_has_familiarity_0_and_the_accepted_share_passes():
@@ -187,12 +292,14 @@ def test_an_embedding_that_is_not_finite_is_not_accepted(blobs):
     assert head.label(x).tolist()[0] == -1
 
 
-@pytest.mark.parametrize("recipe", ["qi", "ridge", "lda"])
+@pytest.mark.parametrize(
+    ("recipe", "widths"), [("qi", None), ("ridge", None), ("lda", None), ("ridge", [4, 6])]
+)
 @pytest.mark.parametrize("samples", [300, 2600])
-def test_streamed_sums_give_the_familiarity_of_all_rows(recipe, samples):
+def test_streamed_sums_give_the_familiarity_of_all_rows(recipe, widths, samples):
     x, y = directions(samples, 10, 3)
-    whole = set_threshold(imprint(x, y, recipe), x, y, 0.9)
-    sums = TrainingSums(resolve(recipe), x[:50], y[:50], 1, limits=Limits(0.9))
+    whole = set_threshold(imprint(x, y, recipe, layer_widths=widths), x, y, 0.9)
+    sums = TrainingSums(resolve(recipe, layer_widths=widths), x[:50], y[:50], 1, limits=Limits(0.9))
     for rows, labels in zip(x.split(64), y.split(64), strict=True):
         sums.add(rows, labels)
     streamed = sums.head()
@@ -203,7 +310,7 @@ def test_streamed_sums_give_the_familiarity_of_all_rows(recipe, samples):
 def test_kept_embeddings_fit_it_anew_when_classes_come_and_go():
     x, y = directions(90, 6, 3)
     head = set_threshold(imprint(x, y, "kernel", projection_dim=20), x, y, 0.9)
-    state = State.of(x, y, head, "embeddings", accept=0.9)
+    state = State.of(x, y, head, "embeddings", limits=Limits(0.9))
     assert torch.equal(state.head().familiarity(x), head.familiarity(x))
     without = state.remove_class("2").head()
     fresh = x[y < 2], y[y < 2]
@@ -217,8 +324,8 @@ def test_kept_embeddings_fit_it_anew_when_classes_come_and_go():
 def test_kept_sums_refuse_it_with_the_cure():
     x, y = directions(90, 6, 3)
     head = set_threshold(imprint(x, y, "qi"), x, y, 0.9)
-    with pytest.raises(ImprintError, match='give keep="embeddings"'):
-        State.of(x, y, head, "moments", accept=0.9)
+    with pytest.raises(ImprintError, match='Give keep="embeddings"'):
+        State.of(x, y, head, "moments")
 
 
 @pytest.mark.parametrize("recipe", ["kernel", "ridge"])

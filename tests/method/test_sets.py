@@ -168,7 +168,7 @@ def test_streamed_sums_give_the_sets_of_all_rows(samples):
 def test_kept_embeddings_fit_the_sets_anew_and_sums_refuse(tmp_path):
     x, y = clusters(240)
     head = set_coverage(imprint(x, y, "qi"), x, y, 0.9)
-    state = State.of(x, y, head, "embeddings", coverage=0.9)
+    state = State.of(x, y, head, "embeddings", limits=Limits(coverage=0.9))
     write_state(state, tmp_path / "it.safetensors")
     state = read_state(tmp_path / "it.safetensors")
     assert torch.equal(state.head().bounds(), head.bounds())
@@ -177,7 +177,7 @@ def test_kept_embeddings_fit_the_sets_anew_and_sums_refuse(tmp_path):
     assert torch.equal(
         state.remove_class("2").add_class("2", x[y == 2]).head().bounds(), head.bounds()
     )
-    with pytest.raises(ImprintError, match='give keep="embeddings"'):
+    with pytest.raises(ImprintError, match='Give keep="embeddings"'):
         State.of(x, y, head, "moments")
 
 
