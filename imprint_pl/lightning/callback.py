@@ -6,7 +6,7 @@ fine-tuned, compared or saved. `attaching.py` has the parts that need no Trainer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -159,7 +159,7 @@ class ImprintCallback(Callback):
         # The last one made, until the loggers have it, and whether a line has told of one.
         self._made: Imprinted | None = None
         self._told = False
-        self._norms: list[nn.Module] = []
+        self._norms: Sequence[nn.Module] = ()
 
     # Set-up and undo.
 
@@ -172,7 +172,7 @@ class ImprintCallback(Callback):
             )
         as_in_the_file = partial(_as_in_the_file, self.layer)
         self._undo.callback(pl_module.register_load_state_dict_pre_hook(as_in_the_file).remove)
-        self._told, self._norms = False, []
+        self._told, self._norms = False, ()
         if stage == "fit":
             self._undo.enter_context(
                 _once_set_up(pl_module, partial(self._prepare_fit, trainer, pl_module))

@@ -24,7 +24,7 @@ COMPARED = 256
 LOST = 0.05
 # The largest learning rates with which a head start survived in our measurements, see the guide
 # "Your Lightning project": of optimizers that divide by the size of the gradient, and of SGD.
-ADAPTIVE_RATE, PLAIN_RATE = 1e-4, 1e-2
+ADAPTIVE_RATE, PLAIN_RATE = 1e-4, 1e-3
 ADAPTIVE = (torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop)
 
 
