@@ -214,7 +214,7 @@ class EncodedImages(DecodedDataset):
         place = path if content is None else name
         return read_image(place, self.max_side, self.least_side, content)
 
-    def select(self, positions: Tensor, labels: Tensor) -> EncodedImages:  # type: ignore[override]
+    def select(self, positions: Tensor, labels: Tensor) -> EncodedImages:
         selected = self._labelled(labels)
         selected.positions = self.positions[positions.numpy()]
         return selected
