@@ -79,7 +79,7 @@ class Parser(LightningArgumentParser):
             return f"unknown option --{found[1]}{did_you_mean(found[1], self._names())}"
         if found := re.search(r"(?:accept option|Option) '(\S+)'", message):
             if found[1] == "on_error":
-                return "--on_error is for image files: --data ImageFolder or ImageNet, or --images"
+                return "--on_error is for image files: --data ImageFolder or CSV, or --images"
             if found[1] in self._names():
                 return f"{found[1]!r} is an option of another command: leave it out"
             return f"unknown option {found[1]!r}{did_you_mean(found[1], self._names())}"

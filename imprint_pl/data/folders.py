@@ -199,8 +199,8 @@ class ImageFolder(ImageDataModule):
             labels += [place] * len(images)
         warn_of_left_out(left_out)
         tell_loose_images(folder)
-        images = ImageFileDataset(paths, torch.tensor(labels), self.max_side, advice=SKIP_ADVICE)
-        dataset = self._readable(images, paths, f"images below {shown(folder)}")
+        whole = ImageFileDataset(paths, torch.tensor(labels), self.max_side, advice=SKIP_ADVICE)
+        dataset = self._readable(whole, paths, f"images below {shown(folder)}")
         empty = [] if is_test else sorted(set(labels) - set(dataset.labels.tolist()))
         if empty:
             raise ImprintError(

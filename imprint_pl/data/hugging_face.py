@@ -215,7 +215,7 @@ class EncodedImages(DecodedDataset):
         name = f"{self.called(index)} ({path})" if path else self.called(index)
         return decode_image(content, name, self.max_side, self.least_side)
 
-    def select(self, positions: Tensor, labels: Tensor) -> EncodedImages:  # type: ignore[override]
+    def select(self, positions: Tensor, labels: Tensor) -> EncodedImages:
         selected = self._labelled(labels)
         selected.positions = self.positions[positions.numpy()]
         return selected

@@ -107,6 +107,7 @@ class CSV(ImageFolder):
         """Return the rows, or name all those that cannot be used."""
         table, faults, rows = shown(self.table), Faults(shown(self.table)), []
         first: dict[str, Cells] = {}
+        lost: dict[str, str] = {}
         labels: dict[str, str | None] = {}
         for row in tqdm(cells, desc="looking for files", delay=2, leave=False, disable=None):
             name = "" if row.file is None else os.fspath(row.file)
@@ -139,7 +140,7 @@ class CSV(ImageFolder):
             labels[path] = label
             if not os.path.isfile(path):
                 if self.on_error == "skip":
-                    self.unreadable[path] = f"there is no file {shown(path)}"
+                    lost[path] = f"there is no file {shown(path)}"
                     continue
                 faults.add("No such file", place)
                 usable = False
@@ -147,10 +148,13 @@ class CSV(ImageFolder):
                 rows.append(Row(row.place, name, label, split or "train"))
         faults.check_none()
         check_single_labels([row.label for row in rows], f"{table}, {shown(self.label_column)}")
-        if self.unreadable:
+        new = [shown(path) for path in lost if path not in self.unreadable]
+        self.unreadable |= lost
+        if new:
+            more = f" and {len(new) - 10} more" if len(new) > 10 else ""
             rank_zero_warn(
-                f"{len(self.unreadable)} files of {table} do not exist and are left out: "
-                f"{', '.join(list(map(shown, self.unreadable))[:10])}"
+                f"{len(new)} files of {table} do not exist and are left out: "
+                f"{', '.join(new[:10])}{more}"
             )
         if not rows:
             raise ImprintError(f"{table} lists no image that can be read: add rows")

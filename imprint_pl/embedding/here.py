@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import importlib.util
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -95,7 +95,7 @@ def _timm_models() -> list[tuple[str, bool]]:
     hub = Path(constants.HF_HUB_CACHE).is_dir()
     found = []
     for name in timm.list_pretrained():
-        cfg = timm.models.get_pretrained_cfg(name)
+        cfg: Any = timm.models.get_pretrained_cfg(name)
         there = False
         if cfg is not None and cfg.hf_hub_id and hub:
             repository, _, revision = cfg.hf_hub_id.partition("@")

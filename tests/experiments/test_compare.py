@@ -280,3 +280,20 @@ def test_wrong_options_are_refused_in_one_line(capsys, photos):
     assert "give pixels behind the @" in refused(
         capsys, *root, "--backbones", "efficientnet_lite0@big"
     )
+
+
+def test_a_sweep_measures_on_the_split_that_an_entry_names(tmp_path):
+    import imprint_pl.experiments.sweep.embeddings as sweep_embeddings
+
+    for split, colours in (("train", (0, 250)), ("val", (0, 250)), ("test", (250, 0))):
+        for label, value in enumerate(colours):
+            for i in range(2):
+                path = tmp_path / split / str(label) / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (4, 4), (value, value, value)).save(path)
+    entry = {"name": "ImageFolder", "root": str(tmp_path)}
+    for split in ("val", "test"):
+        _, splits = sweep_embeddings.load_splits({**entry, "split": split})
+        assert {path.split("/")[-3] for path in splits.test.paths} == {split}
+    with pytest.raises(ImprintError, match="split='train': give test or val"):
+        sweep_embeddings.load_splits({**entry, "split": "train"})

@@ -198,7 +198,8 @@ def _faster(one: Measured, other: Measured) -> str:
         return "half as fast"
     if abs(ratio - 2) < 2 * ABOUT:
         return "twice as fast"
-    return f"{ratio:.2g} times as fast"
+    # "0.13 times as fast" is hard to picture.
+    return f"{ratio:.2g} times as fast" if ratio > 1 else f"{1 / ratio:.2g} times as slow"
 
 
 def _rate(one: Measured) -> str:

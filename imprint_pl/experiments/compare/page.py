@@ -70,13 +70,12 @@ COLUMNS = {
     "backbone": False,
     "layers": False,
     "accuracy": True,
-    "95 % interval": False,
+    "interval": False,
     "balanced": True,
-    "95 % of balanced": False,
-    "images a second": True,
+    "its interval": False,
+    "images/s": True,
     "parameters": True,
     "width": True,
-    "pixels": False,
     "front": False,
 }
 
@@ -94,7 +93,6 @@ def cells(found: Round) -> list[list[Cell]]:
             cell(row["images_a_second"], f"{row['images_a_second']:,.1f}"),
             cell(row["parameters"], f"{row['parameters'] / 1e6:,.1f} M"),
             cell(row["width"], f"{row['width']:,}"),
-            Cell(row["image_size"]),
             Cell("Pareto" if row["pareto_front"] else ""),
         ]
         for row in table_of(found).to_dict("records")
@@ -105,19 +103,26 @@ def _ends(low: float, high: float) -> str:
     return "" if low != low else f"{100 * low:.1f} to {100 * high:.1f} %"
 
 
-def draw(found: Round) -> Figure:
-    """Accuracy against the time for an image; a backbone stands for the better of its layers."""
+def draw(found: Round, order: Sequence[str]) -> Figure:
+    """Accuracy against the time for an image; a backbone stands for the better of its layers.
+
+    Args:
+        found: what was measured.
+        order: the names of backbones, the important ones first: those have the colours.
+    """
     measured = better_layers(found)
     front = front_of(measured)
-    # Those of the front come first: there may be more backbones than colours.
-    named = [*front, *(one for one in measured if one not in front)][: len(COLOURS)]
-    figure, axes = new_figure(7.0, 4.4)
+    coloured = list(order)[: len(COLOURS)]
+    named = [one for one in measured if one.candidate.name in coloured]
+    figure, axes = new_figure(6.0, 4.2)
     axes.plot(
         [_milliseconds(one) for one in front],
         [100 * one.accuracy for one in front],
         color="#888888",
         linewidth=1.2,
         linestyle="--",
+        # On the front, more time gives nothing before the next backbone.
+        drawstyle="steps-post",
         label="Pareto front",
         zorder=1,
     )
@@ -131,7 +136,8 @@ def draw(found: Round) -> Figure:
             markersize=5,
             label="others",
         )
-    for number, one in enumerate(named):
+    for one in named:
+        number = coloured.index(one.candidate.name)
         low, high = one.accuracy_interval or (one.accuracy, one.accuracy)
         axes.errorbar(
             _milliseconds(one),
@@ -196,7 +202,7 @@ def write_comparison(comparison: Comparison) -> Path:
         ],
         sentences=sentences(last, comparison.on),
         command=question.command(chosen.candidate, chosen.layers),
-        figures=[(id, title, _svg(one)) for id, title, one in rounds],
+        figures=[(id, title, _svg(one, _order(comparison))) for id, title, one in rounds],
         tables=[
             PageTable(
                 f"{id}-table",
@@ -214,9 +220,16 @@ def write_comparison(comparison: Comparison) -> Path:
     return write_whole(question.folder / "compare.html", page.encode())
 
 
-def _svg(found: Round) -> str:
+def _order(comparison: Comparison) -> list[str]:
+    """The names of all backbones: those of a front first, then by accuracy."""
+    rounds = [better_layers(one) for one in reversed(comparison.rounds)]
+    found = [*(one for measured in rounds for one in front_of(measured)), *rounds[-1]]
+    return list(dict.fromkeys(one.candidate.name for one in found))
+
+
+def _svg(found: Round, order: Sequence[str]) -> str:
     content = io.BytesIO()
     with style():
         # Without a date: the same results make the same file.
-        draw(found).savefig(content, format="svg", metadata={"Date": None})
+        draw(found, order).savefig(content, format="svg", metadata={"Date": None})
     return data_url(content.getvalue(), "image/svg+xml")

@@ -184,7 +184,7 @@ def _of_sweep(question: Question) -> tuple[dict[str, Any], dict[str, Any]]:
     if "max_images" in given:
         raise ImprintError("compare takes a part of the images first by itself: give --images")
     task = {name: given.pop(name) for name in (*OF_TASK, "shots") if name in given}
-    return {**given, "on": "val"}, task
+    return {**given, "split": "val"}, task
 
 
 def _round(

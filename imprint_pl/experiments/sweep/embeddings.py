@@ -65,7 +65,7 @@ def load_splits(entry: dict[str, Any]) -> tuple[ImageDataModule | None, Splits]:
     """A data set before embedding, and its data module (`None` where it is embeddings)."""
     if "embeddings" in entry:
         return None, _from_file(entry)
-    arguments = {n: v for n, v in entry.items() if n not in ("name", "label", "on")}
+    arguments = {n: v for n, v in entry.items() if n not in ("name", "label", "split")}
     data = getattr(imprint_pl.data, entry["name"], None)
     known = [n for n in imprint_pl.data.__all__ if n not in ("Splits", "ArrayDataset")]
     of_images = isinstance(data, type) and issubclass(data, ImageDataModule)
@@ -85,9 +85,12 @@ def load_splits(entry: dict[str, Any]) -> tuple[ImageDataModule | None, Splits]:
 
 
 def _measured_on(splits: Splits, entry: dict[str, Any]) -> Splits:
-    """The splits with the images to measure on as test: `on: val` takes those of a validation
+    """The splits with the images to measure on as test: `split: val` takes those of a validation
     split, where there is one."""
-    if entry.get("on", "test") == "val" and splits.val is not None:
+    split = entry.get("split", "test")
+    if split not in ("test", "val"):
+        raise ImprintError(f"data {entry['name']!r}: split={split!r}: give test or val")
+    if split == "val" and splits.val is not None:
         return replace(splits, test=splits.val)
     return splits
 
