@@ -397,7 +397,7 @@ def test_a_fault_of_the_backbone_reaches_whoever_waits_and_the_thread_lives_on()
             raise RuntimeError("of the backbone")
         return images
 
-    batcher = Batcher(embed)
+    batcher = Batcher(embed, most=4)
     with pytest.raises(RuntimeError, match="of the backbone"):
         batcher.submit(torch.zeros(1, 1)).result(5)
     assert batcher.submit(torch.ones(1, 1)).result(5).tolist() == [[1.0]]
@@ -412,7 +412,7 @@ def test_a_request_that_was_given_up_is_not_computed():
         go_on.wait(5)
         return images
 
-    batcher = Batcher(embed)
+    batcher = Batcher(embed, most=4)
     first = batcher.submit(torch.ones(1, 1))
     while not seen:
         time.sleep(0.001)
