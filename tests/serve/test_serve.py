@@ -139,6 +139,7 @@ def cut(content):
         (dict(files=files(b"")), 415, "no image"),
         (dict(files=files(png(101, 100))), 413, "101 x 100 pixels"),
         (dict(files=files(*[picture("red")] * 5)), 413, "more than 4 images"),
+        (dict(files=files(*[picture("red")] * 9)), 413, "more than 4 images"),
         (dict(files=files(bytes(300_000))), 413, "larger than 0.2 MB"),
         (dict(files=[("other", ("a.png", picture("red")))]), 422, "field 'other'"),
         (dict(data={"images": "/etc/passwd"}, files=files(picture("red"))), 422, "field 'images'"),
