@@ -20,7 +20,7 @@ from torch import Tensor
 from imprint_pl.data.decode import read_image
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import write_whole
-from imprint_pl.serve.batching import Batcher
+from imprint_pl.serve.batching import MOST, MOST_ON_CPU, Batcher
 from imprint_pl.serve.changes import Changes
 from imprint_pl.serve.limits import Limits, Refused
 from imprint_pl.serve.uploads import Form, Upload, prepared
@@ -72,7 +72,8 @@ class Service:
         self._threads = ThreadPoolExecutor(joblib.cpu_count(), "images")
         self._changing = ThreadPoolExecutor(1, "changes")
         self.model.backbone.expect(MANY)
-        self._batcher = Batcher(self._embed)
+        on_cpu = self.model.device.type == "cpu"
+        self._batcher = Batcher(self._embed, MOST_ON_CPU if on_cpu else MOST)
         self._warm_up()
 
     def close(self) -> None:

@@ -54,10 +54,9 @@ async def read_form(request: Request, limits: Limits) -> Form:
         raise Refused(400, "the request has broken off") from error
     except Exception as error:
         text = getattr(error, "message", None) or getattr(error, "detail", None) or "damaged"
-        many = "Too many files" in str(text)
-        raise (
-            _too_many(limits) if many else Refused(400, f"the form cannot be read: {text}")
-        ) from error
+        if "Too many files" in str(text):
+            raise _too_many(limits) from error
+        raise Refused(400, f"the form cannot be read: {text}") from error
     try:
         return await _checked(form, limits)
     finally:

@@ -25,6 +25,7 @@ def test_the_wheel_has_configs_and_type_marker_and_no_tests(wheel):
     for name in (
         *needed,
         "audit/audit.html.jinja",
+        "serve/page.html.jinja",
         "experiments/report/page.html.jinja",
         "experiments/report/published.csv",
     ):

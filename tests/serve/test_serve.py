@@ -139,6 +139,7 @@ def cut(content):
         (dict(files=files(b"")), 415, "no image"),
         (dict(files=files(png(101, 100))), 413, "101 x 100 pixels"),
         (dict(files=files(*[picture("red")] * 5)), 413, "more than 4 images"),
+        (dict(files=files(*[picture("red")] * 9)), 413, "more than 4 images"),
         (dict(files=files(bytes(300_000))), 413, "larger than 0.2 MB"),
         (dict(files=[("other", ("a.png", picture("red")))]), 422, "field 'other'"),
         (dict(data={"images": "/etc/passwd"}, files=files(picture("red"))), 422, "field 'images'"),
@@ -397,7 +398,7 @@ def test_a_fault_of_the_backbone_reaches_whoever_waits_and_the_thread_lives_on()
             raise RuntimeError("of the backbone")
         return images
 
-    batcher = Batcher(embed)
+    batcher = Batcher(embed, most=4)
     with pytest.raises(RuntimeError, match="of the backbone"):
         batcher.submit(torch.zeros(1, 1)).result(5)
     assert batcher.submit(torch.ones(1, 1)).result(5).tolist() == [[1.0]]
@@ -412,7 +413,7 @@ def test_a_request_that_was_given_up_is_not_computed():
         go_on.wait(5)
         return images
 
-    batcher = Batcher(embed)
+    batcher = Batcher(embed, most=4)
     first = batcher.submit(torch.ones(1, 1))
     while not seen:
         time.sleep(0.001)
