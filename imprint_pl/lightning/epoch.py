@@ -54,8 +54,8 @@ class EpochOptions:
     accept: float | None = None
     coverage: float | None = None
     max_per_class: int | None = None
-    most_bytes: int = MOST_BYTES
     memory_budget: float | None = None
+    most_bytes: int = MOST_BYTES
 
     def __post_init__(self) -> None:
         keep, most, limits = self.keep, self.max_per_class, self.limits
