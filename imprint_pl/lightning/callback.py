@@ -413,8 +413,8 @@ class ImprintCallback(Callback):
                 f"% of the training samples, but on {100 * accuracy.batch:.0f} % where batch norm "
                 "uses the statistics of each batch, as it does in training: fine-tuning starts "
                 "from there and may end below the head. Give "
-                "ImprintCallback(freeze_batch_norm=True), which keeps the running statistics, and a "
-                f"small learning rate (AdamW {ADAPTIVE_RATE:g}, SGD {PLAIN_RATE:g})"
+                "ImprintCallback(freeze_batch_norm=True), which keeps the running statistics, and "
+                f"a small learning rate (AdamW {ADAPTIVE_RATE:g}, SGD {PLAIN_RATE:g})"
             )
 
     def _loader(self, trainer: Trainer) -> Any:
