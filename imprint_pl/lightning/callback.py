@@ -34,6 +34,8 @@ from imprint_pl.lightning.attaching import (
     put_head,
 )
 from imprint_pl.lightning.fine_tuning import (
+    ADAPTIVE_RATE,
+    PLAIN_RATE,
     advice,
     batch_norms,
     compare_statistics,
@@ -415,7 +417,8 @@ class ImprintCallback(Callback):
                 f"% of the training samples, but on {100 * accuracy.batch:.0f} % where batch norm "
                 "uses the statistics of each batch, as it does in training: fine-tuning starts "
                 "from there and may end below the head. Give "
-                "ImprintCallback(freeze_batch_norm=True), which keeps the running statistics"
+                "ImprintCallback(freeze_batch_norm=True), which keeps the running statistics, and "
+                f"a small learning rate (AdamW {ADAPTIVE_RATE:g}, SGD {PLAIN_RATE:g})"
             )
 
     def _loader(self, trainer: Trainer) -> Any:
