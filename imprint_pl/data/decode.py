@@ -53,10 +53,7 @@ BITS_PER_SAMPLE, SAMPLE_FORMAT, UNSIGNED = 258, 339, 1
 
 
 def read_image(
-    path: str | os.PathLike,
-    max_side: int | None = None,
-    least_side: int | None = None,
-    content: bytes | None = None,
+    path: str | os.PathLike, max_side: int | None = None, least_side: int | None = None
 ) -> Tensor:
     """Decode an image file, upright.
 
@@ -68,7 +65,6 @@ def read_image(
             asked for, which is several times faster. Files of other formats are decoded whole.
         least_side: `max_side` does not shrink the shorter side below this many pixels; the longer
             side of a panorama may then exceed `max_side`.
-        content: The file's bytes where they are known; `path` is then its name in messages alone.
 
     Returns:
         uint8 `(C, H, W)`: one channel for grey and bilevel files, two for grey with alpha, four for
@@ -81,8 +77,58 @@ def read_image(
         ImprintError: If the file is missing, truncated, no image, or larger than Pillow's
             decompression-bomb limit; the message names the file.
     """
+    return _decoded(path, shown(path), max_side, least_side)
+
+
+def decode_image(
+    content: bytes, name: str, max_side: int | None = None, least_side: int | None = None
+) -> Tensor:
+    """Decode an image file that is in memory, as `read_image` decodes one on disk.
+
+    Args:
+        content: The bytes of the file.
+        name: What errors call it.
+        max_side: As in `read_image`.
+        least_side: As in `read_image`.
+
+    Returns:
+        uint8 `(C, H, W)`.
+
+    Raises:
+        ImprintError: As `read_image` does.
+    """
+    return _decoded(io.BytesIO(content), shown(name), max_side, least_side)
+
+
+def stated_size(content: bytes) -> tuple[int, int] | None:
+    """Return the width and height that an image file states, without decoding it.
+
+    Args:
+        content: The bytes of the file.
+
+    Returns:
+        Pixels; None where the file is of no kind that is read here.
+
+    Raises:
+        ImprintError: If the image is larger than Pillow's decompression-bomb limit.
+    """
     try:
-        source = path if content is None else io.BytesIO(content)
+        with Image.open(io.BytesIO(content), formats=_formats()) as image:
+            return image.size
+    except Image.DecompressionBombError as error:
+        raise ImprintError(str(error)) from error
+    # Parsers raise errors of many kinds for damaged files.
+    except Exception:
+        return None
+
+
+def _decoded(
+    source: str | os.PathLike | io.BytesIO,
+    name: str,
+    max_side: int | None,
+    least_side: int | None,
+) -> Tensor:
+    try:
         with Image.open(source, formats=_formats()) as opened:
             longest = _longest(opened.size, max_side, least_side)
             if longest is not None:
@@ -100,14 +146,13 @@ def read_image(
         pixels = np.array(image)
     except Image.DecompressionBombError as error:
         raise ImprintError(
-            f"will not decode the image {shown(path)}: {error} Shrink the file, or raise "
+            f"will not decode the image {name}: {error} Shrink the file, or raise "
             "PIL.Image.MAX_IMAGE_PIXELS if you trust it."
         ) from error
     # Decoders raise errors of many kinds for damaged files.
     except Exception as error:
         raise ImprintError(
-            f"cannot read the image {shown(path)}: {_reason(error, path, content)}. "
-            "Replace or remove the file."
+            f"cannot read the image {name}: {_reason(error, source)}. Replace or remove the file."
         ) from error
     channels_first = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
     # NumPy is faster here: torch would wake all its threads for so small a copy.
@@ -146,12 +191,13 @@ def is_heif(path: str | os.PathLike) -> bool:
     """Return whether a file's first bytes are those of HEIC and HEIF (ISO/IEC 23008-12)."""
     try:
         with open(path, "rb") as file:
-            return _begins_as_heif(file.read(12))
+            head = file.read(12)
     except OSError:
         return False
+    return _starts_as_heif(head)
 
 
-def _begins_as_heif(head: bytes) -> bool:
+def _starts_as_heif(head: bytes) -> bool:
     return head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 
 
@@ -167,9 +213,13 @@ def _formats() -> list[str]:
     return [name for name in (*FORMATS, "HEIF") if name in Image.OPEN]
 
 
-def _reason(error: Exception, path: str | os.PathLike, content: bytes | None) -> str:
+def _reason(error: Exception, source: str | os.PathLike | io.BytesIO) -> str:
     if isinstance(error, UnidentifiedImageError):
-        if is_heif(path) if content is None else _begins_as_heif(content[:12]):
+        if isinstance(source, io.BytesIO):
+            heif = _starts_as_heif(source.getvalue()[:12])
+        else:
+            heif = is_heif(source)
+        if heif:
             return f"it is an HEIC or HEIF file, which pillow-heif reads ({HEIF_CURE})"
         return "cannot identify an image in it: it is damaged, or of a kind that is not read here"
     if isinstance(error, OSError) and error.errno is not None:

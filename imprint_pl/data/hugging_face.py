@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from tqdm import tqdm
 
-from imprint_pl.data.decode import read_image
+from imprint_pl.data.decode import decode_image, read_image
 from imprint_pl.data.folders import SPLIT_NAMES, ImageFolder
 from imprint_pl.data.image_files import SKIP_ADVICE, DecodedDataset
 from imprint_pl.data.rows import ONE_LABEL, Faults, check_single_labels, label_of
@@ -210,9 +210,10 @@ class EncodedImages(DecodedDataset):
     def read(self, index: int) -> Tensor:
         encoded = self.rows[int(self.positions[index])][self.column]
         content, path = encoded["bytes"], encoded["path"]
+        if content is None:
+            return read_image(path, self.max_side, self.least_side)
         name = f"{self.called(index)} ({path})" if path else self.called(index)
-        place = path if content is None else name
-        return read_image(place, self.max_side, self.least_side, content)
+        return decode_image(content, name, self.max_side, self.least_side)
 
     def select(self, positions: Tensor, labels: Tensor) -> EncodedImages:
         selected = self._labelled(labels)
