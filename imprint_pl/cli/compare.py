@@ -25,6 +25,8 @@ DESCRIPTION = (
     "at a part of them, and the best few are compared on all. Without --data, --data.root is a "
     "folder of images (ImageFolder)."
 )
+# Columns of the page that the terminal leaves out.
+NOT_PRINTED = ("its interval", "parameters", "width")
 # Data sets that have no labels, or no training images.
 UNFIT = ("ImageFiles", "LabelledFolder")
 
@@ -119,10 +121,13 @@ def _print(found: Comparison) -> None:
     from imprint_pl.experiments.compare.choice import chosen_of, sentences
     from imprint_pl.experiments.compare.page import COLUMNS, cells
 
-    sides: dict[str, Side] = {name: "right" if is_ else "left" for name, is_ in COLUMNS.items()}
+    # The page has all columns; these fit a narrow screen beside a long name.
+    places = [i for i, name in enumerate(COLUMNS) if name not in NOT_PRINTED]
+    names = [list(COLUMNS)[i] for i in places]
+    sides: dict[str, Side] = {name: "right" if COLUMNS[name] else "left" for name in names}
     for one in found.rounds:
         title = f"{one.images:,} {found.on} images, {one.trained:,} to learn from"
-        print_table(sides, ([cell.text for cell in row] for row in cells(one)), title)
+        print_table(sides, ([row[i].text for i in places] for row in cells(one)), title)
     last = found.rounds[-1]
     for sentence in sentences(last, found.on):
         print(sentence)

@@ -53,9 +53,7 @@ BITS_PER_SAMPLE, SAMPLE_FORMAT, UNSIGNED = 258, 339, 1
 
 
 def read_image(
-    path: str | os.PathLike,
-    max_side: int | None = None,
-    least_side: int | None = None,
+    path: str | os.PathLike, max_side: int | None = None, least_side: int | None = None
 ) -> Tensor:
     """Decode an image file, upright.
 
@@ -193,9 +191,10 @@ def is_heif(path: str | os.PathLike) -> bool:
     """Return whether a file's first bytes are those of HEIC and HEIF (ISO/IEC 23008-12)."""
     try:
         with open(path, "rb") as file:
-            return _starts_as_heif(file.read(12))
+            head = file.read(12)
     except OSError:
         return False
+    return _starts_as_heif(head)
 
 
 def _starts_as_heif(head: bytes) -> bool:

