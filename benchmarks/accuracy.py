@@ -3,12 +3,14 @@
     python benchmarks/accuracy.py [--root ../shared/data] [--cache_dir FOLDER] [--tasks digits …]
 
 Four tasks: TrashNet's photographs (the author's split), CIFAR-10 and Fashion-MNIST (10,000 training
-and 3,000 test images at 128 pixels), and scikit-learn's digits. The backbone is EfficientNet-Lite0;
-embeddings are kept in a cache, so that a second run takes as long as the heads alone.
+images at 128 pixels, 3,000 and 10,000 test images), and scikit-learn's digits. The backbone is
+EfficientNet-Lite0; embeddings are kept in a cache, so that a second run takes as long as the heads
+alone.
 
 The others get the features standardised, and the best of five values of C by five-fold
 cross-validation on the training set (the SVM on 3,000 random samples of it at most, as more would
-take hours). All seconds include that search, and `auto`'s include its own. Test images choose
+take hours). All times include that search, and `auto`'s include its own; they are processor
+seconds, which a busy machine changes less, above all with OMP_NUM_THREADS=1. Test images choose
 nothing.
 
 Tasks whose data are not below `--root` are left out, with a line.
