@@ -56,7 +56,7 @@ def write_checkpoint(
     torch.save(checkpoint, path)
     if keep is not None:
         sources = [str(path) for path in paths] if named else ()
-        model.state = State.of(x, y, head, keep, sources=sources, **limits)
+        model.state = State.of(x, y, head, keep, sources=sources, limits=Limits(**limits))
         model.save_state(path)
     return path
 

@@ -104,7 +104,7 @@ def test_an_extra_that_the_code_names_exists():
         text = path.read_text()
         for extra in re.findall(r"needs\(\s*\"(\w+)\"|imprint-pl\[(\w+)\]", text):
             assert "".join(extra) in extras, path
-    assert "".join(extras["all"]).count(",") == 6
+    assert "".join(extras["all"]).count(",") == 7
 
 
 def test_the_version_comes_from_the_tags():

@@ -168,7 +168,8 @@ class Results:
             # A column that is absent is a KeyError; those of further keywords stay.
             older = dict.fromkeys(LATER)
             return [older | row | {n: row[n] for n in COLUMNS if n not in LATER} for row in rows]
-        except (ValueError, KeyError) as error:
+        # Damaged metadata of pandas names types that there are not, which is a TypeError.
+        except (ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise ImprintError(
                 f"{path} was not written by a sweep of this version ({reason}): move it away, or "

@@ -201,10 +201,14 @@ class Familiarity(OptionalConstants):
     def of_scores(self, scores: Tensor) -> Tensor:
         """The three scores `(B, 3)` → familiarity `(B,)`."""
         means, deviations = self.scale.to(scores)
-        weights = scores.new_tensor(WEIGHTS) * (deviations > 0)
+        counts = (deviations > 0).to(scores)
         standard = (scores - means) / deviations.where(deviations > 0, 1.0)
-        standard = torch.cat([standard[:, :1].clamp(max=SURE), standard[:, 1:]], 1)
-        return ((standard * weights).sum(1) / weights.sum().clamp(min=1)).float()
+        standard = torch.cat([standard[:, :1].clamp(max=SURE), standard[:, 1:]], 1) * counts
+        # Weights as numbers: a tensor of them would have to be copied to the GPU each time.
+        a, b, c = WEIGHTS
+        total = a * counts[0] + b * counts[1] + c * counts[2]
+        score = a * standard[:, 0] + b * standard[:, 1] + c * standard[:, 2]
+        return (score / total.clamp(min=1)).float()
 
     def fits(self, embedding_dim: int) -> bool:
         """Whether the constants of a file fit each other and embeddings of so many numbers."""
