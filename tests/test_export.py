@@ -210,6 +210,7 @@ def test_the_familiarity_is_exported_and_agrees(model, format, request, tmp_path
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch_export"])
+@pytest.mark.slow
 def test_limits_of_several_layers_are_exported_and_agree_on_strange_images(small, format, tmp_path):
     _, _, y, images = small
     layers = nn.Conv2d(3, 24, 5, 3), nn.ReLU(), nn.Conv2d(24, 32, 3, 2), nn.AdaptiveAvgPool2d(1)
@@ -236,6 +237,7 @@ def test_limits_of_several_layers_are_exported_and_agree_on_strange_images(small
 
 @pytest.mark.parametrize("format", ["onnx", "torch_export"])
 @pytest.mark.parametrize("accept", [None, 0.8])
+@pytest.mark.slow
 def test_prediction_sets_are_exported_and_agree(small, format, accept, tmp_path):
     backbone, x, y, images = small
     head = set_limits(imprint(x, y, "ridge"), x, y, Limits(accept, 0.9))

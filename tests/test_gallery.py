@@ -128,6 +128,7 @@ def test_no_text_is_cut_or_overlaps_whatever_the_names_and_numbers(
     assert classes < 3 or any(text.startswith("WWW") for text in texts)
 
 
+@pytest.mark.slow
 def test_merged_digits_come_apart_at_the_end_of_a_fit(tmp_path, capfd):
     options = ["--config", "configs/d_in_1_digits.yaml", "--model.k", "3", "--data.shots", "90"]
     options += ["--model.image_size", "48", "--trainer.default_root_dir", str(tmp_path)]

@@ -177,6 +177,7 @@ def test_two_processes_fit_what_one_does(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["torch_export", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_an_exported_file_reads_layers_and_views(tmp_path, monkeypatch, capsys, format):
     monkeypatch.chdir(tmp_path)
     words = [*BACKBONE, "--model.image_size", "32", "--model.recipe", "qi"]
@@ -189,6 +190,7 @@ def test_an_exported_file_reads_layers_and_views(tmp_path, monkeypatch, capsys, 
     assert "2 of 2 images get the same class" in out
 
 
+@pytest.mark.slow
 def test_the_help_names_both(capsys):
     done = subprocess.run(
         [sys.executable, "-m", "imprint_pl", "fit", "--help"],

@@ -118,6 +118,7 @@ def test_imprint_scores_what_the_script_computed(part, rows):
     assert_near(apart)
 
 
+@pytest.mark.slow
 def test_a_sweep_scores_what_the_script_computed(part, rows, tmp_path):
     path = tmp_path / "part.safetensors"
     save_file({name: torch.from_numpy(array) for name, array in part.items()}, path)

@@ -134,6 +134,7 @@ class Loader(LightningDataModule):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("recipe", ["qi", "robust"])
+@pytest.mark.slow
 def test_a_loader_that_raises_ends_the_fit_with_its_own_error(recipe, workers, tmp_path):
     model = ImprintedClassifier(torch.nn.Identity(), recipe)
     trainer = quiet_trainer(default_root_dir=tmp_path, enable_checkpointing=True)

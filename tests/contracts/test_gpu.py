@@ -253,6 +253,7 @@ def test_a_fit_from_images_on_a_gpu_measures_what_the_cpu_measures(recipe, tmp_p
     assert on_both(work)["val/accuracy"] > 0.95
 
 
+@pytest.mark.slow
 def test_a_classifier_on_a_gpu_grows_explains_predicts_and_is_exported(tmp_path):
     images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8, generator=GENERATOR)
 
@@ -277,6 +278,7 @@ def test_a_classifier_on_a_gpu_grows_explains_predicts_and_is_exported(tmp_path)
     on_both(work)
 
 
+@pytest.mark.slow
 def test_gallery_and_outsiders_work_on_a_gpu(tmp_path):
     def work(device):
         model = ImprintedClassifier("efficientnet_lite0", "robust", k=2, image_size=32, accept=0.9)
@@ -309,6 +311,7 @@ def test_attach_detach_and_extend_work_on_a_gpu():
 
 
 @pytest.mark.parametrize("when", ["fit_start", "validation", "train_end"])
+@pytest.mark.slow
 def test_the_callback_works_on_a_gpu(when, tmp_path):
     def work(device):
         torch.manual_seed(0)

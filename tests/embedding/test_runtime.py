@@ -301,6 +301,7 @@ def test_a_graph_is_exported_once_and_kept(folder, exports):
 
 
 @pytest.mark.parametrize("how", ["cut short", "changed", "of another key", "wrong but whole"])
+@pytest.mark.slow
 def test_a_damaged_or_forged_graph_is_exported_again(folder, exports, how):
     backbone = load_backbone(NAME, runtime="onnxruntime", **OPTIONS)
     expected = backbone(IMAGES)
@@ -362,6 +363,7 @@ def test_a_folder_that_cannot_be_written_to_costs_a_line_only(tmp_path):
         assert KeptGraphs(tmp_path / "file").get({}, lambda: b"graph") == b"graph"
 
 
+@pytest.mark.slow
 def test_a_new_process_reads_the_kept_graph(folder):
     load_backbone(NAME, runtime="onnxruntime", **OPTIONS)(IMAGES)
     script = f"""

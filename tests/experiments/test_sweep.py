@@ -174,6 +174,7 @@ def test_every_recipe_and_auto_are_allowed_and_give_what_they_give_alone(digits,
     assert not pd.isna(auto.gen)
 
 
+@pytest.mark.slow
 def test_metric_and_class_weight_are_columns_where_a_row_has_them(digits, tmp_path):
     path, splits = digits
     grid = [
@@ -374,6 +375,7 @@ def test_the_best_on_average_are_not_averaged_over_a_keyword(capsys):
         assert shown in output
 
 
+@pytest.mark.slow
 def test_shots_and_d_in_1_tasks_give_what_they_give_alone(digits, tmp_path):
     path, splits = digits
     grid = [dict(recipe=["qi", "robust", "ls", "lda"], shots=[3, 10], k=[2, 5])]
@@ -721,6 +723,7 @@ def test_kills_lose_and_spoil_nothing(digits, tmp_path):
     assert not list((tmp_path / "killed").glob("**/unfinished*"))
 
 
+@pytest.mark.slow
 def test_a_report_reads_what_a_sweep_wrote(digits, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     grid = [{"recipe": ["qi", "ridge", "auto", "knn"]}, {"recipe": "robust", "k": [1, 5]}]

@@ -89,6 +89,7 @@ print("all equal")
 """
 
 
+@pytest.mark.slow
 def test_fit_test_checkpoint_reload_in_a_fresh_process_and_detach(tmp_path):
     for kind in PROJECTS:
         for when in ("fit_start", "train_end"):

@@ -202,6 +202,7 @@ def test_a_fitted_classifier_takes_a_checkpoint_whose_recipe_auto_chose_otherwis
     assert torch.equal(fitted.head(POINTS), written.head(POINTS))
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gives_identical_logits(tmp_path):
     model = ImprintedClassifier("efficientnet_lite0", "robust", k=2, image_size=32)
     x = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8)

@@ -216,6 +216,7 @@ def test_other_layers_than_those_of_the_embeddings_are_refused(tmp_path, embedde
 # Checkpoints.
 
 
+@pytest.mark.slow
 def test_a_checkpoint_says_and_keeps_what_it_was_fitted_with(tmp_path):
     model, run = fitted(views="flip")
     path = saved(run, tmp_path / "it.ckpt")

@@ -24,6 +24,7 @@ from imprint_pl.training_set.store import RowStore
 
 
 @pytest.mark.parametrize("recipe", ["qi", "robust", "knn", "kernel", "ridge", "lda"])
+@pytest.mark.slow
 def test_new_samples_pass_as_often_as_asked_and_outsiders_seldom(acceptance, recipe):
     x, y = acceptance["train_embeddings"], acceptance["train_labels"]
     rows = (y < 8).nonzero().flatten()[:3000]

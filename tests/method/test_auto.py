@@ -100,6 +100,7 @@ def test_uneven_and_tiny_classes_are_labelled(counts):
     assert (head(x).argmax(1) == y).double().mean() > 0.9
 
 
+@pytest.mark.slow
 def test_thousands_of_samples_with_rare_classes_are_compared_on_all_classes():
     generator = torch.Generator().manual_seed(1)
     y = torch.cat([torch.zeros(9000, dtype=torch.long), torch.tensor([1, 1, 2, 2, 2])])

@@ -352,6 +352,7 @@ def test_the_false_positive_rate_counts_outsiders_that_pass():
     assert false_positive_rate(inside, outside, 1.0) == 1.0
 
 
+@pytest.mark.slow
 def test_on_real_embeddings_it_tells_outsiders_better_than_the_best_score(acceptance):
     x, y = acceptance["train_embeddings"], acceptance["train_labels"]
     test_x, test_y = acceptance["test_embeddings"], acceptance["test_labels"]
