@@ -378,7 +378,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """Labels `(n,)`."""
-        # The scores of many rows in many classes would take more than the rows.
+        # Block by block: the scores of all rows in many classes may take more memory than the rows.
         best = self._of_rows(X, lambda x: transform(lambda z: self.head_(z).argmax(1), x))
         return self.classes_[best.numpy()]
 

@@ -20,8 +20,8 @@ from imprint_pl.data.splits import SplitDataset
 from imprint_pl.errors import ImprintError
 
 # Cosine, after the mean was taken off, from which two images are near duplicates. Copies that were
-# compressed again, cut by a twentieth or mirrored mostly lie above. So does the nearest
-# neighbour of one in a hundred of TrashNet's photographs, which show many objects twice.
+# compressed again, cut by a twentieth or mirrored mostly lie above. One in a hundred of TrashNet's
+# photographs has a neighbour above it that is no copy, since many objects are shown twice.
 NEAR = 0.93
 # A label is left out where heads that have not seen its image give it a lower probability: nine of
 # ten such labels were wrong where a twentieth had been flipped.

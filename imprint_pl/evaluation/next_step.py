@@ -35,8 +35,8 @@ SURE, UNLIKELY = 0.95, 0.02
 RECOGNISED = 0.5
 # A class has few training images with fewer than these, or than this part of the median class.
 FEW, FEW_OF_MEDIAN = 20, 0.5
-# Below this part of the median class, weights help it as well; above, they hardly do, or cost other
-# classes more (tried on subsets of TrashNet).
+# A class that is smaller than this part of the median class gains by class weights, too. For larger
+# ones they change little, or cost other classes more (tried on subsets of TrashNet).
 RARE_OF_MEDIAN = 0.1
 # One class dominates the errors of another, or a pair the errors of all, from these shares and
 # this number on.

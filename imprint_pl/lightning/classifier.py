@@ -187,7 +187,8 @@ class ImprintedClassifier(Growing, LightningModule):
         if isinstance(backbone, Backbone):
             check_made_with(backbone, layers, views)
             layers = backbone.reader.asked
-        # `None` means that the user did not choose: wide embeddings or a checkpoint then decide.
+        # `None` means that the user did not choose. Embeddings of several layers, or a checkpoint,
+        # then decide.
         self._layers = layers
         self.backbone = load_backbone(
             backbone,

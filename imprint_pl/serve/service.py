@@ -163,7 +163,7 @@ class Service:
         try:
             images = torch.cat(await asyncio.gather(*decoding))
         finally:
-            # Where one is refused, the others are for nothing.
+            # If one image is refused, so is the request: the others need not be decoded.
             for one in decoding:
                 one.cancel()
         return await asyncio.wrap_future(self._batcher.submit(images))

@@ -108,12 +108,12 @@ class Spectrum:
         return min(self.grid.tolist(), key=self.gcv)
 
     def leave_out(self, left: LeftOut) -> Tensor | None:
-        """The `squares` of `losses`; `None` where no row can be foretold."""
+        """Σ `squares` of `losses` over the rows, `(L,)`; `None` where no row can be foretold."""
         losses = self.losses(left)
         return None if losses is None else losses.squares.sum(1)
 
     def losses(self, left: LeftOut, metric: str = ACCURACY) -> Losses | None:
-        """Σ ‖y − ŷ‖² `(L,)` over the scored rows for each λ of the grid, and the metric of their
+        """‖y − ŷ‖² of each scored row for each λ of the grid, `(L, n)`, and the metric of their
         labels, ŷ by the ridge regression of all samples but the row and its near-copies.
 
         With H_GG = Z_G (NG + NλI)⁻¹ Z_Gᵀ of the left-out rows G, the residuals y − ŷ of the
