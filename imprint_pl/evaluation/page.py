@@ -116,8 +116,8 @@ def evaluation_page(
         ),
         worst=[_image(predictions, index, thumbnails) for index in of_worst],
         worst_note=(
-            f"{'The other' if labels else 'The'} wrong images of which the head is surest come "
-            f"first.{_left_out(len(others) - len(of_worst))}"
+            f"{'The other' if labels else 'The'} wrong images, first those whose given "
+            f"class leads the true one by most.{_left_out(len(others) - len(of_worst))}"
         ),
         tables=tables,
         version=__version__,
@@ -231,7 +231,9 @@ def _errors(predictions: Predictions, worst: list[int]) -> PageTable:
     sample = "image" if predictions.names is None else "file"
     columns = [Column(name, False) for name in (sample, "true class", "given class")]
     columns += [Column("probability", True), Column("of the true class", True)]
-    note = "Where the head is surest comes first." + _left_out(len(worst) - len(rows))
+    note = "First those whose given class leads the true one by most." + _left_out(
+        len(worst) - len(rows)
+    )
     return PageTable("errors", "All errors", note, columns, rows)
 
 

@@ -193,7 +193,7 @@ def draw_errors(
         under = max(height_of(text, size) for text in captions) + 0.12
         across = gap + columns * (side + gap)
         which = f"{len(drawn)} of {len(worst):,}" if len(drawn) < len(worst) else f"{len(worst)}"
-        headline = f"Errors, those of which the head is surest first: {which}"
+        headline = f"Errors, by how far the given class leads the true one: {which}"
         headline = wrapped(headline, across - 2 * gap, 9)
         top = height_of(headline, 9) + 0.3
         high = top + rows * (side + under)

@@ -88,7 +88,8 @@ class Predictions:
         return Confusion(pairs // C, pairs % C, counts, C)
 
     def worst(self) -> Tensor:
-        """The wrong images, `(E,)` int64: first those of which the head is surest."""
+        """The wrong images, `(E,)` int64: first those whose given class leads the true one by most,
+        in probability."""
         wrong = (self.labels != self.predicted).nonzero().flatten()
         surplus = (self.probabilities - self.of_true)[wrong].nan_to_num(-1)
         return wrong[surplus.argsort(descending=True, stable=True)]
