@@ -34,13 +34,13 @@ from imprint_pl.lightning.attaching import (
     put_head,
 )
 from imprint_pl.lightning.fine_tuning import (
-    ADAPTIVE_RATE,
-    PLAIN_RATE,
+    BACKBONE_LR,
     advice,
     batch_norms,
     compare_statistics,
     freeze,
     frozen,
+    limited,
 )
 from imprint_pl.lightning.layer import (
     Unpack,
@@ -105,6 +105,10 @@ class ImprintCallback(Callback):
             training starts with the embeddings that the head was made for. Their weights are
             trained. Without it they use the statistics of each batch, as ever, and a warning says
             so where that costs the head more than 5 points of accuracy on training samples.
+        backbone_lr: with "fit_start": the largest learning rate of the layers before the head.
+            Where the optimizer's is larger, the head alone is trained with that; the layers before
+            it take the part of each step that this rate would have given them. By default the
+            optimizer's rate holds for all.
         overrides: as for `imprint`; `num_classes` is by default the DataModule's, or that of the
             `nn.Linear` that is replaced.
 
@@ -133,6 +137,7 @@ class ImprintCallback(Callback):
         data: Any = None,
         unpack: Unpack | None = None,
         freeze_batch_norm: bool = False,
+        backbone_lr: float | None = None,
         **overrides: Any,
     ) -> None:
         super().__init__()
@@ -141,14 +146,22 @@ class ImprintCallback(Callback):
             raise ImprintError(
                 f"unknown when={when!r}{did_you_mean(when, WHEN)} (known: {', '.join(WHEN)})"
             )
-        if freeze_batch_norm and when != "fit_start":
+        own = {"freeze_batch_norm": freeze_batch_norm, "backbone_lr": backbone_lr}
+        for name, value in own.items():
+            if value not in (False, None) and when != "fit_start":
+                raise ImprintError(
+                    f"{name} is not used with when={when!r}, where your layer is trained: leave it "
+                    'out, or take when="fit_start"'
+                )
+        if backbone_lr is not None and not backbone_lr > 0:
             raise ImprintError(
-                f"freeze_batch_norm is not used with when={when!r}, where your layer is trained: "
-                'leave it out, or take when="fit_start"'
+                f"backbone_lr={backbone_lr:g} trains nothing: give a number above 0, or switch off "
+                "requires_grad of the layers that are to stay as they are"
             )
         self.layer = layer
         self.recipe = recipe
         self.freeze_batch_norm = freeze_batch_norm
+        self.backbone_lr = backbone_lr
         self.when = when
         self.data = data
         self.unpack = unpack
@@ -235,8 +248,14 @@ class ImprintCallback(Callback):
         norms = batch_norms(pl_module) if self.freeze_batch_norm else []
         self._norms = norms
         self._undo.enter_context(frozen(norms))
-        kept = f"; {len(norms)} batch-norm layers are frozen" if norms else ""
-        self._tell(self._made, kept + advice(trainer.optimizers, pl_module, self.head))
+        more = f"; {len(norms)} batch-norm layers are frozen" if norms else ""
+        if self.backbone_lr is None:
+            more += advice(trainer.optimizers, pl_module, self.head)
+        else:
+            limit = limited(trainer.optimizers, pl_module, self.head, self.backbone_lr)
+            self._undo.enter_context(limit)
+            more += f"; the layers before it are trained with at most lr={self.backbone_lr:g}"
+        self._tell(self._made, more)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any
@@ -416,9 +435,9 @@ class ImprintCallback(Callback):
                 f"the head in the place of {self.layer!r} is right on {100 * accuracy.running:.0f} "
                 f"% of the training samples, but on {100 * accuracy.batch:.0f} % where batch norm "
                 "uses the statistics of each batch, as it does in training: fine-tuning starts "
-                "from there and may end below the head. Give "
-                "ImprintCallback(freeze_batch_norm=True), which keeps the running statistics, and "
-                f"a small learning rate (AdamW {ADAPTIVE_RATE:g}, SGD {PLAIN_RATE:g})"
+                "from there and may end below the head. "
+                f"ImprintCallback(freeze_batch_norm=True, backbone_lr={BACKBONE_LR:g}) keeps the "
+                "running statistics and takes small steps"
             )
 
     def _loader(self, trainer: Trainer) -> Any:

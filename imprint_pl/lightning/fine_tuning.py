@@ -1,6 +1,6 @@
 """What may cost an imprinted head its start when it is fine-tuned: batch norm, which trains with
 other statistics than those that the head was made with, and a large learning rate. `callback.py`
-warns of both.
+warns of both, and keeps them from doing harm where it is asked to.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
@@ -22,10 +22,9 @@ from imprint_pl.method.head import ImprintedHead
 COMPARED = 256
 # A loss of accuracy above this is worth a warning: chance and the noise of batches explain less.
 LOST = 0.05
-# The largest learning rates with which a head start survived in our measurements, see the guide
-# "Your Lightning project": of optimizers that divide by the size of the gradient, and of SGD.
-ADAPTIVE_RATE, PLAIN_RATE = 1e-4, 1e-3
-ADAPTIVE = (torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop)
+# The largest learning rate of the layers before the head with which a head start survived in our
+# measurements, see the guide "Your Lightning project".
+BACKBONE_LR = 1e-4
 
 
 class Statistics(NamedTuple):
@@ -134,20 +133,68 @@ def compare_statistics(
     return Statistics(*(right / samples).tolist())
 
 
+def _before(module: nn.Module, head: nn.Module) -> set[int]:
+    """The ids of the parameters that are trained, without the head's."""
+    own = {id(parameter) for parameter in head.parameters()}
+    return {id(p) for p in module.parameters() if p.requires_grad} - own
+
+
+@contextmanager
+def limited(
+    optimizers: Iterable[Optimizer], module: nn.Module, head: nn.Module, largest: float
+) -> Iterator[None]:
+    """The layers before a head are trained with at most a learning rate, until the context ends.
+
+    Where the optimizer's rate is larger, they take only a part of each step: `largest` over that
+    rate. For optimizers whose step is proportional to the rate, as SGD's and Adam's is, this is the
+    step with the rate `largest`. The optimizer's groups stay as they are, and schedulers with them.
+
+    Args:
+        optimizers: of the module.
+        module: has the head.
+        head: is trained with the optimizer's own rate.
+        largest: greater than 0.
+    """
+    before = _before(module, head)
+    taken: list[tuple[Tensor, Tensor, float]] = []
+
+    def keep(optimizer: Optimizer, *_: Any) -> None:
+        taken.clear()  # A step may have failed.
+        for group in optimizer.param_groups:
+            share = largest / max(float(group["lr"]), largest)
+            if share < 1:
+                parts = [p for p in group["params"] if id(p) in before]
+                taken.extend((p, p.detach().clone(), share) for p in parts)
+
+    def shorten(*_: Any) -> None:
+        for parameter, old, share in taken:
+            parameter.detach().copy_(old.lerp_(parameter.detach(), share))
+        taken.clear()
+
+    hooks = [
+        hook
+        for one in optimizers
+        for hook in (one.register_step_pre_hook(keep), one.register_step_post_hook(shorten))
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def advice(optimizers: Iterable[Optimizer], module: nn.Module, head: nn.Module) -> str:
     """What to do about the learning rate of the layers before the head, where it is large; an empty
     text where it is not."""
-    own = {id(parameter) for parameter in head.parameters()}
-    before = {id(p) for p in module.parameters() if p.requires_grad} - own
+    before = _before(module, head)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             # Schedulers that warm up have set a smaller one already.
             rate = float(group.get("initial_lr", group["lr"]))
-            adaptive = isinstance(optimizer, ADAPTIVE) or "betas" in group
-            largest = ADAPTIVE_RATE if adaptive else PLAIN_RATE
-            if rate > largest and any(id(p) in before for p in group["params"]):
+            if rate > BACKBONE_LR and any(id(p) in before for p in group["params"]):
                 return (
                     f"; lr={rate:g} of {type(optimizer).__name__} is large for layers that are "
-                    f"trained already: {largest:g} keeps more of the head start"
+                    f"trained already: ImprintCallback(backbone_lr={BACKBONE_LR:g}) keeps more of "
+                    "the head start"
                 )
     return ""
