@@ -247,7 +247,6 @@ class ImprintCallback(Callback):
             return
         norms = batch_norms(pl_module) if self.freeze_batch_norm else []
         self._norms = norms
-        self._undo.enter_context(frozen(norms))
         more = f"; {len(norms)} batch-norm layers are frozen" if norms else ""
         if self.backbone_lr is None:
             more += advice(trainer.optimizers, pl_module, self.head)
@@ -264,7 +263,9 @@ class ImprintCallback(Callback):
         freeze(self._norms)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not before: the loggers have the user's hyperparameters now, to which these are added.
+        # Not before: Lightning has looked for layers in eval mode now, and would warn of these.
+        self._undo.enter_context(frozen(self._norms))
+        # And the loggers have the user's hyperparameters, to which these are added.
         self._log(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -116,8 +117,9 @@ def statistics(state):
     return {name: value.clone() for name, value in state.items() if "running" in name}
 
 
-def test_frozen_batch_norm_keeps_its_statistics_and_its_modes_come_back(tmp_path):
+def test_frozen_batch_norm_keeps_its_statistics_and_its_modes_come_back(tmp_path, recwarn):
     module, seen = fit_deep(tmp_path, epochs=2, freeze_batch_norm=True)
+    assert not [one for one in recwarn if "in eval mode" in str(one.message)]
     assert not any(mode for step in module.modes for mode in step)
     torch.testing.assert_close(
         statistics(module.state_dict()), statistics(seen.state), rtol=0, atol=0
@@ -186,9 +188,10 @@ def test_a_batch_of_one_sample_is_no_reason_to_fail(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rate", "said"), [(1e-3, "lr=0.001 of AdamW is large.*: 0.0001 keeps more"), (1e-4, None)]
+    ("rate", "said"),
+    [(1e-3, r"lr=0.001 of AdamW is large.*: ImprintCallback\(backbone_lr=0.0001\)"), (1e-4, None)],
 )
-def test_a_large_learning_rate_is_named_with_a_better_one(rate, said, tmp_path, caplog):
+def test_a_large_learning_rate_is_named_with_a_cure(rate, said, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         fit_deep(tmp_path, rate=rate, freeze_batch_norm=True)
     (line,) = [line for line in caplog.messages if "imprinted head" in line]
@@ -197,9 +200,121 @@ def test_a_large_learning_rate_is_named_with_a_better_one(rate, said, tmp_path, 
     assert said is None or re.search(said, line)
 
 
-def test_freeze_batch_norm_goes_with_fit_start_alone():
-    with pytest.raises(ImprintError, match="freeze_batch_norm is not used with when='train_end'"):
-        ImprintCallback("fc", when="train_end", freeze_batch_norm=True)
+def test_with_backbone_lr_the_line_names_it_and_advises_nothing(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        fit_deep(tmp_path, rate=1e-3, freeze_batch_norm=True, backbone_lr=2e-5)
+    (line,) = [line for line in caplog.messages if "imprinted head" in line]
+    assert line.endswith("; the layers before it are trained with at most lr=2e-05")
+
+
+class Stepping(Deep):
+    """Trains with an optimizer that a function makes from two lists: body and head."""
+
+    def __init__(self, make, manual=False):
+        super().__init__()
+        self.make, self.automatic_optimization = make, not manual
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.automatic_optimization:
+            return loss
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return self.make(list(self.body.parameters()), list(self.fc.parameters()))
+
+
+def fit_stepping(folder, make, backbone_lr=None, manual=False, **options):
+    seed_everything(0, verbose=False)
+    module = Stepping(make, manual)
+    callback = ImprintCallback("fc", "ridge", freeze_batch_norm=True, backbone_lr=backbone_lr)
+    loader = DataLoader(TensorDataset(*far_points()), 32, shuffle=True)
+    run = trainer(folder, callback, max_epochs=2, enable_checkpointing=False, **options)
+    run.fit(module, loader)
+    return module
+
+
+SGD, ADAMW = partial(torch.optim.SGD, momentum=0.9, nesterov=True), torch.optim.AdamW
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW])
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}]
+)
+def test_backbone_lr_trains_as_groups_with_two_learning_rates_do(optimizer, options, tmp_path):
+    def groups(body, head):
+        return optimizer([dict(params=body, lr=1e-3), dict(params=head, lr=1e-2)], lr=1.0)
+
+    expected = fit_stepping(tmp_path, groups, **options).state_dict()
+    found = fit_stepping(tmp_path, lambda b, h: optimizer(b + h, lr=1e-2), 1e-3, **options)
+    torch.testing.assert_close(found.state_dict(), expected, rtol=1e-4, atol=1e-6)
+    whole = fit_stepping(tmp_path, lambda b, h: optimizer(b + h, lr=1e-2), **options)
+    assert not torch.allclose(whole.body[0].weight, found.body[0].weight, rtol=1e-3)
+
+
+def test_backbone_lr_holds_for_each_step_of_a_schedule(tmp_path):
+    def scheduled(params, lr):
+        optimizer = ADAMW(params, lr=lr)
+        step = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: (n + 1) / 5)
+        return [optimizer], [dict(scheduler=step, interval="step")]
+
+    # 10 steps with 1/5, 2/5, … of 1e-3: the rate passes the limit after the fifth.
+    def limited(body, head):
+        optimizer = ADAMW([dict(params=body), dict(params=head)], lr=1e-3)
+        shares = [lambda n: min((n + 1) / 5, 1), lambda n: (n + 1) / 5]
+        step = torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
+        return [optimizer], [dict(scheduler=step, interval="step")]
+
+    expected = fit_stepping(tmp_path, limited)
+    found = fit_stepping(tmp_path, lambda b, h: scheduled(b + h, 1e-3), 1e-3)
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+def test_backbone_lr_holds_where_the_module_steps_several_optimizers_itself(tmp_path):
+    def both(lr):
+        return lambda body, head: [ADAMW(body, lr=lr), SGD(head, lr=1e-2)]
+
+    expected = fit_stepping(tmp_path, both(1e-3), manual=True)
+    found = fit_stepping(tmp_path, both(1e-2), 1e-3, manual=True)
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_rate_below_backbone_lr_changes_nothing(tmp_path):
+    make = lambda body, head: ADAMW(body + head, lr=1e-3)  # noqa: E731
+    expected = fit_stepping(tmp_path, make).state_dict()
+    found = fit_stepping(tmp_path, make, 1e-3).state_dict()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_after_the_fit_the_optimizer_steps_as_ever(tmp_path):
+    kept = []
+
+    def make(body, head):
+        kept.append(torch.optim.SGD(body + head, lr=1.0))
+        return kept[0]
+
+    module = fit_stepping(tmp_path, make, 1e-6)
+    before = module.body[0].weight.detach().clone()
+    module.body[0].weight.grad = torch.ones_like(before)
+    kept[0].step()
+    torch.testing.assert_close(module.body[0].weight.detach(), before - 1)
+
+
+@pytest.mark.parametrize("arguments", [dict(freeze_batch_norm=True), dict(backbone_lr=1e-4)])
+def test_what_keeps_the_start_goes_with_fit_start_alone(arguments):
+    (name,) = arguments
+    with pytest.raises(ImprintError, match=f"{name} is not used with when='train_end'"):
+        ImprintCallback("fc", when="train_end", **arguments)
+
+
+@pytest.mark.parametrize("rate", [0, -1e-4, float("nan")])
+def test_a_backbone_lr_that_trains_nothing_is_refused(rate):
+    with pytest.raises(ImprintError, match=f"backbone_lr={rate:g} .*requires_grad"):
+        ImprintCallback("fc", backbone_lr=rate)
 
 
 @pytest.mark.parametrize(
