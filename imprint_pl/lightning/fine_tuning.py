@@ -5,7 +5,7 @@ warns of both, and keeps them from doing harm where it is asked to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -25,6 +25,8 @@ LOST = 0.05
 # The largest learning rate of the layers before the head with which a head start survived in our
 # measurements, see the guide "Your Lightning project".
 BACKBONE_LR = 1e-4
+# The same, of layers that were never trained.
+FRESH_LR = 1e-5
 
 
 class Statistics(NamedTuple):
@@ -47,6 +49,20 @@ def batch_norms(module: nn.Module) -> list[_BatchNorm]:
         for part in module.modules()
         if isinstance(part, _BatchNorm) and part.training and part.running_mean is not None
     ]
+
+
+def are_fresh(norms: Sequence[_BatchNorm]) -> bool:
+    """Whether batch-norm layers, if there are any, have statistics that no batch has changed.
+
+    Not by `num_batches_tracked`, which some published weights lack.
+    """
+    return bool(norms) and all(
+        norm.running_mean is not None
+        and norm.running_var is not None
+        and not norm.running_mean.any()
+        and bool((norm.running_var == 1).all())
+        for norm in norms
+    )
 
 
 @contextmanager

@@ -304,6 +304,27 @@ def test_after_the_fit_the_optimizer_steps_as_ever(tmp_path):
     torch.testing.assert_close(module.body[0].weight.detach(), before - 1)
 
 
+def test_a_warning_says_where_frozen_batch_norm_was_never_trained(tmp_path, recwarn):
+    def warned():
+        found = [str(one.message) for one in recwarn if "never seen a batch" in str(one.message)]
+        recwarn.clear()
+        return found
+
+    fit_deep(tmp_path, freeze_batch_norm=True, backbone_lr=1e-4)
+    (message,) = warned()
+    assert message.endswith("backbone_lr=1e-05 keeps it")
+    fit_deep(tmp_path, freeze_batch_norm=True)
+    assert len(warned()) == 1
+    fit_deep(tmp_path, freeze_batch_norm=True, backbone_lr=1e-5)
+    assert not warned()
+    module = Deep()
+    module.body(far_points()[0])
+    loader = DataLoader(TensorDataset(*far_points()), 32, shuffle=True)
+    callback = ImprintCallback("fc", "ridge", freeze_batch_norm=True)
+    trainer(tmp_path, callback, enable_checkpointing=False).fit(module, loader)
+    assert not warned()
+
+
 @pytest.mark.parametrize("arguments", [dict(freeze_batch_norm=True), dict(backbone_lr=1e-4)])
 def test_what_keeps_the_start_goes_with_fit_start_alone(arguments):
     (name,) = arguments
