@@ -9,8 +9,7 @@ with fresh batch norm on 800 digits of 8 x 8 pixels. It starts from
 
 - a random layer;
 - an imprinted head, `ImprintCallback("fc")`;
-- an imprinted head that is kept, with `freeze_batch_norm=True` and `backbone_lr=1e-4`, or 1e-5 for
-  the small network;
+- an imprinted head that is kept, with `freeze_batch_norm=True` and `backbone_lr=1e-5`;
 - a linear layer that was trained on the frozen embeddings for 20 epochs, by AdamW with a learning
   rate of 1e-3: linear probing, then fine-tuning (LP-FT, Kumar et al. 2022);
 - the same layer, kept likewise.
@@ -45,7 +44,7 @@ from imprint_pl import ImprintCallback
 from imprint_pl.data import CIFAR10, Digits, ImageFolder
 from imprint_pl.data.base import ImageDataModule
 from imprint_pl.embedding.backbone import load_backbone
-from imprint_pl.lightning.fine_tuning import BACKBONE_LR, FRESH_LR, batch_norms, freeze, limited
+from imprint_pl.lightning.fine_tuning import BACKBONE_LR, batch_norms, freeze, limited
 from imprint_pl.numerics.draws import sample
 
 TASKS: dict[str, Callable[[str], ImageDataModule]] = {
@@ -70,7 +69,6 @@ class Task(NamedTuple):
     new_y: Tensor
     mirrored: bool
     body: Callable[[], nn.Module]
-    backbone_lr: float = BACKBONE_LR
 
 
 def pretrained(size: int) -> nn.Module:
@@ -172,7 +170,7 @@ def run(task: Task, start: str, optimizer: str, rate: float, seed: int, epochs: 
     kind, _, kept = start.partition(", ")
     callbacks: list[Callback] = []
     if kind == "imprinted":
-        keep: dict[str, Any] = dict(freeze_batch_norm=True, backbone_lr=task.backbone_lr)
+        keep: dict[str, Any] = dict(freeze_batch_norm=True, backbone_lr=BACKBONE_LR)
         callbacks = [ImprintCallback("fc", **(keep if kept else {}))]
     elif kept:
         callbacks = [Kept()]
@@ -198,9 +196,9 @@ def load(name: str, root: str, images: int, tested: int, size: int) -> Task:
     data.prepare_data()
     data.setup()
     own: Any = load_backbone("efficientnet_lite0", image_size=size, pretrained=False).preprocess
-    preprocess, body, rate = own, partial(pretrained, size), BACKBONE_LR
+    preprocess, body = own, partial(pretrained, size)
     if name == "small network":
-        images, body, rate = 800, small, FRESH_LR
+        images, body = 800, small
 
         def preprocess(batch: list[Tensor]) -> Tensor:
             return torch.stack(batch).float() / 255
@@ -212,7 +210,7 @@ def load(name: str, root: str, images: int, tested: int, size: int) -> Task:
         batch = [dataset[int(row)] for row in rows]
         parts.append(torch.cat([preprocess([image]) for image, _ in batch]))
         parts.append(torch.tensor([int(label) for _, label in batch]))
-    return Task(*parts, mirrored=name in MIRRORED, body=body, backbone_lr=rate)
+    return Task(*parts, mirrored=name in MIRRORED, body=body)
 
 
 def main() -> None:

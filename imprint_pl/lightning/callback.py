@@ -35,9 +35,7 @@ from imprint_pl.lightning.attaching import (
 )
 from imprint_pl.lightning.fine_tuning import (
     BACKBONE_LR,
-    FRESH_LR,
     advice,
-    are_fresh,
     batch_norms,
     compare_statistics,
     freeze,
@@ -257,12 +255,6 @@ class ImprintCallback(Callback):
             self._undo.enter_context(limit)
             more += f"; the layers before it are trained with at most lr={self.backbone_lr:g}"
         self._tell(self._made, more)
-        if are_fresh(norms) and not (self.backbone_lr or 1) <= FRESH_LR and trainer.is_global_zero:
-            warn(
-                f"the batch-norm layers before {self.layer!r} have never seen a batch: the layers "
-                "before it were not trained, fine-tuning changes them fast, and the accuracy may "
-                f"fall below the head's at first. backbone_lr={FRESH_LR:g} keeps it"
-            )
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any

@@ -5,7 +5,7 @@ warns of both, and keeps them from doing harm where it is asked to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -22,11 +22,9 @@ from imprint_pl.method.head import ImprintedHead
 COMPARED = 256
 # A loss of accuracy above this is worth a warning: chance and the noise of batches explain less.
 LOST = 0.05
-# The largest learning rate of the layers before the head with which a head start survived in our
-# measurements, see the guide "Your Lightning project".
-BACKBONE_LR = 1e-4
-# The same, of layers that were never trained.
-FRESH_LR = 1e-5
+# A learning rate of the layers before the head with which each head start survived that we measured,
+# see the guide "Your Lightning project".
+BACKBONE_LR = 1e-5
 
 
 class Statistics(NamedTuple):
@@ -49,20 +47,6 @@ def batch_norms(module: nn.Module) -> list[_BatchNorm]:
         for part in module.modules()
         if isinstance(part, _BatchNorm) and part.training and part.running_mean is not None
     ]
-
-
-def are_fresh(norms: Sequence[_BatchNorm]) -> bool:
-    """Whether batch-norm layers, if there are any, have statistics that no batch has changed.
-
-    Not by `num_batches_tracked`, which some published weights lack.
-    """
-    return bool(norms) and all(
-        norm.running_mean is not None
-        and norm.running_var is not None
-        and not norm.running_mean.any()
-        and bool((norm.running_var == 1).all())
-        for norm in norms
-    )
 
 
 @contextmanager
@@ -200,8 +184,8 @@ def limited(
 
 
 def advice(optimizers: Iterable[Optimizer], module: nn.Module, head: nn.Module) -> str:
-    """What to do about the learning rate of the layers before the head, where it is large; an empty
-    text where it is not."""
+    """What to do about the learning rate of the layers before the head, where it may cost the head
+    its start; an empty text where it is small."""
     before = _before(module, head)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -209,8 +193,8 @@ def advice(optimizers: Iterable[Optimizer], module: nn.Module, head: nn.Module) 
             rate = float(group.get("initial_lr", group["lr"]))
             if rate > BACKBONE_LR and any(id(p) in before for p in group["params"]):
                 return (
-                    f"; lr={rate:g} of {type(optimizer).__name__} is large for layers that are "
-                    f"trained already: ImprintCallback(backbone_lr={BACKBONE_LR:g}) keeps more of "
-                    "the head start"
+                    f"; the layers before it are trained with lr={rate:g} of "
+                    f"{type(optimizer).__name__}, which may cost the head its start: "
+                    f"ImprintCallback(backbone_lr={BACKBONE_LR:g}) keeps it"
                 )
     return ""
