@@ -22,8 +22,8 @@ from imprint_pl.method.head import ImprintedHead
 COMPARED = 256
 # A loss of accuracy above this is worth a warning: chance and the noise of batches explain less.
 LOST = 0.05
-# A learning rate of the layers before the head with which each head start survived that we measured,
-# see the guide "Your Lightning project".
+# A learning rate of the layers before the head with which every head start survived that we
+# measured, see the guide "Your Lightning project".
 BACKBONE_LR = 1e-5
 
 
