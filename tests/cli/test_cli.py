@@ -135,13 +135,13 @@ def test_a_command_line_option_beats_the_checkpoints(fitted, capfd):
     ("options", "expected"),
     [
         (["--model.recipe", "ls", "--model.lam", "0.01"], {"gen": "ls", "lam": 0.01}),
-        (["--model.recipe", "knn", "--model.m", "3"], {"agg": "mnn", "m": 3, "num_proxies": 100}),
+        (["--model.recipe", "knn", "--model.m", "3"], {"agg": "mnn", "m": 3, "num_proxies": 30}),
         (
             ["--model.agg", "mnn", "--model.votes", "uniform", "--model.weibull", "[0.1, 0.9]"],
             {"votes": "uniform", "weibull": [0.1, 0.9]},
         ),
         (["--model.recipe", "hosoda", "--model.as_published", "true"], {"as_published": True}),
-        (["--model.gen", "kls", "--model.k", "2"], {"gen": "kls", "k": 2, "num_proxies": 20}),
+        (["--model.gen", "kls", "--model.k", "2"], {"gen": "kls", "k": 2, "num_proxies": 6}),
         (["--model.recipe", "kernel", "--model.projection_dim", "50"], {"norm_inf": "same"}),
         (["--model.recipe", "ridge", "--model.lam", "gcv"], {"gen": "ridge", "lam": "gcv"}),
         (
@@ -151,16 +151,18 @@ def test_a_command_line_option_beats_the_checkpoints(fitted, capfd):
     ],
 )
 def test_recipes_and_parts_are_options(options, expected, capfd):
-    assert main(["fit", *QUICK, *options]) == 0
+    digits = ["--data.classes", "[0,1,2]"]
+    assert main(["fit", *QUICK, *digits, *options]) == 0
     summary = summary_of(capfd.readouterr().out)
-    assert summary["accuracy"] > 0.4
+    assert summary["accuracy"] > 0.6
     assert {name: summary[name] for name in expected} == expected
-    saved = ["--data", "Digits", "--ckpt_path", summary["checkpoint"]]
+    saved = ["--data", "Digits", *digits, "--ckpt_path", summary["checkpoint"]]
     assert main(["test", *saved]) == 0
     assert summary_of(capfd.readouterr().out)["accuracy"] == summary["accuracy"]
     # AGG can be changed on saved proxies.
-    assert main(["test", *saved, "--model.agg", "max"]) == 0
-    assert summary_of(capfd.readouterr().out)["agg"] == "max"
+    if summary["agg"] == "mnn":
+        assert main(["test", *saved, "--model.agg", "max"]) == 0
+        assert summary_of(capfd.readouterr().out)["agg"] == "max"
 
 
 def test_predict_on_a_data_set_writes_a_csv_that_agrees_with_the_accuracy(fitted, capfd):

@@ -212,12 +212,13 @@ def test_a_fresh_process_gives_identical_logits(tmp_path):
     torch.save({"x": x, "logits": model(x)}, tmp_path / "expected.pt")
     code = (
         "import sys, torch; from imprint_pl import ImprintedClassifier;"
+        "torch.set_num_threads(int(sys.argv[3]));"  # Sums are split among threads.
         "file = torch.load(sys.argv[2], weights_only=True);"
         "model = ImprintedClassifier.load_from_checkpoint(sys.argv[1]);"
         "assert model.class_names == ['a', 'b', 'c'];"
         "assert torch.equal(model(file['x']), file['logits'])"
     )
-    arguments = [tmp_path / "it.ckpt", tmp_path / "expected.pt"]
+    arguments = [tmp_path / "it.ckpt", tmp_path / "expected.pt", str(torch.get_num_threads())]
     subprocess.run([sys.executable, "-c", code, *arguments], check=True)
 
 
