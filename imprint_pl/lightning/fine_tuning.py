@@ -189,8 +189,8 @@ def advice(optimizers: Iterable[Optimizer], module: nn.Module, head: nn.Module) 
     before = _before(module, head)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            # Schedulers that warm up have set a smaller one already.
-            rate = float(group.get("initial_lr", group["lr"]))
+            # Schedulers that warm up have set a smaller one already, and keep the larger beside it.
+            rate = max(float(group.get(name, 0)) for name in ("lr", "initial_lr", "max_lr"))
             if rate > BACKBONE_LR and any(id(p) in before for p in group["params"]):
                 return (
                     f"; the layers before it are trained with lr={rate:g} of "

@@ -105,8 +105,8 @@ def test_the_csv_beside_the_part_is_what_the_script_computes(part, rows):
 
 
 def test_imprint_scores_what_the_script_computed(part, rows):
-    """Every fifth row, since each is imprinted by itself; the sweep's test has them all."""
-    apart, rows = [], rows[::5]
+    """Every eleventh row, since each is imprinted by itself; the sweep's test has them all."""
+    apart, rows = [], rows[::11]
     for row in rows:
         x, y = of_task(part, row["task"], "train")
         x_test, y_test = of_task(part, row["task"], "test")

@@ -201,6 +201,17 @@ def test_a_learning_rate_that_may_cost_the_start_is_named_with_a_cure(rate, tmp_
     )
 
 
+def test_the_line_names_the_largest_rate_of_a_schedule(tmp_path, caplog):
+    def cycle(body, head):
+        optimizer = torch.optim.SGD(body + head, lr=1e-6)
+        step = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=20)
+        return [optimizer], [dict(scheduler=step, interval="step")]
+
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        fit_stepping(tmp_path, cycle)
+    assert any("trained with lr=0.02 of SGD" in line for line in caplog.messages)
+
+
 def test_with_backbone_lr_the_line_names_it_and_advises_nothing(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         fit_deep(tmp_path, rate=1e-3, freeze_batch_norm=True, backbone_lr=2e-5)
