@@ -20,7 +20,7 @@ test: $(INSTALLED)  ## The test suite (under 6 minutes on 2 quiet cores).
 	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(INSTALLED)  ## The long tests, dealt one by one (some 25 minutes on 2 quiet cores).
-	$(PYTEST) --dist load -m slow
+	$(PYTEST) --dist loadgroup -m slow
 
 lint: $(INSTALLED)  ## ruff (check and format) and mypy.
 	$(BIN)/ruff check .

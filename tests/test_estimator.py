@@ -49,7 +49,17 @@ def in_batches(model, X, y, size=200, **keywords):
     return model
 
 
-@pytest.mark.parametrize("recipe", [None, *RECIPES])
+# `None` is auto. These take seconds.
+LONG = (None, "whitened", "ranpac", "kernel")
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in LONG),
+        *(recipe for recipe in RECIPES if recipe not in LONG),
+    ],
+)
 def test_scikit_learns_own_checks_pass(recipe):
     model = ImprintEstimator() if recipe is None else ImprintEstimator(recipe)
     expected = WEIGHTS | EXPECTED.get(recipe, {})

@@ -93,6 +93,7 @@ def test_fit_ends_with_a_table_and_the_run_folder(capfd):
     assert (folder / "config.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_the_quickstart_reaches_its_accuracy(capfd):
     assert main(["fit", "--config", "configs/quickstart.yaml"]) == 0
     output = capfd.readouterr().out

@@ -116,6 +116,7 @@ def test_every_command_helps_without_extras(tmp_path):
         assert "usage" in out.lower(), line
 
 
+@pytest.mark.slow
 def test_imprint_and_the_estimator_need_only_the_base():
     script = PYTHON.format(tests=str(ROOT / "tests"))
     done = subprocess.run(

@@ -8,6 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+# All of them wait for the same runs, which one test process starts.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
+
 # Neither the 431 training images nor the 106 test images divide evenly by 2 and by 3.
 SCRIPT = """
 import json, sys, torch
@@ -132,10 +135,6 @@ except ImprintError as error:
 """
 
 
-# A third process takes as long as both others: by `make test-slow`.
-THREE = pytest.param(3, marks=pytest.mark.slow)
-
-
 def run(code, folder, *arguments, **kwargs):
     # A script, since the other processes start it again.
     path = folder / "script.py"
@@ -167,7 +166,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("recipe", ["qi", "robust", "whitened", "ridge", "auto"])
-@pytest.mark.parametrize("devices", [2, THREE])
+@pytest.mark.parametrize("devices", [2, 3])
 def test_more_processes_give_the_proxies_of_one(results, recipe, devices):
     one, more = results[f"{recipe}-1"], results[f"{recipe}-{devices}"]
     # Whitening divides by small standard deviations: rounding of the embeddings grows with it.
@@ -176,7 +175,7 @@ def test_more_processes_give_the_proxies_of_one(results, recipe, devices):
     assert more["metrics"]["train/nc1"] == pytest.approx(one["metrics"]["train/nc1"], rel=1e-5)
 
 
-@pytest.mark.parametrize("devices", [2, THREE])
+@pytest.mark.parametrize("devices", [2, 3])
 def test_every_gen_gives_on_more_processes_the_head_of_one_and_its_temperature(results, devices):
     names = [name for name in results if name.startswith("points-") and name.endswith("-1")]
     assert len(names) == 17
@@ -191,7 +190,7 @@ def test_every_gen_gives_on_more_processes_the_head_of_one_and_its_temperature(r
         assert more["metrics"]["train/nc1"] == pytest.approx(nc1, rel=1e-6), name
 
 
-@pytest.mark.parametrize("devices", [1, 2, THREE])
+@pytest.mark.parametrize("devices", [1, 2, 3])
 def test_embeddings_in_files_give_the_head_of_those_in_memory(results, devices):
     head, expected = (
         results[f"points-{name}"]["head"] for name in (f"kernel_on_disk-{devices}", "kernel-1")
@@ -199,7 +198,7 @@ def test_embeddings_in_files_give_the_head_of_those_in_memory(results, devices):
     torch.testing.assert_close(head, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("devices", [2, THREE])
+@pytest.mark.parametrize("devices", [2, 3])
 def test_each_process_clusters_its_share_of_the_classes(results, devices):
     shares = results[f"shares-{devices}"]
     assert len({len(of_rank) for of_rank in shares}) == 1
@@ -207,7 +206,7 @@ def test_each_process_clusters_its_share_of_the_classes(results, devices):
     assert all(min(of_rank) >= 1 and max(of_rank) == 6 // devices for of_rank in shares)
 
 
-@pytest.mark.parametrize("devices", [2, THREE])
+@pytest.mark.parametrize("devices", [2, 3])
 @pytest.mark.parametrize("metric", ["NC1", "VCI"])
 def test_collapse_metrics_are_the_same_on_any_number_of_processes(results, metric, devices):
     one, more = results["qi-1"]["metrics"], results[f"qi-{devices}"]["metrics"]
@@ -215,7 +214,7 @@ def test_collapse_metrics_are_the_same_on_any_number_of_processes(results, metri
 
 
 @pytest.mark.parametrize("recipe", ["qi", "robust"])
-@pytest.mark.parametrize("devices", [1, 2, THREE])
+@pytest.mark.parametrize("devices", [1, 2, 3])
 def test_validation_counts_each_sample_once(results, recipe, devices):
     one, more = results[f"{recipe}-1"]["metrics"], results[f"{recipe}-{devices}"]["metrics"]
     assert more["counted"] == 106
@@ -223,14 +222,12 @@ def test_validation_counts_each_sample_once(results, recipe, devices):
     assert more["val/macro_f1"] == pytest.approx(one["val/macro_f1"])
 
 
-@pytest.mark.slow
 def test_an_error_while_imprinting_ends_every_process(tmp_path):
     finished = run(FAILING, tmp_path)
     assert finished.returncode == 2
     assert "class 3 ('hat') has no training sample" in finished.stdout
 
 
-@pytest.mark.slow
 def test_the_command_line_fits_tests_and_predicts_on_two_processes(tmp_path):
     def command(*arguments, data=("--data", "Digits", "--data.classes", "[0,1,2]")):
         base = [sys.executable, "-m", "imprint_pl", *arguments, *data]

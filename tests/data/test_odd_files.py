@@ -513,7 +513,7 @@ def test_a_link_stays_a_link_to_the_new_predictions(fitted, tmp_path):
     assert rows_of(tmp_path / "real.csv")[0]["file"] == str(photo)
 
 
-@pytest.mark.parametrize("format", ["onnx", "torch_export"])
+@pytest.mark.parametrize("format", ["onnx", pytest.param("torch_export", marks=pytest.mark.slow)])
 def test_an_export_that_was_not_compared_never_gets_its_name(
     fitted, tmp_path, capfd, monkeypatch, format
 ):

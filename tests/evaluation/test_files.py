@@ -92,6 +92,7 @@ def test_the_page_needs_nothing_else(tmp_path):
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", text)
 
 
+@pytest.mark.slow
 def test_the_page_has_a_bounded_size_and_says_what_is_left_out(tmp_path):
     noise = np.random.default_rng(0)
     found = some(1000, 20000, 0.5)

@@ -477,6 +477,7 @@ REPORTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REPORTS)
 def test_no_text_of_a_figure_is_cut_or_overlaps(tmp_path, monkeypatch, name):
     figures = drawn(monkeypatch)

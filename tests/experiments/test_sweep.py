@@ -120,6 +120,7 @@ GRIDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", GRIDS)
 def test_shared_work_gives_what_each_configuration_gives_alone(digits, tmp_path, grid):
     path, splits = digits

@@ -382,6 +382,7 @@ def test_other_precisions_give_the_head_of_float32_up_to_rounding(precision, tmp
     assert run.callback_metrics["val_acc"].isfinite()
 
 
+@pytest.mark.slow
 def test_one_epoch_from_an_imprinted_head_beats_one_from_random_weights(tmp_path):
     # Digits, embedded as they are: 64 pixels through fixed random features.
     x, y = digits_of(0, 600)

@@ -127,6 +127,7 @@ def test_a_share_that_is_none_is_refused(blobs, accept):
         set_threshold(imprint(*blobs, "qi"), *blobs, accept)
 
 
+@pytest.mark.slow
 def test_a_test_run_logs_how_outsiders_are_told_from_insiders():
     model = ImprintedClassifier(recipe="kernel", image_size=32, accept=0.95, keep="embeddings")
     inside, outside = Digits(classes=list(range(6))), Digits(classes=[6, 7, 8, 9])

@@ -113,6 +113,7 @@ def test_accuracy_changes_nothing_and_is_not_named(unequal):
         assert torch.equal(named.proxies, plain.proxies)
 
 
+@pytest.mark.slow
 def test_lambda_is_the_one_whose_left_out_labels_are_best(unequal):
     x, y = unequal
     head = imprint(x, y, "ridge", metric="balanced_accuracy", calibrate=False)

@@ -301,12 +301,11 @@ def test_any_class_of_any_batch_is_bitwise_what_it_is_alone(sizes, dim, k, which
     assert torch.equal(together, kmeans(xs[which], k, engine="torch"))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_nothing_is_printed(engine):
+def test_no_engine_prints_anything():
     code = (
         "import torch; from imprint_pl.numerics.kmeans import kmeans_classes\n"
         "xs = [torch.rand(30, 5), torch.rand(2000, 80), torch.ones(50, 5)]\n"
-        f"kmeans_classes(xs, 20, engine={engine!r})"
+        f"for engine in {ENGINES!r}: kmeans_classes(xs, 20, engine=engine)"
     )
     ran = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True

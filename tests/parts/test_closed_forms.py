@@ -334,6 +334,7 @@ def test_ranpac_on_real_embeddings(acceptance):
     assert np.mean([accuracy(acceptance, "ranpac", seed=seed) for seed in range(5)]) >= 87.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["lda", "whitened"])
 def test_the_shrinkage_that_chooses_itself_is_good_with_few_samples_and_with_many(
     acceptance, recipe
