@@ -53,10 +53,12 @@ def small(digits):
         pytest.param("digits", "onnx", "robust", {}, marks=pytest.mark.slow),
         pytest.param("digits", "torch_export", "robust", {}, marks=pytest.mark.slow),
         pytest.param("digits", "onnx", "kernel", {}, marks=pytest.mark.slow),
-        ("small", "onnx", "kernel", {}),
+        pytest.param("small", "onnx", "kernel", {}, marks=pytest.mark.slow),
         pytest.param("small", "onnx", "janson", {}, marks=pytest.mark.slow),
         ("small", "onnx", "knn", {"distance": "mahalanobis"}),
-        ("small", "torch_export", "knn", {"distance": "manhattan"}),
+        pytest.param(
+            "small", "torch_export", "knn", {"distance": "manhattan"}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_an_exported_file_agrees_with_the_classifier_on_200_real_images(
