@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_warn
 
 import imprint_pl.data
+from imprint_pl.cli.arguments import PROGRAM
 from imprint_pl.data.tasks import IN_QUOTES
 from imprint_pl.errors import ImprintError, did_you_mean
 from imprint_pl.files import local_path
@@ -77,6 +78,11 @@ class Parser(LightningArgumentParser):
             if found[1] in self.of_others:
                 return f"--{found[1]} is an option of another command: leave it out"
             return f"unknown option --{found[1]}{did_you_mean(found[1], self._names())}"
+        if found := re.search(r"unrecognized arguments: (\S.*)", message):
+            return (
+                f"{found[1]!r} needs an option before it: --images for images, --ckpt_path for a "
+                f"checkpoint, --config for a configuration; see `{PROGRAM} COMMAND --help`"
+            )
         if found := re.search(r"(?:accept option|Option) '(\S+)'", message):
             if found[1] == "on_error":
                 return "--on_error is for image files: --data ImageFolder or CSV, or --images"

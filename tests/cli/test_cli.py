@@ -124,6 +124,12 @@ def test_test_and_validate_of_a_checkpoint_repeat_the_accuracy_of_the_fit(capfd)
         assert summary["nc1"] is None
 
 
+def test_an_argument_without_its_option_is_told_which_options_there_are(capsys):
+    assert main(["predict", "it.ckpt", "photos"]) == 2
+    message = capsys.readouterr().err
+    assert "'it.ckpt photos' needs an option before it: --images for images, --ckpt_path" in message
+
+
 def test_a_command_line_option_beats_the_checkpoints(fitted, capfd):
     arguments = ["--data", "Digits", "--data.classes", "[0,1,2]", "--ckpt_path", str(fitted)]
     assert main(["test", *arguments, "--model.norm_inf", "none"]) == 0
