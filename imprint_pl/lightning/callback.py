@@ -251,7 +251,7 @@ class ImprintCallback(Callback):
         if self.backbone_lr is None:
             more += advice(trainer.optimizers, pl_module, self.head)
         else:
-            limit = limited(trainer.optimizers, pl_module, self.head, self.backbone_lr)
+            limit = limited(trainer.optimizers, self.head, self.backbone_lr)
             self._undo.enter_context(limit)
             more += f"; the layers before it are trained with at most lr={self.backbone_lr:g}"
         self._tell(self._made, more)

@@ -133,29 +133,20 @@ def compare_statistics(
     return Statistics(*(right / samples).tolist())
 
 
-def _before(module: nn.Module, head: nn.Module) -> set[int]:
-    """The ids of the parameters that are trained, without the head's."""
-    own = {id(parameter) for parameter in head.parameters()}
-    return {id(p) for p in module.parameters() if p.requires_grad} - own
-
-
 @contextmanager
-def limited(
-    optimizers: Iterable[Optimizer], module: nn.Module, head: nn.Module, largest: float
-) -> Iterator[None]:
-    """The layers before a head are trained with at most a learning rate, until the context ends.
+def limited(optimizers: Iterable[Optimizer], head: nn.Module, largest: float) -> Iterator[None]:
+    """All but a head is trained with at most a learning rate, until the context ends.
 
-    Where the optimizer's rate is larger, they take only a part of each step: `largest` over that
-    rate. For optimizers whose step is proportional to the rate, as SGD's and Adam's is, this is the
-    step with the rate `largest`. The optimizer's groups stay as they are, and schedulers with them.
+    Where the optimizer's rate is larger, parameters take only a part of each step: `largest` over
+    that rate. For optimizers whose step is proportional to the rate, as SGD's and Adam's is, this
+    is the step with the rate `largest`. Groups of the optimizer stay as they are, and schedulers.
 
     Args:
-        optimizers: of the module.
-        module: has the head.
+        optimizers: of the module that has the head.
         head: is trained with the optimizer's own rate.
         largest: greater than 0.
     """
-    before = _before(module, head)
+    own = {id(parameter) for parameter in head.parameters()}
     taken: list[tuple[Tensor, Tensor, float]] = []
 
     def keep(optimizer: Optimizer, *_: Any) -> None:
@@ -163,7 +154,7 @@ def limited(
         for group in optimizer.param_groups:
             share = largest / max(float(group["lr"]), largest)
             if share < 1:
-                parts = [p for p in group["params"] if id(p) in before]
+                parts = [p for p in group["params"] if id(p) not in own]
                 taken.extend((p, p.detach().clone(), share) for p in parts)
 
     def shorten(*_: Any) -> None:
@@ -186,7 +177,8 @@ def limited(
 def advice(optimizers: Iterable[Optimizer], module: nn.Module, head: nn.Module) -> str:
     """What to do about the learning rate of the layers before the head, where it may cost the head
     its start; an empty text where it is small."""
-    before = _before(module, head)
+    own = {id(parameter) for parameter in head.parameters()}
+    before = {id(p) for p in module.parameters() if p.requires_grad} - own
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             # Schedulers that warm up have set a smaller one already, and keep the larger beside it.

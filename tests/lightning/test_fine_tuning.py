@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from projects import Plain
 from test_callback import AtFitStart, project, trainer
@@ -240,12 +240,12 @@ class Stepping(Deep):
         return self.make(list(self.body.parameters()), list(self.fc.parameters()))
 
 
-def fit_stepping(folder, make, backbone_lr=None, manual=False, **options):
+def fit_stepping(folder, make, backbone_lr=None, manual=False, more=(), **options):
     seed_everything(0, verbose=False)
     module = Stepping(make, manual)
     callback = ImprintCallback("fc", "ridge", freeze_batch_norm=True, backbone_lr=backbone_lr)
     loader = DataLoader(TensorDataset(*far_points()), 32, shuffle=True)
-    run = trainer(folder, callback, max_epochs=2, enable_checkpointing=False, **options)
+    run = trainer(folder, callback, *more, max_epochs=2, enable_checkpointing=False, **options)
     run.fit(module, loader)
     return module
 
@@ -293,6 +293,26 @@ def test_backbone_lr_holds_where_the_module_steps_several_optimizers_itself(tmp_
     expected = fit_stepping(tmp_path, both(1e-3), manual=True)
     found = fit_stepping(tmp_path, both(1e-2), 1e-3, manual=True)
     torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+def test_backbone_lr_holds_for_layers_that_are_unfrozen_later(tmp_path):
+    class Unfreezing(Callback):
+        def setup(self, trainer, pl_module, stage):
+            pl_module.body.requires_grad_(False)
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                pl_module.body.requires_grad_(True)
+                more = dict(params=list(pl_module.body.parameters()), lr=self.rate)
+                trainer.optimizers[0].add_param_group(more)
+
+    def found(rate, limit):
+        unfreezing = Unfreezing()
+        unfreezing.rate = rate
+        make = lambda body, head: ADAMW(head, lr=1e-2)  # noqa: E731
+        return fit_stepping(tmp_path, make, limit, more=[unfreezing]).state_dict()
+
+    torch.testing.assert_close(found(1e-2, 1e-3), found(1e-3, None), rtol=1e-4, atol=1e-6)
 
 
 def test_a_rate_below_backbone_lr_changes_nothing(tmp_path):
