@@ -1,5 +1,5 @@
-"""The imprinted head: NORM_inf, proxies, AGG. The only thing that a deployed classifier needs
-besides its backbone, a plain `nn.Module` from embeddings to class scores.
+"""The imprinted head: NORM_inf, proxies and AGG, in a plain `nn.Module` from embeddings to class
+scores. A deployed classifier needs only its backbone and this head.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from imprint_pl.parts.norm.base import NoNorm
 if TYPE_CHECKING:
     import pandas as pd
 
-# Numbers in the proxies. Above that they are a whole training set (GEN `all`), and gradients for
-# them would only take memory.
+# Most numbers in proxies that get gradients. Larger proxies are a whole training set (GEN `all`),
+# for which gradients would only take memory.
 TRAINABLE = 2**26
-# Names of classes that `print(head)` shows.
+# How many class names `print(head)` shows.
 NAMES_SHOWN = 6
-# The label of what belongs to no class, and its name.
+# The label of an image that belongs to no class, and its name.
 NONE, NONE_NAME = -1, "none of these"
 
 
@@ -51,8 +51,8 @@ class ImprintedHead(Constants, Pretrained):
 
     Attributes:
         proxies: `(P, d)` parameter, so that a head can be fine-tuned.
-        log_scale: parameter, a number: log(1 / T), T the temperature that makes a softmax of the
-            scores say how sure the head is.
+        log_scale: parameter, a number: log(1 / T) with the temperature T, which turns a softmax of
+            the scores into calibrated probabilities.
         bias: `(P,)`, a constant.
         proxy_classes: `(P,)` int64, the class of each proxy, a constant.
         class_names: C names, or an empty list where there are none.
@@ -62,7 +62,7 @@ class ImprintedHead(Constants, Pretrained):
         threshold: familiarity that an embedding has to reach; `None` accepts everything. In a head
             without a familiarity, such as those of earlier versions, the score that the best class
             has to reach. See `imprint_pl.method.threshold`.
-        sets: what prediction sets rest on; empty where none was fitted.
+        sets: the constants of prediction sets; empty where none were fitted.
         coverage: the probability that a prediction set holds the truth, unless another is asked
             for; `None` where none was fitted.
         held_out_accuracy: the accuracy on the held-out samples that the temperature rests on, a
@@ -84,7 +84,7 @@ class ImprintedHead(Constants, Pretrained):
         self._empty()
 
     def clear(self) -> None:
-        """Empties the head; what its NORM_inf has learned is forgotten, too."""
+        """Empties the head and its NORM_inf."""
         self._empty()
         forget = getattr(self.norm_inf, "clear", None)
         if callable(forget):
@@ -93,7 +93,7 @@ class ImprintedHead(Constants, Pretrained):
     def _empty(self) -> None:
         old = getattr(self, "proxies", None)
         device = None if old is None else old.device
-        # Whatever is made under inference mode cannot be changed outside of it.
+        # Leave inference mode, since tensors made under it cannot be changed later.
         with torch.inference_mode(False):
             self.proxies = nn.Parameter(torch.zeros(0, 0, device=device))
             self.bias = torch.zeros(0, device=device)
@@ -126,7 +126,8 @@ class ImprintedHead(Constants, Pretrained):
     def take(self, other: ImprintedHead) -> None:
         """Takes copies of the parts, the proxies and the settings of another head.
 
-        This head stays on its device, and stays the same object for whoever holds it.
+        This head stays on its device and stays the same object, so that references to it stay
+        valid.
         """
         device = self.proxies.device
         with torch.inference_mode(False), torch.no_grad():
@@ -183,8 +184,10 @@ class ImprintedHead(Constants, Pretrained):
         return self.scores(embeddings) * self.log_scale.exp()
 
     def scores(self, embeddings: Tensor) -> Tensor:
-        """Embeddings `(B, d)` → scores `(B, C)` in the units of AGG; −∞ without proxies, NaN for an
-        embedding that is not finite or whose square is too large for float32.
+        """Compute the scores `(B, C)` of embeddings `(B, d)`, in the units of AGG.
+
+        A class without proxies has −∞. An embedding has NaN if it is not finite or its square is
+        too large for float32.
 
         Raises:
             ImprintError: the head is empty, or made for another `d`.
@@ -205,8 +208,8 @@ class ImprintedHead(Constants, Pretrained):
                 f"{self.feature_dim}: give norm_inf='same', or parts that fit each other"
             )
         scores = self.agg(z, self.proxies, self.bias, self.proxy_classes, self.num_classes)
-        # NaN where the embedding, or its length, is not finite: some parts would drop that, as a
-        # relu does, or a vote, and a class would come out of nothing.
+        # Give NaN if the embedding, or its length, is not finite. Some parts, such as a ReLU or a
+        # vote, would hide this and return an arbitrary class.
         return scores + 0 * embeddings.float().square().sum(-1, keepdim=True).to(scores.dtype)
 
     def tried_table(self) -> pd.DataFrame:
@@ -222,14 +225,14 @@ class ImprintedHead(Constants, Pretrained):
         return table.sort_values(by, ascending=False) if len(table) else table
 
     def name_classes(self, names: list[str] | None) -> ImprintedHead:
-        """Gives its classes names, where they have none and there is a name for each; returns
+        """Names the classes if they have no names yet and `names` has one for each; returns
         itself."""
         if not self.class_names and names and len(names) == self.num_classes:
             self.class_names = list(names)
         return self
 
     def extra_repr(self) -> str:
-        """What `print(head)` says first: recipe, classes and proxies."""
+        """The first line of `print(head)`: recipe, classes and proxies."""
         if self.is_empty:
             return "empty"
         names = self.class_names
@@ -248,7 +251,7 @@ class ImprintedHead(Constants, Pretrained):
 
         Args:
             embeddings: as for `scores`.
-            scores: `(B, C)`, what `scores` makes of them, where that is known.
+            scores: `(B, C)`, the result of `scores` for them; computed if not given.
 
         Raises:
             ImprintError: none was fitted.
@@ -285,8 +288,8 @@ class ImprintedHead(Constants, Pretrained):
         return labels.where(best >= least, NONE)
 
     def label(self, embeddings: Tensor) -> Tensor:
-        """Embeddings `(B, d)` → labels `(B,)`; −1, "none of these", for what the threshold keeps
-        out."""
+        """Embeddings `(B, d)` → labels `(B,)`; −1, "none of these", for embeddings that do not
+        reach the threshold."""
         scores = self.scores(embeddings)
         known = None if self.familiar.is_empty else self.familiarity(embeddings, scores)
         return self.decide(scores, known)
@@ -294,9 +297,9 @@ class ImprintedHead(Constants, Pretrained):
     def prediction_sets(self, embeddings: Tensor, coverage: float | None = None) -> Tensor:
         """Embeddings `(B, d)` → the classes that may be true, `(B, C)` bool.
 
-        The set of a new image of one of the classes holds its class with the probability
-        `coverage`. An empty set says that no class is as probable as it usually is for its own
-        images. What the threshold of `accept` keeps out has an empty set, too: none of these.
+        For a new image of one of the classes, the set contains its class with the probability
+        `coverage`. An empty set means that no class is as probable as it usually is for its own
+        images. Embeddings that do not reach the threshold of `accept` have an empty set, too.
 
         Args:
             embeddings: as for `scores`.
@@ -311,10 +314,10 @@ class ImprintedHead(Constants, Pretrained):
         return sets & (self.decide(scores, known) != NONE)[:, None]
 
     def bounds(self, coverage: float | None = None) -> Tensor:
-        """The least log-probability with which each class belongs to a prediction set, `(C,)`.
+        """Return the smallest log-probability `(C,)` with which each class is in a prediction set.
 
         Raises:
-            ImprintError: as `prediction_sets`.
+            ImprintError: as for `prediction_sets`.
         """
         if self.sets.is_empty:
             raise ImprintError(
@@ -337,7 +340,7 @@ class ImprintedHead(Constants, Pretrained):
         return self.class_names[label] if self.class_names else str(label)
 
     def get_extra_state(self) -> Tensor:
-        """What is not a tensor, as JSON in bytes: safe for `weights_only` and safetensors alike."""
+        """Everything that is not a tensor, as JSON in bytes, for `weights_only` and safetensors."""
         values = {
             "num_classes": self.num_classes,
             "class_names": self.class_names,
@@ -354,7 +357,8 @@ class ImprintedHead(Constants, Pretrained):
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def check(self) -> ImprintedHead:
-        """Itself, or an `ImprintError` where the parts of a loaded head do not fit each other."""
+        """Return the head itself; raise an `ImprintError` if its loaded parts do not fit together.
+        """
         P, C = len(self.proxies), self.num_classes
         proxies, bias, classes = self.proxies.detach(), self.bias, self.proxy_classes
         fits = proxies.ndim == 2 and bias.shape == classes.shape == (P,)
@@ -395,7 +399,7 @@ class ImprintedHead(Constants, Pretrained):
             device = self.proxies.device
             self.norm_inf = build("norm_inf", values["norm_inf"]).to(device)
             self.agg = build("agg", values["agg"]).to(device)
-        # The sizes are the file's: make room of the saved shape first.
+        # Make room of the saved shapes first, since the file decides on the sizes.
         saved = state_dict.get(prefix + "proxies")
         if saved is not None:
             check_tensor(prefix + "proxies", saved)

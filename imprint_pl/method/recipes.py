@@ -62,10 +62,10 @@ MetricName: TypeAlias = Literal["accuracy", "balanced_accuracy", "macro_f1"] | s
 ClassWeightName: TypeAlias = Literal["balanced"] | str
 PriorName: TypeAlias = Literal["empirical", "uniform"] | str
 
-# Keywords that are on or off: any text would count as on.
+# Keywords that are True or False. They are checked, since any text would count as True.
 SWITCHES = {"intercept", "as_published"}
 
-# Keywords that settings, ids and results name only where they are not these.
+# Keywords that settings, ids and results name only if they differ from these values.
 UNNAMED: dict[str, Any] = {"metric": ACCURACY, "class_weight": None}
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -132,8 +132,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 class Recipe:
     """The five parts of a recipe, ready to use, and the plain parameters that name them.
 
-    Parts that learn are not fitted here: every head gets its own copy. `layer_widths` are those of
-    the embeddings that it takes, or `None` where those are of any width.
+    Parts that learn are not fitted here; every head gets its own copy. `layer_widths` are those of
+    the embeddings that the recipe takes, or `None` for embeddings of any width.
     """
 
     norm_pre: nn.Module
@@ -160,7 +160,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Auto:
-    """Stands for the `Recipe` that `auto` will choose, once it has seen embeddings."""
+    """A placeholder for the `Recipe` that `auto` will choose from embeddings."""
 
     parameters: dict[str, Any] = field(default_factory=lambda: {"recipe": AUTO})
     layer_widths: list[int] | None = None
@@ -295,7 +295,7 @@ norm_inf='l2', agg='max': leave it out, or choose a part that takes it (m: mnn)
                 for s in steps_of(parts["norm_pre"])
                 if getattr(s, "learns", False) or isinstance(s, LastLayer)
             }
-            # A `join` that was put before both leaves them as different as they were.
+            # Do not count a `join` that was put before both of them.
             own_steps = set(learned) - ({JoinLayers.name} if joined else set())
             if slot not in given and (own_steps or (joined and chosen[slot] == chosen["norm_pre"])):
                 chosen[slot] = "same"
@@ -341,10 +341,10 @@ def drop_unused(
     kept: set[str],
     own: Collection[str] = (),
 ) -> dict[str, Any]:
-    """`overrides` without the parameters that the parts named in it do not take.
+    """Return `overrides` without the parameters that none of its parts takes.
 
-    For keywords that a checkpoint remembers, after one part was exchanged; those in `kept` stay, so
-    that `resolve` can complain of them. `own` are parameters of users' own parts.
+    It is for the keywords of a checkpoint after one part was exchanged. Those in `kept` stay, so
+    that `resolve` can refuse them. `own` are parameters of users' own parts.
     """
     chosen = RECIPES.get(recipe or "", {}) | {n: v for n, v in overrides.items() if v is not None}
     taken = {name for part in classes_named(chosen) for name in parameters_of(part)}
@@ -355,7 +355,7 @@ def drop_unused(
 
 
 def _takes_layers(slot: str, norm: Any) -> bool:
-    """Whether a NORM has a step for embeddings of several layers."""
+    """Whether a NORM already has a step for embeddings of several layers."""
     kinds = [
         class_named(slot, step) if isinstance(step, str) else type(step)
         for part in step_names(norm)
@@ -365,7 +365,7 @@ def _takes_layers(slot: str, norm: Any) -> bool:
 
 
 def _after_join(norm: Any) -> list[Any]:
-    """The steps of a NORM, behind `join`."""
+    """Return the steps of a NORM with `join` before them."""
     steps = [step for part in step_names(norm) for step in steps_of(part)]
     return [JoinLayers.name, *(step for step in steps if step != "none")]
 
@@ -373,7 +373,7 @@ def _after_join(norm: Any) -> list[Any]:
 def _part(
     slot: str, part: Any, chosen: dict[str, Any], used: set[str], learned: dict[str, Any]
 ) -> Any:
-    """The part of a name, with its keywords, which are added to `used`; an instance as it is."""
+    """Build the part of a name and add its keywords to `used`; return an instance unchanged."""
     if isinstance(part, str):
         if part in learned:
             return learned[part]
@@ -397,7 +397,7 @@ def _part(
 
 
 def _check_same_space(norm_pre: nn.Module, norm_inf: nn.Module) -> None:
-    """Raises an `ImprintError` where proxies and embeddings would be in different spaces."""
+    """Raises an `ImprintError` if proxies and embeddings would be in different spaces."""
     if _maps(norm_pre) != _maps(norm_inf):
         raise ImprintError(
             f"norm_inf={name_of(norm_inf)!r} leaves embeddings in another space than the proxies, "
@@ -426,7 +426,7 @@ def _unused_message(unused: set[str], given: dict[str, Any], parameters: dict[st
         f"takes it ({name}: {', '.join(takers_of)}"
     )
     if name in UNNAMED:
-        # A recipe with a λ of its own leaves a metric nothing to choose.
+        # A recipe with a fixed λ has no choice to make by a metric.
         recipes = [
             recipe
             for recipe, parts in RECIPES.items()
