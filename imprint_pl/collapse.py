@@ -53,8 +53,8 @@ def nc1(x: Tensor, y: Tensor, *, average: str = "macro", as_published: bool = Fa
     moments = Moments.of(x, y, len(classes), gram="none")
     projector = _between_pseudo_root(moments)
     weights = torch.ones_like(moments.counts) if average == "micro" else 1 / moments.counts
-    # Only the part of Σ_W inside the span of the class means counts: C numbers for each sample, not
-    # d².
+    # Only the part of Σ_W inside the span of the class means counts. It needs C numbers per sample
+    # instead of d².
     trace = 0.0
     for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
         centred = (rows.to(projector.dtype) - moments.means[labels]) @ projector
@@ -214,8 +214,8 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     try:
         return torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:
-        # With few samples nearly all eigenvalues are 0, for which the fast algorithm (divide and
-        # conquer) sometimes does not converge. The QR algorithm is slower and does.
+        # With few samples nearly all eigenvalues are 0, and the fast algorithm (divide and conquer)
+        # sometimes does not converge. The slower QR algorithm does.
         from scipy.linalg import eigh
 
         values, vectors = map(torch.from_numpy, eigh(matrix.cpu().numpy(), driver="ev"))

@@ -357,8 +357,7 @@ class ImprintedHead(Constants, Pretrained):
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def check(self) -> ImprintedHead:
-        """Return the head itself; raise an `ImprintError` if its loaded parts do not fit together.
-        """
+        """Return the head itself; raise an `ImprintError` if its parts do not fit each other."""
         P, C = len(self.proxies), self.num_classes
         proxies, bias, classes = self.proxies.detach(), self.bias, self.proxy_classes
         fits = proxies.ndim == 2 and bias.shape == classes.shape == (P,)

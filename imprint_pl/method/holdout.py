@@ -272,8 +272,7 @@ def with_larger_lam(parts: Recipe, make: Callable[[Recipe], Result]) -> Result:
 
 
 def with_lam(parts: Recipe, lam: float) -> Recipe:
-    """Return the recipe with a given λ, to save the choice of λ, which takes as long as the head.
-    """
+    """Return the recipe with a given λ. Choosing λ again would take as long as making the head."""
     gen = copy.copy(parts.gen)
     gen.lam = lam
     return replace(parts, gen=gen)

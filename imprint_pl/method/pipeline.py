@@ -120,8 +120,7 @@ class Basis(NamedTuple):
 
     @classmethod
     def of(cls, z: Tensor) -> tuple[Basis, Tensor]:
-        """Return the basis of samples `z (N, d)`, N < d, and their coordinates `(N, N)`, float64.
-        """
+        """Return the basis of samples `z (N, d)`, N < d, and their coordinates `(N, N)`."""
         basis = cls(*torch.geqrf(double(z).T))
         return basis, basis.reflections[: len(z)].triu().T
 
@@ -250,8 +249,7 @@ class Sums:
         return gen(moments.present(), left=self.left._replace(y=y))
 
     def head(self, parts: Recipe, request: Request) -> ImprintedHead:
-        """Makes the head of all samples, with temperature 1. A class without samples has no proxy.
-        """
+        """Makes the head of all samples, of temperature 1. A class without samples has no proxy."""
         head = ImprintedHead(self.norm_inf, copy.deepcopy(parts.agg))
         return _filled(head, self.proxies(self.moments, parts, request), parts, request)
 

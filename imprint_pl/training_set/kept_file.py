@@ -34,8 +34,7 @@ EARLIER = {"calibrated": True, "capped": True, "coverage": None, "most_bytes": M
 
 
 def state_path(checkpoint: str | Path) -> Path:
-    """Returns the state's file of a checkpoint: `imprinted.ckpt` → `imprinted.state.safetensors`.
-    """
+    """Returns a checkpoint's state file: `imprinted.ckpt` → `imprinted.state.safetensors`."""
     return Path(local_path(checkpoint)).with_suffix(".state.safetensors")
 
 

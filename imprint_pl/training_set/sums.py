@@ -134,8 +134,7 @@ class TrainingSums:
         self._reservoir.relabel(places)
 
     def gather(self) -> None:
-        """Adds up the sums of all ranks, and sends the sample to rank 0, which can make the head.
-        """
+        """Adds up the sums of all ranks; rank 0 gets the sample, too, and can make the head."""
         classes = _most(self.moments.num_classes)
         self.moments = _with_room(self.moments, classes).all_reduce()
         if self.unit is not None:
