@@ -68,8 +68,17 @@ def nc1(x: Tensor, y: Tensor, *, average: str = "macro", as_published: bool = Fa
 def vci(x: Tensor, y: Tensor, *, average: str = "macro", as_published: bool = False) -> float:
     """Compute the variability collapse index: 1 − tr(Σ_T⁺ Σ_B) / rank(Σ_B), Σ_T = Σ_W + Σ_B.
 
-    It is 0 if the classes are collapsed to their means, 1 if the means tell nothing. Arguments,
-    averages, warning and float64 are as in `nc1`.
+    It is 0 if the classes are collapsed to their means, and 1 if the means contain no information
+    on the classes. Computed in float64.
+
+    Args:
+        x: Embeddings `(N, d)`.
+        y: Integer labels `(N,)`; only the classes that occur count.
+        average: As in `nc1`.
+        as_published: As in `nc1`.
+
+    Returns:
+        VCI, a float; NaN with a warning for fewer than two classes.
 
     Source: Xu and Liu 2023, "Quantifying the Variability Collapse of Neural Networks".
 
@@ -94,6 +103,9 @@ def nc1_of(moments: Moments, *, average: str = "macro", as_published: bool = Fal
             samples count.
         average: As in `nc1`.
         as_published: As in `nc1`.
+
+    Returns:
+        NC1, as `nc1`.
     """
     moments = moments.present()
     if moments.num_classes < 2:

@@ -280,6 +280,9 @@ def load_backbone(
     Raises:
         ImprintError: If the name is unknown, weights are missing or do not fit, or a setting has
             no effect.
+
+    Returns:
+        The backbone, in eval mode.
     """
     if isinstance(backbone, Backbone):
         for what, value, own in (

@@ -30,7 +30,7 @@ FIGURES = (
     "purity",
 )
 
-# wandb refuses longer ones.
+# Longest tag that wandb accepts.
 LONGEST_TAG = 64
 
 

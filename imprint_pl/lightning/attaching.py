@@ -98,8 +98,15 @@ def detach(module: nn.Module, layer: str) -> nn.Module:
     Its weights are bitwise the same as when it was replaced. If the module was built again since,
     the layer is the one it was built with, since a checkpoint holds only the head.
 
+    Args:
+        module: the module that was given to `attach`.
+        layer: the layer's name, as for `attach`.
+
+    Returns:
+        The original layer.
+
     Raises:
-        ImprintError: no such layer, or nothing was attached there.
+        ImprintError: there is no such layer, or nothing was attached there.
     """
     head = layer_of(module, layer)
     original = getattr(head, "replaced", None)

@@ -142,6 +142,11 @@ def saved_head(
 
     Warns if the checkpoint's backbone reads images in another way than this one.
 
+    Args:
+        checkpoint: the result of `read_checkpoint`.
+        head: an empty head.
+        backbone: the classifier's backbone.
+
     Raises:
         ImprintError: the checkpoint has no head, or its head is damaged, of another recipe, or
             imprinted on another backbone.
@@ -245,8 +250,16 @@ PLAIN_TEXT = re.compile(r"[^{}\[\]\n]*")
 
 
 def read_checkpoint(source: str | Path | IO[bytes], map_location: Any = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint of `ImprintedClassifier`. Its checksums are compared, and only tensors and
-    plain values are unpickled.
+    """Reads a checkpoint of `ImprintedClassifier`.
+
+    Its checksums are compared, and only tensors and plain values are unpickled.
+
+    Args:
+        source: the file, or an open one.
+        map_location: the device for its tensors, as for `torch.load`.
+
+    Returns:
+        The content of the checkpoint.
 
     Raises:
         ImprintError: there is no such file, or it is damaged, forged, or not a checkpoint.

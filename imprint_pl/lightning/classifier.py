@@ -125,7 +125,7 @@ class ImprintedClassifier(Growing, LightningModule):
         max_side: longest side in pixels to which the fit's image files were shrunk; `None` where
             they kept their size. Later images are shrunk in the same way, unless their data module
             has a `max_side` of its own.
-        class_accuracy: `(C,)`, of the last validation or test; `(L, C)` where it had L loaders.
+        class_accuracy: `(C,)`, that of the last validation or test; `(L, C)` if it had L loaders.
     """
 
     def __init__(
@@ -260,13 +260,26 @@ class ImprintedClassifier(Growing, LightningModule):
         return [self.head.name_of(label) for label in range(self.head.num_classes)]
 
     def forward(self, images: Any) -> Tensor:
-        """A batch of images (see `Backbone.forward`) → logits `(B, C)`; a softmax gives
-        probabilities."""
+        """Compute logits; a softmax gives probabilities.
+
+        Args:
+            images: a batch of images, see `Backbone.forward`.
+
+        Returns:
+            `(B, C)`.
+        """
         return self.head(self.embed(images))
 
     @torch.no_grad()
     def embed(self, images: Any) -> Tensor:
-        """A batch of images → embeddings `(B, d)`, float32."""
+        """Embed a batch of images.
+
+        Args:
+            images: as for `forward`.
+
+        Returns:
+            `(B, d)`, float32.
+        """
         # Copy, since a view would keep a larger tensor in memory.
         return self.backbone(images).to(torch.float32, copy=True)
 
@@ -474,7 +487,7 @@ class ImprintedClassifier(Growing, LightningModule):
         self.backbone.expect(samples_to_come(self.trainer))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Images with or without labels → logits `(B, C)`; NaN for files that were skipped."""
+        """Compute the logits `(B, C)` of a batch with or without labels; NaN for skipped files."""
         logits = self(images_of(batch))
         skipped = batch.get("skipped") if isinstance(batch, dict) else None
         if skipped:

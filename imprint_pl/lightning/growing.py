@@ -35,7 +35,7 @@ class Growing(LightningModule):
     state: State | None = None
 
     def embed(self, images: Any) -> Tensor:
-        """A batch of images → embeddings `(B, d)`."""
+        """Embed a batch of images as `(B, d)`."""
         raise NotImplementedError
 
     def add_class(self, name: str, images: Any, sources: Sequence[str] = ()) -> None:
@@ -56,7 +56,15 @@ class Growing(LightningModule):
         warn_of_alike(grown.class_names, "the head")
 
     def add_examples(self, name: str, images: Any, sources: Sequence[str] = ()) -> None:
-        """Adds images to a class. Arguments and errors as for `add_class`."""
+        """Adds images to a class.
+
+        Args:
+            name: the name of the class.
+            images, sources: as for `add_class`.
+
+        Raises:
+            ImprintError: as for `add_class`, or there is no such class.
+        """
         self._become(self.kept_state().add_examples(name, self._embedded(images), sources))
 
     def remove_class(self, name: str, images: Any = None) -> None:
@@ -74,7 +82,7 @@ class Growing(LightningModule):
         self._become(self.kept_state().remove_class(name, x))
 
     def save_state(self, checkpoint: str | Path) -> Path:
-        """Writes the state beside a checkpoint, `NAME.state.safetensors`."""
+        """Writes the state beside a checkpoint, `NAME.state.safetensors`, and returns its path."""
         return write_state(self.kept_state(), state_path(checkpoint))
 
     def load_state(self, checkpoint: str | Path) -> None:

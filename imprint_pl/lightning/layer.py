@@ -155,6 +155,16 @@ def gather_embeddings(
 
     Batches go through the batch hooks of `hooks`, a DataModule (`data` by default), or else through
     those of the module.
+
+    Args:
+        module: the module.
+        layer: the dotted name of the layer.
+        data, unpack: as for `attach`.
+        hooks: a DataModule with batch hooks.
+
+    Raises:
+        ImprintError: the data or the layer do not fit, or the Trainer has started several
+            processes.
     """
     device, store = _device(module), RowStore()
     owner = data if hooks is None else hooks

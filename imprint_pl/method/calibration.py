@@ -32,7 +32,14 @@ def folds(
     there are up to `most` folds, until together they hold enough: with `most=5`, each holds a fifth
     of each class, and at most one sample of a class with fewer than five. The only sample of a
     class is never held out, since the class would have no proxy. If no class has two samples, there
-    is no fold. With `spare`, the folds that are not needed follow, in case one of the first fails.
+    is no fold.
+
+    Args:
+        y: `(N,)`, labels from 0.
+        seed: fixes the draw.
+        enough: how many samples the folds should hold together.
+        most: most folds.
+        spare: also return the folds that are not needed, in case one of the first fails.
     """
     labels = y.cpu()
     counts = torch.bincount(labels)
@@ -109,6 +116,10 @@ def score_folds(
         held: folds.
         score: called with a fold. If it raises an `ImprintError`, since no head can be made
             without that fold, the fold is left out.
+        enough: the number of samples with a score after which no further fold is scored.
+
+    Returns:
+        The scores of all folds together.
     """
     scores: list[Tensor] = []
     labels: list[Tensor] = []

@@ -112,7 +112,8 @@ class ImprintedHead(Constants, Pretrained):
     def fill(
         self, proxies: Proxies, num_classes: int, class_names: list[str] | None = None
     ) -> ImprintedHead:
-        """Puts proxies in, copied: a head filled under inference mode must still be trainable."""
+        """Fills the head with copies of proxies, so that it can be trained even if they were made
+        under inference mode; returns itself."""
         device = self.proxies.device
         with torch.inference_mode(False):
             weights = proxies.weights.detach().clone().to(device)
@@ -149,17 +150,17 @@ class ImprintedHead(Constants, Pretrained):
 
     @property
     def embedding_dim(self) -> int:
-        """d of the embeddings that go in."""
+        """The dimension d of the embeddings that go in."""
         return getattr(self.norm_inf, "input_dim", None) or self.feature_dim
 
     @property
     def feature_dim(self) -> int:
-        """d of the proxies, which differs where NORM_inf maps to other dimensions."""
+        """The dimension of the proxies; not d if NORM_inf maps to other dimensions."""
         return self.proxies.shape[1]
 
     @property
     def layer_widths(self) -> list[int] | None:
-        """Features of each layer in the embeddings that go in; `None` where there is one layer."""
+        """Features of each layer in the embeddings that go in; `None` for one layer."""
         for step in steps_of(self.norm_inf):
             widths = getattr(step, "layer_widths", None)
             if widths is not None and len(widths) > 1:
@@ -168,7 +169,7 @@ class ImprintedHead(Constants, Pretrained):
 
     @property
     def temperature(self) -> float:
-        """T of the softmax that turns scores into probabilities; 1 where none was fitted."""
+        """T of the softmax that turns scores into probabilities; 1 if none was fitted."""
         return (-self.log_scale).exp().item()
 
     @temperature.setter
@@ -177,17 +178,28 @@ class ImprintedHead(Constants, Pretrained):
             self.log_scale = nn.Parameter(torch.full_like(self.log_scale, -math.log(value)))
 
     def forward(self, embeddings: Tensor | np.ndarray) -> Tensor:
-        """Embeddings `(B, d)` → logits `(B, C)`, the scores over the temperature: their softmax
-        gives probabilities. An array of NumPy is taken to the head's device."""
+        """Compute logits, which are the scores divided by the temperature; their softmax gives
+        probabilities.
+
+        Args:
+            embeddings: `(B, d)`; a NumPy array is moved to the head's device.
+
+        Returns:
+            `(B, C)`.
+        """
         if isinstance(embeddings, np.ndarray):
             embeddings = torch.as_tensor(embeddings).to(self.proxies.device)
         return self.scores(embeddings) * self.log_scale.exp()
 
     def scores(self, embeddings: Tensor) -> Tensor:
-        """Compute the scores `(B, C)` of embeddings `(B, d)`, in the units of AGG.
+        """Compute the scores of the classes, in the units of AGG.
 
-        A class without proxies has −∞. An embedding has NaN if it is not finite or its square is
-        too large for float32.
+        Args:
+            embeddings: `(B, d)`.
+
+        Returns:
+            `(B, C)`. A class without proxies has −∞. An embedding has NaN if it is not finite or
+            its square is too large for float32.
 
         Raises:
             ImprintError: the head is empty, or made for another `d`.
@@ -213,7 +225,7 @@ class ImprintedHead(Constants, Pretrained):
         return scores + 0 * embeddings.float().square().sum(-1, keepdim=True).to(scores.dtype)
 
     def tried_table(self) -> pd.DataFrame:
-        """`tried` as a table, best first by the metric that `auto` compared by; it needs pandas.
+        """Returns `tried` as a pandas table, the best first by the metric of the comparison.
 
         Raises:
             ImprintError: pandas is not installed.
@@ -246,12 +258,14 @@ class ImprintedHead(Constants, Pretrained):
         return ", ".join(found)
 
     def familiarity(self, embeddings: Tensor, scores: Tensor | None = None) -> Tensor:
-        """Embeddings `(B, d)` → familiarity `(B,)`: about 0 for samples like those of the training
-        set, and the lower, the stranger. See `Familiarity`.
+        """Compute the familiarity of embeddings, see `Familiarity`.
 
         Args:
-            embeddings: as for `scores`.
+            embeddings: `(B, d)`.
             scores: `(B, C)`, the result of `scores` for them; computed if not given.
+
+        Returns:
+            `(B,)`: about 0 for samples like those of the training set, and lower for unusual ones.
 
         Raises:
             ImprintError: none was fitted.
@@ -265,12 +279,16 @@ class ImprintedHead(Constants, Pretrained):
         return self.familiar(embeddings, scores.amax(1))
 
     def decide(self, scores: Tensor, familiarity: Tensor | None = None) -> Tensor:
-        """Scores `(B, C)` of `scores` → labels `(B,)`; −1 where the familiarity is below the
-        threshold, or NaN. In a head without familiarity the best score counts.
+        """Turn scores into labels.
 
         Args:
-            scores: `(B, C)`.
-            familiarity: `(B,)`, of `familiarity`; needed where the head has one and a threshold.
+            scores: `(B, C)`, the result of `scores`.
+            familiarity: `(B,)`, the result of `familiarity`; needed if the head has a familiarity
+                and a threshold.
+
+        Returns:
+            `(B,)`: the class with the best score, or −1 if the familiarity is below the threshold
+            or NaN. In a head without familiarity the best score is compared with the threshold.
 
         Raises:
             ImprintError: the familiarity is missing.
@@ -288,22 +306,31 @@ class ImprintedHead(Constants, Pretrained):
         return labels.where(best >= least, NONE)
 
     def label(self, embeddings: Tensor) -> Tensor:
-        """Embeddings `(B, d)` → labels `(B,)`; −1, "none of these", for embeddings that do not
-        reach the threshold."""
+        """Predict labels.
+
+        Args:
+            embeddings: `(B, d)`.
+
+        Returns:
+            `(B,)`; −1, "none of these", for embeddings that do not reach the threshold.
+        """
         scores = self.scores(embeddings)
         known = None if self.familiar.is_empty else self.familiarity(embeddings, scores)
         return self.decide(scores, known)
 
     def prediction_sets(self, embeddings: Tensor, coverage: float | None = None) -> Tensor:
-        """Embeddings `(B, d)` → the classes that may be true, `(B, C)` bool.
+        """Find for each embedding the classes that may be true.
 
         For a new image of one of the classes, the set contains its class with the probability
         `coverage`. An empty set means that no class is as probable as it usually is for its own
         images. Embeddings that do not reach the threshold of `accept` have an empty set, too.
 
         Args:
-            embeddings: as for `scores`.
-            coverage: such as 0.95; that of the fit by default.
+            embeddings: `(B, d)`.
+            coverage: the probability, such as 0.95; by default that of the fit.
+
+        Returns:
+            `(B, C)` bool.
 
         Raises:
             ImprintError: none was fitted, or the coverage is out of range.
@@ -314,7 +341,13 @@ class ImprintedHead(Constants, Pretrained):
         return sets & (self.decide(scores, known) != NONE)[:, None]
 
     def bounds(self, coverage: float | None = None) -> Tensor:
-        """Return the smallest log-probability `(C,)` with which each class is in a prediction set.
+        """Return the smallest log-probability with which each class is in a prediction set.
+
+        Args:
+            coverage: the probability, such as 0.95; by default that of the fit.
+
+        Returns:
+            `(C,)`.
 
         Raises:
             ImprintError: as for `prediction_sets`.
@@ -328,13 +361,22 @@ class ImprintedHead(Constants, Pretrained):
 
     @staticmethod
     def sets_of(logits: Tensor, bounds: Tensor) -> Tensor:
-        """Logits `(B, C)` and bounds `(C,)` → `(B, C)` bool, whatever the threshold says."""
+        """Compute prediction sets without regard to the threshold.
+
+        Args:
+            logits: `(B, C)`.
+            bounds: `(C,)`, the result of `bounds`.
+
+        Returns:
+            `(B, C)` bool.
+        """
         # A class without proxies is never true; NaN is in no set.
         possible = logits > -math.inf
         return (logits.log_softmax(1) >= bounds.to(logits)) & possible
 
     def name_of(self, label: int) -> str:
-        """The class's name, or its number where it has none; "none of these" for −1."""
+        """Return the name of a label: that of the class, its number without names, or "none of
+        these" for −1."""
         if label == NONE:
             return NONE_NAME
         return self.class_names[label] if self.class_names else str(label)

@@ -64,7 +64,10 @@ def checked(
     Args:
         x, y, num_classes, class_names: as for `imprint`.
         allow_empty: accept classes without samples.
-        values_checked: the values were checked on their way, batch by batch, by `check_values`.
+        values_checked: whether `check_values` has already checked the values batch by batch.
+
+    Returns:
+        Embeddings, labels and C.
 
     Raises:
         ImprintError: they do not fit, or have values that the arithmetic cannot take.
@@ -111,10 +114,17 @@ def checked(
 
 
 def checked_weights(sample_weight: Any, samples: int) -> Tensor:
-    """The weights of samples, `(N,)` float64.
+    """Checks the weights of samples.
+
+    Args:
+        sample_weight: N numbers of at least 0.
+        samples: N.
+
+    Returns:
+        `(N,)` float64.
 
     Raises:
-        ImprintError: another number of them, or one that is negative or not finite; all are 0.
+        ImprintError: their number is not N, one is negative or not finite, or all are 0.
     """
     weights = _tensor(sample_weight, "sample_weight")
     if weights.shape != (samples,) or weights.is_complex():

@@ -17,8 +17,8 @@ from imprint_pl.numerics.draws import rows_by_class, sample
 from imprint_pl.numerics.moments import CHUNK, Moments
 from imprint_pl.numerics.values import check_count, is_number
 
-# Distances are considered equal if their spread is below this share of the largest: they differ
-# only by rounding.
+# Distances are considered equal if their spread is below this share of the largest one, since they
+# then differ only by rounding.
 SAME = 1e-5
 
 

@@ -50,7 +50,7 @@ class PredictionSets(OptionalConstants):
             self.classes = y.to(logits.device)[order].clone()
 
     def bounds(self, coverage: float, num_classes: int) -> Tensor:
-        """The bound on the log-probability of each class, `(C,)`; −∞ where there is none."""
+        """Return the bound on the log-probability of each class, `(C,)`; −∞ if there is none."""
         miss = 1 - coverage
         counts = torch.bincount(self.classes, minlength=num_classes)
         large = counts * miss >= MISSES - 1e-9
@@ -76,10 +76,10 @@ class PredictionSets(OptionalConstants):
 
 
 def checked_coverage(coverage: float | None, default: float | None = None) -> float:
-    """The coverage, or the default where it is `None`.
+    """Return the coverage, or the default if it is `None`.
 
     Raises:
-        ImprintError: it is not above 0 and at most 1, or there is neither.
+        ImprintError: it is not above 0 and at most 1, or neither is given.
     """
     coverage = default if coverage is None else coverage
     if coverage is None or not 0 < coverage <= 1:

@@ -44,7 +44,7 @@ class NearImage:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the classifier says of an image.
+    """The prediction for an image.
 
     Attributes:
         file: the name that the client gave it.

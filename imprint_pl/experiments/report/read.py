@@ -69,6 +69,9 @@ def read_results(path: str | Path) -> pd.DataFrame:
     accuracy and macro F1 are fractions. A missing column is added empty. Rows without an accuracy
     are left out.
 
+    Args:
+        path: the file, or its folder, as for `find_results`.
+
     Raises:
         ImprintError: there is no file, it cannot be read, a needed column is missing, an accuracy
             is not a fraction, or no row has an accuracy.
