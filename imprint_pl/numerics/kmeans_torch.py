@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from imprint_pl.numerics.draws import sample as draw_rows
 from imprint_pl.numerics.moments import sum_dtype
 
 # Directions of the projection. Measured on Fashion-MNIST embeddings: more directions are no better.
@@ -149,7 +150,7 @@ def _cluster_projected(z: Tensor, counts: Tensor, k: int, seed: int) -> Tensor:
     real = (torch.arange(z.shape[1], device=z.device) < counts[:, None]).to(z.dtype)
     if z.shape[1] > SAMPLE_ROWS:
         sizes = counts.tolist()
-        rows = [torch.randperm(n, generator=_generator(seed))[:SAMPLE_ROWS] for n in sizes]
+        rows = [draw_rows(n, SAMPLE_ROWS, seed) for n in sizes]
         some = z[torch.arange(len(z), device=z.device)[:, None], torch.stack(rows).to(z.device)]
         all_real = torch.ones_like(some[..., 0])
         centroids = _plus_plus(some, all_real, counts.clamp(max=SAMPLE_ROWS), k, seed)
