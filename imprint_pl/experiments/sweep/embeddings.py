@@ -106,8 +106,7 @@ def load_embeddings(
     if module is not None:
         assert backbone_entry is not None
         arguments = dict(backbone_entry)
-        # Use torch unless the grid says otherwise, so that results stay comparable with earlier
-        # ones.
+        # Use torch unless the grid says otherwise, as for all results of the paper's recipes.
         arguments.setdefault("runtime", "torch")
         try:
             backbone = load_backbone(arguments.pop("name"), **arguments)
