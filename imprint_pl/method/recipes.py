@@ -212,33 +212,33 @@ def resolve(
             "hosoda", "janson", "ls" (least squares), "knn" (nearest neighbours), "whitened",
             "ridge", "lda" or "ranpac".
         norm_pre: normalisation before GEN, or a list of several, `[whiten, l2]`, which may also be
-            written "whiten+l2". The recipe's where not given, as are all the keywords below.
+            written "whiten+l2". Default, as for all keywords below: that of the recipe.
         gen: generator of the proxies.
         k: proxies a class.
         norm_post: normalisation of the proxies.
-        norm_inf: normalisation of embeddings at inference; "same" is NORM_pre with what it has
-            learned, and the default where NORM_pre learns.
-        agg: from proxies to class scores; "mnn" is a vote of the m nearest proxies.
-        m: of mnn: how many proxies vote.
-        distance: of mnn: between embeddings and proxies.
-        votes: of mnn: what a vote weighs.
+        norm_inf: normalisation of embeddings at inference; "same" is the fitted NORM_pre, which is
+            the default if NORM_pre learns.
+        agg: turns proxies into class scores; "mnn" is a vote of the m nearest proxies.
+        m: number of proxies that vote in mnn.
+        distance: distance between embeddings and proxies in mnn.
+        votes: weights of the votes in mnn.
         lam: λ of ls, kls, ridge and kridge; for ridge also "loo" (leave-one-out, near-copies
             left out together), for ridge and kridge "gcv" (generalised cross-validation) or
             "holdout".
-        shrinkage: of whiten and lda: from 0 to 1, towards round classes, or "oas" (chosen from the
-            embeddings).
-        projection_dim: features of random_projection and nystrom.
-        temperature: of softmax votes and logsumexp.
-        engine: what computes k-means.
-        width: of nystrom: of the kernel, in median distances.
-        prior: of lda: the share of each class.
-        intercept: of ridge and kridge: whether there is one.
-        as_published: do quantile and mnn as the paper's code does, faults included.
-        metric: of auto and ridge: by which recipes are compared and λ is chosen on held-out
-            samples, "accuracy", "balanced_accuracy" (all classes count alike, however few samples
-            they have) or "macro_f1". "accuracy" is the default, and goes with every recipe.
-        class_weight: of ridge and ls: "balanced" lets all classes weigh alike, however few samples
-            they have.
+        shrinkage: shrinkage of the covariance in whiten and lda, from 0 to 1, or "oas" (chosen from
+            the embeddings).
+        projection_dim: number of features of random_projection and nystrom.
+        temperature: temperature of softmax votes and logsumexp.
+        engine: the implementation of k-means.
+        width: width of the kernel in nystrom, in median distances.
+        prior: prior probabilities of the classes in lda.
+        intercept: whether ridge and kridge have an intercept.
+        as_published: run quantile and mnn exactly as the paper's code does, faults included.
+        metric: the metric on held-out samples by which auto compares recipes and ridge chooses λ:
+            "accuracy", "balanced_accuracy" (all classes count alike, however few samples they have)
+            or "macro_f1". "accuracy" is the default, and can be given with every recipe.
+        class_weight: "balanced" gives all classes the same weight in ridge and ls, however few
+            samples they have.
         layer_widths: features of each layer in the embeddings, the last layer's included, where
             they hold several layers side by side. Any recipe takes them: `join` then comes before
             NORM_pre and NORM_inf, unless NORM_pre has `join` or `last` already. One width changes
