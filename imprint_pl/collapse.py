@@ -53,8 +53,8 @@ def nc1(x: Tensor, y: Tensor, *, average: str = "macro", as_published: bool = Fa
     moments = Moments.of(x, y, len(classes), gram="none")
     projector = _between_pseudo_root(moments)
     weights = torch.ones_like(moments.counts) if average == "micro" else 1 / moments.counts
-    # Only the part of Σ_W inside the span of the class means counts: C numbers for each sample, not
-    # d².
+    # Only the part of Σ_W inside the span of the class means counts. It needs C numbers per sample
+    # instead of d².
     trace = 0.0
     for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
         centred = (rows.to(projector.dtype) - moments.means[labels]) @ projector
@@ -68,8 +68,17 @@ def nc1(x: Tensor, y: Tensor, *, average: str = "macro", as_published: bool = Fa
 def vci(x: Tensor, y: Tensor, *, average: str = "macro", as_published: bool = False) -> float:
     """Compute the variability collapse index: 1 − tr(Σ_T⁺ Σ_B) / rank(Σ_B), Σ_T = Σ_W + Σ_B.
 
-    It is 0 if the classes are collapsed to their means, 1 if the means tell nothing. Arguments,
-    averages, warning and float64 are as in `nc1`.
+    It is 0 if the classes are collapsed to their means, and 1 if the means contain no information
+    on the classes. Computed in float64.
+
+    Args:
+        x: Embeddings `(N, d)`.
+        y: Integer labels `(N,)`; only the classes that occur count.
+        average: As in `nc1`.
+        as_published: As in `nc1`.
+
+    Returns:
+        VCI, a float; NaN with a warning for fewer than two classes.
 
     Source: Xu and Liu 2023, "Quantifying the Variability Collapse of Neural Networks".
 
@@ -94,6 +103,9 @@ def nc1_of(moments: Moments, *, average: str = "macro", as_published: bool = Fal
             samples count.
         average: As in `nc1`.
         as_published: As in `nc1`.
+
+    Returns:
+        NC1, as `nc1`.
     """
     moments = moments.present()
     if moments.num_classes < 2:
@@ -214,8 +226,8 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     try:
         return torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:
-        # With few samples nearly all eigenvalues are 0, for which the fast algorithm (divide and
-        # conquer) sometimes does not converge. The QR algorithm is slower and does.
+        # With few samples nearly all eigenvalues are 0, and the fast algorithm (divide and conquer)
+        # sometimes does not converge. The slower QR algorithm does.
         from scipy.linalg import eigh
 
         values, vectors = map(torch.from_numpy, eigh(matrix.cpu().numpy(), driver="ev"))

@@ -14,13 +14,13 @@ class ImprintError(ValueError):
 
 
 def install(extra: str) -> str:
-    """The command that installs an extra of this package."""
+    """Return the command that installs an extra of this package."""
     return f"pip install 'imprint-pl[{extra}]'"
 
 
 @contextmanager
 def needs(extra: str, what: str, otherwise: str = "") -> Iterator[None]:
-    """Around imports of packages that only an extra installs: a missing one is one line.
+    """Wrap imports of packages that only an extra installs; a missing one gives a one-line error.
 
     Args:
         extra: its name in pyproject.toml.
@@ -28,7 +28,7 @@ def needs(extra: str, what: str, otherwise: str = "") -> Iterator[None]:
         otherwise: what to do instead of installing them.
 
     Raises:
-        ImprintError: one of them does not import; the message has the command that installs it.
+        ImprintError: a package cannot be imported; the message has the command that installs it.
 
     >>> with needs("sweep", "report"):
     ...     import a_package_that_nobody_has

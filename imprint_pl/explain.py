@@ -1,5 +1,5 @@
-"""Why a sample got its class: the proxy that decided, its share of the class's score, and the
-nearest training images, as data and as a picture.
+"""Explains predictions by the proxy that decided, its share of the class's score, and the nearest
+training images; as data and as pictures.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ CELL, GAP, NARROWEST = 1.7, 0.12, 3.6
 class Neighbour:
     """A training image: its source (file or "train 17"), class and cosine to the sample.
 
-    The cosine is that of the embeddings. Where they hold several layers, it is taken where the head
-    has made the layers count alike (`join`), or of the last layer alone where the head takes only
-    that (`last`).
+    The cosine is that of the embeddings. If they hold several layers, it is computed after the
+    head's `join`, which makes the layers count alike, or after its `last`, which keeps the last
+    layer alone.
     """
 
     source: str
@@ -49,15 +49,16 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a sample got its class.
+    """The explanation of one prediction.
 
     Attributes:
         class_name: the class, "none of these" included.
-        nearest_class: the class with the best score, whether or not that is enough.
+        nearest_class: the class with the best score, even if it does not reach the threshold.
         proxy: index of the proxy that contributes most to that score.
         proxy_of: "2 of 20": which of the class's proxies it is.
-        share: its part of the class's score: 1 for `max`, where one proxy decides alone; its part
-            of the class's votes for `mnn`; its softmax weight within the class for `logsumexp`.
+        share: the proxy's part of the class's score: 1 for `max`, where one proxy decides alone;
+            its part of the class's votes for `mnn`; its softmax weight within the class for
+            `logsumexp`.
         neighbours: the nearest training images, nearest first; empty where none were kept.
     """
 
@@ -78,14 +79,14 @@ def explain(
     Args:
         head: the head that predicts.
         x: embeddings, as they come from the backbone.
-        state: kept with `keep="embeddings"`; gives the nearest training images.
+        state: the state of a fit with `keep="embeddings"`, for the nearest training images.
         neighbours: how many of them to name.
 
     Returns:
         An explanation for each row.
 
     Raises:
-        ImprintError: the state holds sums, which know no image.
+        ImprintError: the state holds sums instead of embeddings.
     """
     if not isinstance(state, KeptRows | None):
         raise ImprintError(
@@ -119,10 +120,10 @@ def picture(
     """Draws an image `(C, H, W)` or a file, and its nearest training images beside it, as PNG.
 
     Args:
-        image: what was predicted.
-        explanation: why it got its class.
+        image: the image that was predicted.
+        explanation: the explanation of its prediction.
         path: the file to write.
-        images: the neighbours' images; where left out, their sources are read as files.
+        images: the neighbours' images; if not given, their sources are read as files.
 
     Returns:
         The path.
@@ -161,7 +162,7 @@ def picture(
 
 
 def _which_proxy(explanation: Explanation) -> str:
-    """Says which proxy decided, and of which class where that was not the prediction."""
+    """Returns a text that says which proxy decided, with its class if that was not predicted."""
     share = f"proxy {explanation.proxy_of}, {100 * explanation.share:.0f} % of the score"
     if explanation.class_name == explanation.nearest_class:
         return share
@@ -183,16 +184,16 @@ def explain_files(
 ) -> Path:
     """Writes `explanations.json` and a PNG for each image file into a folder.
 
-    Files that cannot be read are left out. Training images are drawn where the state names their
-    files and the files can still be read. A file name that is not UTF-8 is written as in the JSON
-    of `predict`.
+    Files that cannot be read are left out. Training images are drawn if the state names their files
+    and the files can still be read. A file name that is not UTF-8 is written as in the JSON of
+    `predict`.
 
     Args:
         model: the classifier that predicts.
         paths: the image files.
         folder: made where it does not exist.
         state: kept with the classifier; without rows no training images are drawn.
-        max_side: longest side in pixels to which the images are shrunk; the fit's where left out.
+        max_side: longest side in pixels to which the images are shrunk; by default that of the fit.
 
     Returns:
         The folder.
@@ -231,12 +232,13 @@ def _image_at(source: str) -> Tensor | None:
 
 
 def _contributions(head: ImprintedHead, x: Tensor) -> Tensor:
-    """What each proxy adds to a score, `(B, P)`: the largest of a class is the one that decided."""
+    """Returns the contribution of each proxy to its class's score, `(B, P)`. In each class, the
+    proxy with the largest one decided."""
     z = head.norm_inf(x.to(head.proxies.dtype))
     if not isinstance(head.agg, NearestProxies):
         return torch.addmm(head.bias, z, head.proxies.T)
     far, nearest = (t.cpu() for t in head.agg.nearest(z, head.proxies))
-    # Where votes are equal, the nearest proxy counts as the largest.
+    # Among equal votes, let the nearest proxy be the largest.
     places = torch.arange(far.shape[1], dtype=torch.float64)
     votes = head.agg.vote_weights(far) * (1 - 1e-9 * places)
     return votes.new_zeros(len(z), len(head.proxies)).scatter(1, nearest, votes)
@@ -251,7 +253,8 @@ def _share(head: ImprintedHead, own: Tensor) -> float:
 
 
 def _of_layers(head: ImprintedHead, x: Tensor) -> Tensor:
-    """Embeddings `(n, d)` as they are, or after the head's `join` or `last`; on the CPU."""
+    """Returns embeddings `(n, d)` unchanged or, for several layers, after the head's `join` or
+    `last`; on the CPU."""
     steps = steps_of(head.norm_inf)
     for i, step in enumerate(steps):
         if isinstance(step, JoinLayers | LastLayer):
@@ -263,8 +266,8 @@ def _of_layers(head: ImprintedHead, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def unit_rows(head: ImprintedHead, x: Tensor) -> Tensor:
-    """Embeddings `(n, d)` → unit vectors `(n, d')`, on the CPU: their inner products are the
-    cosines by which training images are near, see `Neighbour`."""
+    """Turns embeddings `(n, d)` into unit vectors `(n, d')` on the CPU, whose inner products are
+    the cosines of `Neighbour`."""
     return functional.normalize(_of_layers(head, x.float()), dim=1)
 
 

@@ -133,12 +133,12 @@ class ProgramFile(Format):
             ImprintError: the file cannot be written, a package is missing, or the exporter cannot
                 follow the module.
         """
-        # The exporters look at the suffix, so that the temporary name keeps it.
+        # Keep the suffix in the temporary name, since the exporters look at it.
         temporary = path.with_name(f"unfinished-{path.name}")
         # Three different sizes above 1: the exporter would take equal sizes for one size, and 1
         # for a constant.
         example = torch.zeros(2, 3, 37, 53, dtype=torch.uint8)
-        # A fault of the module itself shows here, and is not blamed on the exporter.
+        # Run the module first, so that its own errors are not blamed on the exporter.
         with torch.no_grad():
             module.eval()(example)
         try:
@@ -210,7 +210,7 @@ class Onnx(ProgramFile):
     def _save(
         self, program: ExportedProgram, path: Path, outputs: Sequence[str], texts: dict[str, str]
     ) -> None:
-        # Imported before the conversion, so that a missing package is named at once.
+        # Import these before the conversion, so that a missing package is reported at once.
         with needs("onnx", "format onnx", "or choose the format torch_export"):
             import onnx  # noqa: F401
             import onnxruntime  # noqa: F401
@@ -326,7 +326,7 @@ def check(
             agrees = classes == expected_classes.cpu()
             if not head.sets.is_empty:
                 sets = head.prediction_sets(embeddings).cpu()
-                # On the border of a set a class may fall on either side by rounding.
+                # Rounding may move a class that is close to its bound into the set or out of it.
                 near = (expected.log() - head.bounds().cpu()).abs() < TOLERANCE
                 agrees &= ((others[-1] == sets) | near).all(1)
             same += int(agrees.sum())
@@ -347,8 +347,8 @@ def check(
         backbone_milliseconds=1e3 * float(np.median(times_alone)),
     )
     alone.unlink()
-    # The classes are compared too: an image on the border between two classes can change its class
-    # by a difference in probability below the tolerance.
+    # Compare the classes, too: near the border between two classes, a difference in probability
+    # below the tolerance can change the class.
     if same < len(images) or not max(difference, strange) <= TOLERANCE:
         familiarity = f", the familiarity by {strange:.1e}" if not head.familiar.is_empty else ""
         raise ImprintError(
@@ -377,7 +377,7 @@ def head_config(head: ImprintedHead, backbone: Backbone | None = None) -> dict[s
     config = json.loads(json.dumps(config, default=to_json_value))
     if backbone is None:
         return config
-    # Whoever embeds for this head has to know both, also where they are the usual ones.
+    # Always name layers and views, since users of the head have to embed in the same way.
     read = {"layers": backbone.layers or "last", "views": backbone.views}
     return config | {"backbone": backbone.source() | read}
 
@@ -422,17 +422,17 @@ def _seconds(run: Run, images: Sequence[Tensor]) -> list[float]:
 class Deployed(nn.Module):
     """uint8 `(B, 3, H, W)` → probabilities `(B, C)` float32 and classes `(B,)` int64.
 
-    The class is −1, "none of these", where the head has a threshold that is not reached. A head
-    that was fitted with `accept` has the familiarity `(B,)` float32 as a further output, and one
-    that was fitted with `coverage` the prediction sets `(B, C)` bool for this coverage.
+    The class is −1, "none of these", if the head has a threshold that is not reached. A head that
+    was fitted with `accept` also returns the familiarity `(B,)` float32, and one that was fitted
+    with `coverage` also returns the prediction sets `(B, C)` bool for this coverage.
 
     Args:
         backbone: has its own preprocessing. Its model is copied and runs in float32.
         head: a filled head; it is copied.
 
     Attributes:
-        outputs: the names of what `forward` returns.
-        bounds: `(C,)`, of the prediction sets, where there are any.
+        outputs: the names of the tensors that `forward` returns.
+        bounds: `(C,)`, the bounds of the prediction sets; only if the head has sets.
 
     Raises:
         ImprintError: the backbone does not read uint8 images, or the head is empty.

@@ -1,6 +1,6 @@
-"""Reads files that may be forged or cut short, and writes files that appear whole or not at all.
+"""Reads files that may be forged or cut short, and writes files that appear only when complete.
 
-What is read is checked before it is used, and never names code to run.
+Contents are checked before they are used, and can never name code to run.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def write_whole(path: str | Path, content: bytes, durable: bool = False) -> Path
 
 
 def sync(path: str | Path) -> None:
-    """Wait until the disk has what a file, or the names in a folder, are now."""
+    """Wait until the disk has the current content of a file, or the names in a folder."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -1,7 +1,7 @@
-"""What each proxy stands for: the training images nearest to it, and how many samples it has.
+"""Shows what each proxy stands for: its nearest training images and its number of samples.
 
-On a d-in-1 task it shows whether the proxies of a label stand for its original classes, and purity
-says how far they do.
+On a d-in-1 task the gallery shows whether the proxies of a label stand for its original classes;
+the purity measures this.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from imprint_pl.method.head import ImprintedHead
 from imprint_pl.parts.agg.distances import Mahalanobis, distances
 from imprint_pl.parts.agg.nearest import NearestProxies
 
-# What a picture can show: rows (proxies) of a class, and classes.
+# Most proxies of a class (rows), and most classes, in a picture.
 PROXIES_SHOWN = 5
 CLASSES_SHOWN = 20
 
@@ -41,8 +41,9 @@ class Proxy:
         label: its class.
         samples: how many training samples of the class are nearer to it than to the class's others.
         nearest: the index of each of the nearest samples, the nearest first.
-        original: the most frequent original class among its samples, and `share` its share of them;
-            `None` where nothing was merged, or where the proxy has no samples.
+        original: the most frequent original class among its samples; `None` if no classes were
+            merged, or the proxy has no samples.
+        share: the share of `original` among its samples; `None` likewise.
     """
 
     index: int
@@ -55,13 +56,14 @@ class Proxy:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Proxies in the order of classes, in each the one with the most samples first.
+    """The proxies of a head with their samples.
 
     Attributes:
-        proxies: all of them.
-        purity: the part of the samples whose proxy mostly stands for their own original class, from
-            0 to 1; `None` where nothing was merged.
-        chance: what one proxy a class would have: the share of each label's largest original class.
+        proxies: all proxies, class by class; within a class, the one with the most samples first.
+        purity: the share of samples whose original class is the most frequent one of their proxy,
+            from 0 to 1; `None` if no classes were merged.
+        chance: the purity of one proxy per class, which is the share of samples in the largest
+            original class of their label.
     """
 
     proxies: list[Proxy]
@@ -74,16 +76,16 @@ def proxy_gallery(
 ) -> Gallery:
     """Finds the training samples that each proxy stands for.
 
-    A sample belongs to that proxy of its own class which AGG finds nearest: the largest inner
-    product (plus bias) for max and logsumexp, the smallest distance for mnn. It is taken where the
-    head compares them, after NORM_inf: with several layers all of them count.
+    A sample belongs to the proxy of its own class that is nearest for AGG: the one with the largest
+    inner product (plus bias) for max and logsumexp, or the smallest distance for mnn. They are
+    compared after NORM_inf, as in the head; with several layers, all of them count.
 
     Args:
         head: filled.
         x: `(N, d)`, the training embeddings as they come from the backbone.
         y: `(N,)`, their labels.
         original: `(N,)`, their classes before any were merged.
-        images: how many of the nearest to name.
+        images: how many of the nearest samples to name.
 
     Raises:
         ImprintError: an empty head, or shapes that do not fit.
@@ -140,7 +142,7 @@ def _merges(y: Tensor, original: Tensor) -> bool:
 
 @torch.no_grad()
 def _scores(head: ImprintedHead, x: Tensor, own: Tensor) -> Tensor:
-    """Samples `(n, d)` → how near each of the proxies `own (p,)` is, `(n, p)`; larger is nearer."""
+    """Returns how near samples `(n, d)` are to proxies `own (p,)`, `(n, p)`; larger is nearer."""
     chunks = []
     distance = _distance(head)
     metric = Mahalanobis(head.proxies.detach()) if distance == "mahalanobis" else None
@@ -169,16 +171,17 @@ def draw_gallery(
     classes: int = CLASSES_SHOWN,
     proxies: int = PROXIES_SHOWN,
 ) -> Path:
-    """Writes a PNG: a block a class, in it a row a proxy, the images nearest to it from the left.
+    """Writes a PNG with a block for each class and a row for each proxy; the images in a row start
+    with the nearest one.
 
     Args:
-        gallery: what `proxy_gallery` returned.
+        gallery: the result of `proxy_gallery`.
         dataset: the training images; `dataset.__getitems__(places)` gives images and labels.
         path: the PNG.
         class_names: C names.
         original_names: names of the classes before any were merged.
-        classes, proxies: how many classes, and proxies of each, to draw; those with the most
-            samples. What is left out is said.
+        classes, proxies: most classes, and most proxies of each, to draw; those with the most
+            samples are taken. The picture says how many are left out.
     """
     from matplotlib.figure import Figure
 
@@ -193,7 +196,7 @@ def draw_gallery(
         headline = "\n".join(wrapped(line, width - 0.2, 9) for line in said)
         top = 0.2 + height_of(headline, 9)
         height = top + side * len(rows) + 0.12 * len(blocks) + 0.1
-        # A picture has at most 65,535 pixels a side.
+        # Matplotlib allows at most 65,535 pixels in each direction.
         figure = Figure(figsize=(width, height), dpi=min(120, 60000 / height))
         figure.text(0.1 / width, 1 - 0.12 / height, headline, va="top", fontsize=9)
         lower = height - top
@@ -240,7 +243,7 @@ def _headline(gallery: Gallery, classes: int) -> list[str]:
 
 
 def _original_of(proxy: Proxy, names: list[str] | None) -> str | int | None:
-    """The name of its most frequent original class, or the number where there are no names."""
+    """Returns the name of a proxy's most frequent original class, or its number without names."""
     return names[proxy.original] if names and proxy.original is not None else proxy.original
 
 
@@ -252,8 +255,8 @@ def _pixels(image: Tensor) -> np.ndarray:
 def rows_of(
     gallery: Gallery, class_names: list[str], original_names: list[str] | None = None
 ) -> list[dict[str, Any]]:
-    """A row for each proxy: `proxy, class, samples, nearest`, and `original, share` where classes
-    were merged."""
+    """Returns a row for each proxy: `proxy, class, samples, nearest`, and, if classes were merged,
+    `original, share`."""
     rows = []
     for proxy in gallery.proxies:
         row: dict[str, Any] = {
@@ -272,16 +275,18 @@ def rows_of(
 class ImprintGallery(Callback):
     """Writes `gallery.png` and `gallery.csv` into the run's folder when a fit ends.
 
-    The training images go through the backbone once more, on rank 0: the module has dropped their
-    embeddings by then. With an embedding cache that is read, not computed.
+    The training images are embedded once more, on rank 0, since the module no longer has their
+    embeddings. With an embedding cache they are read from it.
 
     Args:
-        images: where the pictures come from, a data module of `imprint_pl.data`; needed where the
-            Trainer's has embeddings. The Trainer's own by default.
-        folder: the files are written into it; the run's folder by default.
+        images: a data module of `imprint_pl.data` that the pictures come from; needed if the
+            Trainer's own has embeddings. Default: the Trainer's own.
+        folder: the folder for the files. Default: the run's folder.
 
     Attributes:
-        gallery: after the fit, what was drawn; `path` the PNG, `rows` those of the CSV.
+        gallery: the `Gallery`, after the fit.
+        path: the PNG, after the fit.
+        rows: the rows of the CSV, after the fit.
     """
 
     def __init__(self, images: ImageDataModule | None = None, folder: str | None = None) -> None:
@@ -318,7 +323,7 @@ class ImprintGallery(Callback):
             writer.writerows(self.rows)
 
     def _data_and_images(self, trainer: Trainer) -> tuple[ImageDataModule, ImageDataModule]:
-        """The Trainer's data, which is embedded, and the data that the pictures come from."""
+        """Returns the Trainer's data, to be embedded, and the data that the pictures come from."""
         data = getattr(trainer, "datamodule", None)
         images = self.images or data
         for one in (data, images):
@@ -331,10 +336,10 @@ class ImprintGallery(Callback):
 
 
 def _embedded(trainer: Trainer, module: Any, data: ImageDataModule) -> tuple[Tensor, Tensor]:
-    """The training set in its order, `(N, d)` and `(N,)`."""
+    """Returns the embeddings `(N, d)` and labels `(N,)` of the training set, in its order."""
     training = module.training
     module.eval()
-    # The Trainer's own loader deals each rank a part under DDP.
+    # Make a new loader, since under DDP the Trainer's own one gives each rank only a part.
     loader, transfer = data.loader(data.train_dataset), transfer_of(trainer, module, data)
     with trainer.precision_plugin.forward_context():
         x, y = embed_loader(module.embed, loader, transfer=transfer)

@@ -1,5 +1,5 @@
-"""The processes (ranks) of a run: rank 0, which has the embeddings, computes; it sends each rank a
-share of the classes and gets back their proxies, and every rank gets the result.
+"""Shares work among the processes (ranks) of a run. Rank 0 has the embeddings; it sends each rank a
+share of the classes and gets their proxies back. Every rank gets the result.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 
-# From a list of classes, a seed and whether to show a bar to the proxies of each class.
+# A function of the classes' embeddings, a seed and whether to show a bar; returns the proxies of
+# each class.
 OfClasses = Callable[[list[Tensor], int, bool], list[Tensor]]
 Result = TypeVar("Result")
 
-# Whether the other ranks wait for classes. Set around a call, not handed down through every
-# function in between.
+# Whether the other ranks wait for classes. A context variable saves an argument in every function
+# between `on_rank_zero` and `share`.
 _helped = ContextVar("helped", default=False)
-# Rows that travel between ranks at a time.
+# Rows that are sent between ranks at a time.
 CHUNK = 8192
 
 
 class _Job(NamedTuple):
-    """What `share` asks of the other ranks: `sizes` has the classes' sizes for each rank."""
+    """A job for the other ranks from `share`; `sizes` has the classes' sizes for each rank."""
 
     of_classes: OfClasses
     seed: int
@@ -44,16 +45,20 @@ def on_rank_zero(
 ) -> Result:
     """Runs `function()` on rank 0; every rank returns its result, or raises its error.
 
-    Meanwhile the other ranks compute what `share` deals out. With one process it is a plain call.
+    Meanwhile the other ranks do the work that `share` sends them. With one process it is a plain
+    call.
 
     Args:
         function: called on rank 0 alone.
-        for_others: makes of the result what the other ranks return; called where there are any. It
-            is pickled, so that its tensors must be on the CPU.
+        for_others: turns the result into the one that the other ranks return; only called if there
+            are other ranks. Its result is pickled, so its tensors must be on the CPU.
+
+    Returns:
+        The result of `function`, or on other ranks that of `for_others`.
 
     Raises:
-        ImprintError: raised by the function on rank 0; on all ranks.
-        RuntimeError: on the other ranks, where rank 0 raises any other exception.
+        ImprintError: on all ranks, if the function raises one on rank 0.
+        RuntimeError: on the other ranks, if rank 0 raises any other exception.
     """
     if ranks() == 1:
         return function()
@@ -79,21 +84,23 @@ def on_rank_zero(
 
 
 def share(of_classes: OfClasses, xs: list[Tensor], seed: int, progress: bool) -> list[Tensor]:
-    """`of_classes(xs, seed, progress)`; inside `on_rank_zero`, each rank takes a part of the
-    classes.
+    """Call `of_classes(xs, seed, progress)`; inside `on_rank_zero`, divide the classes among ranks.
 
     Args:
-        of_classes: gives one tensor `(p, d)` a class, which may not depend on the other classes.
+        of_classes: returns one tensor `(p, d)` per class, which must not depend on other classes.
             It is pickled, and so are its errors.
         xs: embeddings `(n, d)` of each class.
         seed, progress: passed on; a bar is shown for the share of rank 0.
+
+    Returns:
+        One tensor `(p, d)` per class.
 
     Raises:
         ImprintError: raised by any of the ranks.
     """
     if not _helped.get() or len(xs) < 2:
         return of_classes(xs, seed, progress)
-    # The large classes first, so that no rank has all of them.
+    # Assign the large classes first, so that no rank gets all of them.
     order = sorted(range(len(xs)), key=lambda i: -len(xs[i]))
     shares = [order[rank :: ranks()] for rank in range(ranks())]
     sizes = [[len(xs[i]) for i in share] for share in shares]
@@ -105,7 +112,7 @@ def share(of_classes: OfClasses, xs: list[Tensor], seed: int, progress: bool) ->
     try:
         own = of_classes([xs[i] for i in shares[0]], seed, progress)
     finally:
-        # The others hand in what they have, even where this rank failed.
+        # Collect the results of the other ranks even if this rank failed.
         dist.gather_object([], results)
     results[0] = own
     proxies = list(xs)
@@ -118,7 +125,7 @@ def share(of_classes: OfClasses, xs: list[Tensor], seed: int, progress: bool) ->
 
 
 def _work_on(job: _Job) -> None:
-    """Computes this rank's classes of a job, and hands in their proxies, or an error."""
+    """Computes this rank's classes of a job, and sends their proxies, or an error, to rank 0."""
     sizes = job.sizes[dist.get_rank()]
     results: list[Tensor] | ImprintError = []
     if sizes:
@@ -133,27 +140,32 @@ def _work_on(job: _Job) -> None:
 
 
 def _broadcast(message: Any = None) -> Any:
-    """The message of rank 0, on every rank."""
+    """Return the message of rank 0 on every rank."""
     told = [message]
     dist.broadcast_object_list(told, 0)
     return told[0]
 
 
 def ranks() -> int:
-    """How many processes there are."""
+    """Return how many processes there are."""
     there = dist.is_available() and dist.is_initialized()
     return dist.get_world_size() if there else 1
 
 
 def travelling_device() -> torch.device:
-    """The device that tensors are on while they go from rank to rank."""
+    """Return the device that tensors must be on to be sent from rank to rank."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 def gather_rows(rows: Tensor, empty: Callable[..., Tensor] = torch.empty) -> Tensor | None:
-    """Row j of rank r becomes row j · ranks + r on rank 0; `None` on the others.
+    """Gather the rows of all ranks on rank 0: row j of rank r becomes row j · ranks + r.
 
-    Ranks may hold different numbers of rows. `empty` makes the tensor for all of them.
+    Args:
+        rows: the rows of this rank, `(n, …)`; n may differ between ranks.
+        empty: makes the tensor for all rows.
+
+    Returns:
+        The rows of all ranks on rank 0; `None` on the other ranks.
     """
     if ranks() == 1:
         return rows
@@ -183,8 +195,10 @@ def gather_rows(rows: Tensor, empty: Callable[..., Tensor] = torch.empty) -> Ten
 
 
 def concatenate(chunks: list[Tensor]) -> Tensor:
-    """The chunks as `torch.cat` gives them; empties the list, and frees each chunk once it is
-    copied, so that the peak of memory is one copy instead of two."""
+    """Concatenate chunks like `torch.cat`, and empty the list.
+
+    Each chunk is freed once it is copied, so the peak of memory is one copy instead of two.
+    """
     if not chunks:
         return torch.empty(0, 0)
     rows = torch.empty(sum(map(len, chunks)), *chunks[0].shape[1:], dtype=chunks[0].dtype)
@@ -198,11 +212,11 @@ def concatenate(chunks: list[Tensor]) -> Tensor:
 
 
 def positions_in_dataset(start: int, count: int) -> Tensor:
-    """The positions in the data set of the samples `start … start + count − 1` of this rank,
-    `(count,)`.
+    """Return the positions in the data set `(count,)` of the samples `start … start + count − 1` of
+    this rank.
 
-    Samples count in the order of the loader, dealt as `sampler_length` says; with one process,
-    positions are their numbers.
+    Samples are counted in the order of the rank's loader, whose sampler deals them as described in
+    `sampler_length`. With one process, positions are these numbers.
     """
     rank = dist.get_rank() if ranks() > 1 else 0
     return torch.arange(start, start + count) * ranks() + rank

@@ -1,7 +1,7 @@
-"""Is the data clean? Labels that are likely wrong, duplicates, unusual images, and a page of them.
+"""Audits a data set: finds labels that are likely wrong, duplicates and unusual images.
 
-`find.py` looks for them in a data set and its embeddings; `page.py` and `write.py` show what was
-found. Nothing is moved or deleted.
+`find.py` looks for them in a data set and its embeddings; `page.py` and `write.py` show the
+findings. Nothing is moved or deleted.
 """
 
 from imprint_pl.audit.find import Audit, audit

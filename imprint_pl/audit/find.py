@@ -1,4 +1,4 @@
-"""All that an audit finds in a data set, and the files that it proposes to leave out."""
+"""Runs an audit of a data set, and proposes files to leave out."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from imprint_pl.data.embeddings import EmbeddingDataModule
 from imprint_pl.data.splits import SplitDataset
 from imprint_pl.errors import ImprintError
 
-# Cosine, after the mean was taken off, from which two images are near duplicates. Copies that were
-# compressed again, cut by a twentieth or mirrored mostly lie above. One in a hundred of TrashNet's
-# photographs has a neighbour above it that is no copy, since many objects are shown twice.
+# Two images are near duplicates from this cosine on, computed after subtracting the mean. Copies
+# that were compressed again, cropped by a twentieth or mirrored are mostly above it. One in a
+# hundred of TrashNet's photographs has a neighbour above it that is no copy, since many objects are
+# shown twice.
 NEAR = 0.93
-# A label is left out where heads that have not seen its image give it a lower probability: nine of
-# ten such labels were wrong where a twentieth had been flipped.
+# An image is left out if heads that have not seen it give its label a lower probability. In a test
+# in which a twentieth of the labels had been flipped, nine of ten such labels were wrong.
 SURELY_WRONG = 0.02
-# Of copies in several splits the one in the first of these stays: figures of a test stay
-# comparable.
+# The order in which splits keep one of several copies: the test split comes first, so that its
+# figures stay comparable.
 KEPT_FIRST = ("test", "val", "train")
 
 
@@ -37,11 +38,11 @@ class Samples(NamedTuple):
     Attributes:
         images: the data set of each split, by its name.
         split: the split of each sample.
-        place: its place there.
+        place: the index of each sample in its split.
         labels: `(N,)`.
-        names: its file below `root`, or as `train 17` where there are no files.
-        paths: its file; `None` where there are none.
-        root: folder of the files; empty without any.
+        names: the file of each sample below `root`, or a name such as `train 17` without files.
+        paths: the file of each sample; `None` without files.
+        root: folder of the files; empty without files.
     """
 
     images: dict[str, SplitDataset]
@@ -63,7 +64,7 @@ class Pair(NamedTuple):
 
 
 class Issue(NamedTuple):
-    """What is unusual about a sample: `kind` is "odd" (far from everything) or "unusual"."""
+    """An unusual sample; `kind` is "odd" (far from all others) or "unusual" (by its format)."""
 
     sample: int
     kind: str
@@ -72,12 +73,12 @@ class Issue(NamedTuple):
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit has found.
+    """The findings of an audit.
 
     Attributes:
         class_names: C names.
-        samples: all that were looked at.
-        scores: of their labels; `None` where no label can be checked.
+        samples: all samples that were checked.
+        scores: the scores of their labels; `None` if no label can be checked.
         pairs: identical and near images: first those with two labels, then those in two splits.
         near_left_out: how many further pairs there are.
         issues: the unusual images.
@@ -95,7 +96,7 @@ class Audit:
     warnings: list[str] = field(default_factory=list)
 
     def label(self, sample: int) -> str:
-        """The name of a sample's class."""
+        """Returns the name of a sample's class."""
         return self.class_names[int(self.samples.labels[sample])]
 
     def is_contradiction(self, pair: Pair) -> bool:
@@ -107,11 +108,14 @@ class Audit:
         return self.samples.split[pair.a] != self.samples.split[pair.b]
 
     def leave_out(self) -> list[tuple[str, str]]:
-        """Files that spoil a fit or its figures, and why: what `ImageFolder(exclude=…)` takes.
+        """Returns the files that harm a fit or its figures, and why; for `ImageFolder(exclude=…)`.
 
-        These are files that cannot be read, blank images, labels of which the heads are sure that
-        they are wrong, all identical images with different labels, and all but one of other
-        identical images. Near duplicates and odd images are for a person to judge.
+        These are files that cannot be read, blank images, images whose labels are almost certainly
+        wrong, all identical images with different labels, and all but one of other identical
+        images. Near duplicates and odd images are left for a person to judge.
+
+        Raises:
+            ImprintError: the data set has no files.
         """
         samples, reasons = self.samples, dict[str, str]()
         if samples.paths is None:
@@ -147,13 +151,13 @@ class Audit:
         return list(reasons.items())
 
     def _identical(self) -> list[list[int]]:
-        """Groups of samples that are identical."""
+        """Returns the groups of identical samples."""
         group_of: dict[int, int] = {}
         groups: dict[int, list[int]] = {}
         for pair in self.pairs:
             if pair.kind == "near":
                 continue
-            # The pairs of a group all begin with its first sample.
+            # All pairs of a group start with its first sample.
             first = group_of.setdefault(pair.a, pair.a)
             groups.setdefault(first, [pair.a]).append(pair.b)
         return list(groups.values())
@@ -171,17 +175,20 @@ def audit(
 ) -> Audit:
     """Looks for wrong labels, duplicates and unusual images in all splits of a data set.
 
-    Nothing is changed. The splits are judged together: each sample's label by heads that are made
+    Nothing is changed. All splits are checked together: each label is scored by heads that are made
     of other samples of all splits.
 
     Args:
         images: the data set.
-        embeddings: the same, as `embed(backbone, images, …)` returns it.
-        recipe: of the heads that judge labels.
+        embeddings: its embeddings, as `embed(backbone, images, …)` returns them.
+        recipe: the recipe of the heads that score labels.
         near: smallest cosine of near duplicates.
         seed: fixes the folds.
-        device: where embeddings are compared.
+        device: the device on which embeddings are compared.
         progress: show bars on stderr.
+
+    Returns:
+        The findings.
 
     Raises:
         ImprintError: `near` is no cosine, or the two data sets differ.
@@ -261,7 +268,7 @@ def _samples(images: ImageDataModule) -> Samples:
     splits: dict[str, SplitDataset] = {}
     for name in ("train", "val", "test"):
         dataset = getattr(images, f"{name}_dataset")
-        # Validation may be the test split.
+        # The validation split may be the test split; do not add it twice.
         if name != "val" or dataset is not images.test_dataset:
             splits[name] = dataset
     split = [name for name, dataset in splits.items() for _ in range(len(dataset))]
@@ -289,11 +296,11 @@ def _rows(embeddings: EmbeddingDataModule, split: str) -> Tensor:
 
 
 def _first_of(facts: Sequence[ImageFacts | None]) -> list[int]:
-    """For each image the first that has the same bytes."""
+    """Returns, for each image, the first image with the same bytes."""
     first: dict[bytes, int] = {}
     return [i if fact is None else first.setdefault(fact.digest, i) for i, fact in enumerate(facts)]
 
 
 def _identical(facts: Sequence[ImageFacts | None]) -> list[Pair]:
-    """The first image of each group of equal bytes, with each of the others."""
+    """Returns pairs of the first image of each group of equal bytes with each of the others."""
     return [Pair(a, b, "identical", 1.0) for b, a in enumerate(_first_of(facts)) if a != b]

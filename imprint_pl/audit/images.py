@@ -19,27 +19,29 @@ from imprint_pl.data.image_files import ImageFileLoader
 from imprint_pl.data.splits import SplitDataset
 from imprint_pl.errors import ImprintError
 
-# A photograph is decoded at about this many pixels a side to see whether it is blank.
+# Photographs are decoded with about this many pixels per side to see whether they are blank.
 SMALL = 64
-# Standard deviation of the pixels, of 255, below which an image shows nothing.
+# An image is blank if the standard deviation of its pixels is below this, on the scale of 255.
 BLANK = 3.0
-# Shorter side in pixels below which an image is tiny, where the others are four times as large.
+# An image is tiny if its shorter side is below the first number, in pixels, and that of the usual
+# image is at least the second number times as long.
 TINY, TIMES = 32, 4
-# Longer side over shorter side from which an image is a strip, where the others are half as long.
+# An image is a strip if its longer side is at least this many times the shorter one, and the usual
+# image has at most half of this ratio.
 STRIP = 4.0
-# A mode that fewer of the images have is unusual.
+# A mode is unusual if a smaller share of the images has it.
 RARE = 0.02
 MODES = {1: "grey", 2: "grey with alpha", 3: "RGB", 4: "RGB with alpha"}
 
 
 class ImageFacts(NamedTuple):
-    """What is known of an image.
+    """Facts about an image.
 
     Attributes:
         width, height: in pixels, as stored.
-        mode: Pillow's name of its channels, or ours where the image lies in memory.
-        spread: standard deviation of its pixels, of 255.
-        digest: hash of the file's bytes, or of the pixels where there is no file.
+        mode: Pillow's name of its channels, or ours if the image is in memory.
+        spread: standard deviation of its pixels, on the scale of 255.
+        digest: hash of the file's bytes, or of the pixels without a file.
     """
 
     width: int
@@ -50,7 +52,7 @@ class ImageFacts(NamedTuple):
 
 
 class _Facts(Dataset):
-    """The facts of image files, read in workers; `None` for a file that cannot be read."""
+    """The facts of image files, to be read in workers; `None` for a file that cannot be read."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
@@ -119,20 +121,20 @@ def _of_pixels(image: Tensor) -> ImageFacts:
 
 
 def _spread(pixels: Tensor) -> float:
-    # Without alpha: a blank picture may have a shape cut out of it.
+    # Ignore alpha, since a blank picture may have a transparent shape in it.
     colours = pixels[: 1 if len(pixels) < 3 else 3]
-    # Over the area, not over the channels: an image of one colour is blank.
+    # Take the deviation over the area, not over the channels: an image of one colour is blank.
     return colours.float().flatten(1).std(1, correction=0).max().item()
 
 
 def unusual(facts: Sequence[ImageFacts | None]) -> dict[int, str]:
-    """Says what is unusual about an image: blank, tiny, a strip, or of a mode that few have.
+    """Finds unusual images: blank, tiny, a strip, or of a mode that few images have.
 
     Args:
-        facts: of all images.
+        facts: the facts of all images.
 
     Returns:
-        What is unusual, by the image's place.
+        The reason, by the index of the image.
     """
     known = [fact for fact in facts if fact is not None]
     if not known:

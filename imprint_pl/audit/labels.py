@@ -1,4 +1,4 @@
-"""Which labels of a data set are likely wrong: what heads that have not seen a sample say of it."""
+"""Finds labels that are likely wrong, by the scores of heads that have not seen the sample."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from imprint_pl.method.recipes import AUTO, Recipe, resolve
 from imprint_pl.numerics.order import in_order
 from imprint_pl.parts.gen.ridge import CHOICES
 
-# Parts of the samples that are held out, one after the other: many where a head without some
-# samples is cheap. Twenty find more wrong labels than five: the heads know more samples.
+# Number of folds without and with sums, where heads are cheap. Twenty folds find more wrong labels
+# than five, since each head has seen more samples.
 FOLDS, FOLDS_OF_SUMS = 5, 20
 
 
 class LabelScores(NamedTuple):
-    """What heads that have not seen a sample say of its label.
+    """The scores of labels, each by a head that has not seen the sample.
 
     Attributes:
-        given: `(N,)`, the probability of the label that the sample has; NaN where it was not
-            checked, as in a class of one sample.
-        likely: `(N,)` int64, the class with the highest probability; −1 where not checked.
-        probability: `(N,)`, of that class.
+        given: `(N,)`, the probability of the sample's label; NaN if it was not checked, as in a
+            class of one sample.
+        likely: `(N,)` int64, the class with the highest probability; −1 if not checked.
+        probability: `(N,)`, the probability of that class.
     """
 
     given: Tensor
@@ -37,13 +37,13 @@ class LabelScores(NamedTuple):
     probability: Tensor
 
     def ranking(self) -> Tensor:
-        """The checked samples `(n,)`, the most suspicious first."""
+        """Returns the indices `(n,)` of the checked samples, the most suspicious first."""
         checked_ones = (~self.given.isnan()).nonzero().flatten()
         return checked_ones[self.given[checked_ones].argsort(stable=True)]
 
     @property
     def doubted(self) -> Tensor:
-        """`(N,)` bool: another class than the label is likelier."""
+        """Returns `(N,)` bool, whether another class is more probable than the label."""
         return ~self.given.isnan() & (self.probability > self.given)
 
 
@@ -61,14 +61,14 @@ def label_scores(
 ) -> LabelScores:
     """Scores every label by a head that has not seen its sample.
 
-    Labels are ranked by the probability of the given label, after a temperature was fitted. Of the
-    rankings that were tried (also margin, margin of probabilities, and both relative to the class)
-    it finds most of the labels that were flipped on purpose.
+    Labels are ranked by the probability of the given label, after a temperature was fitted. This
+    ranking found the most deliberately flipped labels among those that were tried (also by margin,
+    margin of probabilities, and both relative to the class).
 
     Args:
         x: `(N, d)`, embeddings.
         y: `(N,)`, labels 0..C−1.
-        recipe: of the heads; "auto" stands for "kernel", which it mostly chooses.
+        recipe: the recipe of the heads; "auto" stands for "kernel", which it mostly chooses.
         num_classes: C; the largest label + 1 by default.
         layer_widths: widths of the layers that the embeddings have side by side.
         seed: fixes the folds.
@@ -102,7 +102,7 @@ def label_scores(
         raise ImprintError(
             "no class has two samples, so that no label can be checked by the others of its class"
         )
-    # Small enough for the scores of all classes to fit into memory.
+    # Limit the folds, so that the scores of all classes fit into memory.
     size = max(1, SCORES // C)
     held = [part for mask in masks for part in mask.nonzero().flatten().split(size)]
     if from_sums:
@@ -136,7 +136,8 @@ def label_scores(
             error = found.error or error
             continue
         waiting.append((fold.cpu(), found.scores.float().cpu()))
-        # Once enough scores are there for the temperature, each fold is finished at once.
+        # Collect folds until there are enough scores to fit the temperature; then finish each fold
+        # at once.
         if temperature is not None or sum(s.numel() for _, s in waiting) >= SCORES:
             finish()
     finish()

@@ -1,4 +1,4 @@
-"""Which embeddings are near to each other, and which are far from all: cosines in chunks."""
+"""Finds embeddings that are near to each other or far from all others, by cosines in chunks."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# Cosines in memory at a time: 2**22 of them take 16 MB.
+# Rows and columns of a chunk of cosines: 2**22 of them take 16 MB.
 ROWS, COLUMNS = 512, 8192
-# Pairs that are kept, those with the largest cosines.
+# Most pairs to keep, those with the largest cosines.
 MOST_PAIRS = 20_000
-# An image is as far from everything as from its fifth neighbour: a few copies of an odd image
-# do not make it usual.
+# How far an image is from all others is measured by its fifth neighbour, so that a few copies of an
+# odd image do not make it usual.
 NEIGHBOURS = 5
 
 
 class Neighbours(NamedTuple):
-    """What the cosines of all pairs say.
+    """Near pairs of samples, and how far each sample is from the others.
 
     Attributes:
-        pairs: `(P, 2)` int64, samples whose cosine is at least what was asked for, the smaller
-            index first; the largest cosines first.
-        cosines: `(P,)`, theirs.
-        total: how many pairs there are; P of them are kept.
-        fifth: `(N,)`, the cosine with the fifth nearest other sample (or the last there is).
+        pairs: `(P, 2)` int64, samples whose cosine is at least the requested one, the smaller index
+            first; the largest cosines come first.
+        cosines: `(P,)`, the cosines of these pairs.
+        total: how many such pairs there are, of which P are kept.
+        fifth: `(N,)`, the cosine with the fifth nearest other sample (or with the farthest one, if
+            there are fewer).
     """
 
     pairs: Tensor
@@ -36,10 +37,10 @@ class Neighbours(NamedTuple):
 
 @torch.no_grad()
 def neighbours(x: Tensor, least: float, progress: bool = False) -> Neighbours:
-    """Compares all embeddings with each other, after their mean was taken off.
+    """Compares all embeddings with each other, after subtracting their mean.
 
-    What all images share says nothing of a pair: without it two photographs of different things
-    are farther apart, and copies stay near.
+    Without the mean, which all images share, photographs of different things are farther apart,
+    while copies stay near.
 
     Args:
         x: `(N, d)`, embeddings.
@@ -84,10 +85,10 @@ def _largest(pairs: Tensor, cosines: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def far_from_everything(fifth: Tensor) -> Tensor:
-    """Samples `(n,)` that are far from everything, the farthest first.
+    """Returns the samples `(n,)` that are far from all others, the farthest first.
 
-    A sample is far where the distance 1 − cosine to its fifth neighbour lies above the upper
-    quartile by more than three times the distance between the quartiles (Tukey's outer fence).
+    A sample is far if the distance 1 − cosine to its fifth neighbour is above the upper quartile by
+    more than three times the interquartile range (Tukey's outer fence).
 
     Args:
         fifth: `(N,)`, as `neighbours` returns it.

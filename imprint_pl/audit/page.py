@@ -18,15 +18,15 @@ from imprint_pl.audit.labels import LabelScores
 from imprint_pl.drawing.page import Cell, Column, PageTable, cell, data_url, render
 from imprint_pl.errors import ImprintError, shown
 
-# How many pictures of each kind the page has; the CSVs have all.
+# Most pictures of each kind on the page; the CSVs have all findings.
 LABELS_SHOWN, PAIRS_SHOWN, ISSUES_SHOWN = 36, 30, 24
 ROWS_SHOWN = 300
-# Longest side of a picture in pixels, and the side up to which it is drawn in sharp squares.
+# Longest side of a picture in pixels, and the longest side up to which pixels are drawn as squares.
 SIDE, PIXELATED = 176, 48
 
 
 class Picture(NamedTuple):
-    """An image as the template takes it; `source` is empty where it cannot be read."""
+    """An image for the template; `source` is empty if it cannot be read."""
 
     source: str
     small: bool
@@ -45,7 +45,7 @@ class Doubt(NamedTuple):
 
 
 class Twins(NamedTuple):
-    """Two images that look the same, and what is wrong with that."""
+    """Two images that look the same, and why this is a problem."""
 
     a: Picture
     b: Picture
@@ -58,9 +58,9 @@ def audit_page(
     """Returns the page as HTML.
 
     Args:
-        found: what was found.
-        name: of the data set.
-        counts: images of each class in each split.
+        found: the findings.
+        name: the name of the data set.
+        counts: the number of images of each class in each split.
         progress: show a bar on stderr while the pictures are read.
     """
     scores = found.scores
@@ -106,7 +106,7 @@ def audit_page(
 
 
 def summary(found: Audit) -> list[str]:
-    """Says in a few sentences what was found, what matters most first, and what to do next."""
+    """Returns a few sentences with the findings, the most important first, and the next step."""
     sentences, sure = list[str](), list[int]()
     scores = found.scores
     contradictions = [p for p in found.pairs if found.is_contradiction(p) and p.kind != "near"]
@@ -169,7 +169,7 @@ def summary(found: Audit) -> list[str]:
 
 
 def _label(found: Audit, sample: int) -> str:
-    """The name of a sample's class, for people."""
+    """Returns the name of a sample's class, for people."""
     return shown(found.label(sample))
 
 
@@ -178,7 +178,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _percent(p: float) -> str:
-    # No label is certainly right, or wrong.
+    # Never show 0 or 100 %, since no label is certainly wrong or right.
     return f"{100 * p:.0f} %" if 0.01 <= p <= 0.99 else "< 1 %" if p < 0.01 else "> 99 %"
 
 
@@ -208,7 +208,7 @@ def _picture(found: Audit, sample: int) -> Picture:
         small = max(image.shape[1:]) <= PIXELATED
         source = _png(image) if small else _jpeg(image)
     except (ImprintError, OSError):
-        pass  # The file has gone since the audit began: its name still says which it was.
+        pass  # The file was removed during the audit: show its name without a picture.
     name = shown(samples.names[sample])
     return Picture(source, small, name, samples.split[sample], _label(found, sample))
 

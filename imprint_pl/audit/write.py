@@ -1,4 +1,4 @@
-"""Writes what an audit has found: four CSVs and the page."""
+"""Writes the findings of an audit: four CSVs and the page."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ def write_audit(found: Audit, folder: str | Path, name: str, progress: bool = Fa
     `labels.csv` has every checked label, the most suspicious first.
 
     Args:
-        found: what was found.
-        folder: the files are written into it; made where it does not exist.
-        name: of the data set, for the title.
+        found: the findings.
+        folder: the folder for the files; made if it does not exist.
+        name: the name of the data set, for the title.
         progress: show a bar on stderr while the pictures are read.
 
     Returns:
-        The page.
+        The path of the page.
+
+    Raises:
+        ImprintError: the folder cannot be written to.
     """
     folder = Path(folder)
     samples = found.samples
@@ -75,7 +78,7 @@ def write_audit(found: Audit, folder: str | Path, name: str, progress: bool = Fa
 
 
 def class_counts(found: Audit) -> dict[str, dict[str, int]]:
-    """How many images each class has in each split."""
+    """Returns how many images each class has in each split."""
     counts = {name: dict.fromkeys(found.samples.images, 0) for name in found.class_names}
     for i, split in enumerate(found.samples.split):
         counts[found.label(i)][split] += 1
@@ -83,6 +86,6 @@ def class_counts(found: Audit) -> dict[str, dict[str, int]]:
 
 
 def _write(path: Path, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
-    # A name that is not UTF-8 keeps its bytes, as in the CSV of predict.
+    # Keep the bytes of a name that is not UTF-8, as in the CSV of `predict`.
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([columns, *rows])

@@ -1,4 +1,4 @@
-"""What is typed: one file a command, what a command prints and what it leaves behind."""
+"""The command line: one file for each command, and what commands print and write."""
 
 from imprint_pl.cli.commands import main
 

@@ -5,7 +5,7 @@ from typing import Never
 
 from imprint_pl.errors import ImprintError
 
-# How a command line begins, as the help shows it.
+# The beginning of a command line in help texts.
 PROGRAM = "python -m imprint_pl"
 
 

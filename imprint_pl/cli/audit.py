@@ -41,7 +41,7 @@ def run(argv: list[str]) -> None:
 
 
 def _place_as_options(argv: list[str]) -> list[str]:
-    """Writes the place, the first argument, as options: that of a run as its configuration."""
+    """Replaces the first argument, a place, by options; a run is replaced by its configuration."""
     if not argv or argv[0].startswith("-"):
         return argv
     place, rest = Path(local_path(argv[0])), argv[1:]
@@ -54,7 +54,7 @@ def _place_as_options(argv: list[str]) -> list[str]:
         )
     if place.is_dir():
         return ["--config", str(place / "config.yaml"), *rest]
-    # A run has its checkpoints in a folder of their own.
+    # A checkpoint of a run may be in a subfolder of the run's folder.
     beside = [folder / "config.yaml" for folder in (place.parent, place.parent.parent)]
     configurations = [["--config", str(path)] for path in beside if path.is_file()]
     return [*(configurations[0] if configurations else []), "--ckpt_path", str(place), *rest]
@@ -86,7 +86,7 @@ class AuditCLI(ImprintCLI):
             raise ImprintError("audit works in one process: give --trainer.devices 1")
         images = self.datamodule
         if hasattr(images, "on_error"):
-            # The audit goes on after a file that cannot be read, and lists it.
+            # A file that cannot be read does not end the audit, but is listed.
             images.on_error = "skip"
         device = self.trainer.strategy.root_device
         with ExitStack() as stack:

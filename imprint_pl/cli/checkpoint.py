@@ -26,7 +26,11 @@ CHECKED = 200
 
 
 def run_on_file(argv: list[str]) -> None:
-    """Parses and runs one command."""
+    """Parses and runs one of the commands.
+
+    Args:
+        argv: the name of the command and its arguments.
+    """
     options = _parser().parse_args(argv)
     if not Path(options.checkpoint).is_file():
         raise ImprintError(f"{options.checkpoint}: there is no such file")
@@ -43,7 +47,7 @@ def run_on_file(argv: list[str]) -> None:
         data.setup()
         data.shrink_for(model.max_side, model.backbone.least_side)
         images, paths = data.predict_dataloader(), data.paths
-    # New files are named only where the others are.
+    # Keep the names of new files only if the state has names for the others.
     state = model.kept_state()
     named = isinstance(state, KeptRows) and bool(state.sources)
     sources = [str(path) for path in paths] if named else []
@@ -55,7 +59,8 @@ def run_on_file(argv: list[str]) -> None:
         model.remove_class(options.name, images)
     target = Path(options.output or options.checkpoint)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The head first: after a stop in between, the command can be run again, from the old state.
+    # Write the head first: if the process is stopped before the state is written, the command can
+    # be repeated with the old state.
     write_whole(target, with_head(read_checkpoint(options.checkpoint), model.head))
     model.save_state(target)
     state = model.kept_state()
@@ -75,16 +80,16 @@ def _export(model: ImprintedClassifier, options: argparse.Namespace) -> None:
     beside = Path(options.checkpoint).with_suffix("")
     path = Path(options.output or f"{beside}{suffix or '-head'}")
     if not suffix:
-        # A folder with the head alone: it takes no images, so there is nothing to compare.
+        # The head alone takes no images, so there is nothing to compare.
         export(model.backbone, model.head, path, options.format)
         print(f"{options.format}: {path}")
         return
     if path.is_dir():
         raise ImprintError(f"--output {path} is a folder: name a file in it")
-    # Before the export, which takes long: an image may be missing or damaged.
+    # Read the images before the export, which takes long: one may be missing or damaged.
     images = _images_to_check(options.images)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A file gets its name only after it was compared with the classifier and agrees.
+    # Move the file to its final name only after the comparison with the classifier succeeded.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="unfinished-") as folder:
         written = export(model.backbone, model.head, Path(folder, path.name), options.format)
         result = check(written, options.format, model.backbone, model.head, images, folder)
@@ -93,7 +98,7 @@ def _export(model: ImprintedClassifier, options: argparse.Namespace) -> None:
 
 
 def _images_to_check(places: list[str] | None) -> list[Tensor]:
-    """Reads the images of files and folders, or the test digits where none are given."""
+    """Reads the images of files and folders; without any, the test digits."""
     if not places:
         digits = Digits()
         digits.setup()
@@ -102,7 +107,7 @@ def _images_to_check(places: list[str] | None) -> list[Tensor]:
         files = ImageFiles(places, num_workers=0)
         files.setup()
         images = [files.predict_dataset[i] for i in range(min(CHECKED, len(files.paths)))]
-    # The file takes RGB only. Grey is repeated and alpha dropped, as Preprocess does it.
+    # The file takes only RGB, so repeat grey and drop alpha, as Preprocess does.
     colours = [image[: 1 if len(image) < 3 else 3] for image in images]
     return [image.expand(3, -1, -1).contiguous() for image in colours]
 

@@ -68,14 +68,15 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command.
 
     Args:
-        argv: the words of the command line after the program; those of this process by default.
+        argv: the arguments after the program's name. Default: those of this process.
 
     Returns:
         The exit status: 0, or 2 for a user's mistake.
     """
     own_process, argv = argv is None, sys.argv[1:] if argv is None else argv
     if hasattr(sys.stdout, "reconfigure"):
-        # A name that the terminal cannot show must not stop a command. Python sets stderr up so.
+        # A name that the terminal cannot show must not stop a command. Python's stderr already
+        # escapes such characters.
         sys.stdout.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
@@ -99,17 +100,17 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(mistake))
     finally:
         if own_process:
-            # Python would otherwise walk through all modules again and again while it ends.
+            # Otherwise Python would collect garbage in all modules several times at its end.
             gc.freeze()
     return 0
 
 
 @contextmanager
 def _without_collections() -> Iterator[None]:
-    """Imports without garbage collection, and keeps what was imported out of later collections.
+    """Imports without garbage collection, and excludes imported objects from later collections.
 
-    An import makes a million objects that stay. To look for garbage among them takes a third of the
-    time that the import of Lightning takes.
+    An import creates a million objects that stay. Garbage collection among them takes a third of
+    the time of importing Lightning.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -122,7 +123,7 @@ def _without_collections() -> Iterator[None]:
 
 
 def _command(argv: list[str]) -> tuple[Callable[[list[str]], None], list[str]]:
-    """Imports the function that runs a command, and returns it with the arguments that it takes."""
+    """Imports the function that runs a command, and returns it with its arguments."""
     if argv[0] == "report":
         from imprint_pl.cli.report import run
 
@@ -139,7 +140,7 @@ def _command(argv: list[str]) -> tuple[Callable[[list[str]], None], list[str]]:
         from imprint_pl.cli.checkpoint import run_on_file
 
         return run_on_file, argv
-    # Importing Lightning takes seconds, which `report` and `dashboard` do without.
+    # Import Lightning only here: it takes seconds, and `report` and `dashboard` do not need it.
     arguments = [_packaged_config(argument) for argument in argv]
     if argv[0] == "sweep":
         from imprint_pl.cli.sweep import run
@@ -160,7 +161,7 @@ def _command(argv: list[str]) -> tuple[Callable[[list[str]], None], list[str]]:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Prints warnings in one line, without the place in the code that they come from."""
+    """Prints warnings in one line, without their place in the code."""
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
@@ -170,7 +171,7 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _users_mistake(error: BaseException | None) -> ImprintError | None:
-    """Returns the user's mistake that an error was raised from, if there is one."""
+    """Returns the user's mistake that caused an error, if there is one."""
     # jsonargparse wraps what a constructor raises.
     while error is not None and not isinstance(error, ImprintError):
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -180,7 +181,7 @@ def _users_mistake(error: BaseException | None) -> ImprintError | None:
 
 
 def _as_shell(argument: str) -> str:
-    """Expands a path that no shell expands: `--data.root=~/photos`, or one in quotes."""
+    """Expands a path that shells do not expand, as in `--data.root=~/photos` or in quotes."""
     name, equals, value = argument.partition("=") if argument[:1] == "-" else ("", "", argument)
     if not value.startswith(("~", "$", "file://")):
         return argument
@@ -190,12 +191,12 @@ def _as_shell(argument: str) -> str:
 
 
 def _packaged_config(argument: str) -> str:
-    """Turns `configs/x.yaml` into the package's file where the current folder has none."""
+    """Turns `configs/x.yaml` into the package's file if the current folder has no such file."""
     name, equals, value = argument.rpartition("=")
     package = Path(__file__).parent.parent
     path = Path(value)
     if path.parts[:1] == ("configs",) and path.suffix == ".yaml" and not path.exists():
-        # A wheel has the configs inside the package, a source tree beside it.
+        # The configs are inside the package in a wheel, and beside it in a source tree.
         for folder in (package, package.parent):
             if (folder / path).is_file():
                 return f"{name}{equals}{folder / path}"
@@ -203,7 +204,7 @@ def _packaged_config(argument: str) -> str:
 
 
 def _fail(message: str) -> int:
-    # Every rank of a distributed run fails, and only one says why.
+    # All ranks of a distributed run fail; let only one print the reason.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
     return 2

@@ -1,4 +1,4 @@
-"""`compare`: which backbone is best for a data set; the options, and what is printed."""
+"""The command `compare`, which finds the best backbone for a data set: options and output."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run(argv: list[str]) -> None:
         if options[name] < 1:
             raise ImprintError(f"--{name} {options[name]}: give a number of at least 1")
     entry = _entry(parser.parse_args(argv, defaults=False)["data"])
-    # Here, not above: `--help` works where the packages of the extra `sweep` are missing.
+    # Import here, so that `--help` works without the packages of the extra `sweep`.
     from imprint_pl.experiments.compare import Question, compare
     from imprint_pl.experiments.compare.page import write_comparison
 
@@ -58,9 +58,9 @@ def run(argv: list[str]) -> None:
         results_dir=options["results_dir"],
         cache_dir=options["cache_dir"],
     )
-    # Without this, embedding logs a line for each batch of work.
+    # Otherwise embedding would log a line for each batch of work.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    # A data set is opened for each backbone: it warns of its files once.
+    # The data set is opened for each backbone; show its warnings only once.
     warnings.filterwarnings("once", category=UserWarning)
     try:
         found = compare(question)
@@ -100,7 +100,7 @@ def _parser() -> Parser:
 
 
 def _entry(data: Any) -> dict[str, Any]:
-    """The data set as a sweep's YAML has it, with the keywords that were given."""
+    """Returns the data set as an entry of a sweep's YAML, with the keywords that were given."""
     name = data["class_path"].rpartition(".")[2]
     if name not in DATA or name in UNFIT:
         known = ", ".join(name for name in DATA if name not in UNFIT)
@@ -110,7 +110,8 @@ def _entry(data: Any) -> dict[str, Any]:
 
 
 def _name(entry: dict[str, Any]) -> str:
-    """A name for the folder of results: that of the images' folder or table, or of the data set."""
+    """Returns a name for the folder of results: the name of the images' folder or table, or of the
+    data set."""
     place = entry.get("table") or entry.get("root")
     name = Path(str(place)).resolve().stem if place else entry["name"].lower()
     plain = re.sub(r"[^\w.-]+", "-", name)
@@ -121,7 +122,7 @@ def _print(found: Comparison) -> None:
     from imprint_pl.experiments.compare.choice import chosen_of, sentences
     from imprint_pl.experiments.compare.page import COLUMNS, cells
 
-    # The page has all columns; these fit a narrow screen beside a long name.
+    # Print only columns that fit a narrow screen beside a long name; the page has all.
     places = [i for i, name in enumerate(COLUMNS) if name not in NOT_PRINTED]
     names = [list(COLUMNS)[i] for i in places]
     sides: dict[str, Side] = {name: "right" if COLUMNS[name] else "left" for name in names}

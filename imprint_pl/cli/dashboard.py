@@ -1,4 +1,4 @@
-"""The command `dashboard`: what it takes and prints; `experiments/dashboard.py` does the work."""
+"""The command `dashboard`: options and output; `experiments/dashboard.py` does the work."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(argv: list[str]) -> None:
     given = parser.parse_args(argv)
     offline = given.offline or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
     if not offline:
-        # Imported before the login and the runs, so that a missing package is named at once.
+        # Import before the login and the runs, so that a missing package is reported at once.
         with needs("sweep", "dashboard"):
             import wandb_workspaces  # noqa: F401
     entity = None if offline else given.entity or _login()

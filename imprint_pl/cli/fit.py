@@ -61,9 +61,9 @@ def run(argv: list[str], cli: type[ImprintCLI] | None = None, description: str =
     """Runs one command.
 
     Args:
-        argv: its name and its arguments.
-        cli: runs a command that is none of `DESCRIPTIONS`, with the options of fit.
-        description: of that command.
+        argv: the name of the command and its arguments.
+        cli: the class that runs a command which is not in `DESCRIPTIONS`, with the options of fit.
+        description: the description of that command.
     """
     _quieten()
     command = argv[0]
@@ -83,7 +83,7 @@ def run(argv: list[str], cli: type[ImprintCLI] | None = None, description: str =
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "max_epochs": 1,
-                # The head is empty before the epoch, and nothing is trainable.
+                # Do not validate before the epoch, since the head is still empty.
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
             },
@@ -101,21 +101,21 @@ def run(argv: list[str], cli: type[ImprintCLI] | None = None, description: str =
         # Lightning would exit with status 0.
         raise ImprintError(f"SIGTERM has ended `{command}` before its end: run it again") from error
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # Lightning does so for nccl only. Threads of gloo that are still running when Python exits
-        # may abort it.
+        # Lightning does this for nccl only. Threads of gloo that still run when Python exits may
+        # abort the process.
         torch.distributed.destroy_process_group()
 
 
 class ImprintCLI(LightningCLI):
-    """Adds to LightningCLI: the run folder with its summary, files to predict, and a command line
-    that beats a checkpoint's hyperparameters."""
+    """LightningCLI with a run folder and summary, files to predict, and a command line that
+    overrides a checkpoint's hyperparameters."""
 
-    # What `instantiate_classes` makes, whose types LightningCLI leaves open.
+    # Set by `instantiate_classes`; LightningCLI does not declare the types.
     model: ImprintedClassifier
     datamodule: Any
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        # What users look for in --help comes first, the Trainer's many options last.
+        # In --help, show the model's options first and the Trainer's many options last.
         parser.add_lightning_class_args(self._model_class, "model")
         parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True)
         parser.add_lightning_class_args(self.trainer_class, "trainer")
@@ -212,12 +212,12 @@ class ImprintCLI(LightningCLI):
             raise ImprintError("on_error in a configuration belongs to the init_args of data")
         for config in (self.config, self.given):
             for key, value in config.items():
-                # A shell expands paths on the command line, and nobody those of a YAML file.
+                # A shell expands paths on the command line; those of a YAML file are expanded here.
                 if isinstance(value, str) and value.startswith(("~/", "$", "file://")):
                     config[key] = local_path(value)
 
     def _add_own_keywords(self, parts: dict[str, Any]) -> None:
-        """Makes the keywords of the user's own parts, named by their import paths, options."""
+        """Adds options for the keywords of the user's own parts, named by their import paths."""
         import_parts(parts)
         own = {n: kind for n, kind in keywords_of_parts(parts).items() if n not in KEYWORDS}
         for parser in self._subcommand_parsers.values():
@@ -235,14 +235,14 @@ class ImprintCLI(LightningCLI):
         path = self.config[command].get("ckpt_path")
         if not path:
             return
-        # LightningCLI lets the file's hyperparameters win; a user who types one means it.
+        # LightningCLI prefers the file's hyperparameters; here those that the user types win.
         given = dict(self.given[command].get("model") or {})
         try:
             saved = hyperparameters(read_checkpoint(path), given)
         except ImprintError as error:
             raise ImprintError(f"--ckpt_path {error}") from error
         options = {action.dest for action in self._subcommand_parsers[command]._actions}
-        # Without the keywords of a part that the user replaces.
+        # Leave out the keywords of a part that the user replaces.
         model = {n: v for n, v in saved.items() if f"model.{n}" in options} | given
         model = drop_unused(model.get("recipe"), model, kept=set(given))
         self.config = self.parser.parse_object({command: {"model": model}}, self.config)
@@ -250,8 +250,8 @@ class ImprintCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer", default={})
         logger = config.get("logger")
-        # A local CSV is always written, in addition to the loggers that are given. It comes first,
-        # so that its folder is the run's.
+        # Always write a local CSV, in addition to the given loggers. Its logger comes first, so
+        # that its folder is the run's folder.
         if logger is not False:
             given = logger if isinstance(logger, list) else [logger]
             loggers = [entry for entry in given if entry not in (None, True)]
@@ -287,12 +287,12 @@ class ImprintCLI(LightningCLI):
         if any(isinstance(entry, WandbLogger) for entry in kwargs.get("logger") or []):
             self.results = WandbResults()
             callbacks.append(self.results)
-        # A fit's configuration may bring a Checkpoint to `test`, where it does nothing.
+        # A fit's configuration may also be given to `test`, where its Checkpoint does nothing.
         if not any(isinstance(callback, Checkpoint) for callback in callbacks):
             if self.subcommand != "fit":
                 kwargs["enable_checkpointing"] = False
             elif config.get("enable_checkpointing") is not False:
-                # Lightning's own name, epoch=0-step=1, says nothing here.
+                # Lightning's default name, epoch=0-step=1, is not helpful here.
                 callbacks.append(ModelCheckpoint(filename="imprinted"))
         kwargs["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
@@ -307,7 +307,7 @@ class ImprintCLI(LightningCLI):
                 f"--cache_dir with --trainer.precision {precision}, which changes the backbone's "
                 "weights only when the Trainer starts: give bf16-mixed, or --model.precision bf16"
             )
-        # On the device and in the precision in which the Trainer would embed.
+        # Embed on the device and in the precision of the Trainer.
         with (
             self.trainer.precision_plugin.forward_context(),
             within_budget(self.model.options.memory_budget),
@@ -379,7 +379,7 @@ class ImprintCLI(LightningCLI):
         if drawn and drawn.purity is not None:
             summary["purity"], summary["purity_of_one_proxy"] = drawn.purity, drawn.chance
         evaluated = {} if self.evaluation is None else self.evaluation.written
-        # The evaluation of a single loader has a richer table of the classes in the same place.
+        # Do not overwrite the evaluation's table of classes in this folder, which has more columns.
         in_folder = any(one.page.parent == folder for one in evaluated.values())
         write_summary(folder, summary, self.model, with_classes=not in_folder)
         if self.results is not None:
@@ -397,7 +397,7 @@ class ImprintCLI(LightningCLI):
         print(f"run: {folder}")
 
     def _say_unreadable(self, folder: Path | None = None) -> None:
-        """Lists the images that --on_error skip has left out; all of them in a file of the run."""
+        """Lists images that --on_error skip has left out; a file of the run lists all of them."""
         reasons = list(getattr(self.datamodule, "unreadable", {}).items())
         if not reasons:
             return
@@ -408,7 +408,7 @@ class ImprintCLI(LightningCLI):
             print(f"  and {len(reasons) - UNREADABLE_SHOWN} more")
         if folder is not None:
             path = folder / "skipped.csv"
-            # As in the CSV of predict, a name that is not UTF-8 keeps its bytes.
+            # As in the CSV of `predict`, keep the bytes of a name that is not UTF-8.
             with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 csv.writer(file).writerows([("file", "reason"), *reasons])
             print(f"skipped: {path}")
@@ -436,15 +436,16 @@ class EmbedCLI(ImprintCLI):
 
 
 def _in_run_folder(logger: Any, first: CSVLogger) -> Any:
-    """A TensorBoardLogger that was to write among the runs writes into the folder of this one,
-    which the first logger has; any other stays as it is."""
+    """Makes a TensorBoardLogger that would write into the folder of all runs write into the folder
+    of this run, which is that of the first logger; returns other loggers unchanged."""
     if not isinstance(logger, TensorBoardLogger) or logger.save_dir not in (RUNS, first.root_dir):
         return logger
     return TensorBoardLogger(first.log_dir, name="", version="")
 
 
 def _configurations_first(args: list[str]) -> list[str]:
-    """Options beat configurations wherever they stand; jsonargparse lets the last one win."""
+    """Moves configurations before options: jsonargparse lets the last value win, and options must
+    override configurations wherever they are."""
     first, left = args[:1], args[1:]
     rest: list[str] = []
     while left:
@@ -487,13 +488,13 @@ def _files_as_data(args: list[str]) -> list[str]:
                 f"{args[0]} --images takes one folder, with a folder for each class in it"
             )
         return [*before, "--data", "LabelledFolder", "--data.root", paths[0], *rest, *last]
-    # Not as ASCII: YAML does not know JSON's pairs of \u for an emoji.
+    # Do not escape to ASCII: YAML does not know JSON's surrogate pairs for an emoji.
     names = json.dumps(paths, ensure_ascii=False)
     return [*before, "--data", "ImageFiles", "--data.paths", names, *rest, *last]
 
 
 def _quieten() -> None:
-    """Hides what Lightning says on every run and nobody can act on."""
+    """Hides messages of Lightning that appear in every run and do not help users."""
     for message in (
         # Our data modules serve images from memory, or start workers themselves.
         ".*does not have many workers.*",

@@ -1,4 +1,4 @@
-"""The command line's parser: the data sets' short names, and a mistake in one line."""
+"""The command line's parser: short names of data sets, and errors of one line."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ DATA = {
 
 
 class Parser(LightningArgumentParser):
-    """Ends a wrong command line in one line with near names, instead of pages of usage.
+    """Reports a wrong command line in one line with similar names, instead of pages of usage.
 
-    A configuration may come from another command: options that only that command has are left out,
-    with a warning where they were set.
+    A configuration may come from another command. Options that only that command has are left out,
+    with a warning if they were set.
 
     Attributes:
         of_others: the options that only other commands have, with their defaults.
@@ -110,7 +110,7 @@ class Parser(LightningArgumentParser):
 
 
 def _without_unions(message: str) -> str:
-    """Shortens a message of jsonargparse to the type that was meant, without its alternatives."""
+    """Shortens a message of jsonargparse to the intended type, without the alternatives."""
     found = re.search(r"Errors:\n(.*?)\n\s*- Expected a <class 'NoneType'>", message, re.DOTALL)
     if not found:
         return message
@@ -158,12 +158,12 @@ set_loader("yaml", _load, (yaml.YAMLError,))
 
 
 def named_parts(args: list[str]) -> dict[str, Any]:
-    """The parts that a command line and its configurations name, by slot; the last one counts."""
+    """Returns the parts that a command line and its configurations name, by slot; the last wins."""
     found: dict[str, Any] = {}
-    # Options and their values are two words here.
+    # Split `--option=value` into two words.
     words = [word for a in args for word in (a.split("=", 1) if a.startswith("--") else [a])]
     for option, value in pairwise(words):
-        # What cannot be read is for the parser to complain of.
+        # Ignore files that cannot be read here; the parser reports them.
         with suppress(OSError, UnicodeError, yaml.YAMLError, TypeError, KeyError):
             if option in ("--config", "-c"):
                 model = dict(_load(Path(local_path(value)).read_text())["model"])

@@ -1,8 +1,8 @@
-"""What `predict` writes: the classes of each image with their probabilities, as CSV, JSON or JSON
-lines.
+"""Writes the output of `predict`: the classes of each image with their probabilities, as CSV, JSON
+or JSON lines.
 
 A file name that is not UTF-8 keeps its bytes in a CSV (read it with `errors="surrogateescape"`) and
-is written as `\\udc…` in JSON, so that the name that is read back opens the file.
+is written as `\\udc…` in JSON, so that the file can be opened by the name that is read back.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from imprint_pl.ranks import positions_in_dataset
 from imprint_pl.training_set.store import RowStore
 
 SUFFIXES = (".csv", ".json", ".jsonl")
-# Of so many images the terminal says each label, of more how many each class has, of at most so
-# many classes.
+# Up to `FEW` images the terminal shows each label. With more it shows the number of images of each
+# class, for at most `MOST_SAID` classes.
 FEW, MOST_SAID = 20, 30
-# Takes the place of a label where the image could not be read.
+# Replaces the label of an image that could not be read.
 SKIPPED = -2
 
 
 class PredictionWriter(Callback):
     """Writes a row for each image: file or index, label, class, score (the logit), probability.
 
-    A head that was fitted with `accept` adds the familiarity. Where the head has a threshold that
-    is not reached, the label is −1, the class "none of these" and the probability empty (null in
-    JSON); the score is still the best one. A single process
-    writes each batch at once; with several, the first writes all rows at the end.
+    For a head that was fitted with `accept` the rows also have the familiarity. If an image does
+    not reach the head's threshold, the label is −1, the class "none of these" and the probability
+    empty (null in JSON); the score is still the best one. A single process writes each batch at
+    once; with several, the first one writes all rows at the end.
 
     Args:
-        path: ends in .csv, .json (one list) or .jsonl (an object a line); `None` stands for
-            `predictions.csv` in the run's folder.
+        path: the output, which ends in .csv, .json (one list) or .jsonl (one object per line);
+            `None` stands for `predictions.csv` in the run's folder.
         top: how many classes to write for an image; those after the best are `class_2`,
             `probability_2`, ….
         sort_into: folder to copy the images into, a folder for each class; they must be files.
@@ -75,7 +75,7 @@ class PredictionWriter(Callback):
         self.sort_into = sort_into
         self.classes: Counter[str] = Counter()
         self._folders: ClassFolders | None = None
-        # Of few images, what the terminal says of each.
+        # The terminal's lines for each image, if there are few.
         self._lines: list[str] = []
         self.path = None if path is None else Path(path)
         self.top = top
@@ -119,7 +119,7 @@ class PredictionWriter(Callback):
         self._listening.callback(head.register_forward_hook(self._heard).remove)
 
     def _heard(self, head: ImprintedHead, inputs: Any, logits: Tensor) -> None:
-        # The logits that come back from the module do not say how familiar an image is.
+        # Compute the familiarity here, since it is not in the logits that the module returns.
         scores = logits / head.log_scale.exp()
         none = head.familiar.is_empty
         self._familiarity = None if none else head.familiarity(inputs[0], scores)
@@ -139,7 +139,7 @@ class PredictionWriter(Callback):
         head = _head_of(pl_module)
         known = self._familiarity
         if head.threshold is not None:
-            # Logits are scores over the temperature.
+            # Logits are scores divided by the temperature.
             scores = outputs / head.log_scale.exp()
             labels[head.decide(scores, known) == NONE] = NONE
         skipped = batch.get("skipped", {}) if isinstance(batch, dict) else {}
@@ -147,8 +147,8 @@ class PredictionWriter(Callback):
             labels[place] = SKIPPED
             self._reasons[int(positions_in_dataset(self._seen + int(place), 1))] = reason
         probabilities = outputs.softmax(1).gather(1, best.indices)
-        # Class indices are whole numbers below 2^24, exact in float32. The logit of a class without
-        # proxies is −∞, which the store does not take.
+        # Class indices are below 2^24 and therefore exact in float32. The logit of a class without
+        # proxies is −∞, which the store refuses.
         values = best.values.clamp(min=torch.finfo(torch.float32).min)
         more = [] if known is None else [known[:, None]]
         if self._bounds is not None:
@@ -157,7 +157,7 @@ class PredictionWriter(Callback):
             )
             more.append(sets.to(probabilities))
         row = torch.cat([best.indices.float(), values, probabilities, *more], 1)
-        # Nothing is written for a skipped file, and the store takes no NaN.
+        # The values of a skipped file are not written, but must not be NaN in the store.
         row[list(skipped)] = 0
         self._seen += len(labels)
         if trainer.world_size == 1:
@@ -188,7 +188,7 @@ class PredictionWriter(Callback):
             self._file = None
 
     def summary(self) -> str:
-        """Says what was written, and which files were skipped and why."""
+        """Returns a text about what was written, and which files were skipped and why."""
         lines = self._lines
         if self.count > FEW:
             lines = [f"  {n:>9,}  {shown(name)}" for name, n in self.classes.most_common(MOST_SAID)]
@@ -206,8 +206,8 @@ class PredictionWriter(Callback):
 
         Args:
             rows: `(B, 3 * top)`: the classes of the best logits, the logits, the probabilities;
-                then the familiarity and, of each class, whether it is in the set, where they are
-                written.
+                then, if they are written, the familiarity and for each class whether it is in the
+                prediction set.
             labels: `(B,)`, a class, `NONE` or `SKIPPED`.
             head: names the classes.
         """
@@ -230,8 +230,8 @@ class PredictionWriter(Callback):
                 "label": label,
                 "class": head.name_of(label),
                 "score": float(f"{scores[0]:.6g}"),
-                # The probability of "none of these" is unknown; that of the nearest class is
-                # another number.
+                # The probability of "none of these" is unknown; it is not that of the nearest
+                # class.
                 "probability": None if label == NONE else round(probabilities[0], 6),
             }
             if not head.familiar.is_empty:
@@ -240,7 +240,7 @@ class PredictionWriter(Callback):
                 inside = row[-head.num_classes :]
                 record["set"] = [head.name_of(c) for c, one in enumerate(inside) if one]
             for place in range(0 if label == NONE else 1, top) if self.top > 1 else []:
-                # Where no class is accepted, the nearest class comes second.
+                # If no class is accepted, the nearest class comes second.
                 at = place + 2 if label == NONE else place + 1
                 record[f"class_{at}"] = head.name_of(int(classes[place]))
                 record[f"probability_{at}"] = round(probabilities[place], 6)
@@ -256,14 +256,13 @@ class PredictionWriter(Callback):
 
 
 class PredictionFile:
-    """The output of `predict`, which appears when it is whole.
+    """The output of `predict`, which appears only when it is complete.
 
-    Records go into a temporary file beside it. After a failure the output that was there before is
-    still there.
+    Records are written to a temporary file beside it. After a failure an older output is unchanged.
 
     Args:
-        path: the output; its suffix says the format.
-        columns: of a CSV.
+        path: the output; its suffix decides on the format.
+        columns: the columns of a CSV.
 
     Raises:
         ImprintError: the output cannot be written.
@@ -276,7 +275,7 @@ class PredictionFile:
             raise ImprintError(f"output {shown(path)} is a folder: name a file in it")
         if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
             raise ImprintError(f"output {shown(path)} cannot be written: give another file")
-        # Where the output is a link, the file that it points to is replaced.
+        # If the output is a link, replace the file that it points to.
         self._target = Path(os.path.realpath(path))
         try:
             self._target.parent.mkdir(parents=True, exist_ok=True)
@@ -284,7 +283,8 @@ class PredictionFile:
                 ".unfinished", "predictions-", self._target.parent
             )
             os.close(number)
-            # Only its owner may read a temporary file; the output gets the usual permissions.
+            # Temporary files are readable for their owner only; give the output the usual
+            # permissions.
             mask = os.umask(0)
             os.umask(mask)
             os.chmod(self._temporary, 0o666 & ~mask)
@@ -293,7 +293,7 @@ class PredictionFile:
                 f"output {shown(path)} cannot be written ({error.strerror}): give a place "
                 "where you may write"
             ) from error
-        # JSON has its own way to write a byte that is not text: \udc….
+        # In JSON, bytes that are not UTF-8 are written as \udc….
         errors = "surrogateescape" if path.suffix == ".csv" else "backslashreplace"
         self._file = open(self._temporary, "w", newline="", encoding="utf-8", errors=errors)  # noqa: SIM115
         if path.suffix == ".json":
@@ -317,11 +317,11 @@ class PredictionFile:
         self._is_first = False
 
     def flush(self) -> None:
-        """Hands the records so far to the operating system."""
+        """Writes buffered records to the temporary file."""
         self._file.flush()
 
     def finish(self) -> None:
-        """Puts the file into its place."""
+        """Moves the complete file to its final place."""
         if self.path.suffix == ".json":
             self._file.write("\n]\n")
         self._file.close()
@@ -329,12 +329,12 @@ class PredictionFile:
 
     def discard(self) -> None:
         """Removes the unfinished file."""
-        # Closing writes what is left, which may be what failed.
+        # Closing writes the rest of the buffer, which may fail again.
         with suppress(OSError):
             self._file.close()
         Path(self._temporary).unlink(missing_ok=True)
 
 
 def _head_of(module: LightningModule) -> ImprintedHead:
-    """The head of the module that predicts: the command line has no other kind."""
+    """Returns the head of the module, which is always an `ImprintedClassifier` here."""
     return cast(ImprintedClassifier, module).head

@@ -1,4 +1,4 @@
-"""The command `report`: what it takes and prints; `experiments/report/` makes the files."""
+"""The command `report`: options and output; `experiments/report/` makes the files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(argv: list[str]) -> None:
         help="galleries of `fit --gallery` to show: PNGs, or folders of runs",
     )
     given = parser.parse_args(argv)
-    # Here, not above: `--help` works where the packages of the extra `sweep` are missing.
+    # Import here, so that `--help` works without the packages of the extra `sweep`.
     from imprint_pl.experiments.report import tables, write_report
     from imprint_pl.experiments.report.read import read_results
 

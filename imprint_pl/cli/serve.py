@@ -1,4 +1,4 @@
-"""`serve`: a checkpoint behind HTTP, with a page."""
+"""The command `serve`: serves a checkpoint over HTTP, with a page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from imprint_pl.errors import ImprintError, needs
 
 
 def run(argv: list[str]) -> None:
-    """Parses and runs the command."""
+    """Parses and runs the command.
+
+    Args:
+        argv: its arguments, without its name.
+    """
     given = _parser().parse_args(argv)
     if not Path(given.checkpoint).is_file():
         raise ImprintError(f"{given.checkpoint}: there is no such file")

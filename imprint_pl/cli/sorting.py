@@ -16,15 +16,16 @@ from imprint_pl.method.head import NONE_NAME
 
 
 class ClassFolders:
-    """A folder for each class, made when its first image comes.
+    """A folder for each class, which is made for the first image of the class.
 
     Args:
-        root: the folder of the folders.
-        class_names: of the head; what no folder can be called is replaced.
+        root: the folder of these folders.
+        class_names: the class names of the head; characters that a folder's name cannot have are
+            replaced.
 
     Attributes:
         copied: how many images were copied.
-        there: how many were there already, with the same content.
+        there: how many images existed already, with the same content.
     """
 
     def __init__(self, root: str | Path, class_names: Sequence[str]) -> None:
@@ -36,7 +37,8 @@ class ClassFolders:
         taken: set[str] = set()
         for name in (NONE_NAME, *class_names):
             folder = _folder_name(name)
-            # Two classes whose names become one, or differ in case alone, which some disks ignore.
+            # Add a number if the names of two classes become equal, or differ only in case, which
+            # some disks ignore.
             number = next(n for n in count(1) if _numbered(folder, n).casefold() not in taken)
             self._folders[name] = _numbered(folder, number)
             taken.add(self._folders[name].casefold())
@@ -44,11 +46,11 @@ class ClassFolders:
     def put(self, path: str, class_name: str) -> None:
         """Copies an image into the folder of a class.
 
-        A file of the same name stays: the image then gets a number, or is left where the two are
-        equal.
+        A file of the same name is never overwritten: the image gets a number, or is not copied if
+        the two files are equal.
 
         Raises:
-            ImprintError: it cannot be copied.
+            ImprintError: the image cannot be copied.
         """
         folder = self.root / self._folders[class_name]
         base, suffix = os.path.splitext(os.path.basename(path))
@@ -57,7 +59,7 @@ class ClassFolders:
             for number in count(1):
                 target = folder / f"{_numbered(base, number)}{suffix}"
                 try:
-                    # Made by us or not at all, so that no file is overwritten.
+                    # Create the file exclusively, so that no file is overwritten.
                     os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
                 except FileExistsError:
                     if target.is_file() and filecmp.cmp(path, target, shallow=False):
@@ -80,7 +82,7 @@ class ClassFolders:
 
 
 def _folder_name(name: str) -> str:
-    """The name of a class as that of a folder on any system: never a path, a dot or a device."""
+    """Turns a class name into a valid name of a folder on any system: no path, dot or device."""
     text = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", name).strip(" ").rstrip(".")[:100]
     if not text.strip(".") or re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", text):
         text = f"_{text}"

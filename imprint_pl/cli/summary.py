@@ -1,4 +1,4 @@
-"""What a command leaves behind: `summary.json`, `per_class.csv` and a table."""
+"""Writes and prints the results of a command: `summary.json`, `per_class.csv` and a table."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ DATA_PARAMETERS = (
     "batch_size",
 )
 BACKBONE_PARAMETERS = ("pretrained", "weights", "image_size", "precision")
-# More names of layers than these are not listed in the terminal.
+# Most names of layers that the terminal lists.
 LAYERS_SHOWN = 3
 MEASURED = ("accuracy", "balanced_accuracy", "macro_f1", "calibration_error")
-# What Lightning appends to the name of a figure when there are several loaders.
+# Lightning's suffix for the name of a figure if there are several loaders.
 OF_LOADER = "/dataloader_idx_"
 # How many of the weakest classes the terminal shows.
 WEAKEST = 3
-# What the callback `lightning.outsiders.Outsiders` logs.
+# The figures that the callback `lightning.outsiders.Outsiders` logs.
 OUTSIDERS = ("outsiders_auroc", "outsiders_fpr95", "accepted", "rejected")
 
 
@@ -45,7 +45,7 @@ class PerClass(NamedTuple):
 
     Attributes:
         columns: `label`, `class`, and `accuracy`, or a column for each of several loaders.
-        rows: a list for each class; an accuracy is `None` where the loader had no such sample.
+        rows: a list for each class; an accuracy is `None` if the loader had no sample of the class.
     """
 
     columns: list[str]
@@ -56,12 +56,12 @@ def summarise(trainer: Trainer, model: ImprintedClassifier, stage: str) -> dict[
     """Collects the figures and parameters of a finished command.
 
     Args:
-        trainer: has run the command.
+        trainer: the Trainer that ran the command.
         model: the classifier that it ran.
         stage: "val" after `fit` and `validate`, "test" after `test`.
 
     Returns:
-        Fractions and seconds by name; `None` where the command did not produce the figure. With
+        Fractions and seconds by name; `None` if the command did not produce the figure. With
         several loaders each has its own figures: `accuracy/dataloader_idx_0`, ….
     """
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -118,8 +118,15 @@ def _of_loaders(metrics: dict[str, float], stage: str) -> dict[str, float]:
 def write_summary(
     folder: Path, summary: dict[str, Any], model: ImprintedClassifier, with_classes: bool = True
 ) -> None:
-    """Writes `summary.json` and, `with_classes`, `per_class.csv` with each class's accuracy, a
-    column a loader."""
+    """Writes `summary.json` and perhaps `per_class.csv`.
+
+    Args:
+        folder: the folder for the files.
+        summary: the result of `summarise`.
+        model: the classifier.
+        with_classes: whether to write `per_class.csv`, with each class's accuracy in a column for
+            each loader.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     plain = {
         name: _json_number(value) if isinstance(value, float) else value
@@ -137,7 +144,7 @@ def write_summary(
 
 
 def per_class(model: ImprintedClassifier) -> PerClass | None:
-    """Returns each class's accuracy; `None` where nothing was measured."""
+    """Returns each class's accuracy; `None` if nothing was measured."""
     accuracies = model.class_accuracy
     if accuracies is None:
         return None
@@ -152,14 +159,14 @@ def per_class(model: ImprintedClassifier) -> PerClass | None:
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """Prints what `auto` tried, a line that says what was run, and a row of figures a loader."""
+    """Prints the candidates of `auto`, a line about the run, and a row of figures per loader."""
     if summary["tried"]:
         _print_tried(summary["tried"])
     loaders = [
         name.removeprefix("accuracy") for name in summary if name.startswith(f"accuracy{OF_LOADER}")
     ]
     rows = [_row(summary, suffix) for suffix in loaders or [""]]
-    # A column that is empty in all rows is left out.
+    # Leave out columns that are empty in all rows.
     columns: dict[str, Side] = {
         name: "left" if name in ("task", "recipe") else "right"
         for name in rows[0]
@@ -179,8 +186,8 @@ def print_weakest(measured: Measured, loader: str = "") -> None:
     """Prints the three weakest classes.
 
     Args:
-        measured: of a loader.
-        loader: its number, where there are several.
+        measured: the figures of a loader.
+        loader: the loader's number, if there are several.
     """
     weakest = [found for found in measured.weakest() if found.wrong][:WEAKEST]
     of = f" of loader {loader}" if loader else ""
@@ -193,7 +200,7 @@ def print_weakest(measured: Measured, loader: str = "") -> None:
 
 
 def _row(summary: dict[str, Any], suffix: str) -> dict[str, str | None]:
-    """The table's row for the only loader (`suffix` is empty) or for one of several."""
+    """Returns the table's row for the only loader (`suffix` is empty) or for one of several."""
     return {
         "task": summary["task"],
         "loader": suffix.removeprefix(OF_LOADER) or None,
@@ -280,7 +287,8 @@ def _layers(summary: dict[str, Any]) -> str:
 
 
 def _json_number(value: float) -> float | None:
-    # JSON has no NaN. Numbers below 1 keep six significant digits, so that a small λ is not 0.
+    # JSON has no NaN. Numbers below 1 keep six significant digits, so that a small λ does not
+    # become 0.
     if not math.isfinite(value):
         return None
     return round(value, 6) if abs(value) >= 1 else float(f"{value:.6g}")

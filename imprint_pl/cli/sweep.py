@@ -1,4 +1,4 @@
-"""`python -m imprint_pl sweep`: the options, what is printed before and after."""
+"""The command `sweep`: options and output."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def run(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if options.n_jobs == 0 or options.chunk_mb < 1:
         raise ImprintError("--n_jobs is not 0 (-1: all cores), --chunk_mb at least 1")
-    # Here, not above: `--help` works where the packages of the extra `sweep` are missing.
+    # Import here, so that `--help` works without the packages of the extra `sweep`.
     from imprint_pl.experiments.sweep import describe, read_sweep, sweep
 
     plan = read_sweep(options.config)
-    # Without this, embedding logs a line for each batch of work.
+    # Otherwise embedding would log a line for each batch of work.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     size = describe(plan, options.n_jobs)
     print(
@@ -91,13 +91,13 @@ def _print_best(table: pd.DataFrame) -> None:
     """Prints the best methods, by accuracy averaged over tasks, backbones and seeds."""
     from imprint_pl.experiments.results import COLUMNS, USUAL
 
-    # All keywords tell rows apart. Those of a user's own parts have further columns. The rarer
-    # keywords are shown only where rows differ in them.
+    # Methods differ in keywords, also those of users' own parts, which have further columns. Rare
+    # keywords are shown only if rows differ in them.
     wide = [n for n in USUAL if n in table]
     table = table.assign(**{n: table[n].fillna(USUAL[n]) for n in wide})
     more = {str(n) for n in table if n in KEYWORDS or n not in COLUMNS} - set(wide)
     keywords = [*SLOTS, *sorted(more - {*SLOTS, "weibull"})]
-    # `auto` chooses other parts on each task: they are left out, so that its rows are averaged.
+    # `auto` may choose other parts on each task. Ignore them, so that its rows are averaged.
     table = table.assign(**{n: table[n].mask(table["recipe"] == AUTO) for n in keywords})
     keywords = ["recipe", *keywords, *(n for n in ["weibull", *wide] if n in table)]
     usual = ["recipe", "norm_pre", "gen", "k", "norm_post", "norm_inf", "agg", "m", "distance"]

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-# Columns of a screen on which every table fits.
+# Screen width at which every table fits.
 WIDEST = 10_000
 Side = Literal["left", "right"]
 
@@ -24,10 +24,10 @@ def print_table(
     """Prints a table.
 
     Args:
-        columns: headers, and the side that their cells are aligned to.
-        rows: cells; `None` is an empty one.
-        title: stands above the table.
-        width: columns of the screen; those of the terminal by default.
+        columns: headers, and the side to which their cells are aligned.
+        rows: cells; `None` is an empty cell.
+        title: the title above the table.
+        width: screen width in characters; by default that of the terminal.
     """
     table = Table(box=box.ROUNDED, title=title)
     for name, side in columns.items():
@@ -38,6 +38,6 @@ def print_table(
     console = Console(markup=False, emoji=False, width=width)
     wide = console.options.update(width=WIDEST)
     if Measurement.get(console, wide, table).maximum > console.width:
-        # On a narrow screen, numbers would be broken into lines before their units.
+        # Save space on a narrow screen, where lines would break between a number and its unit.
         table.padding = (0, 0)
     console.print(table)

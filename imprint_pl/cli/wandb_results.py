@@ -1,5 +1,6 @@
-"""What a fit leaves in wandb besides its metrics: summary, tables of classes and predictions,
-confusion matrix, and the proxy gallery. The commands add this callback to a WandbLogger.
+"""Logs the results of a run to wandb besides its metrics: summary, tables of classes and
+predictions, confusion matrix, and the proxy gallery. The commands add this callback for a
+WandbLogger.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from imprint_pl.gallery import ImprintGallery
 from imprint_pl.lightning.evaluation import Evaluation
 from imprint_pl.lightning.predictions import PredictionKeeper
 
-# Largest number of classes of a confusion matrix: wandb stores a row for each cell, and nobody
-# could read a larger matrix.
+# Most classes of a confusion matrix: wandb stores a row for each cell, and a larger matrix could
+# not be read.
 MOST_CLASSES = 100
-# wandb cuts a longer table.
+# Most rows of a table; wandb truncates longer tables.
 MOST_PREDICTIONS = 10_000
 # Paths of this machine, which are not sent.
 KEPT_HERE = ("checkpoint", "weights")
@@ -62,16 +63,16 @@ class WandbResults(PredictionKeeper):
         """Logs what the run left behind.
 
         Args:
-            summary: what `summarise` returned; its figures become wandb's summary, the rest its
+            summary: the result of `summarise`; its figures become wandb's summary, the rest its
                 config. Paths of this machine are left out.
-            gallery: what each proxy stands for, logged as a table of numbers.
+            gallery: the proxy gallery, logged as a table of numbers.
             with_images: log the gallery's picture as well. Training images then leave this machine.
 
             evaluation: its page and its pictures of errors are logged, which hold images and names
                 of files.
 
         Raises:
-            ImprintError: the picture is wanted, and no gallery was drawn.
+            ImprintError: the picture is requested, but no gallery was drawn.
         """
         import wandb
 
@@ -109,16 +110,16 @@ class WandbResults(PredictionKeeper):
             tags = tags_of(summary, "backbone", "task", "recipe")
             run.tags = tuple(dict.fromkeys([*(run.tags or ()), *tags]))
             if logger._wandb_init.get("name") is None:
-                # As in a sweep's runs, instead of two words that wandb draws.
+                # Name the run as a sweep does, instead of by wandb's two random words.
                 run.name = " · ".join(str(summary[n]) for n in ("recipe", "backbone", "task"))
             run.log(tables)
             run.summary.update(figures)
 
 
 def _tables(found: Predictions, suffix: str) -> dict[str, Any]:
-    """The figures of each class, the confusion matrix and the predictions, as tables of wandb.
+    """Returns the figures of each class, the confusion matrix and the predictions as wandb tables.
 
-    Images have their numbers: the names of files stay on this machine.
+    Images are identified by their indices, so that names of files stay on this machine.
     """
     import wandb
 

@@ -1,7 +1,7 @@
 """Images for imprinting, as LightningDataModules: named sets, unions of them, image folders, tables
 of image files, data sets of the `datasets` library, image files; and embeddings.
 
-Every module hands out uint8 images at their native size and never asks which backbone reads them.
+Every module returns uint8 images at their native size, whatever backbone reads them.
 The extras of the base class (`class_names`, `task`, `sample_names`, ...) are conveniences: any
 other LightningDataModule works with the package too.
 """

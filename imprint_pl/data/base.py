@@ -153,7 +153,7 @@ class ImageDataModule(LightningDataModule):
         if self._is_set_up:
             return
         if self.trainer is None:
-            # Without a Trainer nobody else calls it, and calling setup alone should be enough.
+            # Without a Trainer nobody else calls it, and calling `setup` alone should be enough.
             self.prepare_data()
         splits = self.load()
         names = splits.class_names
@@ -202,7 +202,7 @@ class ImageDataModule(LightningDataModule):
         self._is_set_up = True
 
     def sample_of(self, splits: Splits, dataset: SplitDataset, positions: Tensor) -> Tensor:
-        """Return the positions in a split that `max_images` leaves.
+        """Return the positions in a split that remain under `max_images`.
 
         Args:
             splits: What `load` returned.

@@ -1,7 +1,7 @@
-"""What a Trainer does with a batch between loader and module, for passes without its loops.
+"""Calls a Trainer's batch hooks for passes over data outside of the Trainer's loops.
 
-A Trainer calls the batch hooks of the DataModule or of the module, and the hooks may use the
-Trainer.
+Between loader and module, a Trainer calls the batch hooks of the DataModule or of the module, and
+the hooks may use the Trainer.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import nn
 
 from imprint_pl.data.lightning_packages import both, overrides
 
-# What a Trainer calls for each batch, in this order.
+# The hooks that a Trainer calls for each batch, in this order.
 BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 def batch_hooks(module: nn.Module, data: Any) -> Callable[[Any, torch.device], Any]:
-    """Return a function that does with a batch what a Trainer does before the module sees it.
+    """Return a function that prepares a batch as a Trainer does before the module sees it.
 
     A hook of the DataModule takes precedence over the module's, as in a Trainer.
 
@@ -111,7 +111,7 @@ def _new_trainer() -> Trainer:
 def transfer_of(
     trainer: Trainer, pl_module: LightningModule, data: Any = None
 ) -> Callable[[Any], Any]:
-    """Return a function that does with a batch what a Trainer's loops do before the module sees it.
+    """Return a function that prepares a batch as a Trainer's loops do before the module sees it.
 
     Args:
         trainer: The Trainer, whose precision and device apply.

@@ -32,7 +32,7 @@ class Excluded:
             names = []
         elif isinstance(names, str | os.PathLike):
             names = read_names(local_path(names))
-        # A name without `..` and doubled slashes, so that two spellings of a path are one file.
+        # Normalise paths (`..`, doubled slashes), so that two spellings of a path are one file.
         self._names = {os.path.normpath(os.path.join(root, name)): name for name in names}
         self._found: set[str] = set()
         self._seen: list[str] = []
@@ -91,7 +91,7 @@ def read_names(path: str) -> list[str]:
 
 
 def write_names(path: str | os.PathLike, rows: Iterable[tuple[str, str]]) -> Path:
-    """Write a CSV that `read_names` takes.
+    """Write a CSV for `read_names`; return its path.
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""What the data say of their classes and embeddings before the first batch comes."""
+"""Facts about the data that are known before the first batch: classes and layers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from imprint_pl.numerics.labels import names_of
 
 
 class DataFacts:
-    """Names, number and sizes of the classes, and the layers in embeddings, as a DataModule gives
-    them; each is read once, when it is asked for, and `None` where the data do not say.
+    """Names, number and sizes of the classes, and the layers in embeddings, from a DataModule.
+
+    Each is read once, when it is first used, and is `None` if the data do not provide it.
 
     Args:
         data: a DataModule, or anything else.
-        loader: of its training samples, or anything else.
+        loader: the loader of its training samples, or anything else.
     """
 
     def __init__(self, data: Any, loader: Any = None) -> None:
@@ -50,8 +51,9 @@ class DataFacts:
 
 
 def names_of_dataset(dataset: Any) -> list[str] | None:
-    """The class names that a data set has as `classes`, as those of torchvision do; `None` where it
-    has none, or changes its labels.
+    """Return the class names from a data set's attribute `classes`, as in torchvision's data sets.
+
+    The result is `None` if the data set has no such names, or changes its labels.
 
     Args:
         dataset: a data set, or a `Subset` of one.
@@ -61,6 +63,6 @@ def names_of_dataset(dataset: Any) -> list[str] | None:
     names = getattr(dataset, "classes", None)
     if not isinstance(names, list | tuple) or getattr(dataset, "target_transform", None):
         return None
-    # Those of ImageNet are tuples of synonyms.
+    # The names of torchvision's ImageNet are tuples of synonyms.
     texts = [", ".join(map(str, name)) if isinstance(name, tuple) else name for name in names]
     return texts if texts and all(isinstance(name, str) for name in texts) else None

@@ -15,13 +15,14 @@ from imprint_pl.errors import ImprintError, shown
 from imprint_pl.files import local_path
 from imprint_pl.numerics.labels import composed
 
-# Folders that systems and programs put beside images: macOS's zips, NAS thumbnails, bins, Windows.
+# Folders that systems and programs put beside images: from macOS's zip files, thumbnails of network
+# storage, recycle bins, and Windows.
 NOT_OURS = (
     *("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "__pycache__"),
     "system volume information",
 )
 
-# Files that nobody takes for a picture: they are left out without a warning.
+# System files that are left out without a warning.
 LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
 
 COMPANIONS = (
@@ -110,7 +111,7 @@ def warn_of_left_out(left_out: dict[str, Counter]) -> None:
 
 
 def other_kinds(left_out: Counter) -> str:
-    """Return an error's addition where a folder holds only files of other kinds."""
+    """Return an addition to the error of a folder that holds only files of other kinds."""
     return f" that is read here ({_kinds(left_out)})" if left_out else ""
 
 

@@ -24,7 +24,7 @@ from imprint_pl.errors import ImprintError, did_you_mean, needs, shown
 from imprint_pl.files import local_path
 from imprint_pl.numerics.labels import warn_of_alike
 
-# Rows that are looked at together.
+# Rows that are read at a time.
 ROWS = 1000
 
 
@@ -156,7 +156,7 @@ class HuggingFace(ImageFolder):
         names = getattr(rows.features.get(column), "names", None)
         found: list[str | None] = []
         for given in chain.from_iterable(_batches(rows, column)):
-            # The hub writes -1 for labels that are kept secret.
+            # On the hub, -1 stands for labels that are not published.
             if names is not None:
                 known = given is not None and 0 <= given < len(names)
                 found.append(names[given] if known else None)
@@ -188,7 +188,7 @@ class EncodedImages(DecodedDataset):
             import datasets
         try:
             rows = rows.select_columns([column]).with_format(None)
-            # Bytes or a path, which `datasets` does not decode.
+            # Read bytes or paths, so that `datasets` does not decode the images.
             rows = rows.cast_column(column, datasets.Image(decode=False))
         # pyarrow and datasets raise errors of many kinds.
         except Exception as error:
@@ -221,7 +221,7 @@ class EncodedImages(DecodedDataset):
         return selected
 
     def check(self, faults: Faults, first: dict[str, str]) -> None:
-        """Note rows without an image, files that do not exist, and files that stand there twice.
+        """Note rows without an image, files that do not exist, and files that are listed twice.
 
         Args:
             faults: Gets the rows.
@@ -250,7 +250,7 @@ class EncodedImages(DecodedDataset):
                 status = os.stat(encoded["path"])
                 digest.update(f"{status.st_size}\0{status.st_mtime_ns}\n".encode())
             else:
-                # The hash of a hash: the border between two images counts.
+                # Hash each image first, so that moving bytes between two images changes the result.
                 digest.update(hashlib.sha256(encoded["bytes"]).digest())
         return digest.hexdigest()
 

@@ -103,7 +103,7 @@ class DecodedDataset(SplitDataset):
         """Return a copy for `select`, with other labels."""
         selected = copy.copy(self)
         selected.labels, selected.has_labels, selected.on_error = labels, True, "fail"
-        # They belong to all samples.
+        # The original labels are those of all samples, so the copy must not keep them.
         selected.__dict__.pop("original_labels", None)
         return selected
 

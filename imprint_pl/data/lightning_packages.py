@@ -37,17 +37,17 @@ def both(*classes: type) -> tuple[type, ...]:
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """A Trainer's callbacks, which Lightning adds to it where type checkers do not look."""
+    """Return a Trainer's callbacks, an attribute that type checkers do not know."""
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def is_fast_dev_run(trainer: Trainer) -> bool:
-    """Whether a Trainer runs a few batches on trial, added to it likewise."""
+    """Return whether a Trainer has `fast_dev_run` set, an attribute unknown to type checkers."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def averaging_callbacks(trainer: Trainer) -> list[Callback]:
-    """Those of a Trainer's callbacks that keep a copy of the module, and average its weights."""
+    """Return a Trainer's callbacks that keep a copy of the module with averaged weights."""
     kinds = both(WeightAveraging, StochasticWeightAveraging)
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, kinds)]
 
@@ -59,5 +59,5 @@ def overrides(method: str, owner: Any) -> bool:
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Returns the folder that a run writes into. Every rank must call this: it is a broadcast."""
+    """Return the folder that a run writes into. Every rank must call this: it is a broadcast."""
     return Path(trainer.log_dir or trainer.default_root_dir)

@@ -23,7 +23,7 @@ from imprint_pl.errors import ImprintError, did_you_mean, needs, shown
 from imprint_pl.files import local_path
 from imprint_pl.numerics.labels import composed, warn_of_alike
 
-# What may separate the cells of a line.
+# Characters that may separate the cells of a line.
 DELIMITERS = ",;\t|"
 PARQUET = (".parquet", ".pq")
 SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
@@ -36,7 +36,7 @@ class CSV(ImageFolder):
     Parquet file. Without a column of splits, `test_fraction` of each class is held out as
     validation and test, the same images whatever the order of the rows. The labels of the training
     images, sorted as text, are the classes. All rows that cannot be used are named at once: files
-    that do not exist, empty labels, files that stand there twice, unknown splits.
+    that do not exist, empty labels, files that are listed twice, unknown splits.
 
     Args:
         table: The table.
@@ -71,7 +71,8 @@ class CSV(ImageFolder):
         paths = {row: os.path.join(self.root, row.name) for row in rows}
         kept = set(self._excluded.without(paths.values()))
         self._excluded.check_all_found()
-        # Draws depend on the order, and must be those of the same images in folders.
+        # Random draws depend on the order. Sort the files so that the draws are the same as for
+        # these images in folders.
         rows = sorted((r for r in rows if paths[r] in kept), key=lambda row: _as_found(row.name))
         of_split = {split: [row for row in rows if row.split == split] for split in SPLIT_NAMES}
         if not of_split["train"]:
@@ -214,7 +215,7 @@ def _csv_cells(path: str, columns: Any) -> Iterator[Cells]:
     # Bytes of a file name that are not UTF-8 stay as they are.
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         header = file.readline()
-        # The header says what separates cells.
+        # Take the delimiter that is most frequent in the header.
         delimiter = max(DELIMITERS, key=header.count)
         file.seek(0)
         reader = csv.reader(file, delimiter=delimiter)
@@ -250,13 +251,13 @@ def _parquet_cells(path: str, columns: Any) -> Iterator[Cells]:
 
 
 def _as_found(name: str) -> tuple[tuple[int, str], ...]:
-    """Return what sorts files as a search through their folders finds them."""
+    """Return a sort key that puts files into the order in which a search would find them."""
     *folders, file = Path(name).parts
     return (*((1, composed(folder)) for folder in folders), (0, composed(file)))
 
 
 def _check_known(rows: list[Row], class_names: list[str], table: str) -> None:
-    """Raise an `ImprintError` if labels of other splits are no training labels."""
+    """Raise an `ImprintError` if other splits have labels that the training split does not have."""
     known = set(class_names)
     lost: Counter[str] = Counter(row.label for row in rows if row.label not in known)
     if lost:

@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 class Faults:
-    """Collects rows that cannot be used, by what is wrong with them.
+    """Collects rows that cannot be used, grouped by fault.
 
     Args:
         where: Names the data set in the message.

@@ -1,4 +1,4 @@
-"""Which samples belong to a task: choosing and merging classes, drawing shots, holding a part out.
+"""Selects the samples of a task: chooses and merges classes, draws shots, holds a part out.
 
 Plain functions from labels to positions, in data-set order; they never touch an image. The seed
 shuffles each class: the first samples are held out, the next ones are the shots. So the draw from a
@@ -246,7 +246,7 @@ def _by_number(class_names: Sequence[str]) -> dict[int, int]:
 
 
 def near_names(requested: str, class_names: Sequence[str]) -> str:
-    """Name the classes that a misspelt name may mean, or else all classes."""
+    """Return a text that names the classes that a misspelt name may mean, or else all classes."""
     by_lower_case = {name.lower(): name for name in class_names}
     near = difflib.get_close_matches(requested.lower(), by_lower_case, n=3, cutoff=0.6)
     if near:

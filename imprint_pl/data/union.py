@@ -90,8 +90,8 @@ class UnionDataset(SplitDataset):
 class Union(ImageDataModule):
     """Several data sets as one: their classes in order of appearance, those of one name merged.
 
-    The `original_labels` also say which source a sample comes from: `original_class_names` are such
-    as `"svhn: 3"`. Validation splits of the sources are not used.
+    The `original_labels` also tell the source of a sample: `original_class_names` has names such as
+    `"svhn: 3"`. Validation splits of the sources are not used.
 
     Args:
         sources: The data sets, whole: options that select samples are given to the union.
@@ -115,7 +115,7 @@ class Union(ImageDataModule):
         if type(self) is Union:
             self.name = "+".join(source.name for source in sources)
         sides = {source.max_side for source in sources}
-        # Sources of different sizes have no single one that later images could share.
+        # If the sources differ in `max_side`, there is no value that later images could share.
         self.max_side = sides.pop() if len(sides) == 1 else None
 
     def prepare_data(self) -> None:

@@ -26,10 +26,10 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "svg.fonttype": "path",
     "svg.hashsalt": "imprint_pl",
-    # A dollar sign in a stranger's class name does not start a formula.
+    # A dollar sign in a class name must not start a formula.
     "text.parse_math": False,
 }
-# Height of a line over the size of its font.
+# Line height divided by font size.
 LINE = 1.25
 
 
@@ -42,7 +42,7 @@ def style() -> Iterator[None]:
     there = {font.name for font in font_manager.fontManager.ttflist}
     families = ["DejaVu Sans", *(name for name in FALLBACKS if name in there)]
     with matplotlib.rc_context(STYLE | {"font.family": families}), warnings.catch_warnings():
-        # A character that no font has is drawn as a box, which says enough.
+        # A character that no font has is drawn as a box; no warning is needed.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-# A longer word is broken, since its column would push the others off the page.
+# Longest word in characters. A longer one is broken, since its column would push the others off the
+# page.
 LONG_WORD = 40
 
 
@@ -32,15 +33,15 @@ class Cell(NamedTuple):
 
 
 class PageTable(NamedTuple):
-    """A table as the template takes it.
+    """A table for the template.
 
     Attributes:
-        name: is in the address of the table on the page.
-        title: stands above it.
-        note: explains it; may be empty.
-        columns: of the table.
-        rows: a cell for each column.
-        filtered: whether it has a field for words that rows must have.
+        name: the anchor of the table on the page.
+        title: the heading above the table.
+        note: an explanation; may be empty.
+        columns: the columns.
+        rows: the rows, each with one cell per column.
+        filtered: whether the table has a search field.
     """
 
     name: str
@@ -67,18 +68,17 @@ def render(template: Path, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     page = environment.get_template(template.name).render(long_word=LONG_WORD, **values)
-    # A byte of a file name that is not text is a surrogate, which no page can hold.
+    # Escape surrogates, which stand for bytes of file names that are not UTF-8.
     return page.encode("utf-8", "backslashreplace").decode()
 
 
 def cell(value: float | None, text: str) -> Cell:
-    """Returns the cell of a number: a click on the header sorts by the number itself, not by the
-    digits that are shown."""
+    """Returns the cell of a number; the table is sorted by `value`, not by the shown `text`."""
     return Cell(text, "" if value is None or value != value else repr(float(value)))
 
 
 def data_url(content: bytes, kind: str) -> str:
-    """Returns the content of a picture as an address, `kind` such as "image/png"."""
+    """Returns a picture as a data URL; `kind` is its media type, such as "image/png"."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 

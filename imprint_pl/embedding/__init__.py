@@ -6,7 +6,7 @@ __all__ = ["embed"]
 
 
 def __getattr__(name: str) -> Any:
-    # On demand: a backbone alone does not wait for Lightning.
+    # Imported on demand, so that a backbone alone need not wait for Lightning.
     if name == "embed":
         from imprint_pl.embedding.cached import embed
 

@@ -1,7 +1,7 @@
 """Turns a name or any `nn.Module` into a frozen embedder of images: the box "FM" of the figure.
 
-A `Backbone` carries its own preprocessing, so data modules hand out uint8 images of any size and
-never ask which backbone will read them. It knows nothing of tasks, labels or Lightning.
+A `Backbone` includes its own preprocessing, so data modules return uint8 images of any size,
+whatever backbone will read them. It knows nothing of tasks, labels or Lightning.
 """
 
 from contextlib import nullcontext
@@ -83,8 +83,8 @@ class Backbone(nn.Module):
 
     @property
     def layers_in_short(self) -> str | list[str] | None:
-        """The layers as `load_backbone` takes them: "all", "last", or names; None where only the
-        first batch can tell."""
+        """The layers as a value for `load_backbone`: "all", "last", or names; None if they are only
+        known after the first batch."""
         if self.reader.layers is None:
             return None if self.reader.asked == "auto" else self.reader.asked
         if self.layers and self.reader.asked in ("all", "auto"):
@@ -92,7 +92,7 @@ class Backbone(nn.Module):
         return self.layers or "last"
 
     def read(self, layers: str | list[str]) -> None:
-        """Take other layers from now on, as `load_backbone` takes them."""
+        """Read other layers from now on; `layers` is as for `load_backbone`."""
         if self.layer_widths is not None:
             self.embedding_dim = self.layer_widths[-1]
         self.reader = ReadLayers(layers, self.views, self.name)
@@ -109,19 +109,19 @@ class Backbone(nn.Module):
 
     @property
     def views(self) -> str:
-        """Which views of an image are averaged: "none" or "flip"."""
+        """The views of an image that are averaged: "none" or "flip"."""
         return self.reader.views
 
     def expect(self, images: int | None) -> None:
-        """Say how many images are to come, which `runtime="auto"` looks at; None is unknown."""
+        """Set how many images will come, for `runtime="auto"`; None means unknown."""
         if line := self.runtime.expect(self.model, images):
-            # On demand: a backbone alone does not wait for Lightning.
+            # Imported on demand, so that a backbone alone need not wait for Lightning.
             from lightning.pytorch.utilities import rank_zero_info
 
             rank_zero_info(line)
 
     def runtime_on(self, device: torch.device) -> str:
-        """Return what is to run the model on a device: "torch", "onnxruntime" or "openvino".
+        """Return the runtime for the model on a device: "torch", "onnxruntime" or "openvino".
 
         Raises:
             ImprintError: If the user asked for a runtime that cannot run there.
@@ -164,7 +164,8 @@ class Backbone(nn.Module):
         } | self._wide_source()
 
     def _wide_source(self) -> dict[str, Any]:
-        """Layers and views, only where they are not the last and none: old descriptions stay."""
+        """Describe layers and views if they are not "last" and "none". Descriptions of the usual
+        case stay as they were before these settings existed."""
         wide: dict[str, Any] = {}
         if self.reader.layers is None:
             wide["layers"] = self.reader.asked
@@ -279,6 +280,9 @@ def load_backbone(
     Raises:
         ImprintError: If the name is unknown, weights are missing or do not fit, or a setting has
             no effect.
+
+    Returns:
+        The backbone, in eval mode.
     """
     if isinstance(backbone, Backbone):
         for what, value, own in (
@@ -308,8 +312,8 @@ def load_backbone(
     else:
         if prefix not in SOURCES or not (prefix or name in EMBEDDED):
             raise unknown(full_name)
-        # Models draw random weights even where they are overwritten; the global generator must not
-        # notice.
+        # Models draw random weights even if these are overwritten. The global generator must not
+        # change.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             source = SOURCES[prefix](name, image_size, pretrained, file, entry)

@@ -1,6 +1,6 @@
-"""A pass over a loader: what a backbone, or any function of images, gives for each of its batches.
+"""Passes over a loader that run a backbone, or any function of images, on each batch.
 
-Every pass over a loader that no Trainer makes goes through `run_batches`.
+Every pass over a loader outside of a Trainer goes through `run_batches`.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ def run_batches(
 ) -> Iterator[tuple[Given, Tensor]]:
     """Runs a function on the images of each batch, without gradients.
 
-    The caller sets the modes of modules and the precision. A batch is read when it is asked for.
+    The caller sets the modes of modules and the precision. Batches are read one by one, when the
+    caller takes the next result.
 
     Args:
         run: takes the images of a batch, and returns their embeddings `(B, d)`, or anything else.
         batches: a loader.
-        transfer: applied to each batch before it is taken apart: batch hooks, another device.
+        transfer: applied to each batch before it is unpacked, for batch hooks and the device.
         unpack: batch → (images, labels `(B,)`); `split_batch` by default.
 
     Yields:
-        What `run` returned, and the labels.
+        The result of `run` for each batch, and the labels.
     """
     for batch in batches:
         images, labels = (unpack or split_batch)(batch if transfer is None else transfer(batch))
@@ -62,13 +63,13 @@ def embed_loader(
 
 
 def readable(batch: Any) -> Any:
-    """The images of a batch, without the black ones in the place of files that were skipped."""
+    """Return the images of a batch without the black ones that replace skipped files."""
     images = images_of(batch)
     skipped = batch.get("skipped", {}) if isinstance(batch, dict) else {}
     return [image for i, image in enumerate(images) if i not in skipped] if skipped else images
 
 
 def unlabelled(batch: Any) -> tuple[Any, Tensor]:
-    """The readable images of a batch whose labels do not matter, and zeros for labels."""
+    """Return the readable images of a batch, and zeros instead of labels."""
     images = readable(batch)
     return images, torch.zeros(len(images), dtype=torch.int64)

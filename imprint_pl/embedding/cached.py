@@ -1,8 +1,7 @@
-"""Images to embeddings once, through a cache: `embed(backbone, datamodule, cache_dir)`.
+"""Embeds images once, through a cache: `embed(backbone, datamodule, cache_dir)`.
 
-It stands between the data and the imprint epoch. The cache belongs to a backbone and the images of
-a data set, not to a task: classes, shots and labels are chosen afterwards, and only the images that
-a task asks for are embedded.
+The cache belongs to a backbone and the images of a data set, not to a task: classes, shots and
+labels are chosen afterwards, and only the images that a task needs are embedded.
 """
 
 from __future__ import annotations
@@ -36,14 +35,15 @@ from imprint_pl.errors import ImprintError
 from imprint_pl.files import digest, local_path
 from imprint_pl.numerics.large import joined
 
-# A part is written when it has this many rows, or after this many seconds: what a kill can cost.
+# A part is written when it has this many rows, or after this many seconds. At most so much is lost
+# if the process is killed.
 PART_ROWS = 8192
 PART_SECONDS = 10.0
 
 
 @dataclass
 class CacheUse:
-    """What the cache has done for a data set so far; `seconds` include reading the data set."""
+    """Statistics of the cache's use for a data set; `seconds` include reading the data set."""
 
     embedded: int = 0
     read: int = 0
@@ -61,9 +61,9 @@ class CacheUse:
 
 
 class CachedEmbeddings(EmbeddingDataModule):
-    """A task on embeddings that came through the cache; `use` says what the cache did.
+    """A task on embeddings from the cache; `use` has the statistics of the cache.
 
-    `layer_widths` are those of the backbone: None where the last layer is alone.
+    `layer_widths` are those of the backbone: None if it reads only the last layer.
     """
 
     use: CacheUse
@@ -80,32 +80,32 @@ def embed(
     views: str = "none",
     runtime: str = "auto",
 ) -> CachedEmbeddings:
-    """The embeddings of a data set's task, from the cache where they are in it.
+    """Embed a task's images, or read the embeddings from the cache if they are in it.
 
     The cache is keyed by the backbone's name, the hash of its weights, its preprocessing and
     precision, its layers and views, and a fingerprint of the images: for arrays a hash of their
-    bytes, for files their names, sizes and times. The last layer alone is read from the files of
-    several layers, where they are there. What is missing is embedded and added, so that a run that
-    was killed goes on where it was, and tasks of one data set share what they have in common. One
-    process writes at a time, others wait for it. Embeddings are float32.
+    bytes, for files their names, sizes and times. The last layer alone can also be read from a
+    cache of several layers. Missing images are embedded and added, so a killed run continues where
+    it stopped, and the tasks of a data set share their embeddings. One process writes at a time;
+    others wait for it. Embeddings are float32.
 
     Args:
-        backbone: of `load_backbone`, or what it takes.
+        backbone: a backbone of `load_backbone`, or a value for it.
         datamodule: one of `imprint_pl.data`, or a subclass of `ImageDataModule`; its classes,
             shots and other options hold for the result too.
-        cache_dir: the folder of all caches; made where it does not exist.
-        name: names a module of your own, whose code no hash can see: give it another name when
-            the code changes.
-        device: where the backbone runs; a GPU where there is one.
+        cache_dir: the folder of all caches; made if it does not exist.
+        name: a name for a module of your own. No hash can see its code, so give it another name
+            when the code changes.
+        device: the device of the backbone; by default a GPU if there is one.
         layers: as for `load_backbone`; a `Backbone` has its own.
         views: as for `load_backbone`; a `Backbone` has its own.
         runtime: as for `load_backbone`; a `Backbone` has its own. "auto" looks at the size of the
-            whole data set, not at what is asked for or missing. Each runtime has files of its own,
-            so that embeddings do not depend on who filled the cache.
+            whole data set, not at the images of the task or the missing ones. Each runtime has its
+            own files, so that embeddings do not depend on which run filled the cache.
 
     Returns:
-        The task on embeddings, set up; `use` is a `CacheUse`. Its `splits` are whole, so that other
-        tasks can be made of them; the backbone then embeds what they ask for.
+        The task on embeddings, set up; `use` is a `CacheUse`. Its `splits` are whole, so other
+        tasks can be made from them; the backbone then embeds the images that they need.
 
     Raises:
         ImprintError: a module of your own without a name; a data set that cannot be read by
@@ -126,7 +126,7 @@ def embed(
         )
     backbone = load_backbone(backbone, layers=layers, views=views, runtime=runtime)
     source = backbone.source()
-    # Only a named backbone says whether it is pretrained.
+    # `pretrained` is None for a module of the user's own.
     if source["pretrained"] is None and name is None:
         raise ImprintError(
             f"the backbone {source['name']!r} is a module of your own, whose code no cache can "
@@ -140,7 +140,7 @@ def embed(
     autocast = torch.is_autocast_enabled(device.type)
     if datamodule.trainer is None:
         datamodule.prepare_data()
-    # The rows are of this backbone alone, and of the data module's own `max_side`.
+    # The cached rows depend on this backbone's sizes and on the data module's own `max_side`.
     datamodule.shrink_for(None, backbone.least_side)
     splits = datamodule.load()
     if backbone.reader.layers is None:
@@ -159,7 +159,7 @@ def embed(
     try:
         embedded = _through_cache(filler, splits)
     except OtherRuntimeError:
-        # A warning has said why. Torch runs now, and its embeddings have files of their own.
+        # The reason was given in a warning. Now torch runs, whose embeddings have their own files.
         filler = _Filler(backbone, device, datamodule, key, filler.cache_dir)
         embedded = _through_cache(filler, splits)
     filler.use.seconds = time.perf_counter() - start
@@ -206,11 +206,11 @@ def _first_image(backbone: Backbone, datamodule: ImageDataModule, splits: Splits
 
 
 class CachedDataset(SplitDataset):
-    """The embeddings of a split, read or made when `select` asks for them.
+    """The embeddings of a split, which are read or computed when `select` needs them.
 
     Args:
-        source: the split's images, a data set as `Splits` describes it; a union's sources have
-            caches of their own.
+        source: the split's images, a data set as in `Splits`. The sources of a union have their own
+            caches.
         parts: the cache of the split, or those of a union's sources.
         filler: embeds what is missing.
     """
@@ -222,7 +222,7 @@ class CachedDataset(SplitDataset):
         self._parts, self._filler = parts, filler
 
     def select(self, positions: Tensor, labels: Tensor) -> ArrayDataset:
-        """The embeddings at `positions` `(M,)`, ascending, under new labels `(M,)`."""
+        """Return the embeddings at `positions` `(M,)`, ascending, with new labels `(M,)`."""
         if isinstance(self.source, UnionDataset):
             caches = {id(part): c for part, c in zip(self.source.parts, self._parts, strict=True)}
             wanted = [
@@ -274,7 +274,7 @@ class _Filler:
         return cache
 
     def _wider(self, readable: str, key: dict[str, Any]) -> list[WiderRows]:
-        """The caches of the same images with several layers, whose last one is wanted."""
+        """Return the caches of several layers for the same images, whose last layer can be used."""
         wider = []
         for path in sorted(self.cache_dir.glob(f"{glob.escape(readable)}-*/key.json")):
             try:
@@ -282,19 +282,19 @@ class _Filler:
                 columns = int(theirs["layers"]["widths"][-1])
             except (OSError, ValueError, KeyError, TypeError, IndexError):
                 continue  # it has one layer, or is damaged
-            # Compared by what a file can hold: a tuple comes back as a list.
+            # Compare hashes of the JSON, since a tuple is read back from a file as a list.
             if digest({part: theirs[part] for part in theirs if part != "layers"}) == digest(key):
                 wider.append(WiderRows(RowCache(path.parent, theirs), columns))
         return wider
 
     def rows(self, cache: RowCache, dataset: Any, positions: Tensor) -> Tensor:
-        """The embeddings of the samples at `positions`, ascending."""
+        """Return the embeddings of the samples at `positions`, ascending."""
         if len(positions) == 0:
             return torch.empty(0, self.backbone.embedding_dim or 0)
         read = filled = cache.read(positions)
         if not read.found.all():
             with cache.lock(lambda: rank_zero_info(_WAITING.format(cache.folder))):
-                # Another process may have been faster.
+                # Read again, since another process may have filled the cache meanwhile.
                 read = filled = cache.read(positions)
                 for path, fault in read.faults.items():
                     cache.remove(path)
@@ -326,7 +326,7 @@ class _Filler:
             total=len(missing), desc="embedding", delay=2, leave=False, disable=None
         ) as progress:
             for embeddings, _ in run_batches(self._embed, self.datamodule.loader(images)):
-                # They stay on a GPU until they are written: to look at them is to wait for it.
+                # Keep the embeddings on the GPU until they are written: reading them would wait.
                 batches.append(embeddings)
                 waiting += len(embeddings)
                 progress.update(len(embeddings))
@@ -342,7 +342,8 @@ class _Filler:
 
     def _embed(self, images: Tensor | list[Tensor]) -> Tensor:
         images = move_data_to_device(images, self.device)
-        # A copy: a view, such as the first token of all, would keep the whole in memory.
+        # Copy the embeddings: a view, such as the first of all tokens, would keep the whole output
+        # in memory.
         embeddings = self.backbone(images).to(torch.float32, copy=True)
         if self.backbone.runtime.running != self.runtime:
             raise OtherRuntimeError(

@@ -1,7 +1,7 @@
 """Graphs: the forward pass of a model as an ONNX file, exported once and kept for later processes.
 
-An export takes seconds to a minute. Graphs lie in one folder, `graph_folder()`, which holds at most
-so many bytes; those that were not used for the longest time go first.
+An export takes seconds to a minute. Graphs are kept in one folder, `graph_folder()`, of bounded
+size; those that were not used for the longest time are removed first.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from imprint_pl.errors import ImprintError, warn
 from imprint_pl.files import digest, local_path, write_whole
 
-# The folder that graphs are kept in; `graphs` in the user's cache of this package by default.
+# Environment variable with the folder of graphs; the default is `graphs` in this package's cache.
 VARIABLE = "IMPRINT_PL_GRAPHS"
 MOST_BYTES = 4 * 2**30
 OPSET = 20
-# What decides on a graph besides the model: these packages build models and export them.
+# Packages that build models and export them; a graph depends on their versions.
 PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript")
 SUFFIX = ".graph"
 # A file begins with the hash of the rest and of the key, as text.
@@ -56,17 +56,17 @@ class KeptGraphs:
     """A folder of graphs by key, which several processes may use at once.
 
     Args:
-        folder: made when the first graph is written.
-        most_bytes: how much the folder holds; the graph that was written last stays in any case.
+        folder: the folder; made when the first graph is written.
+        most_bytes: most bytes in the folder; the graph that was written last always stays.
     """
 
     def __init__(self, folder: Path, most_bytes: int = MOST_BYTES) -> None:
         self.folder, self.most_bytes = folder, most_bytes
 
     def get(self, key: dict[str, Any], export: Callable[[], bytes]) -> bytes:
-        """Return the graph of a key; it is exported where it is missing or damaged.
+        """Return the graph of a key; export it if it is missing or damaged.
 
-        Where the folder cannot be written to, the graph is not kept, with a warning.
+        If the folder cannot be written to, a warning says so, and the graph is not kept.
 
         Args:
             key: plain values that name what the graph computes.
@@ -82,7 +82,7 @@ class KeptGraphs:
             _not_kept(self.folder, error)
             return export()
         try:
-            # Another process may have been faster.
+            # Look again, since another process may have exported it meanwhile.
             content = self._read(key)
             if content is None:
                 content = export()
@@ -96,11 +96,11 @@ class KeptGraphs:
         return content
 
     def has(self, key: dict[str, Any]) -> bool:
-        """Tell whether there is a file for a key, whole or not."""
+        """Return whether there is a file for a key; it may be damaged."""
         return self._path(key).is_file()
 
     def remove(self, key: dict[str, Any]) -> None:
-        """Remove the graph of a key, one that does not compute what it should."""
+        """Remove the graph of a key, because its results are wrong."""
         with contextlib.suppress(OSError):
             self._path(key).unlink()
 
@@ -121,7 +121,8 @@ class KeptGraphs:
         return content
 
     def _remove_oldest(self, newest: Path) -> None:
-        # Killed processes leave unfinished files; only the one with the lock writes.
+        # Count unfinished files of killed processes, too; no process writes one now, since this
+        # process has the lock.
         files = [path for path in self.folder.glob(f"*{SUFFIX}*") if path != newest]
         used = newest.stat().st_size
         for path in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
@@ -155,7 +156,7 @@ def export_graph(module: nn.Module, example: Tensor) -> bytes:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of its own insides, which no user can act on."""
+    """Silence the exporter's warnings, which are about its internals and do not help users."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch.export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

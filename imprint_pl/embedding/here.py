@@ -1,4 +1,4 @@
-"""Which backbones have their weights on this machine, installed or in a cache."""
+"""Lists the backbones whose weights are on this machine, installed or in a cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from imprint_pl.embedding.sources import EMBEDDED, unknown
 from imprint_pl.embedding.weights import HUB_FILES
 from imprint_pl.errors import ImprintError
 
-# What makes a name a pattern.
+# Characters that turn a name into a pattern.
 WILDCARDS = "*?["
 
 
@@ -36,8 +36,8 @@ def matching(pattern: str) -> Matches:
     """Find the backbones that a name or a pattern means.
 
     Args:
-        pattern: A name such as "timm/resnet18.a1_in1k", which counts as here, so that it is fetched
-            where there is a network; or a pattern such as "timm/resnet*" or "efficientnet_*".
+        pattern: A name such as "timm/resnet18.a1_in1k", whose weights count as here and are fetched
+            when it is loaded; or a pattern such as "timm/resnet*" or "efficientnet_*".
 
     Raises:
         ImprintError: If the name is unknown, or the pattern matches nothing.
@@ -91,7 +91,7 @@ def _timm_models() -> list[tuple[str, bool]]:
     from huggingface_hub import constants, try_to_load_from_cache
 
     checkpoints = Path(torch.hub.get_dir(), "checkpoints")
-    # Without these folders nothing is cached, and 1,700 models need not be looked for.
+    # Without these folders nothing is cached, so 1,700 models need not be checked.
     hub = Path(constants.HF_HUB_CACHE).is_dir()
     found = []
     for name in timm.list_pretrained():

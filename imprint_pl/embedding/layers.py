@@ -1,8 +1,8 @@
-"""Every layer of a model: the outputs of modules inside of it, pooled to one vector per image.
+"""Reads several layers of a model: outputs of modules inside it, pooled to one vector per image.
 
-Features of the last layer are made for the task that the model was trained on. Earlier layers keep
-what it has thrown away since, at no extra forward pass. `find_layers` chooses the modules,
-`ReadLayers` runs a model and puts their outputs and its own side by side.
+The features of the last layer are made for the task that the model was trained on. Earlier layers
+have features that it drops, and cost no further forward pass. `find_layers` chooses the modules.
+`ReadLayers` runs a model and puts their outputs and the model's own side by side.
 """
 
 import math
@@ -18,12 +18,12 @@ from imprint_pl.errors import ImprintError, did_you_mean
 
 MOST_LAYERS = 8
 MOST_NUMBERS = 8192
-# A model is split into its child modules until at least so many of them have children themselves.
+# A model is split into its child modules until at least this many of them have children.
 FEWEST_COMPOSITES = 4
 # A child that holds more than this share of all modules is split, too.
 LARGEST_SHARE = 0.8
 VIEWS = ("none", "flip")
-# Hooks sit on modules that another thread may run at the same time.
+# Hooks are set on modules that another thread may run, so only one thread reads layers at a time.
 _ONE_AT_A_TIME = threading.RLock()
 
 Layout = Literal["vector", "channels_first", "channels_last", "tokens", "sequence_first"]
@@ -34,11 +34,11 @@ class Pooling(NamedTuple):
     """How the output of a module becomes one vector per image.
 
     Attributes:
-        layout: `vector (B, C)`; `channels_first (B, C, …)` and `channels_last (B, …, C)`, whose
-            mean over the positions and deviation from it stand side by side; `tokens (B, N, C)` and
-            `sequence_first (N, B, C)`.
+        layout: `vector (B, C)`; `channels_first (B, C, …)` and `channels_last (B, …, C)`, of which
+            mean and standard deviation over the positions are put side by side; `tokens (B, N, C)`
+            and `sequence_first (N, B, C)`.
         class_tokens: How many tokens at the front are put beside the mean of the patches.
-        prefix: How many tokens at the front are no patches: class and register tokens.
+        prefix: How many tokens at the front are not patches, but class and register tokens.
     """
 
     layout: Layout
@@ -69,10 +69,10 @@ class Layer(NamedTuple):
 
     Attributes:
         name: The module's name in the model.
-        pooling: Its output to one vector per image.
+        pooling: How its output becomes one vector per image.
         width: How many numbers that vector has.
-        parts: How many pooled vectors it is made of, of one width: the mean and the deviation of a
-            feature map, or the class tokens and the mean of the patches.
+        parts: How many pooled vectors of equal width it consists of: the mean and the deviation of
+            a feature map, or the class tokens and the mean of the patches.
     """
 
     name: str
@@ -82,19 +82,19 @@ class Layer(NamedTuple):
 
 
 class ReadLayers:
-    """Runs a model and returns the embeddings of the layers that were asked for.
+    """Runs a model and returns the embeddings of the requested layers.
 
-    It holds names and numbers only, no module: a copy of the model is read by the same object.
+    It holds names and numbers only, no module, so it can also read a copy of the model.
 
     Args:
-        asked: "last"; "all"; "auto" (all, or the last alone where no other can be taken); or names
-            of modules, as a list or as one text with commas.
+        asked: "last"; "all"; "auto" (all, or only the last if no other can be used); or names of
+            modules, as a list or as one text with commas.
         views: "none", or "flip" for the mean of an image's embedding and its mirror image's.
         name: What errors call the model.
 
     Attributes:
-        layers: The layers beside the last; None where only a first batch can tell.
-        last_width: Numbers of the last layer, where `layers` has any.
+        layers: The layers beside the last; None if they are only known after the first batch.
+        last_width: Width of the last layer, if there are other layers.
 
     Raises:
         ImprintError: If a setting is unknown.
@@ -125,8 +125,8 @@ class ReadLayers:
         """
         if not self.layers or self.last_width is None:
             return None
-        # Each of the parts of a layer is to count like a layer where they are joined: the last
-        # layer, which is a mean, would count more than other means otherwise.
+        # Return the parts of layers, so that `join` treats each part like a layer. Otherwise the
+        # last layer, which is a mean, would count more than the means of other layers.
         parts = [layer.width // layer.parts for layer in self.layers for _ in range(layer.parts)]
         return [*parts, self.last_width]
 
@@ -144,7 +144,7 @@ class ReadLayers:
         if self.layers is not None:
             return
         if batch.ndim < 3 and self.asked == "auto":
-            # What comes is embeddings already.
+            # The batch holds embeddings already, so there are no layers to read.
             self.layers = []
             return
         with torch.no_grad():
@@ -234,11 +234,11 @@ def embeddings_of(output: Any, batch: Tensor, name: str) -> Tensor:
 
 
 def _mean_and_deviation(x: Tensor, positions: tuple[int, ...]) -> Tensor:
-    """Feature maps → `(B, 2C)`, float32: of each channel its mean and its standard deviation over
-    the positions.
+    """Pool feature maps to `(B, 2C)`, float32: mean and standard deviation of each channel over the
+    positions.
 
-    A texture's channels differ in how much they vary over the image as well as in their mean: on
-    photographs, drawings and digits the deviations have added 0.3 to 2 points.
+    Textures differ not only in the means of channels, but also in how much these vary over the
+    image. On photographs, drawings and digits the deviations added 0.3 to 2 points of accuracy.
     """
     x = x.float()
     plain = torch.compiler.is_compiling() or torch.compiler.is_exporting() or x.requires_grad
@@ -246,8 +246,8 @@ def _mean_and_deviation(x: Tensor, positions: tuple[int, ...]) -> Tensor:
         variance, mean = torch.var_mean(x, positions, correction=0)
         return torch.cat([mean, variance.sqrt()], 1)
     means = x.mean(positions, keepdim=True)
-    # Image by image, what is computed on the way stays in the processor's cache: an eighth of the
-    # time of `var_mean`.
+    # Go image by image, so that intermediate results stay in the processor's cache. This takes an
+    # eighth of the time of `var_mean`.
     variances = [
         (image - mean).square_().mean(positions)
         for image, mean in zip(x.split(1), means.split(1), strict=True)
@@ -268,15 +268,14 @@ def first_tensor(output: Any) -> Tensor | None:
 def find_layers(
     model: nn.Module, batch: Tensor, asked: str | list[str], name: str = "model"
 ) -> FoundLayers:
-    """Choose the modules of a model whose outputs are worth reading.
+    """Choose the modules of a model whose outputs are read.
 
-    A module can be taken if it runs in the forward pass and its output can be pooled. "all" begins
-    with the model's children. While fewer than four of them have parts of their own, the one with
-    the most parameters is replaced by its parts, and so is one that holds nearly the whole depth.
-    Layers without parts, such as a convolution, its
-    norm and activation, count as one. At most eight stages are kept, evenly spread, the deepest
-    among them, and at most 8,192 numbers. A stage that holds the numbers of the last layer
-    already is left out.
+    A module can be used if it runs in the forward pass and its output can be pooled. "all" starts
+    with the model's children. While fewer than four of them have children themselves, the one with
+    the most parameters is replaced by its children; so is one that contains nearly all modules.
+    Consecutive modules without children, such as a convolution with its norm and activation, count
+    as one stage. At most eight stages with at most 8,192 numbers are kept, evenly spread and with
+    the deepest one. A stage whose numbers are those of the last layer is left out.
 
     Args:
         model: In eval mode.
@@ -285,7 +284,7 @@ def find_layers(
         name: What errors call the model.
 
     Raises:
-        ImprintError: As `ReadLayers.find` says.
+        ImprintError: As for `ReadLayers.find`.
     """
     ran = _Ran(model, batch, name)
     if not isinstance(asked, str):
@@ -311,7 +310,7 @@ def find_layers(
 
 
 class _Ran:
-    """What runs in a forward pass of one image, in the order in which modules end.
+    """The modules that run in a forward pass of one image, in the order in which they finish.
 
     Attributes:
         shapes: The shape of each module's output, by name; None where it cannot be pooled.
@@ -330,7 +329,7 @@ class _Ran:
             return note
 
         with hooked(model, {key: watch(key) for key in self.modules}):
-            # Not model(batch): that would compile a compiled model with all of these hooks.
+            # Call `forward` directly: model(batch) would compile a compiled model with these hooks.
             output = model.forward(batch)
         self.last_width = embeddings_of(output, batch, name).shape[1]
         self.image: Shape | None = tuple(batch.shape[2:]) if batch.ndim == 4 else None
@@ -343,7 +342,7 @@ class _Ran:
         )
 
     def share(self, key: str) -> float:
-        """Return which part of the modules that run is inside of a module."""
+        """Return the share of all running modules that are inside a module."""
         return sum(name.startswith(f"{key}.") for name in self.shapes) / len(self.shapes)
 
     def layer(self, key: str) -> Layer:
@@ -365,7 +364,7 @@ class _Ran:
         )
 
     def _layout(self, key: str, shape: Shape) -> Layout | None:
-        """Tell where the channels are; None where nothing tells."""
+        """Return where the channels are; None if it cannot be known."""
         if len(shape) == 2:
             return "vector"
         widths = {p.shape[0] for p in self.modules[key].parameters() if p.ndim}
@@ -374,7 +373,7 @@ class _Ran:
             if shape[0] != 1:
                 return "sequence_first"
             return "channels_first" if first and not last else "tokens"
-        # Positions keep the proportions of the image.
+        # Compare the proportions: the sides of a feature map have those of the image.
         fits_first, fits_last = self._is_grid(shape[2:]), self._is_grid(shape[1:3])
         if fits_first != fits_last:
             return "channels_first" if fits_first else "channels_last"
@@ -388,7 +387,7 @@ class _Ran:
         return sides[0] * self.image[1] == sides[1] * self.image[0]
 
     def _with_prefix(self, tokens: int) -> bool:
-        """Tell whether class and register tokens are among so many tokens."""
+        """Return whether `tokens` tokens include class and register tokens."""
         if self.prefix == 0 or tokens <= self.prefix:
             return self.prefix > 0
         with_it, without = self._fills_grid(tokens - self.prefix), self._fills_grid(tokens)
@@ -428,15 +427,15 @@ def _prefix(model: nn.Module) -> tuple[int, int]:
 
 
 def _stages(ran: _Ran) -> list[str]:
-    """Take a model apart into its stages, in the order of the forward pass."""
+    """Divide a model into its stages, in the order of the forward pass."""
     parts = _parts(ran, "")
     while True:
         composites = [key for key in parts if _is_composite(ran, key)]
         if len(composites) >= FEWEST_COMPOSITES:
-            # One that holds nearly the whole depth is no stage.
+            # A module that contains nearly all others is not a stage.
             composites = [key for key in composites if ran.share(key) > LARGEST_SHARE]
         few = len(_grouped(ran, parts)) < FEWEST_COMPOSITES
-        # A block of a small model stays whole: its parts would be no stages.
+        # Do not open the blocks of a small model, since their parts are not stages.
         opened = [
             key
             for key in composites
@@ -494,9 +493,9 @@ def _size(module: nn.Module) -> int:
 
 
 def _repeats_last(ran: _Ran, stage: Layer, batch: Tensor) -> bool:
-    """Tell whether a stage holds the numbers of the last layer already, as before a mere pooling.
+    """Return whether a stage has the same numbers as the last layer, as just before pooling.
 
-    The numbers alone would not tell: with random weights blocks may do nothing.
+    Comparing numbers is not enough, since blocks with random weights may do nothing.
     """
     names = list(ran.shapes)
     after = names[names.index(stage.name) + 1 :]
@@ -512,7 +511,7 @@ def _repeats_last(ran: _Ran, stage: Layer, batch: Tensor) -> bool:
 
 
 def _evenly(stages: list[Layer], room: int) -> list[Layer]:
-    """Choose stages evenly, the deepest among them, that fit into so many numbers."""
+    """Choose evenly spread stages, with the deepest one, that fit into `room` numbers."""
     last = len(stages) - 1
     most = min(MOST_LAYERS, len(stages))
     kept: list[Layer] = []
@@ -525,7 +524,8 @@ def _evenly(stages: list[Layer], room: int) -> list[Layer]:
     widest = max((layer.width for layer in stages), default=0)
     others = [layer for layer in stages if layer.width < widest]
     if len(kept) < most / 2 and widest > room / 2 and len(others) > len(stages) / 2:
-        # A few wide ones, such as the first linear layer of a VGG, would push out all others.
+        # Leave out very wide stages, such as the first linear layer of a VGG, which would leave no
+        # room for others.
         return _evenly(others, room)
     return kept
 
@@ -549,7 +549,7 @@ def _is_name(value: Any) -> bool:
 
 
 def _say(line: str) -> None:
-    # On demand: a backbone alone does not wait for Lightning.
+    # Imported on demand, so that a backbone alone need not wait for Lightning.
     from lightning.pytorch.utilities import rank_zero_info
 
     rank_zero_info(line)

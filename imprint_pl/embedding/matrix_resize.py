@@ -12,7 +12,7 @@ class MatrixResize(nn.Module):
     """`Preprocess` as two matrix products, one for each side: `(B, 3, H, W)` → `(B, 3, *size)`.
 
     Row i of a matrix holds the weights of the antialiased filter for output pixel i; crop and
-    padding only choose the rows. So H and W may stay open in an exported file, whatever the crop.
+    padding only choose the rows. H and W may therefore be variable in an exported file.
 
     Args:
         preprocess: The preprocessing to copy; the results agree up to float32 rounding.
@@ -30,7 +30,7 @@ class MatrixResize(nn.Module):
         self.register_buffer("std", preprocess.std.detach().cpu().float().clone())
 
     def forward(self, images: Tensor) -> Tensor:
-        # Float32 is not exact enough to place the pixels of large images.
+        # Use float64, since float32 is not exact enough for pixel positions in large images.
         sides = [torch.arange(images.shape[axis]).double() for axis in (2, 3)]
         lengths = [side.max() + 1 for side in sides]
         down, across = (

@@ -15,7 +15,7 @@ from imprint_pl.errors import ImprintError
 
 # The keywords of `Preprocess`; the first three are required.
 PREPROCESS_KEYS = ("size", "mean", "std", "interpolation", "resize", "crop_pct", "crop_mode")
-# An image is a strip if it is so many times longer than the part that the centre crop keeps.
+# An image is a strip if it is this many times longer than the part that the centre crop keeps.
 STRIP = 4
 
 
@@ -33,8 +33,7 @@ class Preprocess(nn.Module):
         std: A number for each channel, for values in [0, 1].
         interpolation: "bilinear" or "bicubic", always with antialiasing.
         resize: Side in pixels before the crop; `crop_mode` says which side.
-        crop_pct: size / resize, instead of `resize` (timm's word; `resize` is rounded down as
-            there).
+        crop_pct: size / resize, instead of `resize` (as in timm, `resize` is rounded down).
         crop_mode: "center" makes the shorter side `resize`, "border" the longer one (the rest is
             filled with the mean), "squash" both; then the centre is cut out. Default: "center"
             where `resize` or `crop_pct` is given, else "squash".

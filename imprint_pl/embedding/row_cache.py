@@ -1,8 +1,8 @@
-"""Rows of numbers on disk, filled bit by bit: the files of the embedding cache.
+"""The files of the embedding cache: rows of numbers on disk that are added in parts.
 
-A cache is a folder of immutable parts. Each part is a safetensors file that appears whole, so that
-a process may be killed at any moment, and several may write: the next one finds whole parts and
-adds what is missing. This file knows nothing of backbones and images.
+A cache is a folder of immutable parts. Each part is a safetensors file that appears only when it is
+complete. A process may therefore be killed at any moment, and several may write: the next one finds
+complete parts and adds the missing rows. This file knows nothing of backbones and images.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ FORMAT = "imprint_pl embeddings 1"
 
 
 class Found(NamedTuple):
-    """What `RowCache.read` has found.
+    """The result of `RowCache.read`.
 
     Attributes:
-        rows: `(M, d)` float32; None where no part has any of them.
-        found: `(M,)` bool, which rows were found; the others hold anything.
-        faults: for each part that is unusable the reason.
+        rows: `(M, d)` float32; None if no part has any of them.
+        found: `(M,)` bool, which rows were found; the values of the others are arbitrary.
+        faults: the reason for each part that cannot be used.
     """
 
     rows: Tensor | None
@@ -44,7 +44,7 @@ class Found(NamedTuple):
 
 
 class WiderRows(NamedTuple):
-    """A cache of longer rows, and how many of their last columns are wanted."""
+    """A cache of longer rows, and how many of their last columns to use."""
 
     cache: RowCache
     columns: int
@@ -53,14 +53,13 @@ class WiderRows(NamedTuple):
 class RowCache:
     """Float32 rows by position in one folder.
 
-    They are float32 as embedded: half precision would halve the files, but proxies and distances
-    would differ from those of a fit without the cache.
+    Rows are stored in float32, as they were embedded. Half precision would halve the files, but
+    proxies and distances would then differ from those of a fit without the cache.
 
     Args:
-        folder: made when the first rows are written.
-        key: plain values that name what the rows are; a part written under another key is foreign.
-        wider: caches whose rows end in the rows of this one; `read` takes from them what is not
-            here.
+        folder: the folder; made when the first rows are written.
+        key: plain values that say what the rows are; a part with another key is not used.
+        wider: caches whose rows end with the rows of this one; `read` also looks there.
     """
 
     def __init__(self, folder: Path, key: dict[str, Any], wider: Sequence[WiderRows] = ()) -> None:
@@ -71,8 +70,8 @@ class RowCache:
 
     def read(self, positions: Tensor) -> Found:
         """Looks up the rows at `positions (M,)`, int64."""
-        # NumPy copies them: torch would split copies of this size among all its threads, which on a
-        # busy machine wait for each other (60,000 rows of 1,280 numbers: 7.9 s against 0.6 s).
+        # Copy with NumPy. torch splits copies of this size among all its threads, which wait for
+        # each other on a busy machine (60,000 rows of 1,280 numbers: 7.9 s instead of 0.6 s).
         wanted, found = positions.numpy(), np.zeros(len(positions), dtype=bool)
         rows: np.ndarray | None = None
         faults: dict[Path, str] = {}
@@ -94,7 +93,7 @@ class RowCache:
             if embeddings.shape[1] != rows.shape[1]:
                 faults[path] = f"it has {embeddings.shape[1]} numbers a row, not {rows.shape[1]}"
                 continue
-            # Parts hold ascending positions.
+            # The positions of a part are ascending.
             index = np.searchsorted(held, wanted).clip(max=len(held) - 1)
             hit = held[index] == wanted
             rows[hit] = embeddings[index[hit]]
@@ -102,7 +101,7 @@ class RowCache:
         for cache, columns in self.wider:
             if found.all():
                 break
-            # Its damaged parts are removed by those who fill it.
+            # Ignore damaged parts here; they are removed when that cache is filled.
             there = cache.read(positions[~torch.from_numpy(found)])
             if there.rows is None or (rows is not None and columns != rows.shape[1]):
                 continue
@@ -116,10 +115,10 @@ class RowCache:
         return Found(read, torch.from_numpy(found), faults)
 
     def _read_part(self, path: Path, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """Positions `(n,)` and rows `(n, d)` of a part, or None where it has nothing of `wanted`.
+        """Reads the positions `(n,)` and rows `(n, d)` of a part; None if it has none of `wanted`.
 
         Raises:
-            OSError, SafetensorError, ValueError: the part is damaged, or foreign.
+            OSError, SafetensorError, ValueError: the part is damaged, or of another cache.
         """
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -153,7 +152,7 @@ class RowCache:
         """
         numbers = [int(path.stem.removeprefix("part-")) for path in self._parts()]
         path = self.folder / f"part-{max(numbers, default=-1) + 1:05d}.safetensors"
-        # One name for all who hold the lock: it writes over what a killed process left.
+        # A fixed name, so that the file of a killed process is overwritten.
         temporary = self.folder / "unfinished"
         content = {"positions": positions.numpy(), "embeddings": rows.numpy()}
         metadata = {
@@ -165,7 +164,7 @@ class RowCache:
             if not (self.folder / "key.json").exists():
                 temporary.write_text(json.dumps(self.key, indent=2) + "\n")
                 os.replace(temporary, self.folder / "key.json")
-            # safetensors' own writer would keep the file from everyone but its owner.
+            # safetensors' own writer would make the file readable for its owner only.
             temporary.write_bytes(save(content, metadata))
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:

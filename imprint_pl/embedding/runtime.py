@@ -1,9 +1,9 @@
-"""Runs the forward pass of a backbone in ONNX Runtime or OpenVINO where that is faster on a CPU.
+"""Runs the forward pass of a backbone in ONNX Runtime or OpenVINO if that is faster on a CPU.
 
 torch runs one operation after the other. The other runtimes read the whole forward pass as a graph,
-put a convolution, its batch norm and its activation into one operation, and have faster depthwise
-convolutions. `Runtime` decides by a fixed rule, never by a stopwatch: what it takes depends on the
-model, the number of images and what is installed, so that two days give the same results.
+fuse a convolution with its batch norm and its activation, and have faster depthwise convolutions.
+`Runtime` decides by a fixed rule instead of measured times: its choice depends only on the model,
+the number of images and the installed packages, so results are reproducible.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from imprint_pl.embedding.layers import ReadLayers
 from imprint_pl.errors import ImprintError, did_you_mean, install, needs, warn
 
 RUNTIMES = ("auto", "torch", "onnxruntime", "openvino")
-# The extra that installs each, and the packages that it has to find.
+# For each runtime: the extra that installs it, and the packages that it needs.
 EXTRAS = {
     "onnxruntime": ("onnx", ("onnx", "onnxscript", "onnxruntime")),
     "openvino": ("openvino", ("onnx", "onnxscript", "openvino")),
 }
-# What `auto` takes instead of torch.
+# The runtime that `auto` uses instead of torch.
 FASTER = "onnxruntime"
-# From so many pixels on, 1,000 images of 224 x 224, an export pays the first time already: it takes
-# about 6 s for the models that gain, and such an image saves some 10 ms.
+# From this many pixels on (1,000 images of 224 x 224), an export saves time even in its first run:
+# it takes about 6 s for models that gain, and each such image saves about 10 ms.
 ENOUGH_PIXELS = 1000 * 224 * 224
-# Models gain at least 1.5 times (docs/guides/devices.md has the table) if at least so large a share
-# of their convolutions is depthwise, and batch norms follow that can be folded into them.
+# Models become at least 1.5 times faster (see the table in docs/guides/devices.md) if at least this
+# share of their convolutions is depthwise and has batch norms that can be folded into them.
 LEAST_DEPTHWISE = 0.1
 # Largest allowed difference from torch, as a share of the largest number of a layer.
 TOLERANCE = 1e-4
-# So many images of the first batch are compared.
+# How many images of the first batch are compared.
 COMPARED = 8
 
 # A function from float32 images `(B, C, H, W)` to embeddings `(B, d)`.
@@ -46,7 +46,7 @@ Run = Callable[[Tensor], Tensor]
 
 
 class Forward(nn.Module):
-    """What a graph computes: prepared images `(B, C, H, W)` to float32 embeddings `(B, d)`.
+    """The module to export: prepared images `(B, C, H, W)` to float32 embeddings `(B, d)`.
 
     Args:
         model: the backbone's model.
@@ -63,7 +63,7 @@ class Forward(nn.Module):
 
 
 class _Started(NamedTuple):
-    """A graph that is ready to run, or None where torch runs; and what both hold for."""
+    """A graph that is ready to run (None if torch runs), and the state for which this is valid."""
 
     run: Run | None
     stamp: tuple[Any, ...]
@@ -72,18 +72,18 @@ class _Started(NamedTuple):
 class Runtime:
     """Decides what runs a backbone's forward pass, and runs it.
 
-    Copies and pickles leave out what is running; they start it again.
+    Copies and pickles do not include a running session; they start a new one.
 
     Args:
         asked: one of `RUNTIMES`.
         name: what messages call the backbone.
-        own: whether the model is a module of the user's own: `auto` leaves it to torch, and its
-            graph is not kept, since no hash can see its code.
+        own: whether the model is a module of the user's own. `auto` runs it in torch, and its graph
+            is not kept, since no hash can see its code.
         precision: as for `load_backbone`.
         size: height and width of the model's input, where they are known.
 
     Attributes:
-        images: how many are to come; None where nobody has said.
+        images: how many images will come; None if unknown.
 
     Raises:
         ImprintError: an unknown runtime, one that is not installed, or a precision other than 32.
@@ -121,10 +121,10 @@ class Runtime:
         return "torch" if self._started is None or self._started.run is None else self._wanted
 
     def expect(self, model: nn.Module, images: int | None) -> str | None:
-        """Say how many images are to come, for `auto`.
+        """Set how many images will come, for `auto`.
 
         Returns:
-            A line for the user where an extra that is not installed would help; once.
+            A line for the user if an extra that is not installed would help; only once.
         """
         self.images = images
         if self._said or not self._gains(model) or _is_installed(FASTER):
@@ -159,7 +159,7 @@ class Runtime:
         return FASTER if _is_installed(FASTER) else "torch"
 
     def run(self, model: nn.Module, reader: ReadLayers, batch: Tensor) -> Tensor | None:
-        """Embed a batch of prepared images, or return None where torch is to do it.
+        """Embed a batch of prepared images; return None if torch has to do it.
 
         Args:
             model: the backbone's model, in eval mode.
@@ -167,7 +167,7 @@ class Runtime:
             batch: `(B, C, H, W)`.
 
         Returns:
-            float32 `(B, d)`.
+            float32 `(B, d)`, or None.
         """
         wants_gradient = torch.is_grad_enabled() and batch.requires_grad
         if torch.compiler.is_compiling() or wants_gradient or not len(batch):
@@ -195,14 +195,14 @@ class Runtime:
         )
 
     def _stamp(self, model: nn.Module, batch: Tensor) -> tuple[Any, ...]:
-        """What a running graph holds for: weights, shape, threads, and the process, since threads
-        do not survive a fork."""
+        """Return the state for which a running graph is valid: weights, shape, threads, and the
+        process, since threads do not survive a fork."""
         tensors = [*model.parameters(), *model.buffers()]
         weights = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
         return (os.getpid(), torch.get_num_threads(), self._wanted, tuple(batch.shape[1:]), weights)
 
     def _start(self, model: nn.Module, reader: ReadLayers, batch: Tensor) -> Run | None:
-        """Make the graph ready and compare it with torch; None, with a warning, where it fails."""
+        """Load the graph and compare it with torch; if either fails, warn and return None."""
         forward, some = Forward(model, reader), batch[:COMPARED].contiguous()
         with torch.no_grad():
             expected = forward(some)
@@ -210,7 +210,7 @@ class Runtime:
         key = {} if self.own else self._key(model, reader, batch)
 
         def export() -> bytes:
-            # The exporter takes one row for a constant.
+            # The exporter would make a batch size of 1 a constant.
             return export_graph(forward, some if len(some) > 1 else torch.cat([some, some]))
 
         for is_last in (kept is None or not kept.has(key), True):
@@ -251,8 +251,10 @@ class Runtime:
 
 
 def gains(model: nn.Module) -> bool:
-    """Tell whether a model is of a family that other runtimes embed at least 1.5 times as fast:
-    depthwise convolutions with batch norms, such as EfficientNet, MobileNet, MNASNet or ShuffleNet.
+    """Return whether a model is at least 1.5 times faster in other runtimes.
+
+    Such models have depthwise convolutions with batch norms, as EfficientNet, MobileNet, MNASNet
+    and ShuffleNet do.
     """
     layers = list(model.modules())
     convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
@@ -272,8 +274,8 @@ def hash_of_weights(model: nn.Module) -> str:
 
 
 def difference(found: Tensor, expected: Tensor, widths: list[int] | None) -> str | None:
-    """Say how embeddings `(B, d)` differ from those of torch, layer by layer; None where they
-    agree."""
+    """Return a text that says how embeddings `(B, d)` differ from those of torch, layer by layer;
+    None if they agree."""
     if found.shape != expected.shape:
         return f"its embeddings have the shape {tuple(found.shape)}, not {tuple(expected.shape)}"
     for ours, theirs in zip(
@@ -282,7 +284,7 @@ def difference(found: Tensor, expected: Tensor, widths: list[int] | None) -> str
         strict=True,
     ):
         largest, apart = theirs.abs().max().item(), (ours - theirs).abs().max().item()
-        # Written so that a NaN does not agree.
+        # With `not … <=`, NaN counts as a difference.
         if not apart <= TOLERANCE * largest:
             return (
                 f"its embeddings differ by {apart:.1e}, where the largest number is {largest:.1e}"
@@ -296,7 +298,7 @@ def _open_onnxruntime(graph: bytes, threads: int) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # Threads that wait in a loop would take the cores of the loader's workers.
+    # Threads that spin while waiting would take the cores of the loader's workers.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
@@ -314,7 +316,7 @@ def _open_openvino(graph: bytes, threads: int) -> Run:
     settings = {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
-        # It would take bfloat16 where the processor has it.
+        # By default OpenVINO uses bfloat16 on processors that have it.
         "INFERENCE_PRECISION_HINT": "f32",
     }
     compiled = core.compile_model(core.read_model(graph), "CPU", settings)

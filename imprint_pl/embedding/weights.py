@@ -1,5 +1,5 @@
-"""Weights of backbones: read safely from files, fetched as their libraries do, and compared with
-the model, so that a mistake ends in a message that says what to do.
+"""Reads weights of backbones safely from files, fetches them as their libraries do, and checks that
+they fit the model. Errors say what to do.
 """
 
 import re

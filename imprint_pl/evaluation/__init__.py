@@ -1,1 +1,1 @@
-"""What a validation or test leaves behind: predictions, figures of each class, pictures, a page."""
+"""The results of a validation or test: predictions, figures of each class, pictures and a page."""

@@ -12,7 +12,7 @@ from imprint_pl.evaluation.predictions import Confusion, Predictions
 
 
 class Figure(NamedTuple):
-    """A figure and its interval, fractions; `None` where nothing can be said."""
+    """A figure and its interval, fractions; `None` if it is not defined."""
 
     value: float | None
     interval: Interval | None
@@ -20,18 +20,19 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """What was measured of a class.
+    """The figures of a class.
 
     Attributes:
-        label, name: of the class.
-        images: how many images of it were measured; its recall and F1 are `None` where none was.
-        right: how many of them were taken for it.
+        label, name: those of the class.
+        images: how many images of the class were measured; without any, recall and F1 are `None`.
+        right: how many of these images were predicted correctly.
         recall: right / images; the accuracy of the class.
-        precision: the share of the images taken for it that belong to it.
+        precision: the share of the images predicted as this class that belong to it.
         f1: the harmonic mean of recall and precision.
-        trained: how many training images it has; `None` where nobody knows.
-        mistaken_for: the class that most of its wrong images were taken for, and `mistaken`, how
-            many; `None` and 0 where none is wrong.
+        trained: how many training images the class has; `None` if unknown.
+        mistaken_for: the class that most of its wrong images were predicted as; `None` if none is
+            wrong.
+        mistaken: how many images were predicted as `mistaken_for`.
     """
 
     label: int
@@ -52,14 +53,14 @@ class ClassFigures:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of a loader.
+    """The figures of a loader.
 
     Attributes:
-        images: how many.
-        right: how many were right.
-        accuracy, balanced_accuracy, macro_f1: over all classes.
-        classes: in the order of the labels.
-        confusion: true by predicted class.
+        images: how many images were measured.
+        right: how many of them were predicted correctly.
+        accuracy, balanced_accuracy, macro_f1: the figures over all classes.
+        classes: the figures of each class, in the order of the labels.
+        confusion: the confusion matrix, true by predicted class.
     """
 
     images: int
@@ -71,25 +72,25 @@ class Measured:
     confusion: Confusion
 
     def weakest(self) -> list[ClassFigures]:
-        """The classes that have images: the one with the lowest recall first, of equal ones that
-        with the most images."""
+        """The classes that have images, by ascending recall; among equal ones, the class with the
+        most images comes first."""
         there = [found for found in self.classes if found.images]
         return sorted(there, key=lambda found: (found.recall.value, -found.images))
 
 
 def measure(predictions: Predictions, trained: Tensor | None = None) -> Measured:
-    """Measures predictions.
+    """Computes the figures of predictions.
 
     Args:
-        predictions: of a loader.
-        trained: `(C,)`, how many training images each class has, where that is known.
+        predictions: the predictions of a loader.
+        trained: `(C,)`, how many training images each class has, if that is known.
     """
     confusion = predictions.confusion
     errors = confusion.without_diagonal()
     sizes, taken = (confusion.sums(of).tolist() for of in (confusion.true, confusion.predicted))
     wrong = errors.sums(errors.true).tolist()
     right = [size - missed for size, missed in zip(sizes, wrong, strict=True)]
-    # For each class the largest cell of its row; of equal ones the first.
+    # The largest error of each class; among equal ones, the first.
     mistaken: dict[int, tuple[int, int]] = {}
     cells = (errors.true, errors.predicted, errors.counts)
     for true, other, count in zip(*(part.tolist() for part in cells), strict=True):
@@ -134,5 +135,5 @@ def _share(part: int, whole: int) -> Figure:
 def _f1(right: int, images: int, taken: int) -> Figure:
     if images + taken == 0:
         return Figure(None, None)
-    # Every image of the class that is missed, and every other one that is taken for it.
+    # The errors are the missed images of the class and the other images predicted as it.
     return Figure(2 * right / (images + taken), of_f1(right, images + taken - 2 * right))

@@ -1,4 +1,4 @@
-"""How sure a figure is, given how few images it was measured on: intervals of 95 %.
+"""Confidence intervals of 95 % for figures that were measured on few images.
 
 A share, such as accuracy or the recall of a class, has Wilson's interval (Wilson 1927): 25 of 25
 right is an accuracy between 87 and 100 %. Balanced accuracy and macro F1 have a bootstrap (Efron
@@ -15,20 +15,20 @@ import torch
 from imprint_pl.evaluation.predictions import Confusion
 
 CONFIDENCE = 0.95
-# Draws of a bootstrap: as many, but fewer where the confusion matrix has so many cells that they
-# would take seconds.
+# Most and fewest draws of a bootstrap, and the most cells of the confusion matrix in all draws:
+# with many cells there are fewer draws, since they would take seconds.
 MOST_DRAWS, FEWEST_DRAWS, CELLS = 1000, 100, 10_000_000
 
 
 class Interval(NamedTuple):
-    """Where the true figure lies with 95 % confidence, fractions."""
+    """The ends of a 95 % confidence interval, fractions."""
 
     low: float
     high: float
 
 
 def wilson(successes: int, trials: int) -> Interval | None:
-    """Wilson's interval of a share; `None` without trials.
+    """Compute Wilson's interval of a share; `None` without trials.
 
     >>> wilson(25, 25)
     Interval(low=0.8668, high=1.0)
@@ -40,20 +40,20 @@ def wilson(successes: int, trials: int) -> Interval | None:
     if trials == 0:
         return None
     found = binomtest(successes, trials).proportion_ci(CONFIDENCE, method="wilson")
-    # Rounding errors must not leave 0 to 1.
+    # Rounding errors must not lead outside of 0 to 1.
     low, high = (round(min(max(float(end), 0.0), 1.0), 4) for end in found)
     return Interval(low, high)
 
 
 def of_f1(right: int, wrong: int) -> Interval | None:
-    """The interval of a class's F1.
+    """Compute the interval of a class's F1.
 
     F1 = 2 J / (1 + J), where J = right / (right + wrong) is a share of images, which has Wilson's
     interval (Hand, Christen and Kirielle 2021 on the relation).
 
     Args:
-        right: images of the class that were taken for it.
-        wrong: images of the class that were not, and images of others that were.
+        right: number of images of the class that were predicted as it.
+        wrong: number of its other images, and of images of other classes predicted as it.
     """
     shares = wilson(right, right + wrong)
     if shares is None:
@@ -63,22 +63,22 @@ def of_f1(right: int, wrong: int) -> Interval | None:
 
 
 class Bootstrapped(NamedTuple):
-    """Intervals of figures over all classes; `None` where every draw gives the same figure, since
-    without an error there is nothing to draw."""
+    """Intervals of figures over all classes; `None` if every draw gives the same figure, as without
+    any error."""
 
     balanced_accuracy: Interval | None
     macro_f1: Interval | None
 
 
 def bootstrap(confusion: Confusion, seed: int = 0) -> Bootstrapped:
-    """Draws the images of each class anew, with replacement.
+    """Computes bootstrap intervals by drawing the images of each class with replacement.
 
-    The predictions of n images drawn from a class are a multinomial draw of its row of the
-    confusion matrix, so that the time does not depend on the number of images.
+    The predictions of n images drawn from a class are a multinomial draw from its row of the
+    confusion matrix, so the time does not depend on the number of images.
 
     Args:
-        confusion: of all images.
-        seed: of the draws.
+        confusion: the confusion matrix of all images.
+        seed: fixes the draws.
     """
     if not len(confusion.counts):
         return Bootstrapped(None, None)
@@ -86,7 +86,7 @@ def bootstrap(confusion: Confusion, seed: int = 0) -> Bootstrapped:
     draws = max(FEWEST_DRAWS, min(MOST_DRAWS, CELLS // max(1, len(confusion.counts))))
     generator = np.random.default_rng(seed)
     right, taken = np.zeros((draws, C)), np.zeros((draws, C))
-    # The cells of a class lie together.
+    # The cells are sorted by true class, so those of a class are consecutive.
     labels, lengths = torch.unique_consecutive(confusion.true, return_counts=True)
     parts = (part.split(lengths.tolist()) for part in (confusion.predicted, confusion.counts))
     for label, columns, counts in zip(labels.tolist(), *parts, strict=True):
@@ -96,7 +96,7 @@ def bootstrap(confusion: Confusion, seed: int = 0) -> Bootstrapped:
     there = sizes > 0
     balanced = (right[:, there] / sizes[there]).mean(1)
     seen = sizes + taken
-    # As in torchmetrics, F1 leaves out a class that has no image and is never predicted.
+    # Like torchmetrics, leave out of F1 a class that has no image and is never predicted.
     f1 = np.divide(2 * right, seen, out=np.full_like(right, np.nan), where=seen > 0)
     return Bootstrapped(_middle(balanced), _middle(np.nanmean(f1, axis=1)))
 

@@ -1,9 +1,9 @@
-"""What to do next, in one sentence that follows from the figures by fixed rules.
+"""Recommends the next step in one sentence that follows from the figures by fixed rules.
 
-The first rule that holds says the step:
+The first rule that holds decides:
 
-1. a weak class has few training images: add some, and where it has very few, have classes weigh
-   alike until then, if the recipe can;
+1. a weak class has few training images: add some; if it has very few, give all classes the same
+   weight until then, if the recipe can;
 2. most of a weak class's errors go to one other class: compare the two;
 3. a class is weak otherwise: add images like those that were missed;
 4. images are perhaps labelled wrong: look at their labels;
@@ -11,10 +11,10 @@ The first rule that holds says the step:
 6. there are so few test images that the accuracy is hardly known: hold out more;
 7. nothing stands out.
 
-A class is weak where its recall is below the accuracy of all images beyond chance. For one with few
-training images, which is a reason in itself, the upper end of its interval has to be lower. For
-others, the worst of equally good classes would rarely have as few images right (binomial test,
-Bonferroni's correction).
+A class is weak if its recall is significantly lower than the accuracy of all images. For a class
+with few training images, which is a reason in itself, the upper end of its interval must be lower
+than that accuracy. For other classes a binomial test with Bonferroni's correction decides: even the
+worst of equally good classes would rarely have so few correct images.
 """
 
 from __future__ import annotations
@@ -28,27 +28,28 @@ from imprint_pl.errors import shown
 from imprint_pl.evaluation.classes import ClassFigures, Figure, Measured
 from imprint_pl.evaluation.predictions import Predictions
 
-# An image is perhaps labelled wrong where the head gives another class at least this probability,
-# and its label at most that.
+# An image is perhaps labelled wrong if the head gives another class at least the first probability,
+# and its label at most the second.
 SURE, UNLIKELY = 0.95, 0.02
-# Where the head recognises a smaller share of a class, it is not the labels that are wrong.
+# If the head recognises a smaller share of a class, its labels are not suspected.
 RECOGNISED = 0.5
-# A class has few training images with fewer than these, or than this part of the median class.
+# A class has few training images if it has fewer than this number, or than this share of the
+# median class.
 FEW, FEW_OF_MEDIAN = 20, 0.5
-# A class that is smaller than this part of the median class gains by class weights, too. For larger
-# ones they change little, or cost other classes more (tried on subsets of TrashNet).
+# A class that is smaller than this share of the median class also gains by class weights. For
+# larger classes they change little, or cost other classes more (tried on subsets of TrashNet).
 RARE_OF_MEDIAN = 0.1
-# One class dominates the errors of another, or a pair the errors of all, from these shares and
-# this number on.
+# One class dominates the errors of another class from the first share on. A pair dominates all
+# errors from the second share and the number of errors on.
 OF_CLASS, OF_ALL, PAIR_ERRORS = 0.5, 1 / 3, 5
-# How often at most a class may be called weak that is as good as all the others.
+# Largest probability that a class that is as good as all others is called weak.
 BY_CHANCE = 0.025
-# An accuracy is hardly known where its interval is wider.
+# An accuracy is too uncertain if its interval is wider than this.
 WIDE = 0.1
 
 
 class Pair(NamedTuple):
-    """Two classes that are taken for each other; `errors` in both directions."""
+    """Two classes that are confused with each other; `errors` counts both directions."""
 
     one: int
     other: int
@@ -56,7 +57,7 @@ class Pair(NamedTuple):
 
 
 def suspicious(predictions: Predictions) -> Tensor:
-    """The images that are perhaps labelled wrong, `(S,)` int64, the likeliest first."""
+    """Return the images that are perhaps labelled wrong, `(S,)` int64, the likeliest first."""
     worst = predictions.worst()
     C, labels = len(predictions.class_names), predictions.labels
     right = torch.bincount(labels[labels == predictions.predicted], minlength=C)
@@ -67,7 +68,7 @@ def suspicious(predictions: Predictions) -> Tensor:
 
 
 def most_confused(measured: Measured) -> Pair | None:
-    """The two classes that are taken for each other most often; `None` without an error."""
+    """Return the two classes that are confused most often; `None` without an error."""
     errors = measured.confusion.without_diagonal()
     if not len(errors.counts):
         return None
@@ -80,12 +81,12 @@ def most_confused(measured: Measured) -> Pair | None:
 
 
 class Step(NamedTuple):
-    """What to do next.
+    """The recommended next step.
 
     Attributes:
-        rule: "few", "confused", "weak", "label", "pair", "unsure", "good", or "none" where no image
+        rule: "few", "confused", "weak", "label", "pair", "unsure", "good", or "none" if no image
             was measured.
-        text: a sentence with the numbers that it follows from.
+        text: a sentence with the numbers on which the recommendation is based.
     """
 
     rule: str
@@ -93,12 +94,12 @@ class Step(NamedTuple):
 
 
 def next_step(measured: Measured, predictions: Predictions, balance: str = "") -> Step:
-    """Says what to do next, by the first rule that holds.
+    """Recommends the next step, by the first rule that holds.
 
     Args:
-        measured, predictions: of a loader.
-        balance: settings for the sake of small classes, such as "class_weight: balanced", where
-            the fit can have some that it had not.
+        measured, predictions: those of a loader.
+        balance: settings that help small classes, such as "class_weight: balanced", if the recipe
+            takes them and the fit did not use them; otherwise empty.
     """
     if not measured.images:
         return Step("none", "No image was measured: give validation or test images.")
@@ -158,7 +159,7 @@ def next_step(measured: Measured, predictions: Predictions, balance: str = "") -
 
 
 def suspicion(predictions: Predictions, index: int, count: int = 1) -> str:
-    """Says why the label of an image is in doubt, and how many more there are."""
+    """Return a sentence on why the label of an image is in doubt, and how many more there are."""
     names = predictions.class_names
     more = f"; {count - 1:,} more {'is' if count == 2 else 'are'} in doubt" if count > 1 else ""
     return (
@@ -169,7 +170,7 @@ def suspicion(predictions: Predictions, index: int, count: int = 1) -> str:
 
 
 def weakness(found: ClassFigures, measured: Measured) -> str:
-    """Says how well a class is recognised, and what it is mistaken for."""
+    """Return a sentence on how well a class is recognised, and with which class it is confused."""
     mostly = ""
     if found.mistaken_for is not None:
         other = name_of(measured.classes[found.mistaken_for])
@@ -181,7 +182,7 @@ def weakness(found: ClassFigures, measured: Measured) -> str:
 
 
 def recall_of(found: ClassFigures) -> str:
-    """A recall with its numbers and its interval."""
+    """Return the recall of a class as text, with its numbers and its interval."""
     return f"{percent(found.recall)} ({found.right:,} of {found.images:,}; {between(found.recall)})"
 
 
@@ -194,7 +195,7 @@ def percent(figure: Figure) -> str:
 
 
 def between(figure: Figure) -> str:
-    """An interval in words; empty where there is none."""
+    """Return an interval as text; empty if there is none."""
     if figure.interval is None:
         return ""
     low, high = figure.interval
@@ -202,7 +203,7 @@ def between(figure: Figure) -> str:
 
 
 def certainty(probability: float) -> str:
-    """A probability in percent; never 100, since no head is that sure.
+    """Return a probability in percent as text; never 100 %, since no head is that sure.
 
     >>> certainty(0.99999), certainty(0.87)
     ('over 99.9 %', '87.0 %')
@@ -218,7 +219,7 @@ def _is_weak(found: ClassFigures, measured: Measured) -> bool:
         return False
     if _has_few(found, measured):
         return found.recall.interval.high < accuracy
-    # With many classes, one has few images right by chance.
+    # With many classes, some class has few correct images by chance (Bonferroni).
     least = BY_CHANCE / sum(other.images > 0 for other in measured.classes)
     return bool(binom.cdf(found.right, found.images, accuracy) < least)
 
@@ -227,11 +228,11 @@ def _has_few(found: ClassFigures, measured: Measured) -> bool:
     if found.trained is None:
         return False
     median = _median_trained(measured)
-    # Where every class has as few, it is not the number that makes this one weak.
+    # If every class has as few images, their number is not what makes this class weak.
     return found.trained < FEW_OF_MEDIAN * median or found.trained < min(FEW, median)
 
 
 def _median_trained(measured: Measured) -> int:
-    """How many training images the class in the middle has; 0 where nobody knows."""
+    """Return the number of training images of the median class; 0 if unknown."""
     trained = sorted(found.trained for found in measured.classes if found.trained is not None)
     return trained[len(trained) // 2] if trained else 0

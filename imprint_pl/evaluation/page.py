@@ -1,5 +1,5 @@
-"""The page of an evaluation: one HTML file that tells the weakest class, the images that are
-perhaps labelled wrong, and what to do next.
+"""The page of an evaluation: one HTML file with the weakest class, the images that are perhaps
+labelled wrong, and the next step.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from imprint_pl.evaluation.pictures import SMALL, Thumbnails, as_url
 from imprint_pl.evaluation.predictions import Predictions
 from imprint_pl.numerics.measures import METRICS, compared_by
 
-# Images on the page, with or without a picture, and rows of its tables: they bound its size.
+# Most images and rows on the page, to bound its size.
 SUSPICIOUS_SHOWN, WORST_SHOWN = 12, 36
-# Up to so many classes the confusion matrix can be read on a phone without scrolling.
+# Up to this many classes the confusion matrix can be read on a phone without scrolling.
 FITS_PHONES = 12
 ERRORS_LISTED, CLASSES_LISTED = 300, 1500
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the page says of the run, beside what was measured.
+    """The facts about a run that the page shows beside the figures.
 
     Attributes:
-        name: of the task.
-        what: which images were measured, such as "validation".
+        name: the name of the task.
+        what: the split that was measured, such as "validation".
         facts: further words for the line under the title, such as the backbone.
-        figures: further figures, such as NC1, as they are shown.
-        tried: what `auto` compared, as `head.tried` has it.
-        balance: settings that another fit may have for the sake of small classes, such as
-            "class_weight: balanced"; empty where there are none.
+        figures: further figures, such as NC1, as text.
+        tried: the candidates of `auto`, as in `head.tried`.
+        balance: settings that help small classes and that another fit may use, such as
+            "class_weight: balanced"; empty if there are none.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Run:
 
 
 class PageImage(NamedTuple):
-    """A wrong image as the template takes it; `source` is empty where there is no picture."""
+    """A wrong image for the template; `source` is empty if there is no picture."""
 
     source: str
     tiny: bool
@@ -81,16 +81,16 @@ def evaluation_page(
     """Returns the page as HTML.
 
     Args:
-        run: what was run.
-        measured, predictions: of a loader.
-        confusion, gallery: PNGs, where there are any.
-        thumbnails: of the images; `None` where there are none.
+        run: facts about the run.
+        measured, predictions: those of a loader.
+        confusion, gallery: PNGs, if there are any.
+        thumbnails: thumbnails of the images; `None` without pictures.
         files: names of the files beside the page.
     """
     worst, labels = predictions.worst().tolist(), suspicious(predictions).tolist()
     others = [index for index in worst if index not in set(labels)]
     of_labels = labels[:SUSPICIOUS_SHOWN]
-    # Without pictures the table of errors says as much.
+    # Without pictures these images would only repeat the table of errors.
     of_worst = others[:WORST_SHOWN] if thumbnails is not None else []
     step = next_step(measured, predictions, run.balance)
     tables = [

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: the confusion matrix, and the images that are wrong."""
+"""The pictures of an evaluation: the confusion matrix, and the wrongly predicted images."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from imprint_pl.evaluation.classes import Measured
 from imprint_pl.evaluation.next_step import certainty
 from imprint_pl.evaluation.predictions import Predictions
 
-# Classes that a confusion matrix shows, and up to which it has numbers.
+# Most classes that a confusion matrix shows, and most classes with which it shows numbers.
 CLASSES_SHOWN, NUMBERED = 40, 20
-# Images of `errors.png`, in rows of so many.
+# Most images in `errors.png`, and how many in each row.
 ERRORS_SHOWN, IN_ROW = 24, 6
-# Longest side of a thumbnail; up to the smaller one it is kept pixel by pixel.
+# Longest side of a thumbnail in pixels; images up to the second size are not resampled.
 SIDE, SMALL = 144, 48
 # A function that takes the number of an image and returns its pixels, `(H, W)` or `(H, W, 3)`,
 # uint8, or `None` where the image cannot be read.
@@ -32,7 +32,7 @@ Thumbnails = Callable[[int], np.ndarray | None]
 
 
 def of_files(paths: Sequence[str]) -> Thumbnails:
-    """Thumbnails that are read from files."""
+    """Return a function that reads thumbnails from files."""
 
     def read(index: int) -> np.ndarray | None:
         try:
@@ -44,7 +44,7 @@ def of_files(paths: Sequence[str]) -> Thumbnails:
 
 
 def of_dataset(dataset: Any) -> Thumbnails | None:
-    """Thumbnails of the items of a data set; `None` where they are no images but embeddings."""
+    """Return a function that makes thumbnails of a data set's items; `None` for embeddings."""
 
     def read(index: int) -> np.ndarray | None:
         try:
@@ -56,13 +56,16 @@ def of_dataset(dataset: Any) -> Thumbnails | None:
 
 
 def thumbnail(image: Any) -> np.ndarray | None:
-    """An image of any kind as small pixels `(H, W)` or `(H, W, 3)`, uint8; `None` for what is none.
+    """Turn an image of any kind into a thumbnail.
 
     Values outside of 0 to 255, such as preprocessed ones, are stretched to that range.
 
     Args:
-        image: a tensor `(C, H, W)` or `(H, W)`, or what NumPy takes as `(H, W)` or `(H, W, C)`,
-            such as an image of Pillow.
+        image: a tensor `(C, H, W)` or `(H, W)`, or an object such as a Pillow image that NumPy
+            converts to `(H, W)` or `(H, W, C)`.
+
+    Returns:
+        Pixels `(H, W)` or `(H, W, 3)`, uint8; `None` if it is not an image.
     """
     from PIL import Image
 
@@ -86,7 +89,7 @@ def thumbnail(image: Any) -> np.ndarray | None:
 
 
 def as_url(pixels: np.ndarray) -> str:
-    """The address of a thumbnail that holds its content: JPEG, or PNG for few pixels."""
+    """Return a thumbnail as a data URL, in JPEG, or in PNG for few pixels."""
     from PIL import Image
 
     content, tiny = io.BytesIO(), max(pixels.shape[:2]) <= SMALL
@@ -98,7 +101,7 @@ def as_url(pixels: np.ndarray) -> str:
 def draw_confusion(measured: Measured, path: Path) -> Path:
     """Writes the confusion matrix as a PNG; colours are shares of the true class.
 
-    Of more than 40 classes it has those that take part in the most errors, and says so.
+    With more than 40 classes it shows those with the most errors, and says so.
     """
     from matplotlib.figure import Figure
 
@@ -145,7 +148,8 @@ def draw_confusion(measured: Measured, path: Path) -> Path:
 
 
 def _write_counts(axes: Any, matrix: np.ndarray, shares: np.ndarray, cell: float) -> None:
-    # The longest number fits its cell; a digit is some 0.64 of its size wide.
+    # Choose a font size with which the longest number fits its cell; a digit is about 0.64 times as
+    # wide as the font size.
     digits = len(str(matrix.max()))
     size = min(10.0, 72 * cell * 0.9 / (0.64 * digits), 72 * cell * 0.6)
     for row, column in zip(*matrix.nonzero(), strict=True):
@@ -166,13 +170,13 @@ def draw_errors(
     """Writes the worst errors as a PNG, each with its true and its given class.
 
     Args:
-        predictions: of a loader.
-        thumbnails: of its images; those that cannot be read are left out.
+        predictions: the predictions of a loader.
+        thumbnails: thumbnails of its images; those that cannot be read are left out.
         path: the PNG.
-        most: how many images.
+        most: most images to draw.
 
     Returns:
-        The path; `None` where there is nothing to draw.
+        The path; `None` if there is nothing to draw.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The predictions of a validation or test: what the head said of each image, and what is true."""
+"""The predictions of a validation or test, with the true labels."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ COLUMNS = 4
 
 @dataclass(frozen=True)
 class Confusion:
-    """A confusion matrix without its zeros, ordered by true class and then by predicted class: with
-    many classes there are far more zeros than images.
+    """A sparse confusion matrix, ordered by true class and then by predicted class.
+
+    With many classes there are far more zeros than images.
 
     Attributes:
         true, predicted, counts: `(M,)` int64, the cells that are not zero.
@@ -29,7 +30,7 @@ class Confusion:
     num_classes: int
 
     def dense(self, classes: list[int] | None = None) -> Tensor:
-        """The matrix of some classes in their order, `(c, c)`; of all by default."""
+        """Return the matrix `(c, c)` of some classes in their order, by default of all classes."""
         chosen = list(range(self.num_classes)) if classes is None else classes
         place = torch.full((self.num_classes,), -1)
         place[chosen] = torch.arange(len(chosen))
@@ -40,21 +41,21 @@ class Confusion:
         return matrix
 
     def without_diagonal(self) -> Confusion:
-        """The errors alone."""
+        """Return only the errors."""
         wrong = self.true != self.predicted
         return Confusion(
             self.true[wrong], self.predicted[wrong], self.counts[wrong], self.num_classes
         )
 
     def sums(self, of: Tensor) -> Tensor:
-        """`(C,)`: the counts summed by `true` or by `predicted`."""
+        """Return the counts summed by class, `(C,)`; `of` is `true` or `predicted`."""
         zeros = torch.zeros(self.num_classes, dtype=torch.int64)
         return zeros.index_add(0, of, self.counts)
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """The images of a loader in its order.
+    """The predictions for the images of a loader, in its order.
 
     Attributes:
         labels: `(N,)` int64, the true classes, of the C of the head.
@@ -63,9 +64,8 @@ class Predictions:
         probabilities: `(N,)`, its probability; NaN where an embedding is not finite.
         of_true: `(N,)`, the probability of the true class.
         class_names: C names.
-        names: a file for each image; `None` where the images come from arrays.
-        accepted: `(N,)` bool, whether the head's threshold lets the image pass; `None` where it
-            has none.
+        names: a file for each image; `None` if the images come from arrays.
+        accepted: `(N,)` bool, whether the image reaches the head's threshold; `None` without one.
     """
 
     labels: Tensor
@@ -82,21 +82,21 @@ class Predictions:
 
     @property
     def confusion(self) -> Confusion:
-        """How many images of each true class were taken for each class."""
+        """How many images of each true class were predicted as each class."""
         C = len(self.class_names)
         pairs, counts = torch.unique(self.labels * C + self.predicted, return_counts=True)
         return Confusion(pairs // C, pairs % C, counts, C)
 
     def worst(self) -> Tensor:
-        """The wrong images, `(E,)` int64: first those whose given class leads the true one by most,
-        in probability."""
+        """The wrong images, `(E,)` int64, sorted by how much more probable the predicted class is
+        than the true one."""
         wrong = (self.labels != self.predicted).nonzero().flatten()
         surplus = (self.probabilities - self.of_true)[wrong].nan_to_num(-1)
         return wrong[surplus.argsort(descending=True, stable=True)]
 
     @cached_property
     def folder(self) -> str | None:
-        """The folder that all files lie below; `None` where there is none."""
+        """The common folder of all files; `None` if there is none."""
         try:
             common = os.path.commonpath([os.path.dirname(name) for name in self.names or []])
         except ValueError:  # no file, or on several drives
@@ -104,7 +104,7 @@ class Predictions:
         return common or None
 
     def name_of(self, index: int) -> str:
-        """Names an image: its file below `folder`, or its place in the loader."""
+        """Return the name of an image: its file below `folder`, or its index in the loader."""
         if self.names is None:
             return f"image {index}"
         name = self.names[index]
@@ -112,20 +112,24 @@ class Predictions:
 
 
 def rows_of(logits: Tensor, labels: Tensor, accepted: Tensor | None = None) -> Tensor:
-    """What is kept of a batch: logits `(B, C)` and labels `(B,)` to rows `(B, 5)`, float32.
+    """Turn the logits of a batch into the rows that are kept for its predictions.
 
-    A row has the predicted class, its logit, its probability, that of the true class, and 1 where
-    the threshold lets the image pass. A probability of −1 stands for NaN, which a store of rows
-    does not take.
+    A row has the predicted class, its logit, its probability, the probability of the true class,
+    and 1 if the image reaches the threshold. A probability of −1 stands for NaN, which a store of
+    rows refuses.
 
     Args:
-        logits, labels: of the batch.
-        accepted: `(B,)` bool; all by default.
+        logits: `(B, C)`.
+        labels: `(B,)`, the true labels.
+        accepted: `(B,)` bool; by default all are accepted.
+
+    Returns:
+        `(B, 5)`, float32.
     """
     best, predicted = logits.float().max(1)
     probabilities = logits.float().softmax(1)
     of_both = torch.stack([predicted, labels.to(predicted)], 1)
-    # Class indices are whole numbers below 2^24, exact in float32. The logit of a class without
+    # Class indices are below 2^24 and therefore exact in float32. The logit of a class without
     # proxies is −∞.
     numbers = [predicted.float()[:, None], best[:, None], probabilities.gather(1, of_both)]
     rows = torch.cat(numbers, 1)
@@ -142,13 +146,14 @@ def from_rows(
     names: list[str] | None,
     threshold: bool = False,
 ) -> Predictions:
-    """Rows `(N, 5)` of `rows_of` and labels `(N,)` as predictions.
+    """Turn the rows of `rows_of` into predictions.
 
     Args:
-        rows, labels: of all batches, in the loader's order.
+        rows: `(N, 5)`, the rows of all batches, in the loader's order.
+        labels: `(N,)`, the true labels.
         class_names: C names.
         names: as for `Predictions`.
-        threshold: whether the head has one.
+        threshold: whether the head has a threshold.
     """
     predicted, scores = rows[:, 0].long(), rows[:, 1]
     best, of_true = rows[:, 2:4].masked_fill(rows[:, 2:4] < 0, torch.nan).unbind(1)

@@ -18,18 +18,18 @@ from imprint_pl.evaluation.pictures import Thumbnails, draw_confusion, draw_erro
 from imprint_pl.evaluation.predictions import Predictions
 from imprint_pl.files import write_whole
 
-# Images whose pictures are drawn at most, and classes of a confusion matrix as a file.
+# Most images for which pictures are drawn, and most classes of a confusion matrix in a file.
 MOST_PICTURED, MOST_CONFUSED = 50_000, 2_000
 
 
 class Written(NamedTuple):
-    """What was written.
+    """The results of `write_evaluation`.
 
     Attributes:
         measured: the figures.
-        next_step: what to do next.
+        next_step: the recommended next step.
         page: the HTML file.
-        confusion, errors: PNGs; `None` where they were not drawn.
+        confusion, errors: the PNGs; `None` if they were not drawn.
     """
 
     measured: Measured
@@ -47,15 +47,15 @@ def write_evaluation(
     thumbnails: Thumbnails | None = None,
     gallery: Path | None = None,
 ) -> Written:
-    """Writes `predictions.csv`, `per_class.csv`, `confusion_matrix.csv` and `.png`, `errors.png`
-    where there are thumbnails and errors, and `evaluation.html`.
+    """Writes `predictions.csv`, `per_class.csv`, `confusion_matrix.csv` and `.png`, and
+    `evaluation.html`; with thumbnails and errors also `errors.png`.
 
     Args:
-        folder: is made.
-        run: what was run.
-        predictions: of a loader.
-        trained: `(C,)`, the training images of each class, where that is known.
-        thumbnails: of the images. For more than 50,000 images none is drawn.
+        folder: the folder for the files; it is made.
+        run: facts about the run.
+        predictions: the predictions of a loader.
+        trained: `(C,)`, the number of training images of each class, if that is known.
+        thumbnails: thumbnails of the images; not used for more than 50,000 images.
         gallery: a PNG to show on the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,12 +96,12 @@ def _write_table(path: Path, header: list[str], rows: Iterable[list[Any]]) -> No
     writer = csv.writer(text)
     writer.writerow(header)
     writer.writerows(rows)
-    # As in the CSV of predict, a name that is not UTF-8 keeps its bytes.
+    # As in the CSV of `predict`, keep the bytes of a name that is not UTF-8.
     write_whole(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def prediction_table(predictions: Predictions) -> tuple[list[str], Iterable[list[Any]]]:
-    """Returns header and rows: the columns of `predict`, and what is true."""
+    """Returns header and rows: the columns of `predict`, and the true class."""
     names = predictions.class_names
     header = ["index" if predictions.names is None else "file", "label", "class", "score"]
     header += ["probability", "true_label", "true_class", "probability_of_true"]

@@ -1,4 +1,4 @@
-"""Many recipes on many tasks: sweeps, and what their results say."""
+"""Experiments with many recipes on many tasks: sweeps, reports and comparisons of backbones."""
 
-# Memory of a sweep besides the embeddings, a process.
+# Memory of a sweep for each process, besides the embeddings.
 CHUNK_BYTES = 1 << 30

@@ -30,15 +30,15 @@ FIGURES = (
     "purity",
 )
 
-# wandb refuses longer ones.
+# Longest tag that wandb accepts.
 LONGEST_TAG = 64
 
 
 def workspace(entity: str, project: str, name: str = NAME) -> Workspace:
     """Returns the workspace. It is not saved: `.save()` needs a login and a network.
 
-    Its sections show accuracy by recipe, backbone and task; the effect of a recipe's parameters (k,
-    NC1, time, all at once); and the pictures of single fits.
+    Its sections show accuracy by recipe, backbone and task; the effect of a recipe's parameters (on
+    accuracy, NC1 and time, all at once); and the pictures of single fits.
 
     Args:
         entity: the wandb user or team.

@@ -1,7 +1,7 @@
-"""The results of a sweep on disk: a row a configuration, kept whenever the process is killed.
+"""The results of a sweep on disk: a row for each configuration, which survives a killed process.
 
-New rows go to a journal, a line each, and from time to time into `results.parquet` and
-`results.csv`, which are replaced as a whole. A line that a kill cut short does not count.
+New rows are appended to a journal, one line each. From time to time they go into `results.parquet`
+and `results.csv`, which are replaced as a whole. An incomplete line of a killed process is ignored.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ TEXT, WHOLE, NUMBER, TRUTH = "string", "Int64", "Float64", "boolean"
 
 
 def _dtype(kind: Any) -> str:
-    """The type of a keyword's column: text where it may be text, such as λ by the rule "gcv"."""
+    """Return the type of a keyword's column: text if a value may be text, such as λ = "gcv"."""
     kinds = [part for part in get_args(kind) if part is not type(None)]
     return {int: WHOLE, float: NUMBER, bool: TRUTH}.get(kinds[0], TEXT) if len(kinds) == 1 else TEXT
 
 
-# What a backbone's entry leaves out, so that rows and ids are those of sweeps without layers. Where
-# a row has others, the columns `layers` and `views` stand behind the rest.
+# Usual values that a backbone's entry leaves out, so that rows and ids are the same as before these
+# settings existed. If a row has others, the columns `layers` and `views` are added at the end.
 USUAL = {"layers": "last", "views": "none"}
-# A cell is empty where a keyword is not used. A keyword of a user's own part has a column behind
-# these, of the type of its values, where a row has one.
+# Columns and their types. A cell is empty if a keyword is not used. Keywords of users' own parts
+# have further columns at the end, of the type of their values.
 COLUMNS: dict[str, str] = {
     "backbone": TEXT,
     "data": TEXT,
@@ -44,8 +44,8 @@ COLUMNS: dict[str, str] = {
     "task_seed": WHOLE,
     "shots": WHOLE,
     "recipe": TEXT,
-    # The widths of layers belong to the backbone, and are no choice of a method. `metric` and
-    # `class_weight` stand behind the rest, where a row has them.
+    # The widths of layers belong to the backbone, so they are not a keyword of the method. `metric`
+    # and `class_weight` are added at the end if a row has them.
     **{
         name: _dtype(kind)
         for name, kind in KEYWORDS.items()
@@ -64,7 +64,7 @@ COLUMNS: dict[str, str] = {
     "inference_seconds": NUMBER,
     "id": TEXT,
 }
-# Columns that files of earlier versions do not have.
+# Columns that files of earlier versions may lack.
 LATER = ("balanced_accuracy",)
 TIMES = ("gen_seconds", "inference_seconds")
 
@@ -73,10 +73,10 @@ class Results:
     """The rows in a folder; one process writes at a time.
 
     Args:
-        folder: made where it does not exist.
+        folder: the folder; made if it does not exist.
 
     Attributes:
-        ids: of the rows that are kept already.
+        ids: the ids of the rows in the folder.
 
     Raises:
         ImprintError: a file that is not a results file, a folder that cannot be written to.
@@ -102,7 +102,7 @@ class Results:
         return any(all(row.get(n) == v for n, v in values.items()) for row in self._rows.values())
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Keeps rows: after this no kill loses them."""
+        """Appends rows to the journal; after this they survive if the process is killed."""
         text = "".join(json.dumps(row) + "\n" for row in rows)
         try:
             with open(self.journal, "ab") as file:
@@ -112,7 +112,7 @@ class Results:
         self._rows |= {row["id"]: row for row in rows}
 
     def keep_labels(self, id: str, predicted: np.ndarray, true: np.ndarray) -> None:
-        """Keeps the labels `(N_test,)` of a row that is to be appended afterwards."""
+        """Writes the labels `(N_test,)` of a row; call it before the row is appended."""
         content = io.BytesIO()
         np.savez(content, predicted=predicted.astype(np.int32), true=true.astype(np.int32))
         try:
@@ -122,7 +122,7 @@ class Results:
         write_whole(self._labels_at(id), content.getvalue())
 
     def labels(self, id: str) -> tuple[np.ndarray, np.ndarray]:
-        """The predicted and the true labels of a row, `(N_test,)` int32 each."""
+        """Returns the predicted and the true labels of a row, `(N_test,)` int32 each."""
         path = self._labels_at(id)
         with damaged(path, "the labels of a row"), np.load(path, allow_pickle=False) as file:
             return file["predicted"], file["true"]
@@ -131,13 +131,16 @@ class Results:
         return self.folder / "labels" / f"{id}.npz"
 
     def table(self, order: list[str] | None = None) -> pd.DataFrame:
-        """All rows under `COLUMNS` and the keywords of users' own parts; the rows of `order`, ids,
-        come first and in this order."""
+        """Returns all rows, with `COLUMNS` and the keywords of users' own parts.
+
+        Args:
+            order: ids of the rows that come first, in this order.
+        """
         known = [i for i in order or [] if i in self._rows]
         ids = [*known, *sorted(self.ids - set(known))]
         more = {n for row in self._rows.values() for n, v in row.items() if v is not None}
         columns = [*COLUMNS, *sorted(more - set(COLUMNS))]
-        # Of objects: whole numbers and truths beside empty cells stay what they are.
+        # Use objects, so that whole numbers and booleans beside empty cells keep their type.
         frame = pd.DataFrame([self._rows[i] for i in ids], columns=columns, dtype=object)
         return frame.astype({name: COLUMNS.get(name) or _type_of(frame[name]) for name in columns})
 
@@ -147,7 +150,7 @@ class Results:
         try:
             self._replace("results.csv", lambda path: table.to_csv(path, index=False))
             self._replace("results.parquet", lambda path: table.to_parquet(path, index=False))
-            # Last: until then its rows stand in both, under the same ids.
+            # Remove the journal last. Until then its rows are in both places, with the same ids.
             self.journal.unlink(missing_ok=True)
         except OSError as error:
             raise _not_writable(self.folder, error) from error
@@ -165,10 +168,10 @@ class Results:
             table = pd.read_parquet(path)
             records = table.astype(object).where(table.notna(), None).to_dict("records")
             rows = cast("list[dict[str, Any]]", records)
-            # A column that is absent is a KeyError; those of further keywords stay.
+            # A missing column raises a KeyError; columns of further keywords are kept.
             older = dict.fromkeys(LATER)
             return [older | row | {n: row[n] for n in COLUMNS if n not in LATER} for row in rows]
-        # Damaged metadata of pandas names types that there are not, which is a TypeError.
+        # Damaged metadata of pandas may name unknown types, which raises a TypeError.
         except (ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise ImprintError(
@@ -196,7 +199,7 @@ class Results:
 
 
 def _type_of(column: pd.Series) -> str:
-    """The type of a column that is not among `COLUMNS`, by its values."""
+    """Return the type of a column that is not in `COLUMNS`, by its values."""
     kind = infer_dtype(column, skipna=True)
     numbers = {"integer": WHOLE, "floating": NUMBER, "mixed-integer-float": NUMBER}
     return ({"boolean": TRUTH} | numbers).get(kind, TEXT)

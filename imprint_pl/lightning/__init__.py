@@ -1,1 +1,1 @@
-"""Where imprinting meets a Trainer: our module, and yours (callback, attach, extend)."""
+"""Imprinting with a Lightning Trainer: in our module, or in yours (callback, attach, extend)."""

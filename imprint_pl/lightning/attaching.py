@@ -1,7 +1,7 @@
-"""attach and detach: an imprinted head in the place of a layer of anybody's module.
+"""attach and detach: replace a layer of any module by an imprinted head.
 
-The input of the named layer is the embedding. Nothing else of the module changes: its steps, losses
-and metrics go on as they were. `callback.py` does the same inside a Trainer.
+The input of the named layer is the embedding. Nothing else in the module changes: its steps, losses
+and metrics stay the same. `callback.py` does this inside a Trainer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from imprint_pl.method.imprinting import imprint
 from imprint_pl.method.recipes import resolve
 from imprint_pl.parts.by_name import import_parts
 
-# The recipe of attach, extend and ImprintCallback where none is given.
+# The default recipe of attach, extend and ImprintCallback.
 RECIPE = "auto"
 
 
@@ -43,25 +43,25 @@ def attach(
     unpack: Unpack | None = None,
     **overrides: Any,
 ) -> ImprintedHead:
-    """Replaces a layer by an imprinted head, whose embedding is what went into that layer.
+    """Replaces a layer by an imprinted head; the input of the layer is the embedding.
 
     With `data` the head is imprinted at once: one pass in eval mode, without gradients, on the
     module's device. Batches go through the hooks that a Trainer would call
-    (`on_after_batch_transfer` and its like): the DataModule's, or else the module's. Without data,
-    the head is empty and waits for `load_state_dict`, for an `ImprintCallback`, or for another
-    `attach` with data. Attaching again imprints again; `detach` gives the first layer back. An
-    optimizer, or an averaged copy (EMA) outside of the module, that was made before still holds the
-    old layer: make it anew.
+    (`on_after_batch_transfer` and the like): the DataModule's, or else the module's. Without data,
+    the head is empty and must be filled by `load_state_dict`, an `ImprintCallback`, or another
+    `attach` with data. Attaching again imprints again; `detach` restores the original layer. An
+    optimizer, or an averaged copy (EMA) outside the module, that was made before still has the old
+    layer and must be made again.
 
     Args:
-        module: any `nn.Module` or LightningModule. Where it has no `forward`, the first module on
-            the way to the layer that has one gets the inputs.
+        module: any `nn.Module` or LightningModule. If it has no `forward`, the inputs go to the
+            first module on the path to the layer that has one.
         layer: dotted name, as in `module.named_modules()`: "fc", "net.classifier.1". Its input
             must be `(B, d)`.
         num_classes: C; the DataModule's, or the largest label + 1 by default.
-        data: a loader, a LightningDataModule (its training data), or inputs and labels
-            `(x, y)`, x whatever the module takes, `(N, …)`.
-        recipe, overrides: as of `imprint`.
+        data: a loader, a LightningDataModule (its training data), or `(x, y)`: inputs `(N, …)` of
+            the module and their labels.
+        recipe, overrides: as for `imprint`.
         unpack: batch → (inputs, labels `(B,)`), for batches that are neither tuples nor dicts with
             the usual keys.
 
@@ -95,11 +95,18 @@ def attach(
 def detach(module: nn.Module, layer: str) -> nn.Module:
     """Puts the layer that `attach` (or an `ImprintCallback`) replaced back, and returns it.
 
-    Its weights are bitwise what they were when it was replaced. A module that was built anew and
-    then attached has the layer it was built with: a checkpoint holds the head alone.
+    Its weights are bitwise the same as when it was replaced. If the module was built again since,
+    the layer is the one it was built with, since a checkpoint holds only the head.
+
+    Args:
+        module: the module that was given to `attach`.
+        layer: the layer's name, as for `attach`.
+
+    Returns:
+        The original layer.
 
     Raises:
-        ImprintError: no such layer, or nothing was attached there.
+        ImprintError: there is no such layer, or nothing was attached there.
     """
     head = layer_of(module, layer)
     original = getattr(head, "replaced", None)
@@ -120,11 +127,14 @@ def detach(module: nn.Module, layer: str) -> nn.Module:
 def put_head(
     module: nn.Module, layer: str, head: ImprintedHead, holders: Iterable[Any] = ()
 ) -> None:
-    """Puts a head in the place of a layer, which it remembers outside of its parameters, and a copy
-    of it into the averaged copies (EMA) among the module's parts and `holders`."""
+    """Replaces a layer by a head, also in averaged copies (EMA) of the module.
+
+    The head keeps a reference to the layer. Averaged copies are looked for among the module's parts
+    and `holders`, and get copies of the head.
+    """
     old = layer_of(module, layer)
     copies = averaged_copies(module, layer, [*module.modules(), *holders])
-    # Not a submodule: neither optimizers nor checkpoints are to see it.
+    # Do not register the layer as a submodule, so that optimizers and checkpoints do not see it.
     head.__dict__["replaced"] = getattr(old, "replaced", old)
     put_module(module, layer, head.to(_device(old, module)).train(old.training))
     for averaged, name in copies:
@@ -135,7 +145,7 @@ def put_head(
 
 
 def refuse_layers(overrides: Collection[str]) -> None:
-    """Raises for keywords of backbones among those of a recipe."""
+    """Raises an `ImprintError` if keywords of backbones are given beside those of a recipe."""
     for name in ("layers", "views"):
         if name in overrides:
             raise ImprintError(
@@ -145,10 +155,10 @@ def refuse_layers(overrides: Collection[str]) -> None:
 
 
 def check_recipe(recipe: str, overrides: Mapping[str, Any]) -> None:
-    """Raises for a recipe, or a keyword of it, that `imprint` would refuse, before data are read.
+    """Checks a recipe and its keywords, before data are read.
 
     Raises:
-        ImprintError: as `imprint_pl.method.recipes.resolve`; a keyword of backbones.
+        ImprintError: as for `imprint_pl.method.recipes.resolve`, or for a keyword of backbones.
     """
     refuse_layers(overrides)
     import_parts(overrides)
@@ -157,6 +167,6 @@ def check_recipe(recipe: str, overrides: Mapping[str, Any]) -> None:
 
 
 def class_settings(data: Any) -> dict[str, Any]:
-    """`num_classes` and `class_names`, where the data knows them."""
+    """Returns `num_classes` and `class_names`, if the data provide them."""
     facts = DataFacts(data)
     return {"num_classes": facts.num_classes, "class_names": facts.class_names}

@@ -1,5 +1,5 @@
-"""A checkpoint of ImprintedClassifier: read without running code, compared with the head and the
-backbone that it is to be loaded into, and made into a classifier.
+"""Checkpoints of ImprintedClassifier: reads them without running code, checks that they fit the
+head and the backbone, and makes classifiers from them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from imprint_pl.method.recipes import KEYWORDS
 from imprint_pl.numerics.values import is_count
 from imprint_pl.parts.by_name import check_imported, import_parts, keywords_of_parts
 
-# How the names of their tensors begin.
+# Prefixes of the names of their tensors.
 HEAD, BACKBONE = "head.", "backbone."
 
 
 def empty(checkpoint: Any = None) -> str:
-    """What to do about a head without proxies, that of a checkpoint where one was given."""
+    """Return the message for a head without proxies, which may come from a checkpoint."""
     if checkpoint:
         return (
             f"{checkpoint} was written before its fit had imprinted the head: give the checkpoint "
@@ -50,12 +50,15 @@ def load_classifier(
     strict: bool | None,
     keywords: dict[str, Any],
 ) -> Any:
-    """The classifier of a checkpoint, see `ImprintedClassifier.load_from_checkpoint`.
+    """Loads the classifier of a checkpoint, see `ImprintedClassifier.load_from_checkpoint`.
 
     Args:
         base: `ImprintedClassifier`.
-        cls: itself or a subclass, to be made.
-        source, map_location, strict, keywords: its arguments.
+        cls: the class to make, `base` or a subclass.
+        source, map_location, strict, keywords: the arguments of `load_from_checkpoint`.
+
+    Returns:
+        An instance of `cls`.
     """
     where = map_location or (None if torch.cuda.is_available() else "cpu")
     checkpoint = read_checkpoint(source, where)
@@ -68,7 +71,7 @@ def load_classifier(
                 f"{cls.__name__} has no argument {name!r}{did_you_mean(name, known)}"
             )
     given = {n: v for n, v in saved.items() if n in known} | keywords
-    # Without OSError, which weights raise that cannot be fetched.
+    # OSError is not among them, since it is raised for weights that cannot be fetched.
     errors = (RuntimeError, TypeError, KeyError, IndexError, ValueError)
     with damaged(source, "a checkpoint that `fit` wrote", errors):
         model = _made(base, cls, given, keywords)
@@ -86,8 +89,8 @@ def load_classifier(
 
 
 def _keywords(base: type, cls: type, given: dict[str, Any]) -> dict[str, None]:
-    """What a constructor takes, in order: by the `**kwargs` of a subclass, too, and as a keyword of
-    the parts that `given` names."""
+    """Return the keywords of a constructor, in order. They include those that a subclass passes on
+    as `**kwargs`, and those of the parts that `given` names."""
     known: dict[str, None] = {}
     for part in cls.__mro__:
         if "__init__" in vars(part):
@@ -102,7 +105,7 @@ def _keywords(base: type, cls: type, given: dict[str, Any]) -> dict[str, None]:
 
 
 def _made(base: type, cls: type, given: dict[str, Any], typed: dict[str, Any]) -> Any:
-    """`cls(**given)`, without what a subclass gives to its base itself."""
+    """Return `cls(**given)`, without keywords that a subclass passes to its base by itself."""
     try:
         return cls(**given)
     except TypeError as error:
@@ -118,15 +121,15 @@ def _made(base: type, cls: type, given: dict[str, Any], typed: dict[str, Any]) -
 
 
 def leave_out_backbone(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """A hook of `state_dict`: the frozen backbone is named in a checkpoint, not kept."""
+    """A hook of `state_dict` that removes the frozen backbone, which a checkpoint only names."""
     own = f"{prefix}{BACKBONE}"
     for key in [] if module.save_backbone else [key for key in state if key.startswith(own)]:
         del state[key]
 
 
 def put_backbone(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A hook of `load_state_dict`: a state dict without the backbone is whole. The backbone that is
-    there stays, and a strict load misses nothing."""
+    """A hook of `load_state_dict` that adds the current backbone to a state dict without one, so
+    that a strict load succeeds and the backbone does not change."""
     own = f"{prefix}{BACKBONE}"
     if not any(key.startswith(own) for key in state):
         state.update(module.backbone.state_dict(prefix=own))
@@ -137,11 +140,16 @@ def saved_head(
 ) -> ImprintedHead:
     """Loads the head of a checkpoint into `head`, an empty one, and returns it.
 
-    Warns where the checkpoint's backbone reads images in another way than this one.
+    Warns if the checkpoint's backbone reads images in another way than this one.
+
+    Args:
+        checkpoint: the result of `read_checkpoint`.
+        head: an empty head.
+        backbone: the classifier's backbone.
 
     Raises:
-        ImprintError: the checkpoint has no head, or one that is damaged, of another recipe, or
-            imprinted on another backbone than this.
+        ImprintError: the checkpoint has no head, or its head is damaged, of another recipe, or
+            imprinted on another backbone.
     """
     state = checkpoint["state_dict"]
     _check_keys(state, head)
@@ -155,11 +163,11 @@ def saved_head(
 
 
 def with_head(checkpoint: dict[str, Any], head: ImprintedHead) -> bytes:
-    """The bytes of a checkpoint file with another head in place of its own.
+    """Returns the bytes of a checkpoint file in which the head is replaced.
 
     Args:
-        checkpoint: as `read_checkpoint` returns it; it stays as it is.
-        head: takes the place.
+        checkpoint: the result of `read_checkpoint`; it is not changed.
+        head: the new head.
     """
     state = checkpoint["state_dict"]
     own = {name: value for name, value in state.items() if not name.startswith(HEAD)}
@@ -170,7 +178,7 @@ def with_head(checkpoint: dict[str, Any], head: ImprintedHead) -> bytes:
 
 
 def saved_max_side(checkpoint: dict[str, Any]) -> int | None:
-    """The longest side of the images that a checkpoint was fitted on; `None` without a limit.
+    """Returns the longest side to which the images of a checkpoint's fit were shrunk, or `None`.
 
     Raises:
         ImprintError: the value is no whole number above 0.
@@ -187,7 +195,7 @@ def saved_max_side(checkpoint: dict[str, Any]) -> int | None:
 def _check_keys(state: Mapping[str, Any], head: ImprintedHead) -> None:
     own = [f"{HEAD}{name}" for name in head.state_dict()]
     missing = [name for name in own if name not in state]
-    # Heads of every recipe may have a familiarity and prediction sets, and do without.
+    # A familiarity and prediction sets are optional for heads of every recipe.
     optional = (f"{HEAD}familiar.", f"{HEAD}sets.")
     foreign = [
         name
@@ -236,17 +244,25 @@ def _shape(shape: Any) -> str:
     return "nothing" if shape is None else f"a tensor of {tuple(shape)}"
 
 
-# Names and numbers need no brackets; a text with brackets would be read as structure, and structure
-# can name classes.
+# Plain texts have no brackets: a text with brackets would be parsed as a structure, which can name
+# classes to import.
 PLAIN_TEXT = re.compile(r"[^{}\[\]\n]*")
 
 
 def read_checkpoint(source: str | Path | IO[bytes], map_location: Any = "cpu") -> dict[str, Any]:
-    """A checkpoint of `ImprintedClassifier`: its checksums are compared, and nothing but tensors
-    and plain values is unpickled.
+    """Reads a checkpoint of `ImprintedClassifier`.
+
+    Its checksums are compared, and only tensors and plain values are unpickled.
+
+    Args:
+        source: the file, or an open one.
+        map_location: the device for its tensors, as for `torch.load`.
+
+    Returns:
+        The content of the checkpoint.
 
     Raises:
-        ImprintError: no such file, damaged, forged, or no checkpoint.
+        ImprintError: there is no such file, or it is damaged, forged, or not a checkpoint.
     """
     name = "the checkpoint"
     if isinstance(source, str | os.PathLike):
@@ -280,9 +296,11 @@ def _without_code(source: str | Path | IO[bytes], name: Any, map_location: Any) 
 
 
 def keep_loadable(checkpoint: dict[str, Any]) -> None:
-    """Drops from a checkpoint that is to be written the hyperparameters that `read_checkpoint` or
-    `hyperparameters` would refuse, with a warning for each: a subclass or a DataModule of the
-    user's may save any object."""
+    """Drops hyperparameters that could not be read again from a checkpoint before it is written.
+
+    These are values that `read_checkpoint` or `hyperparameters` would refuse: a subclass or a
+    DataModule of the user's may save any object. There is a warning for each.
+    """
     for key, loads in (
         ("hyper_parameters", _is_plain),
         ("datamodule_hyper_parameters", _loads_without_code),
@@ -314,7 +332,7 @@ def _loads_without_code(value: Any) -> bool:
 def hyperparameters(
     checkpoint: dict[str, Any], typed: Collection[str] = frozenset()
 ) -> dict[str, Any]:
-    """The hyperparameters of a checkpoint that are keywords of `ImprintedClassifier`.
+    """Returns the hyperparameters of a checkpoint that are keywords of `ImprintedClassifier`.
 
     Lightning's own entries, which name a class and its arguments, are left out.
 
@@ -322,8 +340,8 @@ def hyperparameters(
         typed: keywords that the user gives instead of the checkpoint's.
 
     Raises:
-        ImprintError: a value that is more than text, numbers, and lists or dicts of these; a part
-            of somebody's own that has not been imported.
+        ImprintError: a value is not text, a number, or a list or dict of these; or a user's own
+            part has not been imported.
     """
     plain = {}
     for name, value in dict(checkpoint["hyper_parameters"]).items():
@@ -337,7 +355,8 @@ def hyperparameters(
         plain[name] = value
     if not isinstance(plain.get("backbone", ""), str):
         raise ImprintError(f"the checkpoint has backbone={plain['backbone']!r:.200}: no name")
-    # Files are given by whoever loads; the name of a torchvision entry may come from the file.
+    # A path of weights has to be given by the user. Only the name of a torchvision entry may come
+    # from the checkpoint.
     if not str(plain.get("weights")).isidentifier():
         plain.pop("weights", None)
     check_imported({name: value for name, value in plain.items() if name not in typed})
@@ -345,10 +364,10 @@ def hyperparameters(
 
 
 def _check_archive(source: str | Path | IO[bytes]) -> None:
-    """Raises where a file is no zip file as `torch.save` writes it, or its checksums are wrong."""
+    """Raises if a file is not a zip file of `torch.save`, or its checksums are wrong."""
     with zipfile.ZipFile(source) as archive:
         entries = archive.infolist()
-        # Stored as they are: a packed entry could unpack to any size.
+        # Entries must be uncompressed, since a compressed one could unpack to any size.
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("packed entries")
         if archive.testzip() is not None:

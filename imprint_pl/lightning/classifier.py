@@ -1,8 +1,8 @@
 """ImprintedClassifier: a frozen backbone and an imprinted head as a LightningModule.
 
-A thin shell: it embeds the training set during one epoch, has the head imprinted after the last
-batch, and has validation and test measured. `epoch.py`, `metrics.py` and `checkpoint.py` do the
-work; the maths is in `imprinting.py` and below.
+The module embeds the training set during one epoch, has the head imprinted after the last batch,
+and measures validation and test. `epoch.py`, `metrics.py` and `checkpoint.py` do the work; the
+maths is in `imprinting.py` and below.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from imprint_pl.method.recipes import AUTO, Auto, Recipe, RecipeName, resolve
 from imprint_pl.method.selection import checked_bounds
 from imprint_pl.parts.by_name import import_parts
 
-# Stands for the widths of layers before the first batch tells them.
+# A placeholder for the widths of layers, which are only known after the first batch.
 UNKNOWN_WIDTHS = [1]
 
 
@@ -125,12 +125,13 @@ class ImprintedClassifier(Growing, LightningModule):
         max_side: longest side in pixels to which the fit's image files were shrunk; `None` where
             they kept their size. Later images are shrunk in the same way, unless their data module
             has a `max_side` of its own.
-        class_accuracy: `(C,)`, of the last validation or test; `(L, C)` where it had L loaders.
+        class_accuracy: `(C,)`, that of the last validation or test; `(L, C)` if it had L loaders.
     """
 
     def __init__(
         self,
-        # A str or an nn.Module; so annotated, `fit --help` would list every module of PyTorch.
+        # A str or an nn.Module. With this annotation `fit --help` would list all of PyTorch's
+        # modules.
         backbone: Any = "efficientnet_lite0",
         recipe: RecipeName = "auto",
         *,
@@ -155,12 +156,12 @@ class ImprintedClassifier(Growing, LightningModule):
         **parts: Any,
     ) -> None:
         super().__init__()
-        # A module among the hyperparameters would break weights_only loading; nor does a path of
-        # this machine belong into a checkpoint. The name of a torchvision entry does.
+        # A module among the hyperparameters would break weights_only loading, and paths of this
+        # machine do not belong in a checkpoint. The name of a torchvision entry does.
         ignored = [] if isinstance(backbone, str) else ["backbone"]
         if weights is not None and not str(weights).isidentifier():
             ignored.append("weights")
-        # Nor does what runs on this machine: a checkpoint loads anywhere.
+        # Settings of this machine do not belong in a checkpoint either.
         ignored += ["runtime", "memory_budget"]
         self.save_hyperparameters(ignore=ignored)
         self.automatic_optimization = False
@@ -181,14 +182,14 @@ class ImprintedClassifier(Growing, LightningModule):
         import_parts(parts)
         self._recipe, self._keywords = recipe, {**parts}
         parts["layer_widths"] = parts.get("layer_widths") or UNKNOWN_WIDTHS
-        # A mistake in the recipe shows before the weights are loaded, which takes long. The command
-        # line finds the recipe's keywords by this call.
+        # Resolve the recipe before the weights are loaded, which takes long, so that mistakes show
+        # at once. jsonargparse also finds the recipe's keywords by this call.
         self.parts = resolve(recipe, **parts)
         if isinstance(backbone, Backbone):
             check_made_with(backbone, layers, views)
             layers = backbone.reader.asked
-        # `None` means that the user did not choose. Embeddings of several layers, or a checkpoint,
-        # then decide.
+        # `None` means that the user did not choose layers. Embeddings of several layers, or a
+        # checkpoint, then decide.
         self._layers = layers
         self.backbone = load_backbone(
             backbone,
@@ -202,14 +203,14 @@ class ImprintedClassifier(Growing, LightningModule):
             views=views,
             runtime=runtime,
         )
-        # Modules without weights say nothing of what is much.
+        # The familiarity may take a quarter of the backbone's size, if the backbone has weights.
         if size := sum(p.nbytes for p in self.backbone.parameters() if not is_lazy(p)):
             self.options = replace(self.options, most_bytes=max(1, size // 4))
         self._finish_recipe(self.backbone.layer_widths)
         self.head = self.parts.empty_head()
         self.max_side: int | None = None
         self.class_accuracy: Tensor | None = None
-        # None where there is no head to measure.
+        # None if there is no head to measure.
         self._evaluation: Measurement | None = None
         self._epoch: ImprintEpoch | None = None
         self._imprinted = self._cut_short = self._validated = self._warned = False
@@ -217,7 +218,8 @@ class ImprintedClassifier(Growing, LightningModule):
         self.register_load_state_dict_pre_hook(put_backbone)
 
     def _finish_recipe(self, layer_widths: list[int] | None) -> Recipe | Auto:
-        """The recipe for embeddings of these layers, which the hyperparameters name from now on."""
+        """Return the recipe for embeddings of these layers, and store the widths in the
+        hyperparameters."""
         self.parts = self._resolved(layer_widths)
         widths = self.parts.parameters.get("layer_widths")
         noted = {"layers": self.backbone.layers_in_short}
@@ -228,18 +230,18 @@ class ImprintedClassifier(Growing, LightningModule):
         return self.parts
 
     def _resolved(self, layer_widths: list[int] | None) -> Recipe | Auto:
-        """The recipe for embeddings of these layers; of widths that the user gave, if any."""
+        """Return the recipe for embeddings of these layers; widths that the user gave win."""
         widths = self._keywords.get("layer_widths") or layer_widths or UNKNOWN_WIDTHS
         return resolve(self._recipe, **(self._keywords | {"layer_widths": widths}))
 
     @property
     def hparams_initial(self) -> Any:
-        """As Lightning has it, for the loggers. They get one dict of module and DataModule: a name
-        of both with two values, such as `seed`, is `model/seed` there."""
+        """Lightning's initial hyperparameters, for the loggers. These get one dict for module and
+        DataModule, in which a name with two values, such as `seed`, becomes `model/seed`."""
         own, data = super().hparams_initial, getattr(self._trainer, "datamodule", None)
         if data is not None and data._log_hyperparams:
             for name, theirs in data.hparams_initial.items():
-                # Compared as Lightning does, which ends the fit otherwise.
+                # Compare as Lightning does, which would otherwise raise and end the fit.
                 if name in own and not name.startswith("_"):
                     value = own[name]
                     if type(value) is not type(theirs) or value != theirs:
@@ -248,38 +250,52 @@ class ImprintedClassifier(Growing, LightningModule):
 
     @property
     def metrics(self) -> dict[int, TaskMetrics] | None:
-        """The metrics of the last validation or test, by the number of the loader; `None` where
-        there was no head to measure."""
+        """The metrics of the last validation or test, by the number of the loader; `None` if there
+        was no head to measure."""
         return None if self._evaluation is None else self._evaluation.metrics
 
     @property
     def class_names(self) -> list[str]:
-        """The C class names; numbers where the data had no names."""
+        """The C class names; numbers if the data had no names."""
         return [self.head.name_of(label) for label in range(self.head.num_classes)]
 
     def forward(self, images: Any) -> Tensor:
-        """A batch of images (see `Backbone.forward`) → logits `(B, C)`; a softmax gives
-        probabilities."""
+        """Compute logits; a softmax gives probabilities.
+
+        Args:
+            images: a batch of images, see `Backbone.forward`.
+
+        Returns:
+            `(B, C)`.
+        """
         return self.head(self.embed(images))
 
     @torch.no_grad()
     def embed(self, images: Any) -> Tensor:
-        """A batch of images → embeddings `(B, d)`, float32."""
-        # A copy, not a part of something larger that it would keep in memory.
+        """Embed a batch of images.
+
+        Args:
+            images: as for `forward`.
+
+        Returns:
+            `(B, d)`, float32.
+        """
+        # Copy, since a view would keep a larger tensor in memory.
         return self.backbone(images).to(torch.float32, copy=True)
 
     def train(self, mode: bool = True) -> ImprintedClassifier:
-        """The backbone stays in eval mode: frozen is not eval, BatchNorm would drift."""
+        """Sets the mode of all parts but the backbone, which stays in eval mode: in train mode the
+        statistics of BatchNorm would change even without gradients."""
         super().train(mode)
         self.backbone.eval()
         return self
 
     def configure_optimizers(self) -> None:
-        """None: nothing is trained."""
+        """Returns no optimizer, since nothing is trained."""
 
     def configure_callbacks(self) -> list[Callback]:
-        """Hides the warnings that a fit without an optimizer would draw, while it lasts."""
-        # A Trainer keeps what an earlier fit has brought, and says so where it comes again.
+        """Adds the callback that hides warnings about a fit without an optimizer."""
+        # A Trainer keeps the callbacks of an earlier fit, and reports it if one is added again.
         there = any(isinstance(c, IntendedWarnings) for c in callbacks_of(self.trainer))
         return [] if there else [IntendedWarnings()]
 
@@ -287,19 +303,19 @@ class ImprintedClassifier(Growing, LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            # Before the head that is there is lost.
+            # Check the Trainer before the current head is cleared.
             check_trainer(self.trainer)
             self._epoch, self._imprinted = None, False
-            # Empty and trainable: DDP refuses a module without a parameter to train.
+            # An empty head is still trainable: DDP refuses a module without trainable parameters.
             self.head.clear()
-            # A Trainer that has done its epoch before would do none, and leave the head empty.
+            # A Trainer that has run its epoch before would run none and leave the head empty.
             self.trainer.fit_loop.epoch_progress.reset()
             data = datamodule_of(self.trainer)
             self.max_side = data.max_side if isinstance(data, ImageDataModule) else None
         self._shrink_images()
 
     def _shrink_images(self) -> None:
-        """Has the data read as the fit's were, before their loaders are made."""
+        """Makes the DataModule read images as in the fit; call it before its loaders are made."""
         data = datamodule_of(self.trainer)
         if isinstance(data, ImageDataModule):
             data.shrink_for(self.max_side, self.backbone.least_side)
@@ -314,7 +330,7 @@ class ImprintedClassifier(Growing, LightningModule):
         self._start_epoch()
 
     def _start_epoch(self) -> ImprintEpoch:
-        self.head.clear()  # of what an earlier epoch has put in
+        self.head.clear()  # remove the result of an earlier epoch
         self._epoch = ImprintEpoch(self.trainer, self.parts, self.options)
         self.backbone.expect(self._epoch.samples)
         self._warned = self._validated = False
@@ -322,8 +338,8 @@ class ImprintedClassifier(Growing, LightningModule):
 
     @torch.no_grad()
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        # Resumed from a checkpoint of a last batch, Lightning starts the next epoch without its
-        # hook.
+        # If a fit resumes from a checkpoint of the last batch, Lightning starts the next epoch
+        # without calling its hook.
         epoch = self._epoch or self._start_epoch()
         images, labels = epoch.split(batch)
         embeddings = self.embed(images)
@@ -334,28 +350,28 @@ class ImprintedClassifier(Growing, LightningModule):
     def _recipe_of_first(
         self, images: Any, embeddings: Tensor, told: list[int] | None
     ) -> Recipe | Auto:
-        """The recipe for the layers that the first batch has.
+        """Returns the recipe for the layers of the first batch.
 
         Args:
-            images: the batch's.
-            embeddings: `(B, d)`, theirs.
-            told: the widths of the layers where the data are embeddings and say so.
+            images: the images of the batch.
+            embeddings: `(B, d)`, their embeddings.
+            told: the widths of the layers, if the data are embeddings and provide them.
         """
         widths = own = self.backbone.layer_widths
         if isinstance(images, Tensor) and images.ndim == 2:
-            # Embeddings, which may be of another backbone.
+            # The data are embeddings, which may come from another backbone.
             fits = own is not None and sum(own) == embeddings.shape[1]
             widths = told or (own if fits else None)
             follow_data(self.backbone, widths, self._layers)
         return self._finish_recipe(widths or [embeddings.shape[1]])
 
-    # Where the whole module is compiled, the backbone is what gains.
+    # Do not compile this: if the whole module is compiled, only the backbone gains speed.
     @torch.compiler.disable
     def _take(self, epoch: ImprintEpoch, embeddings: Tensor, labels: Tensor) -> None:
         with outside_the_trainers_precision(self.device):
             epoch.add(embeddings, labels)
-            # Before any callback's on_train_batch_end, where ModelCheckpoint writes, and before
-            # validation.
+            # Imprint before validation and before any callback's on_train_batch_end, in which
+            # ModelCheckpoint writes.
             if self.trainer.is_last_batch:
                 self._imprint(epoch)
 
@@ -363,13 +379,14 @@ class ImprintedClassifier(Growing, LightningModule):
         if self._epoch is None:
             return
         if self.trainer.received_sigterm:
-            # Lightning exits with status 0, and would say nothing.
+            # Lightning exits with status 0 without any message.
             rank_zero_warn(
                 f"SIGTERM ends the fit after {self._epoch.batches} training batches: no head is "
                 "imprinted"
             )
         elif self.trainer.fit_loop.epoch_loop.done:
-            # A callback has stopped the epoch: validation, too, comes before its end.
+            # A callback has stopped the epoch. Imprint now, since validation comes before the
+            # epoch's end.
             self._imprint(self._epoch, cut_short=True)
 
     def _imprint(self, epoch: ImprintEpoch, cut_short: bool = False) -> None:
@@ -381,7 +398,7 @@ class ImprintedClassifier(Growing, LightningModule):
         finished = epoch.finish(self.backbone.classifier, self.device)
         if self.options.keep is not None:
             self.state = finished.state
-        # Averaging callbacks copied the module when its head was empty: the copies get it, too.
+        # Averaging callbacks copied the module when its head was empty, so update the copies, too.
         copies = averaged_copies(self, "head", values_of_callbacks(self.trainer))
         for module, name in [(self, "head"), *copies]:
             cast(ImprintedHead, module.get_submodule(name)).take(finished.head)
@@ -389,17 +406,19 @@ class ImprintedClassifier(Growing, LightningModule):
         warn_of_absent(self.head)
         for name, value in finished.logged.items():
             self.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=1)
-        # Without a step of Lightning's mock optimizer, ModelCheckpoint believes that nothing was
-        # trained and saves nothing. Steps count while the loop of manual optimization runs.
+        # Count a step of Lightning's mock optimizer: otherwise ModelCheckpoint assumes that nothing
+        # was trained and saves nothing. Steps only count while the loop of manual optimization
+        # runs.
         self.trainer.fit_loop.epoch_loop.manual_optimization.on_run_start()
         cast(LightningOptimizer, self.optimizers()).step()
 
     def on_train_epoch_end(self) -> None:
         if self._epoch is not None:
-            # The last batch, for which the head has waited, did not come.
+            # The last batch did not come, so the head was not imprinted yet.
             self._imprint(self._epoch, cut_short=True)
         if self.trainer.enable_validation and not self._validated:
-            # Lightning did so before there was a head, or leaves it to a later epoch.
+            # Validate now: Lightning did so before there was a head, or would do so in a later
+            # epoch.
             self.trainer.validating = True
             self.trainer.fit_loop.epoch_loop.val_loop.run()
             self.trainer.training = True
@@ -421,7 +440,7 @@ class ImprintedClassifier(Growing, LightningModule):
         else:
             check_saved(self.trainer)
 
-    # Validation and test: one code for the hooks of both.
+    # Validation and test share these hooks.
 
     def on_validation_epoch_start(self) -> None:
         self._evaluation = None
@@ -455,7 +474,7 @@ class ImprintedClassifier(Growing, LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def labels_of_head(self, labels: Tensor) -> Tensor:
-        """The head's labels `(B,)` for those of the data that are measured, by the classes' names.
+        """Turns labels `(B,)` of the measured data into the head's labels, by the classes' names.
 
         Raises:
             ImprintError: a label that is none of the data's classes.
@@ -468,17 +487,18 @@ class ImprintedClassifier(Growing, LightningModule):
         self.backbone.expect(samples_to_come(self.trainer))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Images with or without labels → logits `(B, C)`; NaN for files that were skipped."""
+        """Compute the logits `(B, C)` of a batch with or without labels; NaN for skipped files."""
         logits = self(images_of(batch))
         skipped = batch.get("skipped") if isinstance(batch, dict) else None
         if skipped:
-            # A black image stands in for each: its class would pass for that of the file.
+            # Each skipped file was replaced by a black image. Without NaN its class would look like
+            # that of the file.
             logits = logits.index_fill(
                 0, torch.tensor(list(skipped), device=logits.device), torch.nan
             )
         return logits
 
-    # Checkpoints: the head, and what names the backbone.
+    # Checkpoints hold the head, and a description of the backbone.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["backbone"] = self.backbone.source()
@@ -490,17 +510,17 @@ class ImprintedClassifier(Growing, LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         follow_checkpoint(self.backbone, checkpoint, self._layers)
         self._finish_recipe(dict(checkpoint["hyper_parameters"]).get("layer_widths"))
-        # Loaded on trial into a head of its own: `self.head` may have the parts of another fit.
+        # Load into a new head first, since `self.head` may have the parts of another fit.
         saved = saved_head(checkpoint, self.parts.empty_head(), self.backbone)
         self._cut_short = bool(checkpoint.get("cut_short"))
         if self._trainer is None or self._trainer.state.fn != "fit":
             self.max_side = saved_max_side(checkpoint)
             if self._trainer is not None:
-                # A Trainer sets up before it reads the checkpoint.
+                # The Trainer has called `setup` before it read the checkpoint, so do this again.
                 self._shrink_images()
         if saved.is_empty or self._cut_short:
-            # Saved within the epoch, or where it was stopped, and the embeddings are gone: a fit
-            # that resumes does it again from its start.
+            # The checkpoint was saved within the epoch, or when it was stopped, and the embeddings
+            # are lost. A fit that resumes starts the epoch again.
             checkpoint.pop("loops", None)
 
     @classmethod
@@ -513,21 +533,25 @@ class ImprintedClassifier(Growing, LightningModule):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> ImprintedClassifier:
-        """The classifier of a checkpoint that `fit` wrote, or a stranger: the file is checked, no
-        code comes from it, and its class is this one.
+        """Loads the classifier of a checkpoint. Files of strangers are safe: the file is checked,
+        no code comes from it, and the result is always of this class.
 
         Args:
             checkpoint_path: a file, or an open one.
-            map_location: where its tensors go; where they were, or to the CPU.
-            strict: whether tensors that only the file or only the model has are an error. Those of
-                the backbone are not, where the file has none of them.
-            kwargs: keywords of the constructor that beat the file's, such as `backbone`.
+            map_location: the device for its tensors; by default the one that they were saved from,
+                or the CPU.
+            strict: whether tensors that only the file or only the model has are an error. A file
+                without any tensor of the backbone is accepted.
+            kwargs: keywords of the constructor that override the file's, such as `backbone`.
 
         The other arguments are Lightning's; `hparams_file` is refused, `weights_only` always holds.
 
+        Returns:
+            The classifier.
+
         Raises:
-            ImprintError: no such file, damaged, forged, no checkpoint, or of another backbone; a
-                keyword that the constructor does not have.
+            ImprintError: the file is missing, damaged, forged, not a checkpoint, or of another
+                backbone; or the constructor does not have a keyword.
         """
         if hparams_file is not None:
             raise ImprintError(f"hparams_file={hparams_file!r}: give hyperparameters as keywords")

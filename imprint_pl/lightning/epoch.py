@@ -1,5 +1,5 @@
-"""The imprint epoch: what it keeps of the embeddings as they go by, and how rank 0 makes a head of
-them after the last batch. `classifier.py` runs it, as a Trainer's training epoch.
+"""The imprint epoch: it collects the embeddings of all batches, or their sums, and rank 0 makes a
+head after the last batch. `classifier.py` runs it as a Trainer's training epoch.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from imprint_pl.training_set.sums import EmbeddingSums, needs_only_sums
 
 @dataclass(frozen=True)
 class EpochOptions:
-    """What a fit asks for besides its recipe: keywords of `ImprintedClassifier`, described there.
+    """The options of a fit besides its recipe, which `ImprintedClassifier` describes.
 
     Raises:
-        ImprintError: a value out of range, or two options that exclude each other.
+        ImprintError: a value is out of range, or two options exclude each other.
     """
 
     seed: int = 0
@@ -72,22 +72,22 @@ class EpochOptions:
 
     @property
     def limits(self) -> Limits:
-        """What is asked of the head beside its classes."""
+        """The limits to fit with the head."""
         return Limits(self.accept, self.coverage, self.most_bytes)
 
     @property
     def needs_rows(self) -> bool:
-        """Whether these options need the embeddings, even where the recipe does not."""
+        """Whether these options need the embeddings, even if the recipe does not."""
         return not (self.weibull is None and self.keep is None)
 
 
 class Finished(NamedTuple):
-    """What an imprint epoch leaves, on every rank.
+    """The results of an imprint epoch, on every rank.
 
     Attributes:
-        head: on any device on rank 0, on the CPU on the others.
+        head: the head; on any device on rank 0, on the CPU on the other ranks.
         logged: values to log, by their names after `train/`.
-        state: what `keep` asks for; on rank 0 alone.
+        state: the state for `keep`; only on rank 0.
     """
 
     head: ImprintedHead
@@ -96,7 +96,7 @@ class Finished(NamedTuple):
 
 
 class Imprinted(NamedTuple):
-    """What rank 0 makes of an epoch: a head, NC1, the number of samples, and the state to keep."""
+    """The results of an epoch on rank 0: head, NC1, number of samples, and the state to keep."""
 
     head: ImprintedHead
     nc1: float
@@ -107,13 +107,13 @@ class Imprinted(NamedTuple):
 class ImprintEpoch:
     """Takes the batches of one epoch, then makes the head.
 
-    Sums are kept where recipe and options need no more (see `needs_only_sums`), otherwise the
-    embeddings, or `max_per_class` of each class.
+    Only sums are kept if these suffice for recipe and options (see `needs_only_sums`), otherwise
+    the embeddings, or `max_per_class` of each class.
 
     Args:
-        trainer: in its train loop, at the start of the epoch.
-        parts: of the recipe; `begin` gives those that the first batch needs.
-        options: what the fit asks for besides.
+        trainer: the Trainer, in its train loop, at the start of the epoch.
+        parts: the parts of the recipe; `begin` may change them after the first batch.
+        options: the other options of the fit.
 
     Attributes:
         batches: how many batches have come.
@@ -126,7 +126,8 @@ class ImprintEpoch:
         self.trainer, self.options = trainer, options
         loader, self._keys = the_loader(trainer.train_dataloader)
         self.facts = DataFacts(datamodule_of(trainer), loader)
-        # Cut short on purpose, it may miss classes. A limit of 1 is one batch, 1.0 all of them.
+        # An epoch that is shortened on purpose may lack classes. A limit of 1 is one batch, 1.0 all
+        # batches.
         limit = trainer.limit_train_batches
         self.shortened = is_fast_dev_run(trainer) or limit != 1.0 or isinstance(limit, int)
         self.samples = expected_samples(loader, trainer.num_training_batches, trainer.world_size)
@@ -136,11 +137,12 @@ class ImprintEpoch:
         self.begin(parts)
 
     def begin(self, parts: Recipe | Auto) -> None:
-        """Chooses what to keep for the parts of a recipe; called again with the first batch, which
-        tells the layers in the embeddings.
+        """Chooses what to keep for the parts of a recipe.
+
+        It is called again with the first batch, when the layers in the embeddings are known.
 
         Raises:
-            ImprintError: `max_per_class` where sums are kept.
+            ImprintError: `max_per_class` is given, but only sums are kept.
         """
         self.parts, options = parts, self.options
         self.kept: Collector
@@ -168,7 +170,7 @@ class ImprintEpoch:
             self.kept = RowStore(dealt)
 
     def split(self, batch: Any) -> tuple[Any, Tensor]:
-        """`(images, labels)` of a batch as the Trainer gives it, see `split_batch`."""
+        """Returns `(images, labels)` of a Trainer's batch, see `split_batch`."""
         for key in self._keys:
             batch = batch[key]
         return split_batch(batch)
@@ -177,7 +179,7 @@ class ImprintEpoch:
         """Adds a batch `(B, d)` with labels `(B,)`.
 
         Raises:
-            ImprintError: a batch that cannot be; more embeddings than there is memory for.
+            ImprintError: the batch is invalid, or there is not enough memory for the embeddings.
         """
         with within_budget(self.options.memory_budget):
             if self.kept.grows:
@@ -186,12 +188,13 @@ class ImprintEpoch:
         self.batches += 1
 
     def _check_room(self, embeddings: Tensor) -> None:
-        """Checks before the first batch, or before each where nobody knows how many will come."""
+        """Checks the memory before the first batch, or before each batch if their number is not
+        known."""
         self.seen += len(embeddings)
         samples = self.seen if self.samples is None else self.samples
         needed = partial(check_room, samples, embeddings.shape[1], self._in_memory)
         if self.samples is None:
-            # Ranks may have different numbers of batches, and cannot wait for each other.
+            # Do not communicate here, since ranks may have different numbers of batches.
             if self.trainer.is_global_zero:
                 needed()
         elif self.batches == 0 and (estimate := on_rank_zero(needed)) is not None:
@@ -199,7 +202,7 @@ class ImprintEpoch:
 
     @property
     def _in_memory(self) -> str | None:
-        """Why the embeddings have to be in memory; `None` where they need not."""
+        """Returns why the embeddings have to be in memory; `None` if they need not."""
         if self.options.keep == "embeddings":
             return "keep='embeddings' keeps them"
         if isinstance(self.parts, Recipe) and getattr(self.parts.gen, "every_sample", False):
@@ -207,10 +210,10 @@ class ImprintEpoch:
         return None
 
     def cut_short(self) -> None:
-        """Called before `finish` where the last batch has not come: says what is imprinted instead.
+        """Warns that the head is imprinted without all batches; called before `finish`.
 
         Raises:
-            ImprintError: not even a first batch came.
+            ImprintError: there was no batch at all.
         """
         if self.batches == 0:
             raise ImprintError(no_head(self.trainer))
@@ -218,7 +221,7 @@ class ImprintEpoch:
         of = f" of {known}" if known != float("inf") else ""
         reason = "no other came, whatever the training loader's len() says"
         if self.trainer.should_stop:
-            # Somebody's wish, as a limit is: the rest may hold whole classes.
+            # The user stopped the epoch, so missing classes are accepted, as with a limit.
             self.shortened, reason = True, STOPPED
         rank_zero_warn(f"the head is imprinted from {self.batches}{of} training batches: {reason}")
 
@@ -227,10 +230,13 @@ class ImprintEpoch:
 
         Args:
             classifier: as for `imprint_parts`.
-            device: where to compute, if it has room.
+            device: the device to compute on, if it has enough memory.
+
+        Returns:
+            The results, on every rank.
 
         Raises:
-            ImprintError: the recipe cannot be imprinted from these samples; on every rank.
+            ImprintError: on every rank, if the recipe cannot be imprinted from these samples.
         """
         progress = self.trainer.progress_bar_callback is not None
         with within_budget(self.options.memory_budget, progress):
@@ -246,7 +252,7 @@ class ImprintEpoch:
             made = make(gathered, classifier, device)
             logged = {
                 "nc1": made.nc1,
-                # Asking for a number waits for the GPU, so that its work counts below.
+                # Reading this number waits for the GPU, so that its work counts in the time below.
                 "temperature": made.head.temperature,
                 "embed_seconds": embed_seconds,
                 "gen_seconds": time.perf_counter() - start,
@@ -259,7 +265,7 @@ class ImprintEpoch:
     def _imprint_sums(
         self, sums: EmbeddingSums, classifier: Tensor | None, device: torch.device
     ) -> Imprinted:
-        """Makes the head of sums, where they are."""
+        """Makes the head from sums, on their device."""
         head = sums.imprint(self.facts.class_names, classifier, self.shortened)
         head.name_classes(self.facts.names_of_dataset)
         return Imprinted(head, sums.nc1(), len(sums))
@@ -267,7 +273,7 @@ class ImprintEpoch:
     def _imprint_rows(
         self, rows: tuple[Tensor, Tensor], classifier: Tensor | None, device: torch.device
     ) -> Imprinted:
-        """Makes the head of embeddings `(N, d)` and labels `(N,)`, its threshold and its state."""
+        """Makes the head from embeddings `(N, d)` and labels `(N,)`, with its limits and state."""
         options = self.options
         whole = x, y = on_gpu(*rows, device)
         if options.weibull is not None:
@@ -298,7 +304,7 @@ class ImprintEpoch:
                 weibull=options.weibull,
                 classifier=classifier,
             )
-        # As the paper has it: on unit vectors of the last layer, whatever the recipe.
+        # As in the paper, NC1 is that of the last layer's unit vectors, whatever the recipe.
         unit = transform(nn.functional.normalize, last_columns(x, self.parts.layer_widths))
         value = nc1(unit, y) if len(y.unique()) > 1 else float("nan")
         return Imprinted(head, value, len(y), state)

@@ -1,4 +1,4 @@
-"""The callback `Evaluation`: writes what a validation or test has shown into the run's folder."""
+"""The callback `Evaluation`: writes the results of a validation or test into the run's folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from imprint_pl.parts.gen import GENERATORS, Ridge
 from imprint_pl.parts.gen.ridge import BY_LABELS
 
 WHAT = {"val": "validation", "test": "test"}
-# Figures that are logged under a stage, or by the fit, and their names on the page.
+# Logged figures and their names on the page.
 LOGGED = {
     "calibration_error": "calibration error (ECE)",
     "outsiders_auroc": "AUROC against outsiders",
@@ -45,21 +45,21 @@ class Evaluation(PredictionKeeper):
 
     The files are `predictions.csv` (the columns of the command `predict`, and the true class),
     `per_class.csv`, `confusion_matrix.csv` and `.png`, `errors.png` (the errors of which the head
-    is surest) and `evaluation.html`, a page that shows all of it and says what to do next. They lie
-    in the folder of the Trainer's first logger, or in `evaluation/` of its `default_root_dir` where
-    it has no logger; those of several loaders in `dataloader_idx_0/`, …; those of a `test` after a
-    fit with the same callback in `test/`. No image goes through the backbone once more. A
-    TensorBoard logger gets the confusion matrix.
+    is most certain) and `evaluation.html`, a page that shows all of it and recommends a next step.
+    They are written into the folder of the Trainer's first logger, or without a logger into
+    `evaluation/` in its `default_root_dir`. With several loaders they are in `dataloader_idx_0/`,
+    …; those of a `test` after a fit with the same callback are in `test/`. Images are not embedded
+    again. A TensorBoard logger gets the confusion matrix.
 
-    Works on `ImprintedClassifier`, and on any LightningModule that has one `ImprintedHead` and
+    It works for `ImprintedClassifier`, and for any LightningModule that has one `ImprintedHead` and
     takes batches `(images, labels)`.
 
     Args:
-        images: where the pictures come from, where the Trainer's data are embeddings.
-        folder: the files are written into it; the run's folder by default.
+        images: a data module with the images, if the Trainer's data are embeddings.
+        folder: the folder for the files. Default: the run's folder.
 
     Attributes:
-        written: for each loader by its number, on rank 0: the figures, and the paths of the files.
+        written: on rank 0, for each loader by its number: the figures, and the paths of the files.
     """
 
     def __init__(self, images: ImageDataModule | None = None, folder: str | None = None) -> None:
@@ -67,9 +67,9 @@ class Evaluation(PredictionKeeper):
         self.images = images
         self.folder = folder
         self.written: dict[int, Written] = {}
-        # The stage whose files lie in a folder.
+        # The stage whose files are in a folder.
         self._used: dict[Path, str] = {}
-        # Kept until the files are written: the Trainer has forgotten the stage by then.
+        # Keep the stage, since the Trainer no longer knows it when the files are written.
         self._stage = "val"
         self._loaders: Any = None
 
@@ -84,7 +84,7 @@ class Evaluation(PredictionKeeper):
         self._write(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Within a fit there may be a further validation.
+        # Within a fit wait for its end, since there may be another validation.
         if trainer.state.fn == "validate":
             self._write(trainer, pl_module)
 
@@ -92,8 +92,8 @@ class Evaluation(PredictionKeeper):
         self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A broadcast, which every rank must take part in. Without a logger, or with one that has no
-        # folder for the run, it is a folder that other runs share.
+        # `log_dir` is a broadcast, so every rank must read it. Without a logger that has a folder
+        # for the run, it is a folder that other runs share.
         own = trainer.log_dir
         own = own if getattr(trainer.logger, "log_dir", None) else None
         predictions, self.predictions = self.predictions, {}
@@ -102,7 +102,7 @@ class Evaluation(PredictionKeeper):
         if not predictions:
             rank_zero_info("no evaluation is written: no head was measured on any image")
             return
-        # There, a folder of its own: the names of the files are common ones.
+        # In a shared folder use a subfolder, since the files have common names.
         folder = Path(self.folder or own or Path(trainer.default_root_dir, "evaluation"))
         if self._used.setdefault(folder, self._stage) != self._stage:
             folder = folder / WHAT[self._stage]
@@ -155,14 +155,16 @@ def _run(
         figures["NC1 of the training images"] = f"{logged['train/nc1']:.3f}"
     name = str(getattr(data, "task", type(data or pl_module).__name__))
     name = f"{name}, loader {suffix.rsplit('_', 1)[1]}" if suffix else name
-    # What auto tried in an earlier fit was on data that may be others.
+    # Show the candidates of `auto` only after a fit: those of an earlier fit may be for other data.
     tried = head.tried if trainer.state.fn == "fit" else []
     return Run(name, WHAT[stage], facts, figures, tried, balance_of(head))
 
 
 def balance_of(head: ImprintedHead) -> str:
-    """The settings with which another fit would do more for small classes, as YAML has them; empty
-    where the recipe has none that is not in use."""
+    """Return settings, as YAML, with which another fit would treat small classes better.
+
+    The text is empty if the recipe takes no such settings, or they are in use already.
+    """
     settings = head.settings
     by_auto = settings.get("chosen_by") == AUTO
     if settings.get("gen") == "lda" and not by_auto:
@@ -170,16 +172,18 @@ def balance_of(head: ImprintedHead) -> str:
     is_ridge = GENERATORS.get(settings.get("gen", "")) is Ridge
     metric = settings.get("metric", compared_by(head.tried))
     chooses = by_auto or (is_ridge and settings.get("lam") in BY_LABELS)
-    # Together they find more of small classes than either alone. `ls` weighs class means alike
-    # anyway: balanced, it finds less.
+    # Both settings together improve the recall of small classes more than either alone. `ls` gives
+    # class means equal weights anyway; with class weights the recall is lower.
     found = ["class_weight: balanced"] * (by_auto or is_ridge) * ("class_weight" not in settings)
     found += ["metric: balanced_accuracy"] * chooses * (metric == ACCURACY)
     return " and ".join(found)
 
 
 def _trained(trainer: Trainer, head: ImprintedHead) -> Tensor | None:
-    """`(C,)`, the training images of each class of the head; `None` where nobody knows, as in a
-    test of a checkpoint, whose training data may be others than these."""
+    """Return the number of training images of each class of the head, `(C,)`; `None` if unknown.
+
+    It is unknown in a test of a checkpoint, which may have been fitted on other data.
+    """
     if trainer.state.fn != "fit":
         return None
     data = datamodule_of(trainer)

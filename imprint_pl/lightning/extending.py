@@ -1,7 +1,7 @@
-"""extend: new classes for a trained classifier, whose old classes stay as they are.
+"""extend: adds classes to a trained classifier without changing its old classes.
 
-With samples of the old classes an imprinted head tells new from old; without, new rows are solved
-from the new samples and from what the old rows say of them.
+With samples of the old classes, an imprinted head separates new classes from old ones. Without
+them, the new rows of the layer are computed from the new samples and their old logits.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from imprint_pl.method.imprinting import imprint
 from imprint_pl.numerics.labels import check_composition, names_of, place_of
 from imprint_pl.numerics.moments import Moments
 
-# Constants of the new rows that are made without old samples, chosen on embeddings of digits and
-# Fashion-MNIST: how far the covariance shrinks towards a round one, since it must also serve the
-# old classes; the spread of a new logit within its class over that of the old logits; the share of
-# a class's samples on which its logit wins.
+# Constants for new rows without old samples, chosen on embeddings of digits and Fashion-MNIST: the
+# shrinkage of the covariance, which must also suit the old classes; the spread of a new logit
+# within its class, divided by that of the old logits; and the share of a class's samples on which
+# its logit wins.
 SHRINKAGE = 0.5
 SPREAD = 0.5
 WON = 0.85
@@ -35,13 +35,14 @@ WON = 0.85
 class ExtendedLayer(nn.Module):
     """A trained layer beside a head of all classes: `(B, d)` → logits `(B, C_old + C_new)`.
 
-    The old logits are the trained layer's. The logit of a new class is the largest old one plus the
-    margin by which the head puts that class before the best old one. So the head decides whether a
-    sample belongs to a new class, and to which; the trained layer decides among the old ones.
+    The old logits are those of the trained layer. The logit of a new class is the largest old logit
+    plus the difference between the head's score of this class and its best score of an old class.
+    The head therefore decides whether a sample belongs to a new class, and to which one; the
+    trained layer decides among the old classes.
 
     Args:
         old: the trained layer, `(B, d)` → `(B, C_old)`.
-        head: has all classes, the old ones first; empty where a state dict will fill it.
+        head: a head of all classes, the old ones first; empty if a state dict will fill it.
     """
 
     def __init__(self, old: nn.Linear, head: ImprintedHead | None = None) -> None:
@@ -69,31 +70,30 @@ def extend(
     """Adds classes to a trained `nn.Linear`; the logits of the old classes stay the same.
 
     Label C_old + i is the i-th name of `new_classes`. With `old_data` the layer becomes an
-    `ExtendedLayer`, about as accurate as imprinting all classes at once; that takes as many samples
-    of an old class as of a new one, since the classes with more samples win what lies between.
-    Without, it stays an `nn.Linear` with more rows, which guess where the old classes are: on
-    ten-class tasks the harmonic mean of old-class and new-class accuracy was 11 points lower on
-    average, about what class means (`qi`) of all classes reach.
+    `ExtendedLayer`, which is about as accurate as imprinting all classes at once. Give as many
+    samples of an old class as of a new one, since classes with more samples win in doubtful cases.
+    Without `old_data` it stays an `nn.Linear` with more rows, which can only estimate where the old
+    classes are: on ten-class tasks the harmonic mean of old-class and new-class accuracy was 11
+    points lower on average, similar to class means (`qi`) of all classes.
 
     Args:
         module: any trained `nn.Module` or LightningModule.
         layer: dotted name of an `nn.Linear` with at least two classes; its input is the embedding.
-        new_classes: name → samples of that class: inputs `(N, …)`, or a loader of batches, whose
-            labels, if any, do not matter; images of skipped files are left out. They go through
-            the same batch hooks as `old_data`: those of a DataModule there, or else the module's,
-            as in a Trainer.
+        new_classes: name → samples of that class: inputs `(N, …)`, or a loader, whose labels are
+            ignored; images of skipped files are left out. They go through the same batch hooks as
+            `old_data`: those of its DataModule, or else the module's, as in a Trainer.
         old_data: samples of the old classes with labels 0..C_old−1: a loader, a
             LightningDataModule, or `(x, y)`.
-        recipe, overrides: as for `imprint`; they make the head, and need `old_data`.
-        unpack: takes a batch of `old_data` apart: batch → (inputs, labels).
+        recipe, overrides: as for `imprint`, for the head; only with `old_data`.
+        unpack: a function from a batch of `old_data` to (inputs, labels).
 
     Returns:
         The new layer, `(B, d)` → `(B, C_old + C_new)`. To load its state dict, build it from a
         layer of the old sizes: `ExtendedLayer(linear)`, or an `nn.Linear` with more outputs.
 
     Raises:
-        ImprintError: another kind of layer, no new class or no sample of it, keywords without
-            `old_data`.
+        ImprintError: the layer is of another kind, there is no new class or no sample of one, or
+            keywords of the head are given without `old_data`.
 
     >>> net = nn.Sequential(nn.Linear(2, 2))
     >>> extend(net, "0", {"zebra": torch.tensor([[3.0, -3.0], [3.1, -2.9]])})
@@ -118,7 +118,7 @@ def extend(
     parts, size = list[Tensor](), old.out_features
     hooks = old_data if isinstance(old_data, both(LightningDataModule)) else None
     for name, samples in new_classes.items():
-        # A tensor becomes a pair, as batch hooks know batches.
+        # Turn a tensor into a pair with labels, as batch hooks expect.
         given = unlabelled(samples) if isinstance(samples, Tensor) else samples
         x = torch.empty(0, 0)
         if given is samples or len(samples):
@@ -146,11 +146,11 @@ def extend(
 
 
 def _new_rows(old: nn.Linear, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights `(C_new, d)` and bias of new classes, from their embeddings and the old rows.
+    """Computes weights `(C_new, d)` and bias of new classes from their embeddings and the old rows.
 
-    This is linear discriminant analysis with one point in the place of the old classes. Among the
-    points where all old logits are equal, it is the nearest (Mahalanobis) to the mean of the new
-    classes. The bias lets a new logit beat the largest old one on `WON` of its class's samples.
+    This is linear discriminant analysis in which one point replaces the old classes: among the
+    points where all old logits are equal, the one nearest (Mahalanobis) to the mean of the new
+    classes. The bias makes a new logit the largest on `WON` of its class's samples.
     """
     x = x.double()
     W = old.weight.detach().double().cpu()
@@ -173,7 +173,7 @@ def _new_rows(old: nn.Linear, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     old_spread = (logits - logits.mean(1, keepdim=True)).std(0, correction=0).mean()
     if own_spread > 0 and old_spread > 0:
         scale = SPREAD * old_spread / own_spread
-    else:  # one sample a class: nothing spreads
+    else:  # one sample per class, so there is no spread
         scale = centred.norm(dim=1).mean() / rows.norm(dim=1).mean().clamp_min(1e-12)
     rows, own = rows * scale, own * scale
     lead = logits.amax(1) - own

@@ -1,5 +1,5 @@
-"""Which layers of its backbone a classifier reads, where the data or a checkpoint say so: what the
-user has not chosen follows them, what the user has chosen has to agree.
+"""Makes a backbone read the layers of the training data's embeddings, or of a checkpoint. If the
+user has chosen layers, they have to agree.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Layers = str | list[str] | None
 
 
 def check_made_with(backbone: Backbone, layers: Layers, views: str) -> None:
-    """Raises where a `Backbone` is given together with layers or views that are not its own."""
+    """Raises if a `Backbone` is given together with layers or views that differ from its own."""
     own = (backbone.reader.asked, backbone.layers_in_short, None)
     if layers not in own or views not in ("none", backbone.views):
         raise ImprintError(
@@ -24,20 +24,20 @@ def check_made_with(backbone: Backbone, layers: Layers, views: str) -> None:
 
 
 def follow_data(backbone: Backbone, widths: list[int] | None, chosen: Layers) -> None:
-    """Has a named backbone read the layers that are in the embeddings of the training data.
+    """Makes a named backbone read the layers that are in the embeddings of the training data.
 
-    Where it has no such layers, it stays as it is: the embeddings are of another backbone.
+    If it has no such layers, it does not change: the embeddings come from another backbone.
 
     Args:
-        backbone: the classifier's.
-        widths: of the layers in the data's embeddings; `None` where there is one.
-        chosen: the layers that the user chose; `None` where the backbone may follow.
+        backbone: the classifier's backbone.
+        widths: the widths of the layers in the data's embeddings; `None` for one layer.
+        chosen: the layers that the user chose; `None` if the user did not choose.
 
     Raises:
-        ImprintError: the user chose others.
+        ImprintError: the user chose other layers.
     """
     widths = widths if widths is not None and len(widths) > 1 else None
-    # Only a named backbone says whether it is pretrained.
+    # `pretrained` is None for a module of the user's own.
     if backbone.pretrained is None or backbone.layer_widths == widths:
         return
     if chosen is not None:
@@ -50,16 +50,17 @@ def follow_data(backbone: Backbone, widths: list[int] | None, chosen: Layers) ->
 
 
 def follow_checkpoint(backbone: Backbone, checkpoint: dict[str, Any], chosen: Layers) -> None:
-    """Has a backbone read the layers that a checkpoint was fitted with; the last one alone where
-    the checkpoint names none, as those of earlier versions.
+    """Makes a backbone read the layers that a checkpoint was fitted with.
+
+    A checkpoint of an earlier version, which names no layers, was fitted with the last layer alone.
 
     Args:
-        backbone: the classifier's.
-        checkpoint: what `fit` wrote.
-        chosen: the layers that the user chose; `None` where the backbone may follow.
+        backbone: the classifier's backbone.
+        checkpoint: a checkpoint of `fit`.
+        chosen: the layers that the user chose; `None` if the user did not choose.
 
     Raises:
-        ImprintError: the user chose others.
+        ImprintError: the user chose other layers.
     """
     source = checkpoint.get("backbone")
     fitted = (source.get("layers") if isinstance(source, dict) else None) or "last"
@@ -69,7 +70,7 @@ def follow_checkpoint(backbone: Backbone, checkpoint: dict[str, Any], chosen: La
     own = backbone.reader.asked if backbone.reader.layers is None else backbone.layers or "last"
     if own == fitted:
         return
-    # "all" may be other modules in another version.
+    # Accept "all" for named modules, since "all" may mean other modules in another version.
     if chosen is not None and (chosen != "all" or fitted == "last"):
         raise ImprintError(
             f"the checkpoint was fitted with layers={fitted!r}, this model has layers={chosen!r}: "

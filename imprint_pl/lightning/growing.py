@@ -1,5 +1,5 @@
-"""Grow and forget: classes and examples that come and go after the fit, on a classifier. What is
-kept for that, and the maths, are in `training_set/kept.py`.
+"""Adds and removes classes and examples of a classifier after the fit. The kept training set, and
+the maths, are in `training_set/kept.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from imprint_pl.numerics.labels import warn_of_alike
 from imprint_pl.training_set.kept import State
 from imprint_pl.training_set.kept_file import read_state, state_path, write_state
 
-# How many images go through the backbone at a time.
+# How many images are embedded at a time.
 BATCH = 64
 
 
@@ -27,60 +27,69 @@ class Growing(LightningModule):
     """The part of `ImprintedClassifier` that adds and removes classes.
 
     Attributes:
-        head: the classifier's.
-        state: what was kept of the training set, by `fit` with `keep=` or by `load_state`.
+        head: the head of the classifier.
+        state: the kept training set, from a `fit` with `keep=` or from `load_state`.
     """
 
     head: ImprintedHead
     state: State | None = None
 
     def embed(self, images: Any) -> Tensor:
-        """A batch of images → embeddings `(B, d)`."""
+        """Embed a batch of images as `(B, d)`."""
         raise NotImplementedError
 
     def add_class(self, name: str, images: Any, sources: Sequence[str] = ()) -> None:
-        """Adds a class as the last label. The head becomes that of all samples at once.
+        """Adds a class as the last label. The head is then the one of all samples at once.
 
         Args:
-            name: its name.
+            name: the name of the class.
             images: uint8 `(n, C, H, W)`, a list of `(C, H, W)` of any sizes, embeddings `(n, d)`,
                 or an iterable of batches, whose labels are ignored.
-            sources: n words that name the images, such as their files; see `explain`.
+            sources: n names of the images, such as their files; see `explain`.
 
         Raises:
-            ImprintError: nothing was kept, or what was kept does not suffice (it says what would);
-                the class is there already; no image.
+            ImprintError: nothing was kept, or the kept data do not suffice (the message says what
+                would); the class exists already; or there is no image.
         """
         grown = self.kept_state().add_class(name, self._embedded(images), sources=sources)
         self._become(grown)
         warn_of_alike(grown.class_names, "the head")
 
     def add_examples(self, name: str, images: Any, sources: Sequence[str] = ()) -> None:
-        """Adds images to a class. Arguments and errors as for `add_class`."""
+        """Adds images to a class.
+
+        Args:
+            name: the name of the class.
+            images, sources: as for `add_class`.
+
+        Raises:
+            ImprintError: as for `add_class`, or there is no such class.
+        """
         self._become(self.kept_state().add_examples(name, self._embedded(images), sources))
 
     def remove_class(self, name: str, images: Any = None) -> None:
         """Removes a class; the labels above it move down by one.
 
         Args:
-            name: its name.
-            images: all its training images, where `keep="moments"` asks for them.
+            name: the name of the class.
+            images: all its training images, if `keep="moments"` needs them.
 
         Raises:
-            ImprintError: nothing was kept, or it does not suffice; no such class; the last one.
+            ImprintError: nothing was kept, or the kept data do not suffice; there is no such class;
+                or it is the last one.
         """
         x = None if images is None else self._embedded(images)
         self._become(self.kept_state().remove_class(name, x))
 
     def save_state(self, checkpoint: str | Path) -> Path:
-        """Writes the state beside a checkpoint, `NAME.state.safetensors`."""
+        """Writes the state beside a checkpoint, `NAME.state.safetensors`, and returns its path."""
         return write_state(self.kept_state(), state_path(checkpoint))
 
     def load_state(self, checkpoint: str | Path) -> None:
         """Reads the state beside a checkpoint.
 
         Raises:
-            ImprintError: there is none, or it is of other embeddings than the head.
+            ImprintError: there is no state, or it has other embeddings than the head takes.
         """
         path = state_path(checkpoint)
         state = read_state(path)
@@ -89,7 +98,7 @@ class Growing(LightningModule):
         self.state = state
 
     def kept_state(self) -> State:
-        """Returns what was kept of the training set.
+        """Returns the kept training set.
 
         Raises:
             ImprintError: nothing was kept.
@@ -102,7 +111,7 @@ class Growing(LightningModule):
         return self.state
 
     def _become(self, state: State) -> None:
-        # The head comes first: a step that fails leaves the classifier as it was.
+        # Make the head first, so that the classifier does not change if this fails.
         head = state.head()
         self.head.take(head)
         self.state = state
@@ -116,7 +125,7 @@ class Growing(LightningModule):
 
 
 def _check_same(path: Path, state: State, head: ImprintedHead) -> None:
-    """Raises where a state keeps other embeddings than a head takes."""
+    """Raises if a state has other embeddings than a head takes."""
     kept, taken = (
         f"{dim} numbers" + (f" of layers {widths}" if widths else "")
         for dim, widths in (
@@ -132,8 +141,8 @@ def _check_same(path: Path, state: State, head: ImprintedHead) -> None:
 
 
 def _batches(images: Any) -> Iterator[Any]:
-    """Images, or embeddings, a batch at a time: `BATCH` of a tensor or a list of images; anything
-    else has batches of its own."""
+    """Yields images, or embeddings, in batches: `BATCH` at a time from a tensor or a list; anything
+    else is an iterable of batches already."""
     if isinstance(images, list) and all(isinstance(i, Tensor) and i.ndim == 3 for i in images):
         yield from (images[i : i + BATCH] for i in range(0, len(images), BATCH))
     elif isinstance(images, Tensor):

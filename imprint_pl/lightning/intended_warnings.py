@@ -1,5 +1,5 @@
-"""Hides Lightning's warnings about what a fit of `ImprintedClassifier` does on purpose, while that
-fit lasts and no longer: in a fit of the user's other modules they matter.
+"""Hides Lightning's warnings about things that a fit of `ImprintedClassifier` does on purpose. They
+are hidden during this fit only, since they matter in fits of the user's other modules.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ INTENDED = (
 
 
 class IntendedWarnings(Callback):
-    """Comes with the module (`configure_callbacks`): a callback is told of exceptions, a module is
-    not."""
+    """A callback that the module adds in `configure_callbacks`. Unlike a module, a callback is told
+    of exceptions, after which the warnings must be shown again."""
 
     def __init__(self) -> None:
         self._undo = ExitStack()

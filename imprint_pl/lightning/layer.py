@@ -1,6 +1,4 @@
-"""A pass through somebody's module: what goes into one of its layers, in data order, and the layer
-in whose place another can be put.
-"""
+"""Gathers the inputs of a layer of any module, in data order, and finds and replaces layers."""
 
 from __future__ import annotations
 
@@ -36,18 +34,21 @@ from imprint_pl.errors import ImprintError, did_you_mean
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.training_set.store import RowStore
 
-# Samples that go through the module at a time where the data came as two tensors.
+# Batch size for data that are given as two tensors.
 BATCH = 256
 
 
 def averaged_copies(
     module: nn.Module, layer: str, holders: Iterable[Any]
 ) -> list[tuple[nn.Module, str]]:
-    """Copies of the module, or of a part of it that has the layer, which torch's or timm's tools
-    for averages among `holders` keep, each with the layer's name in it.
+    """Finds averaged copies of the module, or of a part of it that has the layer.
 
-    They are averaged with the module tensor by tensor, in order: a head beside a layer would be
-    averaged with it in silence.
+    torch's and timm's tools for averages among `holders` keep such copies. They are averaged with
+    the module tensor by tensor, in order, so a head would silently be averaged with a layer unless
+    the copies get the head, too.
+
+    Returns:
+        Each copy, with the layer's name in it.
     """
     timm = sys.modules.get("timm.utils.model_ema")
     kinds = (AveragedModel,) + ((timm.ModelEma, timm.ModelEmaV2, timm.ModelEmaV3) if timm else ())
@@ -65,7 +66,7 @@ def averaged_copies(
 
 
 def values_of_callbacks(trainer: Trainer) -> list[Any]:
-    """What a Trainer's callbacks hold, an averaged copy of the module perhaps."""
+    """Returns the attributes of a Trainer's callbacks, among which may be averaged copies."""
     return [value for callback in callbacks_of(trainer) for value in vars(callback).values()]
 
 
@@ -74,7 +75,7 @@ def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
 
 
 def put_module(module: nn.Module, layer: str, new: nn.Module) -> None:
-    """Puts another module in the place of a layer, under each of the names that it has."""
+    """Replaces a layer by another module, under each of the layer's names."""
     old = layer_of(module, layer)
     names = [name for name, part in module.named_modules(remove_duplicate=False) if part is old]
     for name in names:
@@ -83,10 +84,10 @@ def put_module(module: nn.Module, layer: str, new: nn.Module) -> None:
 
 
 def layer_of(module: nn.Module, layer: str) -> nn.Module:
-    """The layer of a dotted name.
+    """Returns the layer of a dotted name.
 
     Raises:
-        ImprintError: no such layer; near names are given.
+        ImprintError: there is no such layer; the message has similar names.
     """
     parts = dict(module.named_modules(remove_duplicate=False))
     if not layer or layer not in parts:
@@ -101,8 +102,8 @@ def layer_of(module: nn.Module, layer: str) -> nn.Module:
 
 
 def _replaceable(parts: Mapping[str, nn.Module]) -> Iterator[str]:
-    """The names of a module's parts that a head could replace: neither metrics, losses and averaged
-    copies nor what is inside of them or of a head."""
+    """Yields the names of a module's parts that a head could replace. Metrics, losses, averaged
+    copies and heads are left out, with everything inside them."""
     others = (Metric, MetricCollection, AveragedModel, _Loss)
     for name, part in parts.items():
         above = [parts[name[:place]] for place, sign in enumerate(name) if sign == "."]
@@ -112,8 +113,8 @@ def _replaceable(parts: Mapping[str, nn.Module]) -> Iterator[str]:
 
 
 def _show(module: nn.Module, layer: str) -> None:
-    """Lets `module.<layer>` find a layer that a class attribute hides: where a layer is made in
-    `configure_model` and the class says `fc = None`, Python finds the `None` first."""
+    """Makes `module.<layer>` return a layer that a class attribute hides. If the class has
+    `fc = None` and `configure_model` makes the layer, Python would find the `None` first."""
     for part in layer.split("."):
         hidden = cast(nn.Module, module._modules[part])
         if getattr(module, part) is not hidden:
@@ -122,11 +123,10 @@ def _show(module: nn.Module, layer: str) -> None:
 
 
 def configure(module: nn.Module, layer: str) -> None:
-    """Lets a LightningModule make the layers that it makes in `configure_model`, where the layer
-    is not there yet.
+    """Calls a LightningModule's `configure_model` if the layer does not exist yet.
 
     Raises:
-        ImprintError: no such layer, even then.
+        ImprintError: there is no such layer, even then.
     """
     names = {name for name, _ in module.named_modules(remove_duplicate=False)}
     if layer not in names and overrides("configure_model", module):
@@ -135,12 +135,12 @@ def configure(module: nn.Module, layer: str) -> None:
 
 
 class Gathered(NamedTuple):
-    """What goes into a layer, in data order.
+    """The inputs of a layer, in data order.
 
     Attributes:
         x: `(N, d)` on the CPU.
         y: `(N,)`, the labels.
-        names: of the classes, where the data set has them.
+        names: the class names, if the data set has them.
     """
 
     x: Tensor
@@ -151,10 +151,20 @@ class Gathered(NamedTuple):
 def gather_embeddings(
     module: nn.Module, layer: str, data: Any, unpack: Unpack | None = None, hooks: Any = None
 ) -> Gathered:
-    """Passes data through a module and gathers what goes into a layer.
+    """Passes data through a module and gathers the inputs of a layer.
 
-    Batches go through the batch hooks of `hooks`, a DataModule (`data` by default), or else of the
-    module.
+    Batches go through the batch hooks of `hooks`, a DataModule (`data` by default), or else through
+    those of the module.
+
+    Args:
+        module: the module.
+        layer: the dotted name of the layer.
+        data, unpack: as for `attach`.
+        hooks: a DataModule with batch hooks.
+
+    Raises:
+        ImprintError: the data or the layer do not fit, or the Trainer has started several
+            processes.
     """
     device, store = _device(module), RowStore()
     owner = data if hooks is None else hooks
@@ -200,10 +210,11 @@ def embed_batches(
     transfer: Callable[[Any], Any] | None = None,
     go_on: Callable[[int, Tensor], bool] = lambda index, labels: True,
 ) -> None:
-    """Adds what goes into a layer to a store, batch by batch, while `go_on(index, labels)`.
+    """Adds the inputs of a layer to a store, batch by batch, while `go_on(index, labels)` is true.
 
     Raises:
-        ImprintError: no batch, labels that do not fit, a layer that does not run once a batch.
+        ImprintError: there is no batch, labels do not fit, or the layer does not run exactly once
+            per batch.
     """
     forward, index = _entry(module, layer), -1
 
@@ -223,8 +234,8 @@ def embed_batches(
 
 @contextmanager
 def inputs_of(module: nn.Module, layer: str) -> Iterator[list[Any]]:
-    """A list to which each run of the layer adds its input. Meanwhile nothing runs compiled:
-    `torch.compile` would not see a new hook."""
+    """Gives a list to which each run of the layer appends its input. Compilation is off meanwhile,
+    since compiled code would not call the new hook."""
     seen: list[Any] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -239,7 +250,7 @@ def inputs_of(module: nn.Module, layer: str) -> Iterator[list[Any]]:
 
 
 def the_embedding(seen: list[Any], layer: str, labels: Tensor) -> Tensor:
-    """The one input of a layer in a batch, `(B, d)`, checked."""
+    """Checks and returns the only input of a layer in a batch, `(B, d)`."""
     if len(seen) != 1:
         raise ImprintError(
             f"layer {layer!r} ran {len(seen)} times for one batch: name a layer that runs once in "
@@ -261,8 +272,8 @@ def the_embedding(seen: list[Any], layer: str, labels: Tensor) -> Tensor:
 
 @contextmanager
 def at_rest(module: nn.Module, layer: str) -> Iterator[None]:
-    """The module in eval mode with its own layer, no gradients; afterwards all is as it was: the
-    modes, the head, and the global random state that loaders and augmentation draw from."""
+    """Puts the module into eval mode with its own layer, without gradients. Afterwards restores the
+    modes, the head, and the global random state that loaders and augmentations use."""
     modes = [(part, part.training) for part in module.modules()]
     present = layer_of(module, layer)
     original = getattr(present, "replaced", None)
@@ -279,7 +290,7 @@ def at_rest(module: nn.Module, layer: str) -> Iterator[None]:
 
 
 def loader_of(data: Any) -> Iterable[Any]:
-    """The batches of `attach`'s `data`."""
+    """Returns the batches of `attach`'s `data`."""
     if isinstance(data, both(LightningDataModule)):
         module = cast(LightningDataModule, data)
         module.prepare_data()
@@ -294,8 +305,10 @@ def loader_of(data: Any) -> Iterable[Any]:
 
 
 def in_data_order(loader: Any, ranks: int = 1, rank: int = 0) -> Any:
-    """A loader that gives the same samples, each once, in the order of the data set: dealt to the
-    ranks, neither shuffled nor dropped. A sampler or batch sampler of the user's own stays."""
+    """Returns a loader of the same samples in the order of the data set, divided among the ranks.
+
+    Samples are neither shuffled nor dropped. A user's own sampler or batch sampler is kept.
+    """
     parts = loader if isinstance(loader, list) else []
     several = any(isinstance(part, DataLoader) for part in parts)
     if several or isinstance(loader, (dict, *both(CombinedLoader))):
@@ -315,8 +328,10 @@ def in_data_order(loader: Any, ranks: int = 1, rank: int = 0) -> Any:
 
 
 def in_mixed_order(loader: Any, seed: int = 0) -> Any:
-    """A loader that shuffles the samples of another by a generator of its own. A sampler or batch
-    sampler of the user's own, and whatever is no DataLoader, stay as they are."""
+    """Returns a loader that shuffles the samples of another one, with its own generator.
+
+    A user's own sampler or batch sampler is kept; anything but a DataLoader is returned unchanged.
+    """
     batch_sampler = getattr(loader, "batch_sampler", None)
     kinds = RandomSampler | DistributedSampler | SequentialSampler
     known = isinstance(getattr(loader, "sampler", None), kinds)
@@ -327,12 +342,12 @@ def in_mixed_order(loader: Any, seed: int = 0) -> Any:
 
 
 def _with_sampler(loader: Any, sampler: Any) -> Any:
-    # A DataLoader refuses new samplers: a copy gets them past its __setattr__. It keeps whatever a
-    # subclass does when iterated.
+    # A DataLoader refuses new samplers in __setattr__, so set them on a copy by its __dict__. A
+    # copy also keeps what a subclass does when iterated.
     other = copy.copy(loader)
     other.__dict__.update(
         sampler=sampler,
-        # Its own: the order in which workers are seeded draws a number from it.
+        # Use a generator of its own, since seeding the workers draws a number from it.
         generator=torch.Generator().manual_seed(0),
         persistent_workers=False,
         _iterator=None,
@@ -343,7 +358,8 @@ def _with_sampler(loader: Any, sampler: Any) -> Any:
 
 
 def _entry(module: nn.Module, layer: str) -> nn.Module:
-    """The module, or the first on the way to the layer, that has a forward of its own."""
+    """Returns the module if it has a forward, otherwise the first module on the path to the layer
+    that has one."""
     missing = [cls.forward for cls in cast(Any, (nn.Module, *both(LightningModule)))]
     parts = layer.split(".")
     for depth in range(len(parts)):

@@ -1,5 +1,5 @@
-"""A validation or a test: its metrics, each sample counted once on any number of ranks, what is
-logged of them, and which of the head's labels each class of the data is.
+"""Measures and logs a validation or test. Each sample counts once on any number of ranks, and the
+data's classes are matched with the head's by name.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from imprint_pl.numerics.labels import composed, names_of, place_of
 from imprint_pl.ranks import positions_in_dataset
 
 TASK = "give the data and classes of the checkpoint's task"
-# Above this, a value a class would drown a logger; `class_accuracy` and the run folder have them.
+# Most classes whose accuracies are logged: more would flood a logger. `class_accuracy` and the run
+# folder have all of them.
 LOGGED_CLASSES = 20
 
 
 def stage_of(trainer: Trainer) -> str:
-    """How the names of logged values begin: "test", or "val" in a validation of any kind."""
+    """Returns the prefix of logged values: "test", or "val" in a validation of any kind."""
     return "test" if trainer.testing else "val"
 
 
 class Measurement:
-    """A validation or a test: measures the loaders, each on its own, and logs what it measured.
+    """A validation or a test: measures each loader on its own and logs the values.
 
     Args:
-        module: logs the values.
-        head: the module's, not empty.
+        module: the module that logs the values.
+        head: the head of the module, not empty.
 
     Attributes:
         metrics: the metrics of each loader, by its number.
@@ -52,13 +53,13 @@ class Measurement:
         self.module, self.head = module, head
         self.stage = stage_of(module.trainer)
         self.metrics: dict[int, TaskMetrics] = {}
-        # The accuracies of the classes, of each loader that is logged already.
+        # The accuracies of the classes, for each loader that was logged.
         self._accuracies: dict[int, Tensor] = {}
-        # For each class of the data the head's label, where they differ.
+        # The head's label for each class of the data, if they differ.
         self._places = places_of(names_of(datamodule_of(module.trainer)), head)
 
     def labels_of_head(self, labels: Tensor) -> Tensor:
-        """The head's labels `(B,)` for labels of the data, by the classes' names.
+        """Turns labels `(B,)` of the data into the head's labels, by the classes' names.
 
         Raises:
             ImprintError: a label that is none of the data's classes.
@@ -66,22 +67,31 @@ class Measurement:
         return labels_of_head(labels, self._places)
 
     def add(self, logits: Tensor, labels: Tensor, batch: int, loader: int) -> None:
-        """Adds a batch: logits `(B, C)`, labels of the head `(B,)`, and the numbers of the batch
-        and of its loader."""
+        """Adds a batch.
+
+        Args:
+            logits: `(B, C)`.
+            labels: `(B,)`, labels of the head.
+            batch: the number of the batch.
+            loader: the number of its loader.
+        """
         if loader not in self.metrics:
             self.metrics[loader] = TaskMetrics(self.head.num_classes).to(logits.device)
         loaders = getattr(self.module.trainer, f"{self.stage}_dataloaders")
         self.metrics[loader].add(logits, labels, sampler_length(loader_at(loader, loaders)))
         if len(self._batches) > 1 and batch + 1 == self._batches[loader]:
-            # Lightning returns, for each loader, what was logged in a step of it.
+            # Log in the loader's last step, since Lightning returns the values by loader only then.
             self._log(loader, "")
 
     def finish(self) -> Tensor:
-        """Logs the loaders that are not logged yet; the accuracy of each class `(C,)`, or `(L, C)`
-        of L loaders."""
+        """Logs the loaders that are not logged yet.
+
+        Returns:
+            The accuracy of each class `(C,)`; with L loaders `(L, C)`.
+        """
         loaders = len(self._batches)
         for loader in sorted(self.metrics.keys() - self._accuracies.keys()):
-            # The only loader, or one whose last batch nobody could tell beforehand.
+            # This is the only loader, or one whose last batch could not be known beforehand.
             self._log(loader, f"/dataloader_idx_{loader}" if loaders > 1 else "")
         missing = torch.full((self.head.num_classes,), torch.nan)
         rows = [self._accuracies.get(loader, missing) for loader in range(loaders)]
@@ -89,11 +99,11 @@ class Measurement:
 
     @property
     def _batches(self) -> list[float]:
-        """How many batches each loader has."""
+        """Returns the number of batches of each loader."""
         return getattr(self.module.trainer, f"num_{self.stage}_batches")
 
     def _log(self, loader: int, suffix: str) -> None:
-        """Logs the values of a loader. In a step of it Lightning adds the suffix itself."""
+        """Logs the values of a loader. Within a step, Lightning adds the suffix itself."""
         values = self.metrics[loader].compute()
         accuracies = values.pop("class_accuracy")
         self._accuracies[loader] = accuracies.cpu()
@@ -115,15 +125,15 @@ class Measurement:
 
 
 def labels_of_head(labels: Tensor, places: Tensor | None, num_classes: int | None = None) -> Tensor:
-    """The head's labels `(B,)` for labels of the data.
+    """Turns labels of the data into the head's labels `(B,)`.
 
     Args:
         labels: `(B,)`.
-        places: what `places_of` returned.
-        num_classes: of the head, where labels that need no change are to be checked as well.
+        places: the result of `places_of`.
+        num_classes: C of the head, to check also labels that need no change.
 
     Raises:
-        ImprintError: a label that is none of the data's classes, or of the head's.
+        ImprintError: a label is none of the data's classes, or none of the head's.
     """
     if places is None:
         if num_classes is not None:
@@ -134,11 +144,13 @@ def labels_of_head(labels: Tensor, places: Tensor | None, num_classes: int | Non
 
 
 def places_of(names: list[str], head: ImprintedHead) -> Tensor | None:
-    """The head's labels for the data's classes `(C,)`, found by name; `None` where label c of the
-    data is label c of the head, and where either has no names.
+    """Finds the head's label for each class of the data, by name.
+
+    Returns:
+        `(C,)`; `None` if the labels are the same, or if the data or the head have no names.
 
     Raises:
-        ImprintError: a class that the head does not have, or names that do not tell classes apart.
+        ImprintError: the head does not have a class, or two classes have the same name.
     """
     known = head.class_names
     if not names or not known or list(map(composed, names)) == list(map(composed, known)):
@@ -160,7 +172,7 @@ def places_of(names: list[str], head: ImprintedHead) -> Tensor | None:
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Raises an `ImprintError` for a label `(B,)` that is none of the head's."""
+    """Raises an `ImprintError` if one of the labels `(B,)` is none of the head's."""
     outside = (labels < 0) | (labels >= num_classes)
     if outside.any():
         raise ImprintError(
@@ -174,18 +186,18 @@ def _shown(names: list[str]) -> str:
     return f"[{', '.join(names[:6])}{more}] ({len(names)})"
 
 
-# Samples that are measured together: one batch would take about as long, and on a GPU the processor
-# has to wait each time.
+# Samples that are measured at a time: measuring each batch on its own would take about as long as
+# this, and on a GPU the CPU would have to wait each time.
 ROWS = 2048
 
 
 class CalibrationError(MulticlassCalibrationError):
-    """Expected calibration error of logits: |confidence − accuracy|, averaged over 15 equal bins of
-    confidence by their samples."""
+    """Expected calibration error of logits: |confidence − accuracy| in 15 equal bins of confidence,
+    averaged over samples."""
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Logits `(B, C)`, labels `(B,)`."""
-        # Given logits, torchmetrics takes those that lie in 0..1 for probabilities.
+        # Apply the softmax here: torchmetrics would treat logits in 0..1 as probabilities.
         super().update(preds.softmax(1), target)
 
 
@@ -197,17 +209,17 @@ class ClassAccuracy(MulticlassAccuracy):
 
     def compute(self) -> Tensor:
         """`(C,)`."""
-        # Tensors: they are lists only where a metric keeps a value a sample.
+        # For type checkers: these are tensors, and lists only in metrics that keep every sample.
         samples = torch.as_tensor(self.tp) + torch.as_tensor(self.fn)
         return super().compute().masked_fill(samples == 0, torch.nan)
 
 
 class BalancedAccuracy(ClassAccuracy):
-    """Mean of the accuracies of the classes that have samples; NaN where none has."""
+    """Mean accuracy of the classes that have samples; NaN if none has."""
 
     def compute(self) -> Tensor:
         """A scalar."""
-        # torchmetrics' own average counts a class that is predicted and has no samples as 0.
+        # torchmetrics' own average counts a class without samples as 0 if it is predicted.
         return super().compute().nanmean()
 
 
@@ -220,7 +232,7 @@ class TaskMetrics(MetricCollection):
     """
 
     def __init__(self, num_classes: int) -> None:
-        # torchmetrics takes two classes at least: beside a single one there is an empty one.
+        # torchmetrics needs at least two classes, so add an empty one to a single class.
         rooms = max(num_classes, 2)
         metrics: dict[str, Metric | MetricCollection] = {
             "accuracy": MulticlassAccuracy(rooms, average="micro"),
@@ -236,33 +248,37 @@ class TaskMetrics(MetricCollection):
         self._waiting: list[tuple[Tensor, Tensor]] = []
 
     def add(self, scores: Tensor, labels: Tensor, dealt: int | None) -> None:
-        """A batch in the loader's order: logits `(B, C)`, labels `(B,)`.
+        """Adds a batch in the loader's order.
 
-        `dealt` is what `sampler_length` says of the loader: what its sampler repeats to make the
-        ranks even is left out.
+        Args:
+            scores: logits `(B, C)`.
+            labels: `(B,)`.
+            dealt: the `sampler_length` of the loader. Samples that its sampler repeats, to make the
+                ranks equally long, are left out.
 
         Raises:
-            ImprintError: a label that is none of the C; perhaps later, at the latest by `compute`.
+            ImprintError: a label is none of the C classes; raised here or later, at the latest by
+                `compute`.
         """
         if dealt is not None:
-            # The repeated ones are the last.
+            # Repeated samples are the last ones.
             once = int((positions_in_dataset(self.seen, len(labels)) < dealt).sum())
             self.seen += len(labels)
             scores, labels = scores[:once], labels[:once]
-        # A copy: a loader may fill the same tensor anew.
+        # Copy the labels, since a loader may reuse the same tensor.
         self._waiting.append((scores, labels.clone()))
         if sum(len(labels) for _, labels in self._waiting) >= ROWS:
             self._update()
 
     def compute(self) -> dict[str, Any]:
-        """The values over all batches and ranks."""
+        """Returns the values over all batches and ranks."""
         self._update()
         values = super().compute()
         values["class_accuracy"] = values["class_accuracy"][: self.num_classes]
         return values
 
     def reset(self) -> None:
-        """Forgets all samples, those that wait too."""
+        """Drops all samples, including those that were not measured yet."""
         super().reset()
         self.seen, self._waiting = 0, []
 

@@ -1,5 +1,5 @@
-"""The callback `Outsiders`: how well images that belong to no class are told from the others, by
-their familiarity or their best score, and how many of each pass the head's threshold
+"""The callback `Outsiders`: measures how well images that belong to no class are told from others
+by their familiarity or best score, and how many of each reach the head's threshold
 (`method/threshold.py`).
 """
 
@@ -31,17 +31,17 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
     0.75
     """
     best = torch.cat([inside.amax(1), outside.amax(1)]).double()
-    # Ranks, since torchmetrics takes values outside of [0, 1] for logits, and a sigmoid ties them.
+    # Use ranks: torchmetrics applies a sigmoid to values outside of [0, 1], which makes ties.
     ranks = torch.unique(best, return_inverse=True)[1].double()
     inner = torch.cat([torch.ones(len(inside)), torch.zeros(len(outside))]).long().to(best.device)
     return binary_auroc(ranks / max(ranks.max().item(), 1), inner).item()
 
 
 def false_positive_rate(inside: Tensor, outside: Tensor, accept: float = 0.95) -> float:
-    """Share of outsiders that pass a threshold which at least `accept` of the insiders reach.
+    """Share of outsiders that reach a threshold which at least `accept` of the insiders reach.
 
     Args:
-        inside, outside: `(n,)` and `(m,)`, the score of each sample; the insiders' are higher.
+        inside, outside: `(n,)` and `(m,)`, the score of each sample; insiders should be higher.
         accept: share of insiders.
 
     >>> false_positive_rate(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.0, 2.5]), 0.75)
@@ -55,9 +55,9 @@ class Outsiders(Callback):
     """Logs, at the end of validation and test, how well outsiders are told from insiders.
 
     The score is the familiarity, or in a head that was fitted without `accept` the best class
-    score. Logged are `val/outsiders_auroc`, `val/outsiders_fpr95` (share of outsiders that pass a
-    threshold which 95 % of the stage's own images reach) and, where the head has a threshold,
-    `val/accepted` (share of the stage's own images that pass) and `val/rejected` (share of
+    score. The callback logs `val/outsiders_auroc`, `val/outsiders_fpr95` (share of outsiders that
+    reach a threshold which 95 % of the stage's own images reach) and, if the head has a threshold,
+    `val/accepted` (share of the stage's own images that reach it) and `val/rejected` (share of
     outsiders that do not); `test/…` likewise.
     With several loaders each has its own: `val/accepted/dataloader_idx_0`, ….
 
@@ -69,7 +69,7 @@ class Outsiders(Callback):
     def __init__(self, data: LightningDataModule) -> None:
         self.data = data
         self._undo = ExitStack()
-        # The loader whose batch is on its way, and the best scores of each loader's batches.
+        # The loader of the current batch, and the best scores of each loader's batches.
         self._loader: int | str = 0
         self._scores: dict[int | str, list[Tensor]] = {}
 
@@ -103,7 +103,7 @@ class Outsiders(Callback):
         self._undo.close()
 
     def _listen(self, module: LightningModule) -> None:
-        # The stage's own images need not go through the head twice: its scores are kept.
+        # Keep the scores of the stage's own images, so that the head need not run on them again.
         self._scores = {}
         self._undo.callback(_head_of(module).register_forward_hook(self._heard).remove)
 
@@ -122,7 +122,7 @@ class Outsiders(Callback):
             self.data.prepare_data()
             self.data.setup("test")
             if isinstance(module, ImprintedClassifier) and isinstance(self.data, ImageDataModule):
-                # Outsiders are measured as the fit's images were read.
+                # Read outsiders in the same way as the images of the fit.
                 self.data.shrink_for(module.max_side, module.backbone.least_side)
             transfer = transfer_of(trainer, module, self.data)
             with (
@@ -145,7 +145,7 @@ class Outsiders(Callback):
                 least = head.threshold / (head.temperature if head.familiar.is_empty else 1.0)
                 values["accepted"] = (inside >= least).double().mean().item()
                 values["rejected"] = (outside < least).double().mean().item()
-            # The suffix is Lightning's, which adds it inside a step only.
+            # Add Lightning's suffix for loaders, which it only adds inside a step.
             suffix = f"/dataloader_idx_{number}" if len(insiders) > 1 else ""
             for name, value in values.items():
                 module.log(

@@ -1,6 +1,6 @@
-"""Keeps what the head says of each image of a validation or test, for callbacks that report it.
+"""Keeps the predictions for each image of a validation or test, for callbacks that report them.
 
-The scores are those that the module computes anyway: a hook on its head reads them.
+A hook on the module's head reads the scores that the module computes anyway.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from imprint_pl.training_set.store import RowStore
 
 
 class PredictionKeeper(Callback):
-    """Keeps the predictions of the last validation or test; subclasses say what becomes of them.
+    """Keeps the predictions of the last validation or test; subclasses report them.
 
     Attributes:
-        predictions: for each loader by its number, on rank 0, where every rank's images are in the
-            loader's order; empty where the module had no filled head.
+        predictions: on rank 0, for each loader by its number, those of all ranks' images in the
+            loader's order; empty if the module had no filled head.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class PredictionKeeper(Callback):
         self._stores: dict[int, RowStore] = {}
         self._head: ImprintedHead | None = None
         self._hook: RemovableHandle | None = None
-        # Of the batch that is on its way.
+        # The scores of the current batch.
         self._scores: Tensor | None = None
         self._accepted: Tensor | None = None
 
@@ -45,7 +45,7 @@ class PredictionKeeper(Callback):
         self._stop()
         self.predictions, self._stores, self._scores = {}, {}, None
         heads = [module for module in pl_module.modules() if isinstance(module, ImprintedHead)]
-        # Without a head, as before an ImprintCallback puts one in, there is nothing to keep.
+        # There may be no head, as before an ImprintCallback adds one. Then keep nothing.
         self._head = heads[0] if len(heads) == 1 and not trainer.sanity_checking else None
         if self._head is not None:
             self._hook = self._head.register_forward_hook(self._hear)
@@ -62,7 +62,7 @@ class PredictionKeeper(Callback):
 
     def _add(self, trainer: Trainer, batch: Any, loader: int) -> None:
         scores, self._scores = self._scores, None
-        # None where the head was empty.
+        # The scores are None if the head was empty.
         if scores is None or self._head is None:
             return
         labels = split_batch(batch)[1]
@@ -102,7 +102,7 @@ class PredictionKeeper(Callback):
         self._hook = self._head = None
         self._stores = {}
 
-    # The hooks of Lightning, the same for validation and test.
+    # Lightning's hooks, which do the same for validation and test.
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(trainer, pl_module)
@@ -145,11 +145,11 @@ class PredictionKeeper(Callback):
 
 
 def in_order(loader: Any) -> bool:
-    """Whether a loader gives the samples of its data set in their order, so that image i of the
+    """Whether a loader returns the samples in the order of its data set, so that image i of the
     loader is sample i of the data set."""
     sampler = getattr(loader, "sampler", None)
     batches = getattr(loader, "batch_sampler", None)
-    # A batch sampler of the user's own has its own order, whatever the sampler beside it.
+    # A user's own batch sampler has its own order and ignores the sampler.
     own = batches is not None and type(batches) is not torch.utils.data.BatchSampler
     if isinstance(sampler, DistributedSampler):
         return not own and not sampler.shuffle and sampler.dataset is loader.dataset
@@ -157,7 +157,7 @@ def in_order(loader: Any) -> bool:
 
 
 def files_of(dataset: Any) -> list[str] | None:
-    """The file of each sample of a data set, ours or torchvision's; `None` where it has none."""
+    """Returns the file of each sample of a data set of ours or torchvision; `None` without any."""
     if isinstance(dataset, Subset):
         files = files_of(dataset.dataset)
         return None if files is None else [files[index] for index in dataset.indices]

@@ -1,5 +1,5 @@
-"""What `ImprintedClassifier` asks of the Trainer that fits it: one training loader, at least one
-batch, no reduced precision while it imprints; and what to say where that is not so.
+"""What `ImprintedClassifier` needs from its Trainer: one training loader, at least one batch, and
+full precision while it imprints. The messages for other Trainers are here, too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def check_saved(trainer: Trainer) -> None:
-    """Warns, at the end of a fit, of a ModelCheckpoint whose moment never came."""
+    """Warns at the end of a fit if a ModelCheckpoint has saved nothing because of its schedule."""
     kinds = both(ModelCheckpoint)
     savers: list[Any] = [c for c in trainer.checkpoint_callbacks if isinstance(c, kinds)]
     for saver in [] if is_fast_dev_run(trainer) else savers:
@@ -44,11 +44,13 @@ def check_saved(trainer: Trainer) -> None:
 
 
 def the_loader(loaders: Any) -> tuple[Any, list[Any]]:
-    """The training loader that a Trainer has, and the keys that lead to it, as they lead to its
-    batch: none, or those of a list or dict with one loader.
+    """Returns the only training loader of a Trainer, and the keys that lead to it.
+
+    The keys are none, or those of a list or dict with one loader. The same keys lead to the
+    loader's batch in a batch of the Trainer.
 
     Raises:
-        ImprintError: several loaders.
+        ImprintError: there are several loaders.
     """
     keys = []
     while isinstance(loaders, list | tuple | Mapping):
@@ -63,8 +65,8 @@ def the_loader(loaders: Any) -> tuple[Any, list[Any]]:
 
 
 def samples_to_come(trainer: Trainer) -> int | None:
-    """How many samples a Trainer that validates, tests or predicts will see; None where a loader
-    does not say."""
+    """Returns how many samples a Trainer that validates, tests or predicts will see; None if a
+    loader does not know."""
     if trainer.predicting:
         loaders, batches = trainer.predict_dataloaders, trainer.num_predict_batches
     elif trainer.testing:
@@ -80,7 +82,7 @@ def samples_to_come(trainer: Trainer) -> int | None:
 
 
 def no_head(trainer: Trainer) -> str:
-    """Why a fit that had no training batch has no head, as a sentence."""
+    """Returns a sentence that says why a fit without any training batch has no head."""
     reason = "the training loader gave none"
     if trainer.limit_train_batches == 0:
         reason = "limit_train_batches=0 leaves none"
@@ -97,8 +99,8 @@ def no_head(trainer: Trainer) -> str:
 
 @contextmanager
 def outside_the_trainers_precision(device: torch.device) -> Iterator[None]:
-    """For sums and GEN inside a step of the Trainer: its autocast and default type are meant for
-    the backbone alone."""
+    """Turns off the Trainer's autocast and default type, which are meant for the backbone only, for
+    sums and GEN inside a step."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

@@ -1,1 +1,1 @@
-"""The paper: embeddings and labels to a head. `imprinting.py` comes first."""
+"""The paper's method: turns embeddings and labels into a head. Start reading at `imprinting.py`."""

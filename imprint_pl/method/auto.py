@@ -22,10 +22,10 @@ from imprint_pl.numerics.large import chosen_room
 from imprint_pl.numerics.measures import ACCURACY, difference, measured_by
 from imprint_pl.parts.by_name import class_named, parameters_of
 
-# In the order of preference. `kernel` comes first: from two samples a class to thousands, on
-# features that are positive and on ones that have a sign, nothing else was the best so often, or so
-# seldom far from it. Its other form leaves out the square root, which suits positive features; the
-# rest is there for embeddings that are unlike those.
+# The candidates for one layer, in order of preference. `kernel` comes first: from two samples per
+# class to thousands, and on features of one sign or of both, no other recipe was the best so often
+# or so seldom far from the best. The second form leaves out the square root, which suits positive
+# features only. The other recipes are there for embeddings of other kinds.
 ONE_LAYER: tuple[dict[str, Any], ...] = (
     dict(recipe="kernel"),
     dict(recipe="kernel", norm_pre="l2+nystrom"),
@@ -35,9 +35,9 @@ ONE_LAYER: tuple[dict[str, Any], ...] = (
     dict(recipe="robust", k=20),
     dict(recipe="robust", k=1),
 )
-# Several layers that were joined have features of both signs and one scale, which the square root
-# and the unit length do not improve where samples are many. The last layer alone stays a candidate:
-# it may be best for images like those that the backbone was trained on.
+# The candidates for several layers. Joined layers have features of both signs and of one scale, so
+# the square root and the unit length do not help where there are many samples. The last layer alone
+# stays a candidate, since it may be best for images like those that the backbone was trained on.
 SEVERAL_LAYERS: tuple[dict[str, Any], ...] = (
     dict(recipe="kernel", norm_pre="join+nystrom"),
     dict(recipe="kernel", norm_pre="join+power+l2+nystrom"),
@@ -46,30 +46,30 @@ SEVERAL_LAYERS: tuple[dict[str, Any], ...] = (
     dict(recipe="kernel", norm_pre="last+power+l2+nystrom"),
     dict(recipe="knn", norm_pre="last+l2"),
 )
-# NORM_pre of the candidate that comes first of `SEVERAL_LAYERS`, for up to so many samples. A
-# feature that hardly varies among few samples may be large elsewhere, and joined layers then differ
-# by such features alone; the square root holds them down. Accuracy, mean of four sets of images:
+# NORM_pre of the candidate that comes first in `SEVERAL_LAYERS`, for up to this many samples. A
+# feature that hardly varies among few samples may be large in other images and then dominate the
+# joined layers; the square root limits this. Mean accuracy over four sets of images:
 #     images   joined   and square root   last layer
 #         12     31 %              47 %         49 %
 #         30     55 %              63 %         61 %
 #        120     76 %              78 %         75 %
 # From 800 images on the joined layers are as good without the square root.
 FIRST_OF_FEW = ((20, "last+power+l2+nystrom"), (500, "join+power+l2+nystrom"))
-# Numbers in the proxies of `knn`, which are all samples: 128 MB in the head.
+# Most numbers in the proxies of `knn`, which are all samples: 128 MB in the head.
 NEIGHBOURS = 2**25
-# Features for each sample that a candidate is imprinted on, from which on `lda` is not tried: the
-# inverse of its covariance would take longer than all other candidates together.
+# `lda` is not tried if there are at least this many features for each imprinted sample: inverting
+# its covariance would take longer than all other candidates together.
 FEATURES_OF_LDA = 2
-# Candidates are imprinted on a third of the samples, at most 2,000. `kernel` has 1,000 landmarks
-# there: enough to rank them, in a fraction of the time that the winner takes on all samples. With
-# fewer landmarks `ridge` would look better than it is beside the whole kernel.
+# Candidates are imprinted on a third of the samples, at most 2,000, on which `kernel` has 1,000
+# landmarks. This suffices to rank them and takes a fraction of the time of the final fit. With
+# fewer landmarks `kernel` would look worse beside `ridge` than it is.
 SHARE = 3
 TRAINED = 2000
 LANDMARKS = 1000
-# Samples that they then label: the standard error of a difference is about half a point.
+# Most samples that candidates label: the standard error of a difference is then about half a point.
 LABELLED = 3000
 # Standard errors by which another candidate has to beat the first. With six candidates and few
-# samples the best of them by chance is often better by one.
+# samples, the best one is often ahead by one standard error through chance alone.
 CLEARLY = 2.0
 
 
@@ -92,19 +92,20 @@ def choose(
     """Chooses the recipe for embeddings `x (N, d)`, labels `y (N,)` that were checked.
 
     A random third of the samples, at most 2,000, is imprinted and up to 3,000 others are labelled.
-    Where fewer than 500 would be left to label (of fewer than 749 samples, or where two of each
-    class are nearly all), it is cross-validation over two to five stratified folds. No candidate
-    sees a near-copy of a sample that it labels.
+    If fewer than 500 would be left to label (with fewer than 749 samples, or where two samples per
+    class are nearly all), candidates are cross-validated over two to five stratified folds instead.
+    No candidate sees a near-copy of a sample that it labels.
 
     The candidates are `ONE_LAYER`, or `SEVERAL_LAYERS`, in an order that depends on the number of
-    samples. One replaces the first, a `kernel`, if its accuracy there is higher by more than two
-    standard errors of the paired difference, √(n₊ + n₋ + 1 − (n₊ − n₋)²/(n + 2)) / (n + 2), n₊ and
-    n₋ the samples that only one or only the other has right, of n. Where nothing can be held out
-    (one sample a class), it is the first.
+    samples. A candidate replaces the first, a `kernel`, if its accuracy is higher by more than two
+    standard errors of the paired difference, √(n₊ + n₋ + 1 − (n₊ − n₋)²/(n + 2)) / (n + 2). Here n
+    is the number of labelled samples, and n₊ and n₋ count those that only the one or only the other
+    candidate labels correctly. If nothing can be held out (one sample per class), the first
+    candidate is taken.
 
-    By another `metric` the difference is that of the metric, its standard error that of
+    With another `metric`, the difference is that of the metric, its standard error is that of
     `measures.difference`, and candidates that choose λ choose it by the metric, too. With
-    `class_weight` or `weights (N,)` only those are compared that take them.
+    `class_weight` or `weights (N,)`, only candidates that take them are compared.
 
     Returns:
         The recipe, and for each candidate its keywords, `accuracy`, the metric where it is another,
@@ -123,7 +124,7 @@ def choose(
     )
     if class_weight is not None or weights is not None:
         candidates = [one for one in candidates if _generator(one).takes_weights]
-    # What each candidate is asked for besides its keywords.
+    # Keywords that each candidate gets besides its own.
     asked = [
         {"layer_widths": layer_widths}
         | ({} if metric == ACCURACY or not _takes(one, "metric") else {"metric": metric})
@@ -150,9 +151,10 @@ def choose(
 
 
 def _comparison(y: Tensor, seed: int) -> tuple[Tensor, list[Tensor]]:
-    """The samples `(n,)` to compare on, and the places among them of those to hold out."""
+    """Return the indices `(n,)` of the samples to compare on, and the positions among them of the
+    samples to hold out, fold by fold."""
     order = sample(len(y), len(y), seed).to(y.device)
-    # Two samples of each class come first: every candidate then knows every class.
+    # Put two samples of each class first, so that every candidate knows every class.
     first = place_in_class(y, order) < 2
     order = torch.cat([order[first[order]], order[~first[order]]])
     trained = max(min(TRAINED, len(y) // SHARE), int(first.sum()))
@@ -166,7 +168,8 @@ def _comparison(y: Tensor, seed: int) -> tuple[Tensor, list[Tensor]]:
 def _candidates(
     dim: int, samples: int, layer_widths: list[int] | None, trained: int
 ) -> list[dict[str, Any]]:
-    """The candidates for `samples` embeddings of `dim` numbers, `trained` of them in comparison."""
+    """Return the candidates for `samples` embeddings of `dim` numbers, of which `trained` are
+    imprinted in the comparison."""
     several = layer_widths is not None and len(layer_widths) > 1
     last = layer_widths[-1] if layer_widths else dim
     candidates = list(SEVERAL_LAYERS if several else ONE_LAYER)
@@ -199,7 +202,7 @@ def _takes(candidate: dict[str, Any], keyword: str) -> bool:
 
 
 class Labelled(NamedTuple):
-    """The held-out samples: what a candidate takes them for, and their labels, `(n,)` each."""
+    """The labels that a candidate predicts for held-out samples, and the true ones, `(n,)` each."""
 
     predicted: Tensor
     y: Tensor
@@ -214,14 +217,14 @@ def _labelled(
     copies: list[Tensor],
     weights: Tensor | None,
 ) -> Labelled | None:
-    """What the candidate takes held-out samples for; `None` if it cannot be imprinted."""
+    """Predict the labels of the held-out samples; `None` if the candidate cannot be imprinted."""
     keywords = dict(candidate)
     if keywords["recipe"] == "kernel":
         keywords["projection_dim"] = LANDMARKS
     parts = _parts(keywords)
     held_out = held_out_scores(x, y, parts, request, held, copies=copies, weights=weights)
-    # Where a fold fails (such as a within-class covariance of one sample a class), the candidate
-    # would be compared on other samples than the first.
+    # Drop the candidate if a fold fails (such as a within-class covariance with one sample per
+    # class): it would be compared with the first candidate on different samples.
     return None if held_out.error else Labelled(held_out.scores.argmax(1), held_out.y)
 
 

@@ -1,7 +1,7 @@
-"""From scores to probabilities: a temperature, fitted on training embeddings that the head which
-scored them had not seen.
+"""Turns scores into probabilities by a temperature, which is fitted on held-out training
+embeddings.
 
-Knows scores and labels, and how to hold samples out; not recipes.
+This file knows scores, labels and folds, but no recipes.
 """
 
 from __future__ import annotations
@@ -17,22 +17,29 @@ from torch import Tensor
 from imprint_pl.errors import ImprintError, warn
 from imprint_pl.numerics.draws import place_in_class
 
-# Held-out samples that a temperature, or a choice between recipes, should rest on.
+# Held-out samples that suffice to fit a temperature or to choose between recipes.
 ENOUGH = 500
-# Numbers among the scores of a fold, samples × classes: 128 MB in float64.
+# Most scores of a fold, samples × classes: 128 MB in float64.
 SCORES = 2**24
 
 
 def folds(
     y: Tensor, seed: int, enough: int = ENOUGH, most: int = 5, spare: bool = False
 ) -> list[Tensor]:
-    """Stratified folds of the labels `y (N,)`, as masks `(N,)` of the held-out samples.
+    """Draw stratified folds of the labels `y (N,)`, as masks `(N,)` of the held-out samples.
 
-    A tenth of each class, drawn by the seed, where that makes `enough` samples; otherwise up to
-    `most` folds, until they hold enough: a fifth of each class each, say, or one sample of a class
-    of fewer than five. A class's only sample is never held out: no proxy could answer for it.
-    Without a class of two samples there is no fold. With `spare` the folds that are not needed come
-    after them, in case one of them fails.
+    One fold with a tenth of each class is drawn by the seed if it holds `enough` samples. Otherwise
+    there are up to `most` folds, until together they hold enough: with `most=5`, each holds a fifth
+    of each class, and at most one sample of a class with fewer than five. The only sample of a
+    class is never held out, since the class would have no proxy. If no class has two samples, there
+    is no fold.
+
+    Args:
+        y: `(N,)`, labels from 0.
+        seed: fixes the draw.
+        enough: how many samples the folds should hold together.
+        most: most folds.
+        spare: also return the folds that are not needed, in case one of the first fails.
     """
     labels = y.cpu()
     counts = torch.bincount(labels)
@@ -42,7 +49,7 @@ def folds(
     number = int(repeated.median().clamp(2, 10 if len(y) >= 10 * enough else most))
     generator = torch.Generator().manual_seed(seed)
     place = place_in_class(labels, torch.randperm(len(y), generator=generator))
-    # Small classes start at different folds, so that folds are of one size.
+    # Small classes start at different folds, so that all folds have about the same size.
     start = torch.randint(number, (len(counts),), generator=generator)
     fold = (place + start[labels]) % number
     fold[counts[labels] < 2] = -1
@@ -58,13 +65,13 @@ def folds(
 
 
 class Fold(NamedTuple):
-    """What a head says of the samples that were held out for it.
+    """A head's scores of samples that were held out from it.
 
     Attributes:
         scores: `(n, C)`.
         y: `(n,)`, their labels.
         classes: `(P,)`, the classes of the head's proxies.
-        rows: `(n,)`, their places among all rows.
+        rows: `(n,)`, the samples' indices among all rows.
     """
 
     scores: Tensor
@@ -74,13 +81,13 @@ class Fold(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """What heads made without some samples say of them, all folds together.
+    """The scores of held-out samples, all folds together, each by the head made without its fold.
 
     Attributes:
-        scores: `(n, C)`, of the samples whose class the head knows.
+        scores: `(n, C)`, of the held-out samples whose class still has a proxy.
         y: `(n,)`, their labels.
-        error: why the last fold that failed has no head; `None` where none failed.
-        rows: `(n,)`, their places among all rows.
+        error: why no head could be made for the last fold that failed; `None` if none failed.
+        rows: `(n,)`, the samples' indices among all rows.
     """
 
     scores: Tensor
@@ -90,8 +97,11 @@ class HeldOut(NamedTuple):
 
 
 def rows_to_score(rows: Tensor, num_classes: int) -> Tensor:
-    """Which of the held-out samples, places `(n,)`, are scored: all of them, or with many classes,
-    whose scores would fill the memory, every second, third, …"""
+    """Return the held-out samples, indices `(n,)`, that are scored.
+
+    These are usually all. With so many classes that the scores would take too much memory, only
+    every second, third, … sample is scored.
+    """
     return rows[:: max(1, math.ceil(len(rows) * num_classes / SCORES))]
 
 
@@ -104,8 +114,12 @@ def score_folds(
 
     Args:
         held: folds.
-        score: called with a fold. Where it raises an `ImprintError`, since there is no head
+        score: called with a fold. If it raises an `ImprintError`, since no head can be made
             without that fold, the fold is left out.
+        enough: the number of samples with a score after which no further fold is scored.
+
+    Returns:
+        The scores of all folds together.
     """
     scores: list[Tensor] = []
     labels: list[Tensor] = []
@@ -132,11 +146,10 @@ def score_folds(
 
 
 def set_temperature(head: Any, held_out: HeldOut) -> None:
-    """Fits the temperature of a head, or warns that its probabilities are not calibrated; notes how
-    many of the held-out samples are right.
+    """Fits the temperature of a head, or warns that its probabilities are not calibrated.
 
-    Without a held-out sample that has a score the temperature stays as it is, and
-    `head.settings["calibrated"]` is false.
+    Also sets `head.held_out_accuracy`. If no held-out sample has a score, the temperature stays as
+    it is, and `head.settings["calibrated"]` is false.
     """
     if len(held_out.y):
         head.temperature = fit_temperature(held_out.scores, held_out.y)
@@ -161,11 +174,11 @@ def say_uncalibrated(head: Any, reason: str) -> None:
 
 
 def fit_temperature(scores: Tensor, y: Tensor) -> float:
-    """T > 0 that makes softmax(scores / T) the likeliest for the labels.
+    """Fit the T > 0 for which softmax(scores / T) has the largest likelihood of the labels.
 
-    The labels are smoothed by 1 / (n + 2), as Platt does: a few samples that are all right say that
-    the head is good, not that it is never wrong. Convex in 1 / T, found by bisection of its
-    derivative, in float64.
+    The labels are smoothed by 1 / (n + 2), as by Platt: if a few samples are all correct, the head
+    is good, but not certain to be always right. The negative log-likelihood is convex in 1 / T; its
+    minimum is found by bisection of the derivative, in float64.
 
     Args:
         scores: `(n, C)`, of samples that the head has not seen; −∞ for a class without proxies.
@@ -185,7 +198,7 @@ def fit_temperature(scores: Tensor, y: Tensor) -> float:
         return 1.0
     values, labels = scores.detach().double().cpu().numpy(), y.cpu().numpy()
     live = np.isfinite(values)
-    # A sample whose class had no proxy says nothing.
+    # Leave out samples whose class had no proxy.
     rows = live[np.arange(len(labels)), labels]
     values, labels, live = values[rows], labels[rows], live[rows]
     highest = values.max(axis=1, keepdims=True, initial=-np.inf) if len(labels) else values
@@ -199,13 +212,13 @@ def fit_temperature(scores: Tensor, y: Tensor) -> float:
     expected = (target * gaps).sum()
 
     def slope(inverse: float) -> float:
-        """Derivative of the negative log-likelihood by 1 / T; it rises."""
+        """Derivative of the negative log-likelihood with respect to 1 / T; it is increasing."""
         weights = np.where(live, np.exp(gaps * inverse), 0.0)
         return ((weights * gaps).sum(1) / weights.sum(1)).sum() - expected
 
     low, high = math.log(1e-4 / spread), math.log(1e6 / spread)
     if slope(math.exp(low)) >= 0:
-        # Held-out samples are no better than chance: probabilities are nearly even.
+        # The held-out accuracy is no better than chance, so make the probabilities nearly equal.
         return math.exp(-low)
     for _ in range(60):
         middle = (low + high) / 2

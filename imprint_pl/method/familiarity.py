@@ -1,7 +1,7 @@
-"""How familiar an embedding is: whether it is like the training samples at all, whatever its class.
+"""The familiarity of an embedding: how similar it is to the training samples of any class.
 
-The class scores cannot say that: they compare classes with each other. `accept` sets its threshold
-on this score, and `predict` reports it. `threshold.py` fits it on samples that were held out.
+Class scores do not measure this, since they compare classes with each other. `accept` sets a
+threshold on the familiarity, and `predict` reports it. `threshold.py` fits it on held-out samples.
 """
 
 from __future__ import annotations
@@ -16,26 +16,29 @@ from imprint_pl.numerics.constants import OptionalConstants
 from imprint_pl.numerics.factorisations import double, oas
 from imprint_pl.numerics.moments import CHUNK, Moments
 
-# Directions of the within-class covariance that are kept, and at most as many of the class means:
-# 64, 128 and 256 give the same AUROC within half a point. With 1,280 features 1.3 MB.
+# Directions of the within-class covariance that are kept, and the most directions of the class
+# means. 64, 128 and 256 give the same AUROC within half a point. 1.3 MB with 1,280 features.
 DIRECTIONS = 128
-# Bytes that all of it may take where no backbone is known: a quarter of EfficientNet-Lite0's.
+# Most bytes of all constants if the backbone is not known: a quarter of EfficientNet-Lite0's.
 MOST_BYTES = 18_600_000 // 4
-# What the three scores weigh: the class score as much as both distances, which are of one model.
-# Where the model is wrong, as for a pullover among coats and shirts, it then does less harm.
+# Weights of the three scores. The class score counts as much as both distances together, since
+# these share one model of the data. If that model is wrong, as for a pullover among coats and
+# shirts, it does less harm.
 WEIGHTS = (2.0, 1.0, 1.0)
-# Standard deviations above the mean from which on a class score counts alike: scores of linear
-# recipes go on growing far away from all samples.
+# Class scores are cut off at this many standard deviations above the mean, since the scores of
+# linear recipes keep growing far away from all samples.
 SURE = 1.0
-# Layers that are shorter than this share of the embedding stay short: what they hold is rounding,
-# such as the deviations over an image of one colour. Those of EfficientNet-Lite0 are 0.01 at least.
+# A layer whose length is less than this share of the embedding's is not scaled to unit length: it
+# holds only rounding errors, such as deviations over an image of one colour. The layers of
+# EfficientNet-Lite0 have at least 0.01.
 SHORTEST = 1e-2
-# So that an embedding of zeros stays one.
+# Smallest squared length to divide by, so that an embedding of zeros stays zero.
 LEAST_SQUARE = 1e-24
-# Rounds of subspace iteration. It starts anew for sums without held-out samples: directions that
-# were found with them would make them look more familiar than they are.
+# Rounds of subspace iteration. The iteration starts anew for sums without held-out samples, since
+# directions found with these samples would make them look more familiar than they are.
 ROUNDS = 2
-# Smallest variance in any direction, as a share of the average variance: samples may be all alike.
+# Smallest variance in any direction, as a share of the average variance. It is needed where all
+# samples are alike.
 LEAST = 1e-6
 
 
@@ -44,9 +47,9 @@ class Distances(NamedTuple):
 
     Attributes:
         relative: `(B,)`, −(Mahalanobis distance to the nearest class − that to all samples). It
-            tells apart what is near, such as a further class of the same kind of images.
-        absolute: `(B,)`, −Mahalanobis distance to the nearest class. It tells apart what is far,
-            such as images of another kind.
+            detects similar images of an unknown class.
+        absolute: `(B,)`, −Mahalanobis distance to the nearest class. It detects images of another
+            kind.
     """
 
     relative: Tensor
@@ -54,29 +57,29 @@ class Distances(NamedTuple):
 
 
 class Familiarity(OptionalConstants):
-    """A score of familiarity, kept in the head; empty where no `accept` was asked for.
+    """A score of familiarity, kept in the head; empty if the head was fitted without `accept`.
 
-    It is the weighted mean of three scores, each less its mean and over its standard deviation on
-    held-out training samples: the best class score, the relative and the absolute Mahalanobis
-    distance. So 0 is a usual training sample, and −2 a strange one. The distances are those of
-    vectors z in which every layer of the embedding has unit length: earlier layers show differences
-    that the last one was trained to ignore. They go by the within-class covariance W, shrunk by
-    OAS, and the covariance of all samples T = W + B:
+    It is the weighted mean of three standardised scores: the best class score, and the relative and
+    the absolute Mahalanobis distance. The means and standard deviations are those of held-out
+    training samples, so 0 is a usual training sample and −2 an unusual one. The distances are
+    computed on vectors z in which every layer of the embedding has unit length: earlier layers show
+    differences that the last one was trained to ignore. They use the within-class covariance W,
+    shrunk by OAS, and the covariance of all samples T = W + B:
 
     min_c (z − m_c)ᵀ W⁻¹ (z − m_c) [− (z − m)ᵀ T⁻¹ (z − m)]
 
-    W is kept along the directions of the class means and along those in which it is largest; it
-    counts as one number σ² along the others, where the relative distance is 0.
+    W is stored for the directions of the class means and for those in which it is largest. In all
+    other directions it is approximated by one number σ², and the relative distance is 0.
 
     Attributes:
         mean: `(d,)`, m.
         basis: `(d, q)`, orthonormal: the directions that are kept.
-        turn: `(q, q)`: coordinates in which W is the identity and B diagonal.
-        centres: `(C, q)`, the class means there.
-        shares: `(q,)`, the share of W in T along each.
+        turn: `(q, q)`, maps to coordinates in which W is the identity and B is diagonal.
+        centres: `(C, q)`, the class means in these coordinates.
+        shares: `(q,)`, the share of W in T along each coordinate.
         noise: `(1,)`, σ².
         scale: `(2, 3)`, means and standard deviations of the three scores.
-        unit: makes z of an embedding.
+        unit: turns an embedding into z.
 
     Source: Ren et al. 2021, "A Simple Fix to Mahalanobis Distance for Improving Near-OOD
     Detection"; Müller & Hein 2025, "Mahalanobis++" (unit vectors).
@@ -113,7 +116,7 @@ class Familiarity(OptionalConstants):
             seed: fixes the random start of the iteration.
             most_bytes: bytes that the constants may take; fewer directions are kept where they
                 would take more.
-            layer_widths: as `unit_sums` had them.
+            layer_widths: those given to `unit_sums`.
 
         Returns:
             Itself.
@@ -173,7 +176,8 @@ class Familiarity(OptionalConstants):
 
     def distances(self, embeddings: Tensor) -> Distances:
         """Embeddings `(B, d)`, or of several layers `(B, Σd)`, → their distances, in float64."""
-        # Squares of what is left of a unit vector would lose most of their digits in float32.
+        # The distances are small differences of squares, which would lose most of their digits in
+        # float32.
         exact = embeddings.device.type != "mps"
         dtype = torch.float64 if exact else torch.float32
         mean, basis, turn, centres, shares, noise = (
@@ -204,14 +208,14 @@ class Familiarity(OptionalConstants):
         counts = (deviations > 0).to(scores)
         standard = (scores - means) / deviations.where(deviations > 0, 1.0)
         standard = torch.cat([standard[:, :1].clamp(max=SURE), standard[:, 1:]], 1) * counts
-        # Weights as numbers: a tensor of them would have to be copied to the GPU each time.
+        # Use plain numbers as weights, since a tensor would have to be copied to the GPU each time.
         a, b, c = WEIGHTS
         total = a * counts[0] + b * counts[1] + c * counts[2]
         score = a * standard[:, 0] + b * standard[:, 1] + c * standard[:, 2]
         return (score / total.clamp(min=1)).float()
 
     def fits(self, embedding_dim: int) -> bool:
-        """Whether the constants of a file fit each other and embeddings of so many numbers."""
+        """Whether the constants of a file fit each other and embeddings of `embedding_dim`."""
         if self.is_empty:
             left = (getattr(self, name) for name in self.constants)
             return self.unit.is_empty and not any(value.numel() for value in left)
@@ -237,7 +241,7 @@ class Familiarity(OptionalConstants):
         )
 
     def _set(self, device: torch.device, **values: Tensor) -> None:
-        # Outside of inference mode, since constants made under it cannot be changed any more.
+        # Leave inference mode, since constants made under it cannot be changed later.
         with torch.inference_mode(False):
             for name, value in values.items():
                 setattr(self, name, value.detach().to(device, torch.float32).clone())
@@ -255,7 +259,7 @@ class UnitLayers(OptionalConstants):
     layers: Tensor
 
     def fit(self, layer_widths: list[int] | None, device: torch.device | str = "cpu") -> UnitLayers:
-        """Takes how many features each layer has, and returns itself."""
+        """Sets how many features each layer has, and returns itself."""
         self.clear()
         if layer_widths is not None and len(layer_widths) > 1:
             widths = torch.tensor(layer_widths)
@@ -273,7 +277,7 @@ class UnitLayers(OptionalConstants):
         return x / (squares.maximum(least).sqrt() @ layers)
 
     def fits(self, dim: int) -> bool:
-        """Whether the constant of a file is one of embeddings of so many numbers."""
+        """Whether the constant of a file fits embeddings of `dim` numbers."""
         one = (self.layers == 0) | (self.layers == 1)
         return self.is_empty or (
             self.layers.ndim == 2
@@ -283,13 +287,15 @@ class UnitLayers(OptionalConstants):
 
 
 def unit_sums(x: Tensor, y: Tensor, num_classes: int, layer_widths: list[int] | None) -> Moments:
-    """The sums that `Familiarity.fit` takes, of embeddings `x (N, d)`, `y (N,)` in 0..C−1."""
+    """Return the sums that `Familiarity.fit` takes, of embeddings `x (N, d)` with labels `y (N,)`
+    in 0..C−1."""
     empty = Moments.zeros(num_classes, x.shape[1], device=x.device)
     return add_units(empty, x, y, layer_widths)
 
 
 def add_units(moments: Moments, x: Tensor, y: Tensor, layer_widths: list[int] | None) -> Moments:
-    """Adds embeddings `x (n, d)`, `y (n,)` to such sums in place, and returns them."""
+    """Adds embeddings `x (n, d)` with labels `y (n,)` to the sums of `unit_sums` in place, and
+    returns them."""
     device = moments.sums.device
     unit = UnitLayers().fit(layer_widths, device)
     for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
@@ -304,18 +310,22 @@ def _squared(x: Tensor, centres: Tensor) -> Tensor:
 
 
 def _most_directions(most_bytes: int, d: int, num_classes: int) -> int:
-    """The largest q ≥ 1 for which the constants take at most so many bytes: they are
-    q (d + q + C + 1) numbers of four bytes, beside d + 7 that do not depend on q."""
+    """Return the largest q ≥ 1 for which the constants take at most `most_bytes`.
+
+    The constants are q (d + q + C + 1) numbers of four bytes, and d + 7 that do not depend on q.
+    """
     half = (d + num_classes + 1) / 2
     return max(1, int(math.sqrt(half**2 + max(0, most_bytes / 4 - d - 7)) - half))
 
 
 def _basis(means: Tensor, within: Tensor, most: int, seed: int) -> Tensor:
-    """An orthonormal basis `(d, q)` of the directions to keep, at most so many: those of the class
-    means `(C, d)`, weighted by the square roots of the counts, and the main ones of
-    `within (d, d)`."""
+    """Return an orthonormal basis `(d, q)` of the directions to keep, q ≤ `most`.
+
+    They are the directions of the class means `(C, d)`, weighted by the square roots of the counts,
+    and the principal directions of `within (d, d)`.
+    """
     d = len(within)
-    # One direction fewer than classes: the means are relative to the mean of all.
+    # C means span at most C − 1 directions, since they are relative to the mean of all samples.
     few = min(len(means) - 1, DIRECTIONS, most // 2, d)
     of_means = torch.linalg.svd(means, full_matrices=False)[2][:few].T
     more = min(DIRECTIONS, most - few, d - few)

@@ -1,5 +1,5 @@
-"""The imprinted head: NORM_inf, proxies, AGG. The only thing that a deployed classifier needs
-besides its backbone, a plain `nn.Module` from embeddings to class scores.
+"""The imprinted head: NORM_inf, proxies and AGG, in a plain `nn.Module` from embeddings to class
+scores. A deployed classifier needs only its backbone and this head.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from imprint_pl.parts.norm.base import NoNorm
 if TYPE_CHECKING:
     import pandas as pd
 
-# Numbers in the proxies. Above that they are a whole training set (GEN `all`), and gradients for
-# them would only take memory.
+# Most numbers in proxies that get gradients. Larger proxies are a whole training set (GEN `all`),
+# for which gradients would only take memory.
 TRAINABLE = 2**26
-# Names of classes that `print(head)` shows.
+# How many class names `print(head)` shows.
 NAMES_SHOWN = 6
-# The label of what belongs to no class, and its name.
+# The label of an image that belongs to no class, and its name.
 NONE, NONE_NAME = -1, "none of these"
 
 
@@ -51,8 +51,8 @@ class ImprintedHead(Constants, Pretrained):
 
     Attributes:
         proxies: `(P, d)` parameter, so that a head can be fine-tuned.
-        log_scale: parameter, a number: log(1 / T), T the temperature that makes a softmax of the
-            scores say how sure the head is.
+        log_scale: parameter, a number: log(1 / T) with the temperature T, which turns a softmax of
+            the scores into calibrated probabilities.
         bias: `(P,)`, a constant.
         proxy_classes: `(P,)` int64, the class of each proxy, a constant.
         class_names: C names, or an empty list where there are none.
@@ -62,7 +62,7 @@ class ImprintedHead(Constants, Pretrained):
         threshold: familiarity that an embedding has to reach; `None` accepts everything. In a head
             without a familiarity, such as those of earlier versions, the score that the best class
             has to reach. See `imprint_pl.method.threshold`.
-        sets: what prediction sets rest on; empty where none was fitted.
+        sets: the constants of prediction sets; empty where none were fitted.
         coverage: the probability that a prediction set holds the truth, unless another is asked
             for; `None` where none was fitted.
         held_out_accuracy: the accuracy on the held-out samples that the temperature rests on, a
@@ -84,7 +84,7 @@ class ImprintedHead(Constants, Pretrained):
         self._empty()
 
     def clear(self) -> None:
-        """Empties the head; what its NORM_inf has learned is forgotten, too."""
+        """Empties the head and its NORM_inf."""
         self._empty()
         forget = getattr(self.norm_inf, "clear", None)
         if callable(forget):
@@ -93,7 +93,7 @@ class ImprintedHead(Constants, Pretrained):
     def _empty(self) -> None:
         old = getattr(self, "proxies", None)
         device = None if old is None else old.device
-        # Whatever is made under inference mode cannot be changed outside of it.
+        # Leave inference mode, since tensors made under it cannot be changed later.
         with torch.inference_mode(False):
             self.proxies = nn.Parameter(torch.zeros(0, 0, device=device))
             self.bias = torch.zeros(0, device=device)
@@ -112,7 +112,8 @@ class ImprintedHead(Constants, Pretrained):
     def fill(
         self, proxies: Proxies, num_classes: int, class_names: list[str] | None = None
     ) -> ImprintedHead:
-        """Puts proxies in, copied: a head filled under inference mode must still be trainable."""
+        """Fills the head with copies of proxies, so that it can be trained even if they were made
+        under inference mode; returns itself."""
         device = self.proxies.device
         with torch.inference_mode(False):
             weights = proxies.weights.detach().clone().to(device)
@@ -126,7 +127,8 @@ class ImprintedHead(Constants, Pretrained):
     def take(self, other: ImprintedHead) -> None:
         """Takes copies of the parts, the proxies and the settings of another head.
 
-        This head stays on its device, and stays the same object for whoever holds it.
+        This head stays on its device and stays the same object, so that references to it stay
+        valid.
         """
         device = self.proxies.device
         with torch.inference_mode(False), torch.no_grad():
@@ -148,17 +150,17 @@ class ImprintedHead(Constants, Pretrained):
 
     @property
     def embedding_dim(self) -> int:
-        """d of the embeddings that go in."""
+        """The dimension d of the embeddings that go in."""
         return getattr(self.norm_inf, "input_dim", None) or self.feature_dim
 
     @property
     def feature_dim(self) -> int:
-        """d of the proxies, which differs where NORM_inf maps to other dimensions."""
+        """The dimension of the proxies; not d if NORM_inf maps to other dimensions."""
         return self.proxies.shape[1]
 
     @property
     def layer_widths(self) -> list[int] | None:
-        """Features of each layer in the embeddings that go in; `None` where there is one layer."""
+        """Features of each layer in the embeddings that go in; `None` for one layer."""
         for step in steps_of(self.norm_inf):
             widths = getattr(step, "layer_widths", None)
             if widths is not None and len(widths) > 1:
@@ -167,7 +169,7 @@ class ImprintedHead(Constants, Pretrained):
 
     @property
     def temperature(self) -> float:
-        """T of the softmax that turns scores into probabilities; 1 where none was fitted."""
+        """T of the softmax that turns scores into probabilities; 1 if none was fitted."""
         return (-self.log_scale).exp().item()
 
     @temperature.setter
@@ -176,15 +178,28 @@ class ImprintedHead(Constants, Pretrained):
             self.log_scale = nn.Parameter(torch.full_like(self.log_scale, -math.log(value)))
 
     def forward(self, embeddings: Tensor | np.ndarray) -> Tensor:
-        """Embeddings `(B, d)` → logits `(B, C)`, the scores over the temperature: their softmax
-        gives probabilities. An array of NumPy is taken to the head's device."""
+        """Compute logits, which are the scores divided by the temperature; their softmax gives
+        probabilities.
+
+        Args:
+            embeddings: `(B, d)`; a NumPy array is moved to the head's device.
+
+        Returns:
+            `(B, C)`.
+        """
         if isinstance(embeddings, np.ndarray):
             embeddings = torch.as_tensor(embeddings).to(self.proxies.device)
         return self.scores(embeddings) * self.log_scale.exp()
 
     def scores(self, embeddings: Tensor) -> Tensor:
-        """Embeddings `(B, d)` → scores `(B, C)` in the units of AGG; −∞ without proxies, NaN for an
-        embedding that is not finite or whose square is too large for float32.
+        """Compute the scores of the classes, in the units of AGG.
+
+        Args:
+            embeddings: `(B, d)`.
+
+        Returns:
+            `(B, C)`. A class without proxies has −∞. An embedding has NaN if it is not finite or
+            its square is too large for float32.
 
         Raises:
             ImprintError: the head is empty, or made for another `d`.
@@ -205,12 +220,12 @@ class ImprintedHead(Constants, Pretrained):
                 f"{self.feature_dim}: give norm_inf='same', or parts that fit each other"
             )
         scores = self.agg(z, self.proxies, self.bias, self.proxy_classes, self.num_classes)
-        # NaN where the embedding, or its length, is not finite: some parts would drop that, as a
-        # relu does, or a vote, and a class would come out of nothing.
+        # Give NaN if the embedding, or its length, is not finite. Some parts, such as a ReLU or a
+        # vote, would hide this and return an arbitrary class.
         return scores + 0 * embeddings.float().square().sum(-1, keepdim=True).to(scores.dtype)
 
     def tried_table(self) -> pd.DataFrame:
-        """`tried` as a table, best first by the metric that `auto` compared by; it needs pandas.
+        """Returns `tried` as a pandas table, the best first by the metric of the comparison.
 
         Raises:
             ImprintError: pandas is not installed.
@@ -222,14 +237,14 @@ class ImprintedHead(Constants, Pretrained):
         return table.sort_values(by, ascending=False) if len(table) else table
 
     def name_classes(self, names: list[str] | None) -> ImprintedHead:
-        """Gives its classes names, where they have none and there is a name for each; returns
+        """Names the classes if they have no names yet and `names` has one for each; returns
         itself."""
         if not self.class_names and names and len(names) == self.num_classes:
             self.class_names = list(names)
         return self
 
     def extra_repr(self) -> str:
-        """What `print(head)` says first: recipe, classes and proxies."""
+        """The first line of `print(head)`: recipe, classes and proxies."""
         if self.is_empty:
             return "empty"
         names = self.class_names
@@ -243,12 +258,14 @@ class ImprintedHead(Constants, Pretrained):
         return ", ".join(found)
 
     def familiarity(self, embeddings: Tensor, scores: Tensor | None = None) -> Tensor:
-        """Embeddings `(B, d)` → familiarity `(B,)`: about 0 for samples like those of the training
-        set, and the lower, the stranger. See `Familiarity`.
+        """Compute the familiarity of embeddings, see `Familiarity`.
 
         Args:
-            embeddings: as for `scores`.
-            scores: `(B, C)`, what `scores` makes of them, where that is known.
+            embeddings: `(B, d)`.
+            scores: `(B, C)`, the result of `scores` for them; computed if not given.
+
+        Returns:
+            `(B,)`: about 0 for samples like those of the training set, and lower for unusual ones.
 
         Raises:
             ImprintError: none was fitted.
@@ -262,12 +279,16 @@ class ImprintedHead(Constants, Pretrained):
         return self.familiar(embeddings, scores.amax(1))
 
     def decide(self, scores: Tensor, familiarity: Tensor | None = None) -> Tensor:
-        """Scores `(B, C)` of `scores` → labels `(B,)`; −1 where the familiarity is below the
-        threshold, or NaN. In a head without familiarity the best score counts.
+        """Turn scores into labels.
 
         Args:
-            scores: `(B, C)`.
-            familiarity: `(B,)`, of `familiarity`; needed where the head has one and a threshold.
+            scores: `(B, C)`, the result of `scores`.
+            familiarity: `(B,)`, the result of `familiarity`; needed if the head has a familiarity
+                and a threshold.
+
+        Returns:
+            `(B,)`: the class with the best score, or −1 if the familiarity is below the threshold
+            or NaN. In a head without familiarity the best score is compared with the threshold.
 
         Raises:
             ImprintError: the familiarity is missing.
@@ -285,22 +306,31 @@ class ImprintedHead(Constants, Pretrained):
         return labels.where(best >= least, NONE)
 
     def label(self, embeddings: Tensor) -> Tensor:
-        """Embeddings `(B, d)` → labels `(B,)`; −1, "none of these", for what the threshold keeps
-        out."""
+        """Predict labels.
+
+        Args:
+            embeddings: `(B, d)`.
+
+        Returns:
+            `(B,)`; −1, "none of these", for embeddings that do not reach the threshold.
+        """
         scores = self.scores(embeddings)
         known = None if self.familiar.is_empty else self.familiarity(embeddings, scores)
         return self.decide(scores, known)
 
     def prediction_sets(self, embeddings: Tensor, coverage: float | None = None) -> Tensor:
-        """Embeddings `(B, d)` → the classes that may be true, `(B, C)` bool.
+        """Find for each embedding the classes that may be true.
 
-        The set of a new image of one of the classes holds its class with the probability
-        `coverage`. An empty set says that no class is as probable as it usually is for its own
-        images. What the threshold of `accept` keeps out has an empty set, too: none of these.
+        For a new image of one of the classes, the set contains its class with the probability
+        `coverage`. An empty set means that no class is as probable as it usually is for its own
+        images. Embeddings that do not reach the threshold of `accept` have an empty set, too.
 
         Args:
-            embeddings: as for `scores`.
-            coverage: such as 0.95; that of the fit by default.
+            embeddings: `(B, d)`.
+            coverage: the probability, such as 0.95; by default that of the fit.
+
+        Returns:
+            `(B, C)` bool.
 
         Raises:
             ImprintError: none was fitted, or the coverage is out of range.
@@ -311,10 +341,16 @@ class ImprintedHead(Constants, Pretrained):
         return sets & (self.decide(scores, known) != NONE)[:, None]
 
     def bounds(self, coverage: float | None = None) -> Tensor:
-        """The least log-probability with which each class belongs to a prediction set, `(C,)`.
+        """Return the smallest log-probability with which each class is in a prediction set.
+
+        Args:
+            coverage: the probability, such as 0.95; by default that of the fit.
+
+        Returns:
+            `(C,)`.
 
         Raises:
-            ImprintError: as `prediction_sets`.
+            ImprintError: as for `prediction_sets`.
         """
         if self.sets.is_empty:
             raise ImprintError(
@@ -325,19 +361,28 @@ class ImprintedHead(Constants, Pretrained):
 
     @staticmethod
     def sets_of(logits: Tensor, bounds: Tensor) -> Tensor:
-        """Logits `(B, C)` and bounds `(C,)` → `(B, C)` bool, whatever the threshold says."""
+        """Compute prediction sets without regard to the threshold.
+
+        Args:
+            logits: `(B, C)`.
+            bounds: `(C,)`, the result of `bounds`.
+
+        Returns:
+            `(B, C)` bool.
+        """
         # A class without proxies is never true; NaN is in no set.
         possible = logits > -math.inf
         return (logits.log_softmax(1) >= bounds.to(logits)) & possible
 
     def name_of(self, label: int) -> str:
-        """The class's name, or its number where it has none; "none of these" for −1."""
+        """Return the name of a label: that of the class, its number without names, or "none of
+        these" for −1."""
         if label == NONE:
             return NONE_NAME
         return self.class_names[label] if self.class_names else str(label)
 
     def get_extra_state(self) -> Tensor:
-        """What is not a tensor, as JSON in bytes: safe for `weights_only` and safetensors alike."""
+        """Everything that is not a tensor, as JSON in bytes, for `weights_only` and safetensors."""
         values = {
             "num_classes": self.num_classes,
             "class_names": self.class_names,
@@ -354,7 +399,7 @@ class ImprintedHead(Constants, Pretrained):
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def check(self) -> ImprintedHead:
-        """Itself, or an `ImprintError` where the parts of a loaded head do not fit each other."""
+        """Return the head itself; raise an `ImprintError` if its parts do not fit each other."""
         P, C = len(self.proxies), self.num_classes
         proxies, bias, classes = self.proxies.detach(), self.bias, self.proxy_classes
         fits = proxies.ndim == 2 and bias.shape == classes.shape == (P,)
@@ -395,7 +440,7 @@ class ImprintedHead(Constants, Pretrained):
             device = self.proxies.device
             self.norm_inf = build("norm_inf", values["norm_inf"]).to(device)
             self.agg = build("agg", values["agg"]).to(device)
-        # The sizes are the file's: make room of the saved shape first.
+        # Make room of the saved shapes first, since the file decides on the sizes.
         saved = state_dict.get(prefix + "proxies")
         if saved is not None:
             check_tensor(prefix + "proxies", saved)

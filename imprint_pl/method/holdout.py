@@ -1,5 +1,5 @@
-"""Heads that have not seen some training samples, and what they say of those: the temperature of a
-head, the threshold of `threshold.py` and the choice of `auto.py` rest on it.
+"""Scores of held-out training samples, by heads that were made without them. The temperature of a
+head, the threshold of `threshold.py` and the choice of `auto.py` are based on these scores.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ from imprint_pl.numerics.order import keys
 from imprint_pl.parts.gen.ridge import CHOICES
 from imprint_pl.parts.norm.base import sums_of, transform
 
-# Samples that may be held out to fit a temperature; of more, a random sample of so many.
+# Most samples to hold out for a temperature. If there are more, a random sample of this size is
+# used.
 HELD = 2000
 
-# Samples to hold out of sums at a time, and in all.
+# How many samples are held out of sums at a time, and in total.
 OF_SUMS = ENOUGH, 2 * ENOUGH
 
-# What λ is multiplied by where the samples that are left do not suffice for it.
+# Factors for λ, tried in turn if the remaining samples are too few for the original λ.
 LARGER = (10.0, 100.0, 1e3, 1e4)
 
 Result = TypeVar("Result")
@@ -71,11 +72,11 @@ def calibrate_head(
         head: made of all samples; gives the λ that its GEN chose.
         x, y: embeddings and labels in the order of `in_order`: all samples, or a sample of them as
             `held_out_rows` takes it.
-        parts, request: of the head.
-        sums: of all samples, where these are to be held out of them.
+        parts, request: those of the head.
+        sums: the sums of all samples, if samples can be held out by subtracting them.
         samples: number of all samples; `len(y)` by default.
-        weights: as for `make_head`. The head alone has them: the temperature is that of samples as
-            they come.
+        weights: as for `make_head`. Only the heads are weighted; the temperature is fitted on
+            unweighted samples.
     """
     most, enough = (HELD, ENOUGH) if sums is None else OF_SUMS
     held = held_out_rows(x, y, len(y) if samples is None else samples, request.seed, most)
@@ -85,19 +86,19 @@ def calibrate_head(
 
 
 def held_out_rows(x: Tensor, y: Tensor, samples: int, seed: int, most: int = HELD) -> list[Tensor]:
-    """Places of the rows to hold out, fold by fold; the first folds are the first to take.
+    """Return the indices of the rows to hold out, fold by fold, in the order in which to use them.
 
-    They are the same whether all samples are there or a bounded sample, drawn while they went by.
-    At most `HELD` samples are divided by `folds`. Of more, each fold is a tenth of all samples, at
-    most `most`, drawn by what the rows hold.
+    They are the same for all samples and for the bounded sample that a stream keeps. Up to `HELD`
+    samples are divided by `folds`. With more samples, each fold is a tenth of all samples, at most
+    `most`, drawn by the rows' contents.
 
     Args:
         x, y: embeddings and labels in the order of `in_order`: all samples, or a sample of them
             that has the `HELD` which come first by `random_keys`.
         samples: number of all samples.
         seed: fixes the draw.
-        most: up to `HELD`. Where another fold is cheap, smaller ones leave heads that are nearer to
-            the head of all.
+        most: the largest fold, up to `HELD`. If further folds are cheap, smaller folds are better:
+            their heads are closer to the head of all samples.
     """
     if samples <= HELD:
         return [mask.nonzero().flatten() for mask in folds(y, seed, spare=True)]
@@ -118,21 +119,21 @@ def held_out_scores(
     copies: list[Tensor] | None = None,
     weights: Tensor | None = None,
 ) -> HeldOut:
-    """Scores of held-out samples by a head that is made of the others, fold by fold of `held`.
+    """Score the samples of each fold of `held` by a head that is made of the other samples.
 
     Near-copies of held-out samples are held out with them, but get no score: a head that has seen
-    them would be too sure.
+    them would be overconfident.
 
-    Where `holds_out_of_sums`, the held-out samples are taken out of the sums of all: NORM_pre is
-    fitted once, on all samples, and λ is chosen once. Where a fold has no head, it is tried with a
-    larger λ.
+    If `holds_out_of_sums`, the held-out samples are subtracted from the sums of all samples:
+    NORM_pre is fitted once, on all samples, and λ is chosen once. If no head can be made for a
+    fold, a larger λ is tried.
 
     Args:
         x, y, parts, request: as for `make_head`; with `sums`, x and y may be a part of the samples.
-        held: places `(n,)` of the samples to hold out.
-        sums: of all samples, where these are to be held out of them.
-        enough: samples with a score, after which no further fold is looked at.
-        copies: the near-copies of each fold, as `copies_of` gives them; looked for by default.
+        held: the indices `(n,)` of the samples to hold out, fold by fold.
+        sums: the sums of all samples, if samples can be held out by subtracting them.
+        enough: no further fold is scored once this many samples have a score.
+        copies: the near-copies of each fold, from `copies_of`; computed if not given.
         weights: `(N,)`, as for `make_head`.
     """
     weights = row_weights(y, parts.gen) if weights is None else weights
@@ -144,7 +145,8 @@ def held_out_scores(
         place = next(i for i, fold in enumerate(held) if fold is rows)
         return (copies or [])[place]
 
-    # Rows to add up: each time the others, or once all of them and then the held-out ones.
+    # Decide by the number of rows to add up: the other rows for each fold, or all rows once and
+    # then the held-out ones.
     out = sum(map(len, held))
     fewer = len(held) * len(y) - out > len(y) + out
     if sums is None and not (fewer and holds_out_of_sums(parts)):
@@ -168,15 +170,16 @@ def held_out_scores(
 
 
 def copies_of(x: Tensor, y: Tensor, held: list[Tensor]) -> list[Tensor]:
-    """The near-copies of each fold of `held` among all rows, see `copies_of_fold`."""
+    """Return the near-copies of each fold of `held` among all rows, see `copies_of_fold`."""
     finder = CopyFinder(x, y, torch.cat(held)) if held else None
     return [] if finder is None else [copies_of_fold(finder, y, rows) for rows in held]
 
 
 def copies_of_fold(finder: CopyFinder, y: Tensor, rows: Tensor) -> Tensor:
-    """The near-copies of the rows of a fold that are not in it: places `(m,)`.
+    """Return the indices `(m,)` of the near-copies of a fold's rows that are not in the fold.
 
-    Those of a class stay where they are all that is left of it: its samples are just alike.
+    If they are all that is left of a class, they are not returned, since then all samples of the
+    class are alike.
     """
     found = finder.find(rows).of(rows)
     left = torch.ones(len(y), dtype=torch.bool, device=y.device)
@@ -202,7 +205,7 @@ def _without_rows(
     others[rows] = False
     others[hidden] = False
     left, left_x = None if weights is None else weights[others], taken(x, others)
-    # No names in messages of a head that nobody asked for, nor a bar.
+    # This head is internal, so its messages name no classes and it shows no bar.
     request = Request(request.num_classes, seed=request.seed, classifier=request.classifier)
     head = with_larger_lam(
         parts, lambda changed: make_head(left_x, y[others], changed, request, left).head
@@ -221,7 +224,8 @@ def _out_of_sums(
     request: Request,
     weights: Tensor | None = None,
 ) -> Fold:
-    """Scores samples by a head of the sums of all less those of the samples and the `hidden`."""
+    """Scores samples by a head that is made of the sums of all samples, from which the sums of
+    these samples and of the `hidden` are subtracted."""
     out = torch.cat([rows, hidden])
     if sums.rows is None or sums.basis is not None:
         z = transform(sums.norm_pre, x[out])
@@ -230,7 +234,8 @@ def _out_of_sums(
     C, gram = request.num_classes, gram_of(parts.gen)
     of_out = None if weights is None else weights[out]
     if sums.rows is None and learns_from_sums(sums.norm_pre):
-        # The sums of all came about in this way, so that nothing but rounding is left of these.
+        # Add these rows up in the way in which the sums of all were made, so that only rounding
+        # errors of them are left after subtracting.
         held = sums_of(sums.norm_pre, x[out], y[out], C, gram, of_out)
     else:
         own = z if sums.rows is None else sums.rows[out.to(sums.rows.device)]
@@ -238,7 +243,7 @@ def _out_of_sums(
     z = z[: len(rows)]
     others = sums.moments - held
     if weights is not None:
-        # Rounding leaves something of a class whose samples are all held out.
+        # Rounding leaves a small rest of a class whose samples are all held out.
         left = others.counts > 1e-9 * sums.moments.counts
         others = replace(others, counts=others.counts.where(left, 0))
     proxies = with_larger_lam(parts, lambda changed: sums.proxies(others, changed, request))
@@ -252,7 +257,7 @@ def _out_of_sums(
 
 
 def with_larger_lam(parts: Recipe, make: Callable[[Recipe], Result]) -> Result:
-    """`make(parts)`, or where that fails with a λ that is larger, up to ten thousand times."""
+    """Return `make(parts)`; if that fails, try with a larger λ, up to ten thousand times larger."""
     lam = getattr(parts.gen, "lam", None)
     larger = [factor * lam for factor in LARGER] if isinstance(lam, int | float) and lam > 0 else []
     try:
@@ -267,7 +272,7 @@ def with_larger_lam(parts: Recipe, make: Callable[[Recipe], Result]) -> Result:
 
 
 def with_lam(parts: Recipe, lam: float) -> Recipe:
-    """The recipe with a given λ, which GEN then need not choose: that takes as long as the head."""
+    """Return the recipe with a given λ. Choosing λ again would take as long as making the head."""
     gen = copy.copy(parts.gen)
     gen.lam = lam
     return replace(parts, gen=gen)

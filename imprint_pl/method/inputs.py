@@ -1,4 +1,4 @@
-"""What `imprint` takes: embeddings, labels, names and a classifier, checked once."""
+"""Checks of the input of `imprint`: embeddings, labels, names, weights and a classifier."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Checked(NamedTuple):
 def _tensor(values: Any, what: str) -> Tensor:
     try:
         if hasattr(values, "__array__") and not isinstance(values, Tensor):
-            # Torch takes no frames, nor arrays that run backwards.
+            # Torch takes neither data frames nor arrays with negative strides.
             values = np.require(values, requirements=["C"])
-        # Embeddings may come with the graph that made them: nothing here asks for a gradient.
+        # Embeddings may come with an autograd graph, which is not needed here.
         return as_tensor(values).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ImprintError(
@@ -39,7 +39,8 @@ def _tensor(values: Any, what: str) -> Tensor:
 
 
 def checked_classifier(weights: Any) -> Tensor:
-    """Weights `(…, d)` of a classifier, as a tensor; an `ImprintError` for anything else."""
+    """Return the weights `(…, d)` of a classifier as a tensor; raise an `ImprintError` for anything
+    else."""
     weights = _tensor(weights, "classifier")
     if weights.ndim != 2 or not weights.is_floating_point() or 0 in weights.shape:
         raise ImprintError(
@@ -63,7 +64,10 @@ def checked(
     Args:
         x, y, num_classes, class_names: as for `imprint`.
         allow_empty: accept classes without samples.
-        values_checked: the values were checked on their way, batch by batch, by `check_values`.
+        values_checked: whether `check_values` has already checked the values batch by batch.
+
+    Returns:
+        Embeddings, labels and C.
 
     Raises:
         ImprintError: they do not fit, or have values that the arithmetic cannot take.
@@ -78,8 +82,8 @@ def checked(
             f"labels of shape {tuple(y.shape)} and type {y.dtype} for {len(x)} embeddings: "
             f"expected integers ({len(x)},)"
         )
-    # In the type that they came in: float64 may hold what float32 cannot. A batch may have small
-    # values alone, the whole set may not: its largest is needed either way.
+    # Check before converting to float32, since float64 can hold values that float32 cannot. The
+    # largest value of the whole set is needed even if each batch was checked on its own.
     check_size(torch.linalg.vector_norm(x, torch.inf).item() if values_checked else check_values(x))
     x, y = floats(x), y.long().to(x.device)
     if num_classes is None:
@@ -96,7 +100,7 @@ def checked(
         )
     present = torch.unique(y).tolist()
     if len(present) < num_classes and not allow_empty:
-        # Without a list of all classes: one absurd label would ask for memory that nobody has.
+        # Do not list all classes: a single absurdly large label would exhaust the memory.
         some = itertools.islice(sorted(set(range(len(present) + 5)) - set(present)), 5)
         empty = [c for c in some if c < num_classes]
         names = [f"{c} ({class_names[c]!r})" if class_names else str(c) for c in empty]
@@ -110,10 +114,17 @@ def checked(
 
 
 def checked_weights(sample_weight: Any, samples: int) -> Tensor:
-    """The weights of samples, `(N,)` float64.
+    """Checks the weights of samples.
+
+    Args:
+        sample_weight: N numbers of at least 0.
+        samples: N.
+
+    Returns:
+        `(N,)` float64.
 
     Raises:
-        ImprintError: another number of them, or one that is negative or not finite; all are 0.
+        ImprintError: their number is not N, one is negative or not finite, or all are 0.
     """
     weights = _tensor(sample_weight, "sample_weight")
     if weights.shape != (samples,) or weights.is_complex():

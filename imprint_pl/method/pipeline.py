@@ -1,7 +1,8 @@
-"""The figure, run once from left to right: checked embeddings through the five parts into a head.
+"""Runs the paper's figure from left to right: from checked embeddings, by the five parts, to a
+head.
 
-`imprinting.py` says above what users give, `auto.py` runs this for many candidates, and
-`holdout.py` for heads that have not seen some samples.
+Users call it by `imprinting.py`. `auto.py` runs it for many candidates, and `holdout.py` for heads
+that are made without some samples.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ RESULTS = ("seed", "chosen_lam", "chosen_by", "calibrated")
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a head beside its recipe; see `imprint` for each.
+    """The options of a head beside its recipe; see `imprint` for each.
 
     Attributes:
         num_classes: C.
@@ -51,18 +52,18 @@ class Request:
 
 
 class Made(NamedTuple):
-    """A head, and the sums that it was made of, where samples can be held out of them."""
+    """A head and, if samples can be held out by subtracting them, the sums that it was made of."""
 
     head: ImprintedHead
     sums: Sums | None
 
 
 def row_weights(y: Tensor, gen: Any, sample_weight: Tensor | None = None) -> Tensor | None:
-    """The weights `(N,)` of samples with labels `y (N,)`, float64, N in all; `None` where all weigh
-    alike.
+    """Return the weights `(N,)` of samples with labels `y (N,)`, float64, whose sum is N; `None` if
+    all samples weigh the same.
 
-    They are `sample_weight (N,)`, all above 0, times what makes the sums of the classes equal where
-    GEN has `class_weight="balanced"`.
+    They are `sample_weight (N,)`, all above 0. If GEN has `class_weight="balanced"`, they are
+    scaled so that all classes have the same sum of weights.
     """
     balances = getattr(gen, "class_weight", None) == BALANCED
     if sample_weight is None and not balances:
@@ -81,9 +82,9 @@ def make_head(
 ) -> Made:
     """Makes a head of temperature 1 from embeddings `x (N, d)`, labels `y (N,)` that were checked.
 
-    Random choices follow the places of the rows: `in_order` makes them depend on the set of rows
-    alone. A class without samples gets no proxy. `weights (N,)` are those of `row_weights`, which
-    the recipe decides on by default.
+    Random choices depend on the order of the rows; pass rows sorted by `in_order` to make them
+    depend on the set of rows alone. A class without samples gets no proxy. `weights (N,)` are those
+    of `row_weights`, by default those that follow from the recipe.
     """
     norm_pre: Any
     weights = row_weights(y, parts.gen) if weights is None else weights
@@ -105,8 +106,10 @@ def make_head(
 
 
 class Basis(NamedTuple):
-    """An orthonormal basis of the space that N samples span, `(d, N)`, as the N reflections that
-    LAPACK makes of them: the matrix itself would take as long again.
+    """An orthonormal basis `(d, N)` of the space that N samples span.
+
+    It is stored as the N reflections that LAPACK computes; forming the matrix itself would double
+    the time.
 
     Attributes:
         reflections, scale: `(d, N)` and `(N,)`, as `torch.geqrf` gives them.
@@ -117,7 +120,7 @@ class Basis(NamedTuple):
 
     @classmethod
     def of(cls, z: Tensor) -> tuple[Basis, Tensor]:
-        """The basis of samples `z (N, d)`, N < d, and their coordinates `(N, N)`, float64."""
+        """Return the basis of samples `z (N, d)`, N < d, and their coordinates `(N, N)`."""
         basis = cls(*torch.geqrf(double(z).T))
         return basis, basis.reflections[: len(z)].triu().T
 
@@ -130,18 +133,17 @@ class Basis(NamedTuple):
 
 @dataclass(frozen=True)
 class Sums:
-    """Training embeddings as sums of NORM_pre(x): of them a head is made, and heads without some
-    samples.
+    """Training embeddings as sums of NORM_pre(x), from which heads of all or some samples are made.
 
-    With fewer samples than features, they may be the sums of coordinates in the space that the
+    With fewer samples than features, the sums may be those of coordinates in the space that the
     samples span: the Gram matrix is then `(N, N)`, and the proxies are the same.
 
     Attributes:
-        norm_pre, norm_inf: fitted.
+        norm_pre, norm_inf: the fitted parts.
         moments: the sums, of C classes.
-        rows: `(N, q)`, the samples as they were added up, where these are few.
-        basis: the space of such coordinates; `None` where the sums are those of NORM_pre(x).
-        device: where proxies go that a basis gives.
+        rows: `(N, q)`, the samples as they were added up, if they are few.
+        basis: the basis of such coordinates; `None` if the sums are those of NORM_pre(x).
+        device: the device of proxies that are computed with a basis.
         left: some rows of the sums, where GEN needs them.
     """
 
@@ -164,8 +166,8 @@ class Sums:
         request: Request,
         weights: Tensor | None = None,
     ) -> Sums:
-        """Fits NORM_pre, and what NORM_inf shares with it, on `x (N, d)`, `y (N,)`; adds x up, with
-        its `weights (N,)` where it has any."""
+        """Fits NORM_pre, and the parts that NORM_inf shares with it, on `x (N, d)`, `y (N,)`; then
+        adds up the rows, with their `weights (N,)` if there are any."""
         norm_pre = norm_pre.to(x.device)
         if not isinstance(norm_pre, Norm):
             return cls.of(norm_pre, norm_inf, gen, x, y, request.num_classes, weights)
@@ -174,8 +176,8 @@ class Sums:
             norm_pre.fit(x, labels, len(present), request.seed)
             return cls.of(norm_pre, norm_inf, gen, x, y, request.num_classes, weights)
         if len(x) <= CHUNK and not learns_from_sums(norm_pre):
-            # One chunk is whole in memory in any case. Kept, it need not be computed again for the
-            # rows that are left out or held out.
+            # A single chunk is in memory as a whole anyway. Keep it, so that the rows to leave out
+            # or hold out need not be computed again.
             z = norm_pre.fit_transform(x, labels, len(present), request.seed)
             moments = Moments.of(z, y, request.num_classes, weights, gram=gram_of(gen))
             return cls(norm_pre, norm_inf, moments, z)
@@ -185,10 +187,10 @@ class Sums:
 
     @classmethod
     def of_kept(cls, norm_pre: Any, norm_inf: nn.Module, moments: Moments) -> Sums:
-        """Takes sums that were kept of samples which went by; see `kept_sums`.
+        """Takes the sums of samples that were not kept; see `kept_sums`.
 
-        Where they are sums of the samples before NORM_pre, copies of NORM_pre and NORM_inf learn
-        from them.
+        If they are sums of the samples before NORM_pre, copies of NORM_pre and NORM_inf are fitted
+        on them.
         """
         if not learns_from_sums(norm_pre):
             return cls(norm_pre, norm_inf, moments)
@@ -236,8 +238,10 @@ class Sums:
         return replace(self, left=left)
 
     def generated(self, moments: Moments, gen: Any) -> Proxies:
-        """What GEN makes of these sums, or of others in the same space, of the same classes;
-        classes are numbered without those that have no samples."""
+        """Make proxies by GEN from these sums, or from others of the same space and classes.
+
+        In the result, classes are numbered without those that have no samples.
+        """
         if self.left is None or not getattr(gen, "needs_rows", False):
             return gen(moments.present())
         places = (moments.counts > 0).long().cumsum(0) - 1
@@ -250,7 +254,7 @@ class Sums:
         return _filled(head, self.proxies(self.moments, parts, request), parts, request)
 
     def proxies(self, moments: Moments, parts: Recipe, request: Request) -> Proxies:
-        """Makes the proxies of these sums, or of others in the same space, of the same classes."""
+        """Makes the final proxies from these sums, or from others of the same space and classes."""
         present = (moments.counts > 0).nonzero().flatten()
         if not len(present):
             raise ImprintError("the held-out samples are all there are")
@@ -267,9 +271,9 @@ class Sums:
 
 
 def few_for(gen: Any, norm_pre: nn.Module, x: Tensor) -> bool:
-    """Whether GEN gives the same for `x (N, d)`, fewer than features, in the space that they span.
+    """Whether GEN can run on the samples' coordinates in the space that they span, as N < d.
 
-    It does where its proxies lie in that space, and turn with it.
+    The proxies are the same if they lie in that space and rotate with it.
     """
     if not (getattr(gen, "spans", False) and gen.lam != 0 and isinstance(norm_pre, Norm)):
         return False
@@ -277,40 +281,41 @@ def few_for(gen: Any, norm_pre: nn.Module, x: Tensor) -> bool:
 
 
 def holds_out_of_sums(parts: Recipe) -> bool:
-    """Whether a head without some samples is that of the sums of all less those of the samples.
+    """Whether samples can be held out by subtracting their sums from the sums of all samples.
 
-    Another such head is then cheap. A NORM_pre that looks at labels is to be fitted anew.
+    Each such head is then cheap. It is not possible for a NORM_pre that uses labels, since that has
+    to be fitted anew without the samples.
     """
     return parts.gen.from_moments and not getattr(parts.norm_pre, "uses_labels", False)
 
 
 def gram_of(gen: Any) -> str:
-    """The Gram matrix that a GEN needs, as `Moments.zeros` takes it."""
+    """The Gram matrix that a GEN needs, in the words of `Moments.zeros`."""
     return "pooled" if gen.needs_gram else "none"
 
 
 def learns_from_sums(norm_pre: nn.Module) -> bool:
-    """Whether NORM_pre learns from the sums of all samples, which are kept as they come."""
+    """Whether NORM_pre learns from the sums of all samples; sums of raw samples are then kept."""
     return getattr(norm_pre, "from_moments", False)
 
 
 def kept_gram(parts: Recipe) -> str:
-    """The Gram matrix of the sums that are kept for a recipe, as `Moments.zeros` takes it."""
+    """The Gram matrix of the sums that are kept for a recipe, in the words of `Moments.zeros`."""
     gram = gram_of(parts.gen)
     return "diagonal" if gram == "none" and learns_from_sums(parts.norm_pre) else gram
 
 
 def kept_sums(parts: Recipe, norm_pre: nn.Module, x: Tensor, y: Tensor, classes: int) -> Moments:
-    """The sums to keep of `x (N, d)`, `y (N,)`: of NORM_pre(x), or of x where NORM_pre
-    `learns_from_sums`."""
+    """Return the sums to keep of `x (N, d)`, `y (N,)`: those of NORM_pre(x), or those of x if
+    NORM_pre `learns_from_sums`."""
     if learns_from_sums(norm_pre):
         return Moments.of(x, y, classes, gram=kept_gram(parts))
     return sums_of(norm_pre, x, y, classes, kept_gram(parts))
 
 
 def check_reference(parts: Recipe, classifier: Tensor | None) -> None:
-    """Raises an `ImprintError` where NORM_post takes a classifier of one layer as the reference for
-    proxies of several."""
+    """Raises an `ImprintError` if NORM_post would use a classifier of one layer as the reference
+    for proxies of several layers."""
     uses = any(isinstance(s, Quantile) and not s.as_published for s in steps_of(parts.norm_post))
     joins = any(isinstance(s, JoinLayers) for s in steps_of(parts.norm_pre))
     widths = parts.layer_widths or []
@@ -328,8 +333,8 @@ def check_reference(parts: Recipe, classifier: Tensor | None) -> None:
 def keywords_of(head: ImprintedHead) -> dict[str, Any]:
     """The keywords of the recipe of a head, for `resolve`.
 
-    A head of an earlier version may have a random projection of fewer features than were asked for;
-    then as many as it has.
+    A head of an earlier version may have a random projection with fewer features than its
+    `projection_dim`; the keyword is then the number that it has.
     """
     keywords = {name: v for name, v in head.settings.items() if name not in RESULTS}
     for step in steps_of(head.norm_inf):
@@ -342,7 +347,7 @@ def keywords_of(head: ImprintedHead) -> dict[str, Any]:
 def _filled(
     head: ImprintedHead, proxies: Proxies, parts: Recipe, request: Request
 ) -> ImprintedHead:
-    """The empty head with its proxies, on their device, and its settings."""
+    """Fill an empty head with proxies, on their device, and with its settings."""
     head = head.to(proxies.weights.device)
     head.fill(proxies, request.num_classes, request.class_names)
     chosen = {f"chosen_{name}": value for name, value in proxies.chosen.items()}
@@ -353,7 +358,8 @@ def _filled(
 def _finished(
     proxies: Proxies, parts: Recipe, present: Tensor, classifier: Tensor | None
 ) -> Proxies:
-    """The proxies after NORM_post, with labels of the task instead of places among `present`."""
+    """Apply NORM_post to the proxies, and turn their classes, which are indices into `present`,
+    into labels of the task."""
     check_reference(parts, classifier)
     norm_post: Any = parts.norm_post
     weights = norm_post.of_proxies(proxies.weights, proxies.classes, classifier)

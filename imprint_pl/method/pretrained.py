@@ -1,5 +1,7 @@
-"""`save_pretrained`, `from_pretrained`, `push_to_hub` of a head: a folder of `model.safetensors`
-and `config.json`, here or on the Hugging Face Hub, by huggingface_hub's mixin.
+"""`save_pretrained`, `from_pretrained` and `push_to_hub` of a head, by huggingface_hub's mixin.
+
+They write and read a folder of `model.safetensors` and `config.json`, local or on the Hugging Face
+Hub.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ class Pretrained(
     library_name="imprint_pl",
     tags=["weight-imprinting", "image-classification"],
 ):
-    """Mixed into `ImprintedHead`, which takes parts and sizes from the file; never a pickle."""
+    """A mixin of `ImprintedHead`, whose parts and sizes come from the file; it reads no pickle."""
 
     def check(self) -> Self:
-        """Itself; a subclass raises where its parts do not fit each other."""
+        """Return the object itself; a subclass raises if its parts do not fit each other."""
         return self
 
     def save_pretrained(self, save_directory: str | Path, **keywords: Any) -> str | None:
@@ -44,13 +46,13 @@ class Pretrained(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **keywords: Any) -> Self:
-        """A head from a folder or the Hub; see `ModelHubMixin.from_pretrained`.
+        """Load a head from a folder or the Hub; see `ModelHubMixin.from_pretrained`.
 
         Raises:
-            ImprintError: damaged, or not a head.
+            ImprintError: the files are damaged, or not those of a head.
         """
         what, place = "a folder that save_pretrained wrote", pretrained_model_name_or_path
-        # Not those of the network, which say what they are.
+        # Errors of the network are not among them, since their messages are clear.
         errors = (ValueError, TypeError, AttributeError, KeyError, RecursionError)
         with damaged(place, what, errors):
             return super().from_pretrained(local_path(place), **keywords)
@@ -82,7 +84,7 @@ class Pretrained(
                     local_files_only=local_files_only,
                 )
             )
-        # The mixin passes on what stands in config.json; only parts given by the caller are used.
+        # The mixin passes on the contents of config.json; use only parts that the caller gave.
         head = cls(**{n: part for n, part in keywords.items() if isinstance(part, nn.Module)})
         with damaged(path, "a head that save_pretrained wrote"):
             head.load_state_dict(read_tensors(path)[0], strict=strict)

@@ -62,10 +62,10 @@ MetricName: TypeAlias = Literal["accuracy", "balanced_accuracy", "macro_f1"] | s
 ClassWeightName: TypeAlias = Literal["balanced"] | str
 PriorName: TypeAlias = Literal["empirical", "uniform"] | str
 
-# Keywords that are on or off: any text would count as on.
+# Keywords that are True or False. They are checked, since any text would count as True.
 SWITCHES = {"intercept", "as_published"}
 
-# Keywords that settings, ids and results name only where they are not these.
+# Keywords that settings, ids and results name only if they differ from these values.
 UNNAMED: dict[str, Any] = {"metric": ACCURACY, "class_weight": None}
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -132,8 +132,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 class Recipe:
     """The five parts of a recipe, ready to use, and the plain parameters that name them.
 
-    Parts that learn are not fitted here: every head gets its own copy. `layer_widths` are those of
-    the embeddings that it takes, or `None` where those are of any width.
+    Parts that learn are not fitted here; every head gets its own copy. `layer_widths` are those of
+    the embeddings that the recipe takes, or `None` for embeddings of any width.
     """
 
     norm_pre: nn.Module
@@ -160,7 +160,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Auto:
-    """Stands for the `Recipe` that `auto` will choose, once it has seen embeddings."""
+    """A placeholder for the `Recipe` that `auto` will choose from embeddings."""
 
     parameters: dict[str, Any] = field(default_factory=lambda: {"recipe": AUTO})
     layer_widths: list[int] | None = None
@@ -212,33 +212,33 @@ def resolve(
             "hosoda", "janson", "ls" (least squares), "knn" (nearest neighbours), "whitened",
             "ridge", "lda" or "ranpac".
         norm_pre: normalisation before GEN, or a list of several, `[whiten, l2]`, which may also be
-            written "whiten+l2". The recipe's where not given, as are all the keywords below.
+            written "whiten+l2". Default, as for all keywords below: that of the recipe.
         gen: generator of the proxies.
         k: proxies a class.
         norm_post: normalisation of the proxies.
-        norm_inf: normalisation of embeddings at inference; "same" is NORM_pre with what it has
-            learned, and the default where NORM_pre learns.
-        agg: from proxies to class scores; "mnn" is a vote of the m nearest proxies.
-        m: of mnn: how many proxies vote.
-        distance: of mnn: between embeddings and proxies.
-        votes: of mnn: what a vote weighs.
+        norm_inf: normalisation of embeddings at inference; "same" is the fitted NORM_pre, which is
+            the default if NORM_pre learns.
+        agg: turns proxies into class scores; "mnn" is a vote of the m nearest proxies.
+        m: number of proxies that vote in mnn.
+        distance: distance between embeddings and proxies in mnn.
+        votes: weights of the votes in mnn.
         lam: λ of ls, kls, ridge and kridge; for ridge also "loo" (leave-one-out, near-copies
             left out together), for ridge and kridge "gcv" (generalised cross-validation) or
             "holdout".
-        shrinkage: of whiten and lda: from 0 to 1, towards round classes, or "oas" (chosen from the
-            embeddings).
-        projection_dim: features of random_projection and nystrom.
-        temperature: of softmax votes and logsumexp.
-        engine: what computes k-means.
-        width: of nystrom: of the kernel, in median distances.
-        prior: of lda: the share of each class.
-        intercept: of ridge and kridge: whether there is one.
-        as_published: do quantile and mnn as the paper's code does, faults included.
-        metric: of auto and ridge: by which recipes are compared and λ is chosen on held-out
-            samples, "accuracy", "balanced_accuracy" (all classes count alike, however few samples
-            they have) or "macro_f1". "accuracy" is the default, and goes with every recipe.
-        class_weight: of ridge and ls: "balanced" lets all classes weigh alike, however few samples
-            they have.
+        shrinkage: shrinkage of the covariance in whiten and lda, from 0 to 1, or "oas" (chosen from
+            the embeddings).
+        projection_dim: number of features of random_projection and nystrom.
+        temperature: temperature of softmax votes and logsumexp.
+        engine: the implementation of k-means.
+        width: width of the kernel in nystrom, in median distances.
+        prior: prior probabilities of the classes in lda.
+        intercept: whether ridge and kridge have an intercept.
+        as_published: run quantile and mnn exactly as the paper's code does, faults included.
+        metric: the metric on held-out samples by which auto compares recipes and ridge chooses λ:
+            "accuracy", "balanced_accuracy" (all classes count alike, however few samples they have)
+            or "macro_f1". "accuracy" is the default, and can be given with every recipe.
+        class_weight: "balanced" gives all classes the same weight in ridge and ls, however few
+            samples they have.
         layer_widths: features of each layer in the embeddings, the last layer's included, where
             they hold several layers side by side. Any recipe takes them: `join` then comes before
             NORM_pre and NORM_inf, unless NORM_pre has `join` or `last` already. One width changes
@@ -295,7 +295,7 @@ norm_inf='l2', agg='max': leave it out, or choose a part that takes it (m: mnn)
                 for s in steps_of(parts["norm_pre"])
                 if getattr(s, "learns", False) or isinstance(s, LastLayer)
             }
-            # A `join` that was put before both leaves them as different as they were.
+            # Do not count a `join` that was put before both of them.
             own_steps = set(learned) - ({JoinLayers.name} if joined else set())
             if slot not in given and (own_steps or (joined and chosen[slot] == chosen["norm_pre"])):
                 chosen[slot] = "same"
@@ -341,10 +341,10 @@ def drop_unused(
     kept: set[str],
     own: Collection[str] = (),
 ) -> dict[str, Any]:
-    """`overrides` without the parameters that the parts named in it do not take.
+    """Return `overrides` without the parameters that none of its parts takes.
 
-    For keywords that a checkpoint remembers, after one part was exchanged; those in `kept` stay, so
-    that `resolve` can complain of them. `own` are parameters of users' own parts.
+    It is for the keywords of a checkpoint after one part was exchanged. Those in `kept` stay, so
+    that `resolve` can refuse them. `own` are parameters of users' own parts.
     """
     chosen = RECIPES.get(recipe or "", {}) | {n: v for n, v in overrides.items() if v is not None}
     taken = {name for part in classes_named(chosen) for name in parameters_of(part)}
@@ -355,7 +355,7 @@ def drop_unused(
 
 
 def _takes_layers(slot: str, norm: Any) -> bool:
-    """Whether a NORM has a step for embeddings of several layers."""
+    """Whether a NORM already has a step for embeddings of several layers."""
     kinds = [
         class_named(slot, step) if isinstance(step, str) else type(step)
         for part in step_names(norm)
@@ -365,7 +365,7 @@ def _takes_layers(slot: str, norm: Any) -> bool:
 
 
 def _after_join(norm: Any) -> list[Any]:
-    """The steps of a NORM, behind `join`."""
+    """Return the steps of a NORM with `join` before them."""
     steps = [step for part in step_names(norm) for step in steps_of(part)]
     return [JoinLayers.name, *(step for step in steps if step != "none")]
 
@@ -373,7 +373,7 @@ def _after_join(norm: Any) -> list[Any]:
 def _part(
     slot: str, part: Any, chosen: dict[str, Any], used: set[str], learned: dict[str, Any]
 ) -> Any:
-    """The part of a name, with its keywords, which are added to `used`; an instance as it is."""
+    """Build the part of a name and add its keywords to `used`; return an instance unchanged."""
     if isinstance(part, str):
         if part in learned:
             return learned[part]
@@ -397,7 +397,7 @@ def _part(
 
 
 def _check_same_space(norm_pre: nn.Module, norm_inf: nn.Module) -> None:
-    """Raises an `ImprintError` where proxies and embeddings would be in different spaces."""
+    """Raises an `ImprintError` if proxies and embeddings would be in different spaces."""
     if _maps(norm_pre) != _maps(norm_inf):
         raise ImprintError(
             f"norm_inf={name_of(norm_inf)!r} leaves embeddings in another space than the proxies, "
@@ -426,7 +426,7 @@ def _unused_message(unused: set[str], given: dict[str, Any], parameters: dict[st
         f"takes it ({name}: {', '.join(takers_of)}"
     )
     if name in UNNAMED:
-        # A recipe with a λ of its own leaves a metric nothing to choose.
+        # A recipe with a fixed λ has no choice to make by a metric.
         recipes = [
             recipe
             for recipe, parts in RECIPES.items()

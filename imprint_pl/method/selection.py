@@ -1,5 +1,6 @@
-"""Which training samples GEN sees: some shots a class, or those at a typical distance from their
-class mean. Before NORM_pre in the figure; positions in the training set come out.
+"""Selects the training samples that GEN sees: a number of shots per class, or the samples at a
+typical distance from their class mean. The selection comes before NORM_pre in the figure and gives
+indices into the training set.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from imprint_pl.numerics.draws import rows_by_class, sample
 from imprint_pl.numerics.moments import CHUNK, Moments
 from imprint_pl.numerics.values import check_count, is_number
 
-# Distances whose spread is below this part of the largest differ by the embeddings' rounding alone.
+# Distances are considered equal if their spread is below this share of the largest one, since they
+# then differ only by rounding.
 SAME = 1e-5
 
 
@@ -90,7 +92,7 @@ def weibull_typical(x: Tensor, y: Tensor, lower: float, upper: float) -> Tensor:
 
 
 def checked_bounds(bounds: Any) -> tuple[float, float]:
-    """The two bounds of `weibull_typical`; an `ImprintError` for anything else."""
+    """Return the two bounds of `weibull_typical`; raise an `ImprintError` for anything else."""
     if not isinstance(bounds, list | tuple) or len(bounds) != 2:
         raise ImprintError(f"weibull={bounds!r}: give two probabilities, such as (0.1, 0.9)")
     _check_bounds(*bounds)

@@ -1,5 +1,6 @@
-"""Prediction sets: for each image the classes that hold the truth with a probability that is asked
-for, such as 95 %. Split conformal prediction on training samples that were held out.
+"""Prediction sets: for each image a set of classes that contains the true one with a given
+probability, such as 95 %. They are fitted by split conformal prediction on held-out training
+samples.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from torch import Tensor
 from imprint_pl.errors import ImprintError
 from imprint_pl.numerics.constants import OptionalConstants
 
-# A class has a bound of its own where at least so many of its held-out samples are expected to
-# miss it: with 95 % from 100 held-out samples of the class on, with 90 % from 50.
+# A class has its own bound if at least this many of its held-out samples are expected below it:
+# with 95 % that takes 100 held-out samples of the class, with 90 % it takes 50.
 MISSES = 5
 
 
 class PredictionSets(OptionalConstants):
-    """What prediction sets rest on, kept in the head; empty where no `coverage` was asked for.
+    """The constants of prediction sets, kept in the head; empty if fitted without `coverage`.
 
     A class belongs to the set of an image if its probability reaches the class's bound. The bound
     is the ⌊(n + 1)(1 − coverage)⌋-th smallest probability that n held-out samples of the class had
@@ -39,17 +40,17 @@ class PredictionSets(OptionalConstants):
     classes: Tensor
 
     def fit(self, logits: Tensor, y: Tensor) -> None:
-        """Takes the logits `(n, C)` of held-out samples and their labels `(n,)`."""
+        """Fit the sets on the logits `(n, C)` of held-out samples and their labels `(n,)`."""
         logits = logits.detach().to("cpu" if logits.device.type == "mps" else logits.device)
         found = logits.double().log_softmax(1).gather(1, y.to(logits.device)[:, None])[:, 0]
-        # The place of a sample among all others would tell of single samples, the values do not.
+        # Sort the values: their original order would reveal something about single samples.
         order = found.argsort(stable=True)
         with torch.inference_mode(False):
             self.log_probabilities = found[order].float().clone()
             self.classes = y.to(logits.device)[order].clone()
 
     def bounds(self, coverage: float, num_classes: int) -> Tensor:
-        """The bound on the log-probability of each class, `(C,)`; −∞ where there is none."""
+        """Return the bound on the log-probability of each class, `(C,)`; −∞ if there is none."""
         miss = 1 - coverage
         counts = torch.bincount(self.classes, minlength=num_classes)
         large = counts * miss >= MISSES - 1e-9
@@ -62,7 +63,7 @@ class PredictionSets(OptionalConstants):
         return bounds
 
     def fits(self, num_classes: int) -> bool:
-        """Whether the constants of a file fit each other and a head of so many classes."""
+        """Whether the constants of a file fit each other and a head of `num_classes`."""
         values, classes = self.log_probabilities, self.classes
         return (
             values.shape == classes.shape
@@ -75,10 +76,10 @@ class PredictionSets(OptionalConstants):
 
 
 def checked_coverage(coverage: float | None, default: float | None = None) -> float:
-    """The coverage, or the default where it is `None`.
+    """Return the coverage, or the default if it is `None`.
 
     Raises:
-        ImprintError: it is not above 0 and at most 1, or there is neither.
+        ImprintError: it is not above 0 and at most 1, or neither is given.
     """
     coverage = default if coverage is None else coverage
     if coverage is None or not 0 < coverage <= 1:
@@ -93,6 +94,6 @@ def _place(samples: int, miss: float) -> int:
 
 
 def _bound(log_probabilities: Tensor, miss: float) -> float:
-    """The bound that ascending values of held-out samples `(n,)` give."""
+    """Return the bound that follows from ascending log-probabilities `(n,)` of held-out samples."""
     place = min(_place(len(log_probabilities), miss), len(log_probabilities))
     return log_probabilities[place - 1].item() if place >= 1 else -math.inf

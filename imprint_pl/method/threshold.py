@@ -1,6 +1,5 @@
-"""What a head knows of its own limits: fits its familiarity (`familiarity.py`) with the threshold
-below which `predict` says "none of these", and its prediction sets (`sets.py`), on training samples
-that were held out.
+"""Fits the limits of a head on held-out training samples: its familiarity (`familiarity.py`) with
+the threshold below which `predict` says "none of these", and its prediction sets (`sets.py`).
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ from imprint_pl.numerics.moments import Moments
 from imprint_pl.numerics.order import in_order
 from imprint_pl.parts.gen.ridge import CHOICES
 
-# How many parts are held out, one a head: many where that is cheap. Scores of `lda` shrink with
-# the number of samples, so that those of a head of four fifths of them are too small.
+# Number of folds without and with sums, where heads are cheap. More folds are better: the scores of
+# `lda` shrink with the number of samples, so a head of four fifths of them gives too small scores.
 FOLDS, FOLDS_OF_SUMS = 5, 20
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What is asked of a head beside its classes.
+    """The optional outputs of a head beside class scores, and how they are fitted.
 
     Attributes:
         accept: share of training samples that the threshold accepts, or `None` for no threshold.
         coverage: probability that a prediction set holds the truth, or `None` for no sets.
-        most_bytes: bytes that the familiarity may take in the head: a quarter of the backbone's.
-            Where no backbone is known, a quarter of the embedded one's.
+        most_bytes: bytes that the familiarity may take in the head: a quarter of the backbone's. If
+            the backbone is not known, a quarter of EfficientNet-Lite0's.
 
     Raises:
         ImprintError: a value that is not above 0 and at most 1.
@@ -60,7 +59,7 @@ class Limits:
 
     @property
     def name(self) -> str:
-        """The keyword that messages name."""
+        """The keyword that error messages name, "accept" or "coverage"."""
         return "coverage" if self.accept is None else "accept"
 
 
@@ -74,12 +73,13 @@ def set_threshold(
     """Fits `head.familiar`, and sets `head.threshold` to a familiarity that `accept` of the
     training samples reach.
 
-    Each sample is scored by a head that has not seen it, nor a near-copy of it, made of four fifths
-    of the samples, or of 95 % where sums suffice: its own proxy would say nothing. That takes one
-    to five times as long as imprinting. Of more than 2,000 samples a random sample is held out.
+    Each sample is scored by a head that has seen neither the sample nor a near-copy of it, since
+    its own proxy would make it look too familiar. Such a head is made of four fifths of the
+    samples, or of 95 % if sums suffice. This takes one to five times as long as imprinting. With
+    more than 2,000 samples, a random sample of them is scored.
 
     Args:
-        head: imprinted from x and y, whose values were checked then; gives the recipe and the seed.
+        head: imprinted from x and y, which were checked then. Recipe and seed are taken from it.
         x: `(N, d)`, the training embeddings.
         y: `(N,)`, their labels 0..C−1.
         accept: a share in (0, 1], such as 0.95.
@@ -117,8 +117,8 @@ def set_limits(
     limits: Limits,
     classifier: Tensor | None = None,
 ) -> ImprintedHead:
-    """Does what `set_threshold` and `set_coverage` do, in the time of one; nothing without
-    limits."""
+    """Does the work of `set_threshold` and `set_coverage` in the time of one of them; does nothing
+    without limits."""
     if not limits:
         return head
     x, y, _ = checked(x, y, head.num_classes, None, allow_empty=True, values_checked=True)
@@ -143,17 +143,17 @@ def set_limits_of_sums(
     unit: Moments | None = None,
     sums: Sums | None = None,
 ) -> ImprintedHead:
-    """Does what `set_limits` does, from sums and a bounded sample of the samples.
+    """Does the work of `set_limits` with sums and a bounded sample of the samples.
 
     Args:
         head: made of all samples.
         x, y: embeddings and labels in the order of `in_order`: all samples, or a sample of them as
             `held_out_rows` takes it.
-        parts, request: of the head.
-        limits: what is asked for.
+        parts, request: those of the head.
+        limits: the limits to fit.
         samples: number of all samples.
-        unit: sums of all samples, see `unit_sums`; needed for a threshold.
-        sums: of all samples, where x and y are a part of them.
+        unit: the sums of all samples that `unit_sums` gives; needed for a threshold.
+        sums: the sums of all samples, if x and y are only a part of them.
 
     Raises:
         ImprintError: no class with two samples.
@@ -205,7 +205,7 @@ def _familiar_scores(
     request: Request,
     limits: Limits,
 ) -> Tensor:
-    """The three scores `(n, 3)` of held-out samples, from sums without their fold."""
+    """Return the three scores `(n, 3)` of held-out samples, each from sums without its fold."""
     best, found = held_out.scores.amax(1), []
     for fold, hidden in zip(held, copies, strict=True):
         of_fold = torch.isin(held_out.rows, fold)
@@ -221,7 +221,7 @@ def _familiar_scores(
 
 
 def _parts_of(head: ImprintedHead) -> Recipe:
-    """The recipe of a head, with the λ that it chose."""
+    """Return the recipe of a head, with the λ that it chose."""
     settings, chosen = keywords_of(head), head.settings.get("chosen_lam")
     if chosen is not None and settings.get("lam") in CHOICES:
         settings["lam"] = chosen

@@ -1,1 +1,1 @@
-"""Sums, factorisations, k-means, draws, and which values are allowed. Knows no proxies."""
+"""Sums, factorisations, k-means, draws and checks of values, which do not depend on proxies."""

@@ -1,7 +1,7 @@
 """Tensors of a module that never change.
 
-They move with the module like buffers, but are none: tools that average models would average
-buffers, too.
+They move with the module like buffers, but are not buffers: tools that average models would average
+them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Constants(nn.Module):
 
     EMA and SWA (of Lightning, torch and timm) average parameters and buffers. Averages of integers
     are truncated: class 7 becomes class 6. Averages of a tensor with itself collect rounding
-    errors, up to a percent at a decay of 0.99999. So constants are neither, yet they move with the
-    module (`.to`), are copied and pickled with it, and are in its state dict under their names.
-    Loading a state dict gives them the sizes that they have there.
+    errors, up to a percent at a decay of 0.99999. Constants are therefore neither parameters nor
+    buffers. They still move with the module (`.to`), are copied and pickled with it, and are in its
+    state dict under their names. Loading a state dict gives them the sizes of the saved tensors.
     """
 
     constants: tuple[str, ...] = ()
@@ -81,10 +81,10 @@ class Constants(nn.Module):
 
 
 class OptionalConstants(Constants):
-    """Constants that a module may do without: empty until they are fitted.
+    """Constants that are optional: they are empty until they are fitted.
 
-    A module without them has none in its state dict, so that its files are those of a module which
-    never could have had any; loading such a state dict empties them.
+    A state dict holds them only if they are fitted, so files without them are the same as before
+    these constants existed. Loading such a state dict empties them.
 
     Attributes:
         integers: the constants that are int64; the others are floats.
@@ -99,13 +99,13 @@ class OptionalConstants(Constants):
             setattr(self, name, torch.zeros(0, dtype=dtype))
 
     def clear(self) -> None:
-        """Forgets what was fitted."""
+        """Empties the constants."""
         for name in self.constants:
             setattr(self, name, getattr(self, name).new_zeros(0))
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was fitted."""
+        """Whether the constants were not fitted."""
         return not getattr(self, self.constants[0]).numel()
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:

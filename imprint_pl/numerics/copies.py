@@ -1,7 +1,7 @@
 """Near-copies among the rows of a data set: the same photograph twice, cropped or saved anew.
 
-A sample whose near-copy is among the others says nothing of how well others are foretold. Whoever
-leaves a sample out leaves its near-copies out, too.
+A held-out sample whose near-copy is in the training set is too easy to predict. When a sample is
+held out, its near-copies must be held out, too.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ from torch import Tensor
 from imprint_pl.numerics.draws import place_in_class
 from imprint_pl.numerics.large import CHUNK, blocks, floats, rows_like
 
-# A near-copy is nearer than this share of the usual distance. Mirrored photographs are at 0.24 to
-# 0.39 of it (EfficientNet-Lite0; nine of ten), burst shots at 0.2 to 0.4. Of other photographs,
-# digits and garments one in a hundred has a neighbour nearer than 0.6, of 8 × 8 pixels than 0.48.
+# A near-copy is nearer than this share of the usual distance. Nine of ten mirrored photographs are
+# at 0.24 to 0.39 of it (EfficientNet-Lite0), burst shots at 0.2 to 0.4. One in a hundred other
+# photographs, digits or garments has a neighbour nearer than 0.6; with 8 × 8 pixels, 0.48.
 SHARE = 0.45
-# The usual distance of a row is at most that to its tenth neighbour: where each image occurs
-# twice, or nine times, the others of its kind are nearer than that.
+# The usual distance of a row is at most that to its tenth neighbour. Copies are then nearer than
+# the usual distance even if each image occurs up to nine times.
 NEIGHBOURS = 10
-# Rows among which usual distances are measured: as many as a bounded sample of all rows has.
+# Rows among which usual distances are measured, as many as in the bounded sample of a stream.
 REFERENCE = 2000
 # Most near-copies of a row; the nearest ones count.
 MOST = 15
-# Numbers of a row after a random projection: most pairs are told apart by it.
+# Dimensions of a random projection, which suffices to reject most pairs.
 PROJECTED = 64
-# The projected distance of a pair varies by a tenth; pairs up to so much more are looked at.
+# Projection changes distances by about a tenth. Pairs are compared in full if their projected
+# distance is up to this factor larger than the bound.
 MARGIN = 1.5
-# Distances computed at a time, and the rows that they are from where there are many others.
+# Number of distances computed at a time, and the most rows in such a block.
 BLOCK, ROWS = 2**22, 512
-# Rows whose usual distances the median is taken of.
+# Number of rows for the median of the usual distances.
 MEDIAN_OF = 500
-# Neighbours that a row may have by chance that are as near as copies.
+# Expected number of neighbours of a row that are as near as copies only by chance.
 CHANCE = 1e-3
-# Pairs that are compared in full at a time.
+# Number of pairs that are compared in full at a time.
 PAIRS = 4096
 
 
@@ -45,8 +46,8 @@ class Copies:
     """Pairs of near-copies among rows.
 
     Attributes:
-        first, second: `(k,)` int64, places of the two rows of each pair, on the CPU. A pair of two
-            rows that were both looked at is there in both orders.
+        first, second: `(k,)` int64, indices of the two rows of each pair, on the CPU. A pair whose
+            rows were both searched is contained in both orders.
         rows: number of all rows.
     """
 
@@ -55,7 +56,7 @@ class Copies:
     rows: int
 
     def of(self, places: Tensor) -> Tensor:
-        """The near-copies of the rows at `places (n,)`, without these rows: `(m,)`, ascending."""
+        """Return the near-copies `(m,)`, ascending, of the rows at `places (n,)`, without these."""
         asked = torch.zeros(self.rows, dtype=torch.bool)
         asked[places.cpu()] = True
         found = torch.zeros_like(asked)
@@ -63,7 +64,7 @@ class Copies:
         return (found & ~asked).nonzero().flatten().to(places.device)
 
     def among(self, places: Tensor) -> Copies:
-        """The pairs within the rows at `places (n,)`, under their new numbers 0..n−1."""
+        """Return the pairs among the rows at `places (n,)`, which get the new numbers 0..n−1."""
         number = torch.full((self.rows,), -1)
         number[places.cpu()] = torch.arange(len(places))
         first, second = number[self.first], number[self.second]
@@ -75,19 +76,18 @@ class CopyFinder:
     """Finds near-copies of rows of a data set.
 
     A pair counts if its distance is less than `SHARE` of the usual distance, or a smaller share in
-    data of low dimension, where chance brings rows so near. The usual distance is that of the row
-    to its k-th nearest row, or the median of these, whichever is less. k is a third of the usual
-    size of a class, at most ten: the rows of a tight class are no copies of each other. Neither are
-    rows in a dense part of the data. Where values are few, so that a row has k equal ones,
-    equal rows are usual, and none is a copy. In classes of fewer than six none is found.
-
-    Not all pairs are compared in full: rows are projected to 64 random directions first.
+    data of low dimension, where rows may be that near by chance. The usual distance is that of the
+    row to its k-th nearest row, or the median of these distances, whichever is less. k is a third
+    of the usual size of a class, at most ten, so that the rows of a tight class or of a dense part
+    of the data do not count as copies of each other. If a row has k equal rows, since there are few
+    different values, none of them is a copy. In classes of fewer than six samples no copies are
+    found. Only pairs that are close in 64 random directions are compared in full.
 
     Args:
         x: `(N, d)`, all rows.
-        y: `(N,)`, their labels, for k alone: copies may have other labels.
-        reference: `(n,)`, places of rows among which usual distances are measured, the first 2,000
-            at most: a random sample says as much as all. All rows by default.
+        y: `(N,)`, their labels, which only decide on k: copies may have different labels.
+        reference: `(n,)`, indices of the rows among which usual distances are measured; at most the
+            first 2,000 are used, since a random sample suffices. Default: all rows.
     """
 
     def __init__(self, x: Tensor, y: Tensor, reference: Tensor | None = None) -> None:
@@ -99,7 +99,7 @@ class CopyFinder:
         most = min(NEIGHBOURS, len(self.reference) - 1)
         size = int(counts[counts > 0].median()) if len(counts) else 0
         self.neighbours = max(1, min(most, size // 3))
-        # In proportion, so that no square is too large or too small.
+        # Scale the rows, so that squares neither overflow nor underflow.
         low, high = self.x.aminmax() if self.x.numel() else (self.x.new_ones(()),) * 2
         self.scale = torch.maximum(-low, high).clamp_min(1e-30)
         self.short = _projected(self.x, self.x[self.reference].mean(0), self.scale)
@@ -110,15 +110,17 @@ class CopyFinder:
             some = self.reference[:MEDIAN_OF]
             usual, half = self._usual(some), self._usual(some, (self.neighbours + 1) // 2)
             self.usual = usual.median()
-            # Within a distance r of a row there are k (r / usual)^D others, D the dimension of the
-            # data: where it is low, some are as near as copies by chance.
+            # A row has about k (r / usual)^D others within a distance r, where D is the dimension
+            # of the data. If D is low, some of them are as near as copies by chance.
             ratio = (half / usual.clamp_min(1e-30)).median().clamp(1e-3, 0.999).item()
             growth = self.neighbours / ((self.neighbours + 1) // 2)
             dimension = math.log(growth) / -math.log(ratio) if growth > 1 else math.inf
             self.share = min(SHARE, (CHANCE / self.neighbours) ** (1 / dimension))
 
     def find(self, places: Tensor | None = None) -> Copies:
-        """The near-copies of the rows at `places (n,)`, by default of all; of each the nearest 15.
+        """Find the near-copies of the rows at `places (n,)`, by default of all rows.
+
+        At most the 15 nearest copies of each row are found.
 
         >>> x = torch.tensor([[0.0], [1e-4], [1.0], [2.0], [3.0], [4.0]])
         >>> CopyFinder(x, torch.zeros(6, dtype=torch.int64)).find().of(torch.tensor([0]))
@@ -134,7 +136,7 @@ class CopyFinder:
         found: list[tuple[Tensor, Tensor]] = []
         size = max(ROWS, BLOCK // total)
         for rows, nearer in zip(asked.split(size), limit.split(size), strict=True):
-            # The rounding of projected distances counts, too: candidates are then checked in full.
+            # Allow for rounding of the projected distances; candidates are checked in full later.
             bound = (MARGIN * nearer).square() + 1e-6 * self.squares[rows]
             row = other = asked[:0]
             for others in everything.split(max(1, BLOCK // len(rows))):
@@ -151,7 +153,7 @@ class CopyFinder:
             kept = place_in_class(row, exact.argsort(stable=True)) < MOST
             found.append((rows[row[kept]].cpu(), other[kept].cpu()))
         first, second = (torch.cat(parts) for parts in zip(*found, strict=True))
-        # A pair that one of the two rows finds is one for the other, too.
+        # A pair that was found from one row also counts for the other.
         known = torch.zeros(total, dtype=torch.bool)
         known[asked.cpu()] = True
         back = known[second]
@@ -159,7 +161,7 @@ class CopyFinder:
         return Copies(pairs // total, pairs % total, total)
 
     def _usual(self, places: Tensor, k: int | None = None) -> Tensor:
-        """The distance of the rows at `places (n,)` to their k-th neighbour: `(n,)`."""
+        """Return the distances `(n,)` of the rows at `places (n,)` to their k-th neighbours."""
         k = k or self.neighbours
         found = [
             self._apart(rows, self.reference).kthvalue(k, 1).values.sqrt()
@@ -168,7 +170,8 @@ class CopyFinder:
         return torch.cat(found)
 
     def _apart(self, rows: Tensor, others: Tensor) -> Tensor:
-        """Squared projected distances of rows, places `(n,)` and `(m,)`: `(n, m)`; ∞ to itself."""
+        """Return the squared projected distances `(n, m)` between rows at the indices `(n,)` and
+        `(m,)`; ∞ between a row and itself."""
         one, other = self.short[rows], self.short[others]
         apart = torch.addmm(self.squares[others][None], one, other.T, alpha=-2)
         apart.add_(self.squares[rows, None]).clamp_min_(0)
@@ -176,8 +179,8 @@ class CopyFinder:
 
 
 def _projected(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """(x − mean) / scale `(N, d)` in random directions, `(N, min(d, 64))`, whose distances are on
-    average those of the rows."""
+    """Project (x − mean) / scale `(N, d)` to random directions, `(N, min(d, 64))`. Distances stay
+    the same on average."""
     short = rows_like(x[:, :PROJECTED], len(x))
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(x.shape[1], PROJECTED, generator=generator).to(x.device)

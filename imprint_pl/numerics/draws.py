@@ -1,4 +1,4 @@
-"""Random draws by a seed, and the samples of each class that they draw from."""
+"""Random draws that a seed fixes, and helpers that group samples by class."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def random_keys(positions: Tensor, seed: int) -> Tensor:
-    """A random number for each position: sorted by it, all positions are in a random order.
+    """Return a random number for each position; sorting by it gives a random order.
 
-    A position's number depends on itself and the seed alone, so that the others need not be known.
+    The number depends only on the position and the seed, so the other positions need not be known.
 
     Args:
-        positions: `(n,)` int64, such as places in a data set or keys of rows.
+        positions: `(n,)` int64, such as indices in a data set or keys of rows.
         seed: fixes the order.
 
     Returns:
@@ -21,7 +21,7 @@ def random_keys(positions: Tensor, seed: int) -> Tensor:
 
     Source: Steele, Lea & Flood 2014, "Fast Splittable Pseudorandom Number Generators".
     """
-    # Mixed first, as neighbouring seeds would differ by a shift of the positions.
+    # Mix the seed first: otherwise the next seed would only shift the positions by one.
     start = _mixed(np.array([seed]).astype(np.uint64))
     mixed = _mixed(start + positions.numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     return torch.from_numpy((mixed >> np.uint64(1)).astype(np.int64))
@@ -34,13 +34,16 @@ def _mixed(z: np.ndarray) -> np.ndarray:
 
 
 def sample(n: int, count: int, seed: int) -> Tensor:
-    """`(min(n, count),)` different positions in 0..n−1, on the CPU; fewer are a prefix of more."""
-    # On the CPU on purpose: the draws are the same on every device.
+    """Draw `(min(n, count),)` different positions in 0..n−1, on the CPU.
+
+    A smaller `count` gives a prefix of a larger one.
+    """
+    # Draw on the CPU, so that the draws are the same for every device.
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count]
 
 
 def rows_by_class(y: Tensor, num_classes: int = 0) -> list[Tensor]:
-    """The ascending positions of the samples of each class.
+    """Return the positions of the samples of each class, in ascending order.
 
     Args:
         y: `(N,)`, labels from 0.
@@ -57,7 +60,7 @@ def rows_by_class(y: Tensor, num_classes: int = 0) -> list[Tensor]:
 
 
 def place_in_class(y: Tensor, order: Tensor) -> Tensor:
-    """Numbers the samples of each class in a given order: the base of every stratified draw.
+    """Number the samples of each class in a given order. All stratified draws are based on this.
 
     Args:
         y: `(N,)`, labels from 0.

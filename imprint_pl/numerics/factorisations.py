@@ -1,8 +1,9 @@
-"""What the closed forms in NORM and GEN share: float64 matrices and their factorisations. One that
-fails is an error with a cure, never skipped.
+"""Factorisations of float64 matrices, which the closed forms in NORM and GEN share. If one fails,
+an error says what to change.
 
-Those that meet at a barrier every few microseconds run on one thread on a CPU. Where other programs
-hold a core, several threads wait for each other: 2000 × 2000 took up to 48 s instead of 0.6 s.
+Factorisations whose threads synchronise every few microseconds run on one CPU thread. If other
+programs use the cores, several threads wait for each other: a 2000 × 2000 matrix then took up to
+48 s instead of 0.6 s.
 """
 
 from __future__ import annotations
@@ -19,25 +20,25 @@ from torch import Tensor
 from imprint_pl.errors import ImprintError
 from imprint_pl.numerics.moments import Moments
 
-# The shrinkage that chooses itself.
+# The value of `shrinkage` that chooses the shrinkage from the data.
 OAS = "oas"
 _ALONE = threading.Lock()
 
 
 def double(x: Tensor) -> Tensor:
-    """`x` in float64; on the CPU where its device has none (Apple's MPS)."""
+    """Convert `x` to float64, on the CPU if its device has no float64 (Apple's MPS)."""
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def cholesky(matrix: Tensor, cure: str) -> Tensor:
-    """The lower factor L of a symmetric positive definite `matrix (n, n)`, L Lᵀ, in float64.
+    """Factorise a symmetric positive definite `matrix (n, n)` as L Lᵀ; return L, in float64.
 
     Raises:
         ImprintError: the matrix is singular to rounding; `cure` says what to change.
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
     pivots = factor.diagonal().square()
-    # A singular matrix may slip through by rounding, with pivots that are nothing but rounding.
+    # Rounding may hide that a matrix is singular, so pivots as small as rounding errors count as 0.
     smallest = len(matrix) * torch.finfo(torch.float64).eps * matrix.diagonal().abs().max()
     if failed.item() or not pivots.min() > smallest:
         raise ImprintError(
@@ -58,7 +59,7 @@ class Tridiagonal:
     """
 
     def __init__(self, matrix: Tensor) -> None:
-        from scipy.linalg import lapack  # here, not above: a third of a second to import
+        from scipy.linalg import lapack  # imported here, since it takes a third of a second
 
         if not matrix.isfinite().all():
             raise ImprintError("the Gram matrix overflows: scale the embeddings down, by l2 say")
@@ -68,11 +69,11 @@ class Tridiagonal:
             packed, self._diagonal, self._beside, self._scale, _ = lapack.dsytrd(
                 matrix.double().cpu().numpy().T, lower=1, lwork=size
             )
-        # V leaves the first row alone and is made of n − 1 reflections of the others.
+        # V does not change the first row; it consists of n − 1 reflections of the other rows.
         self._reflections = np.asfortranarray(packed[1:, :-1])
 
     def eigenvalues(self) -> Tensor:
-        """`(n,)`, ascending."""
+        """Return the eigenvalues `(n,)`, ascending."""
         if len(self._diagonal) == 1:
             return torch.from_numpy(self._diagonal.copy())
         values, failed = self._lapack.dsterf(self._diagonal, self._beside)
@@ -81,15 +82,15 @@ class Tridiagonal:
         return torch.from_numpy(values)
 
     def turn(self, columns: Tensor) -> Tensor:
-        """Vᵀ times `columns (n, c)`, in float64 on the CPU."""
+        """Return Vᵀ times `columns (n, c)`, in float64 on the CPU."""
         return self._reflected(columns, "T")
 
     def turn_back(self, columns: Tensor) -> Tensor:
-        """V times `columns (n, c)`."""
+        """Return V times `columns (n, c)`."""
         return self._reflected(columns, "N")
 
     def solve(self, lam: float, columns: Tensor) -> Tensor:
-        """(T + λI)⁻¹ times `columns (n, c)`, λ > 0 and T positive semidefinite."""
+        """Return (T + λI)⁻¹ times `columns (n, c)`, for λ > 0 and T positive semidefinite."""
         diagonal = self._diagonal + lam
         if len(diagonal) == 1:
             return columns / diagonal[0]
@@ -99,9 +100,13 @@ class Tridiagonal:
         return torch.from_numpy(solution)
 
     def squares(self, lams: Tensor, columns: Tensor) -> Tensor:
-        """cᵀ (T + λI)⁻¹ c for each of `lams (L,)`, λ > 0, and each c of `columns (n, m)`: `(L, m)`.
+        """Compute cᵀ (T + λI)⁻¹ c for each of `lams (L,)`, λ > 0, and each c of `columns (n, m)`.
 
-        By T + λI = L D Lᵀ, row by row for all λ and columns at once: half of a solution each.
+        It factorises T + λI = L D Lᵀ, row by row for all λ and columns at once, which takes half of
+        the time of solving.
+
+        Returns:
+            `(L, m)`.
         """
         pivot = self._diagonal[0] + lams.numpy()[:, None]
         rows = columns.numpy()
@@ -128,13 +133,14 @@ class Tridiagonal:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    # The limit is the whole process's: of two at a time one would put back what the other had set.
+    # The limit holds for the whole process. The lock keeps two threads from restoring each other's
+    # setting.
     with _ALONE, threadpool_limits(1):
         yield
 
 
 def inverse_factor(matrix: Tensor, cure: str) -> Tensor:
-    """L⁻¹ of the factor L that `cholesky` gives; it raises the same."""
+    """Return L⁻¹ for the factor L of `cholesky`, with the same errors."""
     factor = cholesky(matrix, cure)
     identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     with _one_thread() if matrix.device.type == "cpu" else nullcontext():
@@ -142,17 +148,20 @@ def inverse_factor(matrix: Tensor, cure: str) -> Tensor:
 
 
 def shrunk_within(moments: Moments, shrinkage: float | str) -> tuple[Tensor, str]:
-    """(1−s) Σ_W + s (tr Σ_W / d) I `(d, d)`, s the shrinkage, in float64, and a cure should it turn
-    out singular.
+    """Compute the shrunk within-class covariance (1−s) Σ_W + s (tr Σ_W / d) I.
 
-    Σ_W is the within-class covariance pooled over all samples, divided by N. `"oas"` chooses s.
+    Σ_W is the within-class covariance pooled over all samples, divided by N; s is the shrinkage,
+    which `"oas"` chooses.
+
+    Returns:
+        The matrix `(d, d)`, float64, and the advice for an error if it is singular.
 
     Raises:
         ImprintError: Σ_W is zero.
     """
     within = double(moments.within("micro"))
     variance = within.diagonal().mean()
-    # Sums of squares leave rounding behind where the samples of each class are alike.
+    # If the samples of each class are equal, the covariance is not exactly 0 but rounding errors.
     size = (double(moments.pooled_gram).diagonal() / double(moments.counts).sum()).mean()
     if not variance > 1e-13 * size:
         raise ImprintError(
@@ -169,11 +178,11 @@ def shrunk_within(moments: Moments, shrinkage: float | str) -> tuple[Tensor, str
 
 
 def oas(covariance: Tensor, freedom: int) -> float:
-    """The shrinkage of a covariance `(d, d)` of normal samples with the least expected squared
-    error, approximately.
+    """Return the shrinkage of a covariance S `(d, d)` that approximately minimises the expected
+    squared error for normal samples.
 
-    s = ((1 − 2/d) tr S² + (tr S)²) / ((n + 1 − 2/d) (tr S² − (tr S)²/d)), at most 1; n the degrees
-    of freedom, samples less classes.
+    s = ((1 − 2/d) tr S² + (tr S)²) / ((n + 1 − 2/d) (tr S² − (tr S)²/d)), at most 1. n are the
+    degrees of freedom: the number of samples minus the number of classes.
 
     Source: Chen et al. 2010, "Shrinkage Algorithms for MMSE Covariance Estimation", equation 23.
 
@@ -183,12 +192,15 @@ def oas(covariance: Tensor, freedom: int) -> float:
     d = len(covariance)
     squared, trace = covariance.square().sum().item(), covariance.trace().item() ** 2
     apart = (freedom + 1 - 2 / d) * (squared - trace / d)
-    # Round already: no shrinkage changes it.
+    # If S is a multiple of the identity, shrinkage does not change it.
     return min(1.0, ((1 - 2 / d) * squared + trace) / apart) if apart > 0 else 1.0
 
 
 def checked_shrinkage(shrinkage: float | str) -> float | str:
-    """A number from 0 to 1 (YAML reads 1e-2 as text), or "oas"; else an `ImprintError`."""
+    """Return the shrinkage, a number from 0 to 1 or "oas"; raise an `ImprintError` otherwise.
+
+    YAML reads 1e-2 as text, so text that is a number is accepted, too.
+    """
     if shrinkage == OAS:
         return OAS
     try:

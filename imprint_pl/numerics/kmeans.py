@@ -1,7 +1,7 @@
-"""k-means of classes behind one function: faiss, or a batched torch engine that takes all classes.
+"""One function for k-means of all classes, by faiss or by a batched torch engine.
 
-faiss's own defaults start at random samples and look at 256 points a centroid at most, which costs
-accuracy; its traps are closed here. `kmeans_torch.py` holds the other engine.
+faiss's defaults start from random samples and use at most 256 points per centroid, which costs
+accuracy; other settings are used here. `kmeans_torch.py` holds the torch engine.
 """
 
 from __future__ import annotations
@@ -34,21 +34,22 @@ def kmeans_classes(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> list[Tensor]:
-    """Centroids of each class under squared Euclidean distance.
+    """Compute the centroids of each class under squared Euclidean distance.
 
-    A class's centroids depend on its own samples and their order, on `k`, the seed and the engine:
-    not on the other classes. Bit by bit so with torch on a CPU, for a given number of threads.
+    The centroids of a class depend on its own samples and their order, `k`, the seed and the
+    engine, but not on the other classes. With torch on a CPU they are the same bit by bit for a
+    given number of threads.
 
     Args:
         xs: one tensor `(n, d)` a class, finite; clustered as float32. n may differ.
         k: clusters a class. A class with `n ≤ k` keeps its samples; `k = 1` gives the exact mean.
         seed: the same for every class; fixes the result on one machine. The global generators are
             left alone.
-        engine: "torch": all classes together, clustered in 32 dimensions and polished in all: by
-            far the fastest on a CPU, at the same objective or a lower one. "exact": the same,
-            polished until Lloyd's iterations in all dimensions move nothing. "faiss": one class
-            after the other, k-means++ starts, all points. "auto": faiss on a GPU that faiss can
-            use, otherwise torch.
+        engine: "torch" clusters all classes together in 32 dimensions and refines the result in all
+            dimensions. It is by far the fastest on a CPU, and its objective is the same or lower.
+            "exact" does the same, but refines until Lloyd's iterations change nothing. "faiss"
+            clusters one class after the other, from k-means++ starts and with all points. "auto"
+            is faiss on a GPU that faiss can use, otherwise torch.
         device: where to cluster; the classes' own device by default.
         progress: a bar on stderr if it takes longer than two seconds.
 
@@ -56,7 +57,7 @@ def kmeans_classes(
         One tensor `(min(n, k), d)` a class, float32, on the class's device.
 
     Raises:
-        ImprintError: `k < 1`, an unknown engine, faiss asked for and not installed.
+        ImprintError: `k < 1`, an unknown engine, or "faiss" without faiss being installed.
 
     >>> left, right = torch.tensor([[0.0], [1.0], [9.0]]), torch.tensor([[5.0]])
     >>> [c.sort(0).values.flatten().tolist() for c in kmeans_classes([left, right], 2)]
@@ -92,7 +93,7 @@ def kmeans(
     engine: str = "auto",
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Centroids of one class: `(n, d)` → `(min(n, k), d)`; see `kmeans_classes`.
+    """Compute the centroids of one class: `(n, d)` → `(min(n, k), d)`; see `kmeans_classes`.
 
     >>> kmeans(torch.tensor([[1.0, 0.0], [3.0, 2.0]]), 1)
     tensor([[2., 1.]])
@@ -127,18 +128,18 @@ def _faiss(x: Tensor, k: int, seed: int, index: Any) -> Tensor:
     parameters.seed = seed % 2**31
     parameters.init_method = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
     parameters.max_points_per_centroid = len(x)
-    # Below this faiss prints a warning on stderr; few points a proxy is what few shots are.
+    # With fewer points per centroid faiss would print a warning, but with few shots this is normal.
     parameters.min_points_per_centroid = 1
     points = np.ascontiguousarray(x.detach().float().cpu().numpy())
     clustering = faiss.Clustering(points.shape[1], k, parameters)
-    index.reset()  # of the class before
+    index.reset()  # remove the centroids of the previous class
     clustering.train(points, index)
     return torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(k, -1))
 
 
 def _import_faiss() -> Any:
     try:
-        import faiss  # here, not above: a second to import, and not needed by every recipe
+        import faiss  # imported here: it takes a second, and most recipes do not need it
     except ImportError as error:
         raise ImprintError(
             "engine='faiss', but faiss does not import here: install faiss-cpu or faiss-gpu, or "
@@ -155,9 +156,9 @@ def _index(faiss: Any, dim: int, device: torch.device) -> Any:
     if device.type != "cuda" or not _sees_gpu(faiss):
         return faiss.IndexFlatL2(dim)
     config = faiss.GpuIndexFlatConfig()
-    # Each rank its own GPU; faiss.Kmeans(gpu=True) would take every visible one.
+    # Use only this rank's GPU; faiss.Kmeans(gpu=True) would use all visible ones.
     config.device = torch.cuda.current_device() if device.index is None else device.index
     resources = faiss.StandardGpuResources()
-    # Its own 1.5 GB would be missing where PyTorch has the rest.
+    # By default faiss takes 1.5 GB, which PyTorch may need.
     resources.setTempMemory(GPU_BYTES)
     return faiss.GpuIndexFlatL2(resources, dim, config)

@@ -1,12 +1,14 @@
-"""The torch engine of `kmeans.py`: all classes at once, each as if it were alone.
+"""The torch engine of `kmeans.py`: it clusters all classes at once, each independently of the
+others.
 
-A class is projected on its own main directions, clustered there beside the others (greedy
-k-means++, Lloyd), and the clusters are polished by Lloyd iterations on the embeddings themselves.
-In few dimensions Lloyd is cheap and gets stuck less: on real embeddings the objective ends where
-Lloyd in all dimensions from k-means++ starts ends, or below (`benchmarks/kmeans.py`).
+Each class is projected to its own principal directions and clustered there in a batch with others
+(greedy k-means++, then Lloyd). The clusters are then refined by Lloyd iterations on the embeddings
+themselves. In few dimensions Lloyd is cheap and finds worse local optima less often: on real
+embeddings the objective is the same as with k-means++ and Lloyd in all dimensions, or lower
+(`benchmarks/kmeans.py`).
 
-What a class's centroids are made of is a function of its own samples, `k` and the seed: the padded
-size, every matrix product and every random draw are those that the class would see alone.
+The centroids of a class depend only on its own samples, `k` and the seed: its padded size, matrix
+products and random draws are the same as if the class were alone.
 """
 
 from __future__ import annotations
@@ -22,26 +24,28 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from imprint_pl.numerics.draws import sample as draw_rows
 from imprint_pl.numerics.moments import sum_dtype
 
-# Directions of the projection. Measured on Fashion-MNIST embeddings: more are no better; nor is one
-# basis pooled over classes, which would tie a class to the others; random ones are worse.
+# Directions of the projection. Measured on Fashion-MNIST embeddings: more directions are no better.
+# One basis for all classes is no better either, and would make classes depend on each other. Random
+# directions are worse.
 DIMS = 32
 BASIS_ROWS = 384
-# A first Lloyd on a sample is cheap and does most of the way.
+# The first Lloyd iterations use a sample of this size: they are cheap and bring most of the gain.
 SAMPLE_ROWS = 1536
 SAMPLE_ITERATIONS = 20
 ALL_ITERATIONS = 15
 POLISH_ITERATIONS = 1
 EXACT_ITERATIONS = 300
-# Iterations between two looks at convergence and empty clusters: each makes a GPU wait.
+# Iterations between two checks of convergence and empty clusters; each check makes a GPU wait.
 CHECK_EVERY = 5
-# A product of fewer multiplications runs on one thread: to wake a second takes about as long, and
-# a hundred times as long where other work has the cores.
+# A matrix product with fewer multiplications runs on one thread. Waking a second thread takes about
+# as long as the product, and a hundred times as long if the cores are busy.
 THREADED_PRODUCT = 3 << 20
 # Bounds the memory of a batch of projected classes, and of a block of distances.
 BATCH_BYTES = 256 << 20
-SUM_ROWS = 1024  # summed before they are added: float32 loses digits over many rows
+SUM_ROWS = 1024  # rows summed at a time, since long float32 sums lose precision
 
 
 _ALONE = threading.Lock()
@@ -51,13 +55,13 @@ _ALONE = threading.Lock()
 def cluster(
     xs: list[Tensor], k: int, *, seed: int, exact: bool = False, progress: bool = False
 ) -> list[Tensor]:
-    """Centroids of each class.
+    """Compute the centroids of each class.
 
     Args:
         xs: one tensor `(n, d)` a class, float32, all on one device, each with `n > k`.
         k: clusters a class, at least 2.
         seed: the same for every class. The global generator is left alone.
-        exact: polish until nothing moves (at most 300 iterations) instead of once.
+        exact: refine until nothing changes (at most 300 iterations) instead of once.
         progress: a bar on stderr if it takes longer than two seconds.
 
     Returns:
@@ -85,7 +89,7 @@ def cluster(
 
 
 def _batches(xs: list[Tensor], k: int) -> Iterator[list[int]]:
-    """Indices of classes of one padded shape, so many that the batch fits `BATCH_BYTES`."""
+    """Yield batches of classes, as indices: classes of one padded shape that fit `BATCH_BYTES`."""
     shapes = defaultdict(list)
     for i, x in enumerate(xs):
         shapes[_padded_rows(len(x)), x.shape[1]].append(i)
@@ -95,24 +99,26 @@ def _batches(xs: list[Tensor], k: int) -> Iterator[list[int]]:
 
 
 def _padded_rows(n: int) -> int:
-    """The next of eight sizes an octave: ragged classes share a batch at 12 % of waste at most."""
+    """Round up to one of eight sizes per power of two. Classes of different sizes can then share a
+    batch, and padding wastes at most 12 %."""
     step = max(16, 1 << max(n.bit_length() - 4, 0))
     return -(-n // step) * step
 
 
 def _aligned(x: Tensor) -> Tensor:
-    # A BLAS may round differently on unaligned memory: a slice must give what its copy gives.
+    # BLAS may round differently on unaligned memory, and a slice must give the result of its copy.
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 64 else x
 
 
 def _generator(seed: int) -> torch.Generator:
-    # On the CPU on purpose: the draws are the same on every device.
+    # Draw on the CPU, so that the draws are the same for every device.
     return torch.Generator().manual_seed(seed)
 
 
 def _projected(xs: list[Tensor], seed: int) -> tuple[Tensor, Tensor]:
-    """Centred, projected classes `(B, rows, p)`, zero where padded, and their sizes `(B,)`."""
+    """Return the centred and projected classes `(B, rows, p)`, padded with zeros, and their sizes
+    `(B,)`."""
     few = xs[0].shape[1] <= 2 * DIMS or _padded_rows(len(xs[0])) <= 2 * DIMS
     # A multiple of 16 floats keeps every class of the batch aligned.
     width = -(-xs[0].shape[1] // 16) * 16 if few else DIMS
@@ -127,36 +133,38 @@ def _projected(xs: list[Tensor], seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _basis(x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Mean `(1, d)` and main directions `(d, DIMS)` of some rows of a class, orthonormal."""
+    """Return the mean `(1, d)` of some rows of a class and their orthonormal principal directions
+    `(d, DIMS)`."""
     generator = _generator(seed)
     rows = torch.randperm(len(x), generator=generator)[:BASIS_ROWS]
     sample = x[rows.to(x.device)]
     mean = sample.mean(0, keepdim=True)
     sample = sample - mean
     start = torch.randn(len(sample), DIMS, generator=generator).to(x)
-    # One power iteration: without it the objective is 0.2 to 1 % higher, a second adds nothing.
+    # Without a power iteration the objective is 0.2 to 1 % higher; a second one does not help.
     return mean, torch.linalg.qr(sample.T @ (sample @ (sample.T @ start))).Q
 
 
 def _cluster_projected(z: Tensor, counts: Tensor, k: int, seed: int) -> Tensor:
-    """Cluster of each row, `(B, rows)`; of padded rows, anything."""
+    """Return the cluster of each row, `(B, rows)`; the values of padded rows are arbitrary."""
     real = (torch.arange(z.shape[1], device=z.device) < counts[:, None]).to(z.dtype)
     if z.shape[1] > SAMPLE_ROWS:
         sizes = counts.tolist()
-        rows = [torch.randperm(n, generator=_generator(seed))[:SAMPLE_ROWS] for n in sizes]
+        rows = [draw_rows(n, SAMPLE_ROWS, seed) for n in sizes]
         some = z[torch.arange(len(z), device=z.device)[:, None], torch.stack(rows).to(z.device)]
         all_real = torch.ones_like(some[..., 0])
         centroids = _plus_plus(some, all_real, counts.clamp(max=SAMPLE_ROWS), k, seed)
         centroids = _lloyd(some, all_real, centroids, SAMPLE_ITERATIONS)
         return _nearest(z, _lloyd(z, real, centroids, ALL_ITERATIONS))
     centroids = _plus_plus(z, real, counts, k, seed)
-    # Clusters of a few samples settle soon: with ten each the objective is the same after ten.
+    # Small clusters converge soon: with ten samples each, more than ten iterations change nothing.
     iterations = min(SAMPLE_ITERATIONS, max(10, z.shape[1] // k))
     return _nearest(z, _lloyd(z, real, centroids, iterations))
 
 
 def _plus_plus(z: Tensor, real: Tensor, counts: Tensor, k: int, seed: int) -> Tensor:
-    """Greedy k-means++: of some candidates drawn by squared distance, the one that helps most."""
+    """Choose starts by greedy k-means++: among some candidates drawn by squared distance, take the
+    one that lowers the objective most."""
     wide = sum_dtype(z.device)
     draws = torch.rand(k, 2 + int(math.log(k)), dtype=torch.float64, generator=_generator(seed))
     draws = draws.to(z.device, wide)
@@ -174,7 +182,7 @@ def _plus_plus(z: Tensor, real: Tensor, counts: Tensor, k: int, seed: int) -> Te
         for draw in draws[1:]:
             cumulative = nearest.cumsum(1, dtype=wide)
             rows = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True)
-            # All distances are 0 where there are fewer distinct samples than clusters.
+            # All distances are 0 if there are fewer distinct samples than clusters.
             rows = torch.minimum(rows, counts[:, None] - 1)
             candidates = torch.minimum(distances(rows), nearest[:, None])
             best = candidates.sum(2).argmin(1)
@@ -184,7 +192,7 @@ def _plus_plus(z: Tensor, real: Tensor, counts: Tensor, k: int, seed: int) -> Te
 
 
 def _lloyd(z: Tensor, real: Tensor, centroids: Tensor, iterations: int) -> Tensor:
-    """Lloyd iterations from `centroids (B, k, p)`; a class that has converged stays as it is."""
+    """Run Lloyd iterations from `centroids (B, k, p)`; a converged class no longer changes."""
     k = centroids.shape[1]
     for iteration in range(1, iterations + 1):
         labels = _nearest(z, centroids)
@@ -200,7 +208,7 @@ def _lloyd(z: Tensor, real: Tensor, centroids: Tensor, iterations: int) -> Tenso
 
 
 def _polish(x: Tensor, labels: Tensor, k: int, iterations: int) -> Tensor:
-    """Lloyd iterations on one class `(1, n, d)` from its labels `(1, n)`; ends with means."""
+    """Run Lloyd iterations on one class `(1, n, d)` from its labels `(1, n)`; return the means."""
     real = torch.ones_like(x[..., 0])
     for _ in range(iterations):
         new = _nearest(x, _means(x, real, labels, k))
@@ -229,8 +237,9 @@ def _filled(z: Tensor, real: Tensor, labels: Tensor, centroids: Tensor, sizes: T
 
 
 def _nearest(z: Tensor, centroids: Tensor) -> Tensor:
-    """Index of the nearest of `(B, k, p)` for each of `(B, n, p)`; a tie goes to the lowest."""
-    # Centroids about their own mean: embeddings far from the origin keep their digits.
+    """Return the index of the nearest of `(B, k, p)` for each of `(B, n, p)`; a tie goes to the
+    lowest."""
+    # Subtract the centroids' mean, so that embeddings far from the origin lose no precision.
     shift = centroids.mean(1, keepdim=True)
     centred = centroids - shift
     half = (centred * (shift + centred / 2)).sum(2, keepdim=True)
@@ -239,17 +248,17 @@ def _nearest(z: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _minus_product(bias: Tensor, centroids: Tensor, z: Tensor) -> Tensor:
-    """`bias (B, k, 1)` − centroids `(B, k, p)` · z `(B, n, p)` → `(B, k, n)`."""
+    """Compute `bias (B, k, 1)` − centroids `(B, k, p)` · z `(B, n, p)`, `(B, k, n)`."""
     out = z.new_empty(len(z), centroids.shape[1], z.shape[1])
-    # Not one batched product: its rounding depends on how many classes share the batch, and a last
-    # digit is enough to move a sample, then a cluster.
+    # Do not use one batched product: its rounding depends on the number of classes in the batch,
+    # and a difference in the last digit can move a sample, and then a cluster.
     for one in zip(bias.unbind(), centroids.unbind(), z.mT.unbind(), out.unbind(), strict=True):
         torch.addmm(*one[:3], alpha=-1, out=one[3])
     return out
 
 
 def _sums(z: Tensor, real: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Sum `(B, k, p)` and size `(B, k, 1)` of each cluster."""
+    """Return the sum `(B, k, p)` and the size `(B, k, 1)` of each cluster."""
     sums = z.new_zeros(len(z), k, z.shape[2])
     sizes = z.new_zeros(len(z), k, 1)
     step = SUM_ROWS if z.device.type == "cpu" else max(1, BATCH_BYTES // (4 * k * len(z)))
@@ -268,7 +277,7 @@ def _add_on_cpu(sums: Tensor, sizes: Tensor, z: Tensor, real: Tensor, labels: Te
 
 
 def _add_by_product(sums: Tensor, sizes: Tensor, z: Tensor, real: Tensor, labels: Tensor) -> None:
-    # On a GPU `index_add_` adds in no fixed order; a product with the memberships does.
+    # On a GPU the order in which `index_add_` adds is not fixed; that of a matrix product is.
     members = z.new_zeros(*labels.shape, sums.shape[1])
     members.scatter_(2, labels[..., None], real[..., None])
     for i in range(len(z)):
@@ -277,7 +286,7 @@ def _add_by_product(sums: Tensor, sizes: Tensor, z: Tensor, real: Tensor, labels
 
 
 def _blocks(rows: int, columns: int) -> list[slice]:
-    """Blocks of rows with at most `BATCH_BYTES` of float32 in so many columns."""
+    """Return blocks of rows such that float32 blocks with `columns` columns fit `BATCH_BYTES`."""
     step = max(1, BATCH_BYTES // (4 * columns))
     return [slice(start, start + step) for start in range(0, rows, step)]
 
@@ -294,9 +303,10 @@ def _threads(multiplications: int) -> Iterator[None]:
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Float32 products in float32, whatever autocast or matmul precision the caller trains with.
+    """Compute float32 products in full precision, whatever autocast or matmul precision is set.
 
-    It is the whole process's: one thread at a time, or one would put back what another had set.
+    The setting holds for the whole process. The lock keeps two threads from restoring each other's
+    setting.
     """
     mkldnn: Any = torch.backends.mkldnn  # torch's types do not know its matmul
     backends = (torch.backends.cuda.matmul, mkldnn.matmul)

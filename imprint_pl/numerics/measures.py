@@ -1,5 +1,5 @@
-"""What candidates are compared by: accuracy, balanced accuracy and macro F1 of predicted labels,
-and how sure a difference between two candidates is.
+"""The metrics by which candidates are compared: accuracy, balanced accuracy and macro F1, with the
+standard error of a difference between two candidates.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ METRICS = (ACCURACY, "balanced_accuracy", "macro_f1")
 
 
 class Difference(NamedTuple):
-    """How much better one set of predictions is than another, and the standard error of that;
-    fractions."""
+    """How much better one set of predictions is than another, and the standard error of this
+    difference; both are fractions."""
 
     value: float
     standard_error: float
 
 
 def checked_metric(metric: str) -> str:
-    """One of `METRICS`; else an `ImprintError`."""
+    """Return the metric; raise an `ImprintError` unless it is one of `METRICS`."""
     if metric not in METRICS:
         raise ImprintError(
             f"metric={metric!r}{did_you_mean(metric, METRICS)}: give one of {', '.join(METRICS)}"
@@ -33,19 +33,19 @@ def checked_metric(metric: str) -> str:
 
 
 def compared_by(tried: list[dict[str, Any]]) -> str:
-    """The metric by which `auto` compared its candidates, from the rows of `head.tried`."""
+    """Return the metric by which `auto` compared its candidates, from the rows of `head.tried`."""
     others = [name for name in METRICS[1:] if tried and name in tried[0]]
     return others[0] if others else ACCURACY
 
 
 def measured_by(metric: str, predicted: Tensor, y: Tensor) -> float:
-    """Accuracy, balanced accuracy (the mean of the classes' recalls) or macro F1.
+    """Compute accuracy, balanced accuracy (the mean of the classes' recalls) or macro F1.
 
-    Macro F1 is the mean over the classes of 2 right / (samples + predicted). A class without a
-    sample does not count, but where it is predicted for macro F1, which is 0 there.
+    Macro F1 is the mean over the classes of 2 right / (samples + predicted). Classes without
+    samples are left out, except that for macro F1 such a class counts with 0 if it is predicted.
 
     Args:
-        metric: of `METRICS`.
+        metric: one of `METRICS`.
         predicted: `(n,)`, labels.
         y: `(n,)`, the true labels, n > 0.
 
@@ -62,15 +62,16 @@ def measured_by(metric: str, predicted: Tensor, y: Tensor) -> float:
 
 
 def difference(metric: str, predicted: Tensor, first: Tensor, y: Tensor) -> Difference:
-    """How much better `predicted (n,)` is than `first (n,)` on the labels `y (n,)`, paired.
+    """Compute how much better `predicted (n,)` is than `first (n,)` on the labels `y (n,)`.
 
-    The standard error is √(Σ ψ² − (Σ ψ)² / (n + 2) + s) / (n + 2), with ψ what a sample adds to n
-    times the difference, to first order (the delta method), and s the square of what one sample
-    more would add that only one of the two has right: four such samples, of fifty, are no clear
-    case. By accuracy ψ is 1, 0 or −1 and s is 1.
+    The comparison is paired. The standard error is √(Σ ψ² − (Σ ψ)² / (n + 2) + s) / (n + 2). ψ is
+    the influence of a sample on n times the difference, to first order (the delta method). s is the
+    squared influence of one additional sample that only one of the two labels correctly; it makes
+    the comparison careful where there are few such samples, such as four of fifty. For accuracy ψ
+    is 1, 0 or −1 and s is 1.
 
     Source: Agresti & Min 2005, "Simple improved confidence intervals for comparing matched
-    proportions"; for the others by the same rule, with a sample's influence in place of the 1.
+    proportions"; for other metrics the same rule, with a sample's influence in place of the 1.
     """
     n = len(y)
     if metric == ACCURACY:
@@ -87,8 +88,8 @@ def difference(metric: str, predicted: Tensor, first: Tensor, y: Tensor) -> Diff
 
 
 def _counts(predicted: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each class: samples that are right, samples, and samples that are taken for it; float64,
-    on the CPU."""
+    """Count, for each class, the correct samples, the samples, and the samples that are predicted
+    as this class; float64, on the CPU."""
     predicted, y = predicted.cpu(), y.cpu()
     C = int(torch.maximum(predicted.max(), y.max())) + 1
     right = torch.bincount(y[predicted == y], minlength=C)
@@ -97,7 +98,8 @@ def _counts(predicted: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _influence(metric: str, predicted: Tensor, y: Tensor) -> Tensor:
-    """What each sample adds to n times the figure, to first order, `(n,)`; the sum is 0."""
+    """Return the influence `(n,)` of each sample on n times the metric, to first order; the
+    influences add up to 0."""
     right, size, taken = _counts(predicted, y)
     predicted, y = predicted.cpu(), y.cpu()
     hit = (predicted == y).double()

@@ -17,12 +17,13 @@ from torch import Tensor
 from imprint_pl.numerics.large import CHUNK, blocks
 from imprint_pl.ranks import ranks, travelling_device
 
-# Columns of a Gram matrix computed at a time: its lower triangle need not be.
+# Columns of a Gram matrix computed at a time. The matrix is symmetric, so that blocks of its lower
+# triangle need not be computed.
 COLUMNS = 256
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 where the device has no float64 (Apple's MPS)."""
+    """Return float64, or float32 if the device has no float64 (Apple's MPS)."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -33,11 +34,12 @@ class Moments:
     Attributes:
         counts: `(C,)`, samples of each class; the sum of their weights where they have weights.
         sums: `(C, d)`, sum of each class.
-        gram: `(d, d)`, Σ w z zᵀ over all samples, w the weight of the sample's class; `(C, d, d)`,
-            a Gram matrix a class; `(d,)`, the diagonal of Σ z zᵀ; or `None` where only counts and
-            sums are kept.
-        class_weights: `(C,)` or `None` for ones; used in `gram` alone. With 1 / count, known
-            beforehand, the weighted Gram gives the average of the classes' covariances.
+        gram: one of four kinds. `(d, d)`: Σ w z zᵀ over all samples, with the weight w of the
+            sample's class. `(C, d, d)`: a Gram matrix for each class. `(d,)`: the diagonal of
+            Σ z zᵀ. `None`: only counts and sums are kept.
+        class_weights: `(C,)`, or `None` for ones; used only in `gram`. With weights 1 / count, if
+            the counts are known beforehand, the Gram matrix gives the average of the classes'
+            covariances.
     """
 
     counts: Tensor
@@ -55,7 +57,7 @@ class Moments:
         class_weights: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> Moments:
-        """Empty sums. `gram` is "none", "diagonal" `(d,)`, "pooled" `(d, d)` or "per_class"
+        """Make empty sums. `gram` is "none", "diagonal" `(d,)`, "pooled" `(d, d)` or "per_class"
         `(C, d, d)`."""
         shapes = {
             "none": (),
@@ -81,8 +83,10 @@ class Moments:
     def of(
         cls, x: Tensor, y: Tensor, num_classes: int, weights: Tensor | None = None, **options: Any
     ) -> Moments:
-        """The sums of embeddings `x (N, d)` with labels `y (N,)` in 0..C−1, and `weights (N,)` as
-        for `add`; options as `zeros`."""
+        """Add up embeddings `x (N, d)` with labels `y (N,)` in 0..C−1 and `weights (N,)`.
+
+        The weights are those of `add`, the options those of `zeros`.
+        """
         return cls.zeros(num_classes, x.shape[1], device=x.device, **options).add(x, y, weights)
 
     @property
@@ -121,12 +125,13 @@ class Moments:
         return self.relabelled(places, len(kept))
 
     def relabelled(self, places: Tensor, num_classes: int) -> Moments:
-        """The sums under other labels: class c becomes `places[c]` of `num_classes`.
+        """Return the sums with other labels: class c becomes `places[c]`.
 
         Args:
             places: `(C,)` int64, all different; −1 leaves the class out. A pooled Gram matrix is
-                one for all classes and stays as it is: subtract the class from it beforehand.
-            num_classes: classes of the result; those that no place names are empty, of weight 1.
+                not changed, so subtract such a class from it beforehand.
+            num_classes: number of classes of the result. Those that are not in `places` are empty
+                and have weight 1.
         """
         places = places.to(self.counts.device)
         kept = places >= 0
@@ -144,21 +149,21 @@ class Moments:
         return Moments(moved(self.counts), moved(self.sums), gram, weights)
 
     def padded(self, num_classes: int) -> Moments:
-        """With empty classes at the end, up to `num_classes`."""
+        """Return the sums with empty classes added at the end, up to `num_classes`."""
         return self.relabelled(torch.arange(self.num_classes), num_classes)
 
     def to(self, device: torch.device | str) -> Moments:
-        """The sums on a device, in the number type that the device has (see `sum_dtype`).
+        """Return the sums on a device, in the number type of `sum_dtype`.
 
-        Where they are there already, the memory is shared.
+        If they are on this device already, the memory is shared.
         """
         dtype = sum_dtype(torch.device(device))
         return self._each(lambda tensor: tensor.to(device, dtype))
 
     def all_reduce(self) -> Moments:
-        """The sums over all processes, on each of them; itself where there is one process.
+        """Add up the sums of all processes, on each of them; with one process, return itself.
 
-        Every process has the same number of classes and the same kind of Gram matrix.
+        All processes need the same number of classes and the same kind of Gram matrix.
         """
         if ranks() == 1:
             return self
@@ -182,12 +187,12 @@ class Moments:
     def add(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> Moments:
         """Adds a batch in place: `x (B, d)` of any float dtype, `y (B,)` in 0..C−1.
 
-        A row of weight w, of `weights (B,)`, counts as w rows. Weights are not for a Gram matrix a
-        class, nor for `class_weights`.
+        With `weights (B,)`, a row of weight w counts as w rows. Weights cannot be combined with a
+        Gram matrix for each class or with `class_weights`.
         """
         if weights is not None:
             return self._add_weighted(x, y, weights)
-        # A large set needs no float64 copy of itself.
+        # Add up block by block, so that no float64 copy of a large set is made.
         for block in blocks(len(x), "adding up"):
             rows, labels = x[block].to(self.sums.dtype), y[block]
             self.counts += torch.bincount(labels, minlength=self.num_classes)
@@ -248,7 +253,7 @@ class Moments:
         )
 
     def shifted(self, by: Tensor) -> Moments:
-        """The sums of z − by, `by (d,)`; a Gram matrix has to be pooled and unweighted."""
+        """Return the sums of z − by, `by (d,)`; a Gram matrix has to be pooled and unweighted."""
         by, gram = by.to(self.sums), self.gram
         half = self.sums.sum(0) - self.counts.sum() / 2 * by
         if gram is not None and gram.ndim == 1:
@@ -259,18 +264,18 @@ class Moments:
         return Moments(self.counts, self.sums - torch.outer(self.counts, by), gram)
 
     def scaled(self, by: Tensor) -> Moments:
-        """The sums of z · by, `by (d,)`, feature by feature."""
+        """Return the sums of z · by, `by (d,)`, feature by feature."""
         by, gram = by.to(self.sums), self.gram
         if gram is not None:
             gram = gram * by.square() if gram.ndim == 1 else by[:, None] * gram * by
         return Moments(self.counts, self.sums * by, gram, self.class_weights)
 
     def within(self, average: str = "macro") -> Tensor:
-        """Σ_W `(d, d)`, the within-class covariance (biased: divided by n).
+        """Compute Σ_W `(d, d)`, the within-class covariance (biased: divided by n).
 
-        `"macro"` averages the covariances of the classes that have samples, `"micro"` pools all
-        samples. A pooled Gram matrix gives `"micro"`; `"macro"` asks for a Gram matrix a class, or
-        for `class_weights` of 1 / count, or for classes of one size.
+        `"macro"` averages the covariances of the classes that have samples; `"micro"` pools all
+        samples. A pooled Gram matrix gives `"micro"`. `"macro"` needs a Gram matrix for each class,
+        `class_weights` of 1 / count, or classes of equal size.
         """
         present = self.counts > 0
         counts, sums = self.counts[present], self.sums[present]
@@ -295,7 +300,7 @@ class Moments:
 
 
 def gram_of_rows(x: Tensor) -> Tensor:
-    """x xᵀ `(n, n)` of rows `x (n, d)`, in little more than half of the time of a product of two.
+    """Compute x xᵀ `(n, n)` for rows `x (n, d)`, in little more than half the time of `x @ x.T`.
 
     >>> gram_of_rows(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
     tensor([[5., 2.],
@@ -308,7 +313,7 @@ def gram_of_rows(x: Tensor) -> Tensor:
 
 
 def _add_upper(gram: Tensor, x: Tensor, z: Tensor) -> None:
-    """Adds xᵀz `(d, d)`, a symmetric matrix, to `gram`: its upper triangle, by whole blocks."""
+    """Adds the upper triangle, in whole blocks, of the symmetric matrix xᵀz `(d, d)` to `gram`."""
     for start in range(0, len(gram), COLUMNS):
         end = min(start + COLUMNS, len(gram))
         gram[:end, start:end].addmm_(x[:, :end].T, z[:, start:end])

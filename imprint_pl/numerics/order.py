@@ -1,5 +1,5 @@
-"""The order of rows by what they hold: draws and folds that follow it depend on the set of rows
-alone, not on the order in which they came.
+"""Sorts rows by their contents, so that draws and folds do not depend on the order in which the
+rows came.
 """
 
 from __future__ import annotations
@@ -8,27 +8,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Rows looked at in float64 at a time: so few stay in the processor's cache.
+# Rows that are processed in float64 at a time, few enough for the processor's cache.
 CHUNK = 128
-# What an exponent counts for: an odd number without a pattern.
+# Factor for the exponent in the hash, an arbitrary odd number.
 EXPONENT = 0x1E3779B97F4A7C15
 
 
 def keys(x: Tensor) -> Tensor:
-    """A number for each row of `x (N, d)`: `(N,)` int64, on the CPU; equal rows have the same.
+    """Compute a key for each row of `x (N, d)`, `(N,)` int64, on the CPU; equal rows, equal keys.
 
-    A row's features, as fractions of its largest, times fixed random whole numbers, summed modulo
-    2^64. Whole numbers add up to the same in any order and on any device; rows that differ by
-    rounding alone mostly get neighbouring keys, and so do those of embeddings in another unit. Of a
-    single feature fractions say nothing: its mantissa and exponent count, too.
+    The key is the sum, modulo 2^64, of the row's features, as fractions of the largest feature,
+    times fixed random whole numbers. Sums of whole numbers are the same in any order and on any
+    device. Rows that differ only by rounding, or by a common factor of all rows, mostly get
+    neighbouring keys. With a single feature the fraction is always the same, so its mantissa and
+    exponent are used, too.
     """
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**15), 2**15, (x.shape[1] + 1,), generator=generator)
     x = x.detach()
     x = x.cpu() if x.device.type == "mps" else x
     factors, single = factors.to(x.device), x.shape[1] == 1
-    # Filled in: small results, kept one by one between large ones that come and go, would leave
-    # holes in the memory that add up to the size of x.
+    # Allocate the result once. Small tensors that stay between large temporary ones would fragment
+    # the memory, by up to the size of x.
     found = torch.empty(len(x), dtype=torch.int64, device=x.device)
     for rows, result in zip(x.split(CHUNK), found.split(CHUNK), strict=True):
         rows = rows.double()
@@ -44,8 +45,12 @@ def keys(x: Tensor) -> Tensor:
 
 
 def in_order(x: Tensor, y: Tensor) -> Tensor:
-    """`(N,)`, the places of the rows `x (N, d)` with labels `y (N,)` in an order that depends on
-    the rows alone. Multiples of a row follow each other by size, equal rows by label.
+    """Sort the rows `x (N, d)` with labels `y (N,)` by their contents.
+
+    Multiples of a row are sorted by size, equal rows by label.
+
+    Returns:
+        The indices `(N,)` of the rows in this order.
     """
     sizes = torch.linalg.vector_norm(x.detach(), torch.inf, 1) if len(x) else x.new_zeros(0)
     columns = (y, sizes, keys(x))

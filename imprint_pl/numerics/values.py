@@ -27,7 +27,7 @@ def _one_of(keyword: str, value: str, known: Collection[str]) -> str:
 
 
 def _positive(keyword: str, value: float) -> float:
-    """Return the value, or raise an `ImprintError` if it is no number from 1e-12 to 1e12."""
+    """Return the value, or raise an `ImprintError` unless it is a number from 1e-12 to 1e12."""
     if not is_number(value) or not value > 0:
         raise ImprintError(f"{keyword}={value!r}: give a number above 0")
     if not SMALLEST <= value <= LARGEST:

@@ -1,1 +1,1 @@
-"""The parts of the paper's figure, a file a method."""
+"""The parts of the paper's figure, one file for each method."""

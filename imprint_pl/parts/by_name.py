@@ -35,12 +35,19 @@ SLOTS: dict[str, dict[str, Any]] = {
 
 
 def base_of(slot: str) -> type:
-    """What a part of one's own, named by its import path, has to inherit from."""
+    """Return the class that a user's own part for a slot has to inherit from."""
     return {"gen": Generator, "agg": Aggregation}.get(slot, Norm)
 
 
 def step_names(part: Any) -> list[Any]:
-    """A slot's value as a list: of a name, names joined by `+`, a list of names, an instance."""
+    """Split a slot's value into its steps.
+
+    Args:
+        part: A name, several names joined by `+`, a list of names or an instance.
+
+    Returns:
+        The steps as a list.
+    """
     if isinstance(part, str):
         return part.split("+")
     return list(part) if isinstance(part, list | tuple) else [part]
@@ -52,7 +59,7 @@ def steps_of(part: Any) -> list[Any]:
 
 
 def name_of(part: Any) -> str:
-    """What stands for a part in recipes, files and tables: see the top of this file."""
+    """Return the name of a part in recipes, files and tables: a short name, or an import path."""
     if isinstance(part, Chain):
         return "+".join(map(name_of, part.steps))
     kind, short = type(part), getattr(part, "name", None)
@@ -64,7 +71,8 @@ def name_of(part: Any) -> str:
 def import_parts(keywords: Mapping[str, Any]) -> None:
     """Imports the modules of the parts that `keywords` name by an import path.
 
-    It runs their code: only for keywords that the user has typed, never for those of a file.
+    This runs the modules' code, so call it only with keywords that the user has typed, never with
+    those of a file.
 
     Raises:
         ImprintError: a module that cannot be imported.
@@ -91,7 +99,7 @@ def check_imported(keywords: Mapping[str, Any]) -> None:
 
 
 def _paths(keywords: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The slots whose value is an import path, and the path."""
+    """Return `(slot, path)` for each slot whose value is an import path."""
     return [
         (slot, name)
         for slot, table in SLOTS.items()
@@ -104,7 +112,7 @@ def class_named(slot: str, name: str) -> Any:
     """The class that a name stands for; one with an import path has to be imported already.
 
     Raises:
-        ImprintError: an unknown name; an import path of what is not imported, or not of a part.
+        ImprintError: the name is unknown, or its module is not imported or has no such part.
     """
     table = SLOTS[slot]
     if name in table:
@@ -112,7 +120,8 @@ def class_named(slot: str, name: str) -> Any:
     if "." not in name:
         known = [*table, "same"] if slot == "norm_inf" else table
         raise ImprintError(f"unknown {slot}={name!r}{near_names(name, known)}")
-    # Not by `import_module` or `getattr`: names may come from a stranger's file, and both run code.
+    # Do not use `import_module` or `getattr` here: both run code, and the name may come from a
+    # stranger's file.
     module, _, own = name.rpartition(".")
     if module not in sys.modules:
         raise ImprintError(
@@ -129,7 +138,7 @@ def class_named(slot: str, name: str) -> Any:
 
 
 def classes_named(keywords: Mapping[str, Any]) -> list[Any]:
-    """The classes of the parts that `keywords` name, without names that are unknown."""
+    """Return the classes of the parts that `keywords` name; unknown names are left out."""
     classes = []
     for slot in SLOTS:
         for name in step_names(keywords.get(slot)):
@@ -153,9 +162,9 @@ def _signature(part: Any, eval_str: bool = False) -> dict[str, inspect.Parameter
 
 
 def keywords_of_parts(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords of the parts that `keywords` name, those of a user's own parts too, with types.
+    """Return the keywords, with types, of the parts that `keywords` name, users' parts included.
 
-    A keyword without an annotation has the type of its default, or any.
+    A keyword without an annotation has the type of its default, or `Any`.
     """
     found: dict[str, Any] = {}
     for part in classes_named(keywords):
@@ -173,20 +182,20 @@ def every_parameter() -> set[str]:
 
 
 def declared(part: Any, name: str) -> Any:
-    """What the class of a part says of itself in its own body; `False` where it says nothing.
+    """Return a class attribute that the part's class sets in its own body, `False` if it does not.
 
-    Inherited values do not count: a subclass that overrides a method may make them untrue.
+    Inherited values do not count, since a subclass may override the method that they describe.
     """
     return getattr(part, name) if name in vars(type(part)) else False
 
 
 def near_names(name: Any, known: Iterable[str]) -> str:
-    """The known names that are near, then all of them, as the end of a message."""
+    """Return the end of an error message: similar known names, then all known names."""
     return f"{did_you_mean(name, known)} (known: {', '.join(known)})"
 
 
 def describe(part: Any) -> list[dict[str, Any]]:
-    """The steps of a part as plain names and numbers, `[{"name": …, parameter: …}]`, for a file."""
+    """Return the steps of a part as plain values for a file, `[{"name": …, parameter: …}]`."""
     return [
         {"name": name_of(step)} | {name: getattr(step, name) for name in parameters_of(type(step))}
         for step in steps_of(part)
@@ -194,10 +203,10 @@ def describe(part: Any) -> list[dict[str, Any]]:
 
 
 def build(slot: str, description: list[dict[str, Any]]) -> nn.Module:
-    """The part that `describe` described, not fitted.
+    """Build the part that `describe` described; it is not fitted.
 
     Raises:
-        ImprintError: the name of a part that is neither ours nor imported.
+        ImprintError: a part is neither of this package nor imported, or does not take its keywords.
     """
     steps = []
     for step in description:

@@ -1,1 +1,1 @@
-"""A classifier behind HTTP: predictions, a page, and classes that come and go while it runs."""
+"""Serves a classifier over HTTP: predictions, a page, and changes of the classes while it runs."""

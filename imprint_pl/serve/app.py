@@ -1,4 +1,4 @@
-"""The routes: what can be asked over HTTP, and how it is described in `/openapi.json`."""
+"""The HTTP routes, and their description in `/openapi.json`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from imprint_pl.serve.uploads import IMAGES, NAME, read_form
 from imprint_pl.serve.version import Prediction, ServedClass, Version
 
 PAGE = Path(__file__).parent / "page.html.jinja"
-# Training images that an answer names, and classes.
+# How many training images, and classes, an answer names.
 NEIGHBOURS, TOP = 5, 5
 
 
@@ -56,7 +56,7 @@ class Classes:
 
 @dataclass(frozen=True)
 class Health:
-    """That the server answers."""
+    """The answer of a running server."""
 
     status: str
     version: str
@@ -71,7 +71,7 @@ class Fault:
 
 
 def _form(required: list[str], description: str) -> dict[str, Any]:
-    """The form of a request, for the description: routes read it themselves, within the limits."""
+    """Describes the form of a request. Routes read the form themselves, to apply the limits."""
     files = {"type": "array", "items": {"type": "string", "format": "binary"}}
     properties = {IMAGES: files, NAME: {"type": "string", "description": description}}
     schema = {
@@ -99,14 +99,14 @@ def make_app(service: Service, token: str | None) -> FastAPI:
     """Returns the application.
 
     Args:
-        service: answers.
-        token: whoever has it may change the classes; `None` where nobody may.
+        service: the service that answers requests.
+        token: the token that allows changes of the classes; `None` if changes are not allowed.
     """
     app = FastAPI(
         title="imprint_pl",
         version=__version__,
         description="An imprinted image classifier. Errors are JSON with one text, `detail`.",
-        # These pages would load scripts from elsewhere.
+        # These pages would load scripts from other sites.
         docs_url=None,
         redoc_url=None,
     )
@@ -138,7 +138,7 @@ def make_app(service: Service, token: str | None) -> FastAPI:
     async def refused(request: Request, error: Refused) -> JSONResponse:
         headers = dict(error.headers)
         if error.status in (408, 413):
-            # The rest of the body is not read.
+            # Close the connection, since the rest of the body is not read.
             headers["connection"] = "close"
         return JSONResponse({"detail": str(error)}, error.status, headers)
 
@@ -226,7 +226,7 @@ def make_app(service: Service, token: str | None) -> FastAPI:
 
 
 def _version_in(if_match: str | None) -> str | None:
-    """The version that an If-Match header names; `None` where any will do."""
+    """Returns the version that an If-Match header names; `None` if any version is accepted."""
     return None if if_match in (None, "*") else str(if_match).strip().strip('"')
 
 

@@ -1,4 +1,4 @@
-"""One thread that runs the backbone, on the images of all requests that wait for it."""
+"""Runs the backbone in one thread, on batches of images of all waiting requests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Images in one forward pass. A CPU embeds four of them a sixth faster than one, and more of them
-# slower again, since they no longer fit its caches (EfficientNet-Lite0 in ONNX Runtime).
+# Most images in one forward pass. A CPU embeds batches of four a sixth faster than single images,
+# and larger batches more slowly again, since they do not fit its caches (EfficientNet-Lite0 in ONNX
+# Runtime).
 MOST_ON_CPU, MOST = 4, 32
 
 
@@ -22,13 +23,13 @@ class _Job(NamedTuple):
 
 
 class Batcher:
-    """Embeds images in the order in which they come; those that came meanwhile go together.
+    """Embeds images in the order in which they arrive; those that wait are embedded together.
 
-    A batch never waits to become larger: alone, a request is as fast as the bare model.
+    A batch never waits to become larger, so a single request is as fast as the model alone.
 
     Args:
         embed: prepared images `(B, …)` → embeddings `(B, d)`.
-        most: images in a forward pass; a request that has more goes in pieces.
+        most: most images in a forward pass; a request with more is divided.
     """
 
     def __init__(self, embed: Callable[[Tensor], Tensor], most: int) -> None:
@@ -38,14 +39,16 @@ class Batcher:
         self._thread.start()
 
     def submit(self, images: Tensor) -> Future[Tensor]:
-        """Takes images `(n, …)`, and returns the future of their embeddings `(n, d)`. A future that
-        is cancelled in time is not computed."""
+        """Takes images `(n, …)` and returns the future of their embeddings `(n, d)`.
+
+        A future that is cancelled in time is not computed.
+        """
         job = _Job(images, Future())
         self._jobs.put(job)
         return job.future
 
     def close(self) -> None:
-        """Embeds what waits, and ends the thread."""
+        """Embeds the waiting images, and ends the thread."""
         self._jobs.put(None)
         self._thread.join()
 
@@ -77,5 +80,5 @@ class Batcher:
                 job.future.set_exception(error)
             return
         for job, own in zip(jobs, x.split([len(job.images) for job in jobs]), strict=True):
-            # A copy, so that nobody holds the embeddings of all.
+            # Copy, so that no request keeps the embeddings of all requests in memory.
             job.future.set_result(own.clone())

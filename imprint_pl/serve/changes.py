@@ -1,8 +1,8 @@
-"""Classes that come and go while the classifier is served.
+"""Changes of the classes while the classifier is served.
 
-Each change is written as a checkpoint of its own beside the one that is served, with its state:
-`NAME.served-1.ckpt`, `NAME.served-2.ckpt`, …. The newest is what is served, now and after a
-restart. Undoing a change deletes the newest. The checkpoint of the fit is never written to.
+Each change is written as a new checkpoint beside the original one, with its state:
+`NAME.served-1.ckpt`, `NAME.served-2.ckpt`, …. The newest one is served, also after a restart.
+Undoing a change deletes the newest one. The checkpoint of the fit is never changed.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from imprint_pl.serve.version import Version
 from imprint_pl.training_set.kept import State
 from imprint_pl.training_set.kept_file import read_state, state_path, write_state
 
-# How many changes are kept to be undone.
+# How many changes can be undone.
 UNDO = 20
-# The entry of a served checkpoint that says what it is.
+# The entry of a served checkpoint that describes the change.
 SERVED = "served"
 
 
 class Changes:
-    """The version that is served, and the changes that lead to the next one.
+    """The version that is served, and the changes that make new versions.
 
-    A change makes a new head, writes it, and then replaces `current`, one reference: whoever has
-    taken `current` goes on with one head to the end. Changes come one after the other.
+    A change makes a new head, writes it, and then replaces the single reference `current`. A
+    request that has taken `current` uses the same head to its end. Changes run one after the other.
 
     Args:
-        checkpoint: what `fit` wrote.
-        model: its classifier, on the device where it predicts. Its backbone serves all versions.
-        allowed: whether changes may come. Another process must not change the same checkpoint then.
+        checkpoint: a checkpoint of `fit`.
+        model: its classifier, on the device for predictions. All versions share its backbone.
+        allowed: whether changes are allowed. Only one process may then change this checkpoint.
 
     Attributes:
         current: the version that is served.
 
     Raises:
-        ImprintError: a file is damaged or belongs to another checkpoint; or changes are to be
-            allowed, and nothing was kept to make them of, or another process allows them, too.
+        ImprintError: a file is damaged or belongs to another checkpoint; or changes are allowed,
+            but no training set was kept, or another process allows them, too.
     """
 
     def __init__(self, checkpoint: str | Path, model: ImprintedClassifier, allowed: bool) -> None:
@@ -72,14 +72,14 @@ class Changes:
                 self._base = hashlib.file_digest(file, "sha256").hexdigest()
             self.current = self._read(self._newest()).prepare()
             if allowed and self.current.state is None:
-                # Raises, since nothing was kept, and says how to fit.
+                # This raises, since nothing was kept, with a message on how to fit.
                 read_state(state_path(self.checkpoint))
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Lets another process change the checkpoint."""
+        """Releases the checkpoint, so that another process can change it."""
         if self._process is not None:
             self._process.release()
 
@@ -95,14 +95,17 @@ class Changes:
         """Adds a class.
 
         Args:
-            name: its name.
-            x: embeddings of its images `(n, d)`.
-            sources: n words that name the images, or none.
-            expected: id of the version that is to be changed; any where it is `None`.
+            name: the name of the class.
+            x: the embeddings of its images `(n, d)`.
+            sources: n names of the images, or none.
+            expected: the id of the version to change; `None` accepts any.
+
+        Returns:
+            The new version.
 
         Raises:
-            Refused: another version is served by now (412), or the class is there (409).
-            ImprintError: the name is no name.
+            Refused: another version is served by now (412), or the class exists already (409).
+            ImprintError: the name is not valid.
         """
         check_name(name)
 
@@ -116,8 +119,8 @@ class Changes:
     def add_examples(
         self, name: str, x: Tensor, sources: Sequence[str] = (), expected: str | None = None
     ) -> Version:
-        """Adds images to a class. Arguments and errors as for `add_class`; an unknown class is
-        `Refused` (404)."""
+        """Adds images to a class. Arguments and errors are those of `add_class`; an unknown class
+        is `Refused` (404)."""
 
         def grown(state: State) -> State:
             _check_there(name, state)
@@ -129,8 +132,8 @@ class Changes:
         """Removes a class.
 
         Raises:
-            Refused: no such class (404), it is the last one or was kept as sums that do not suffice
-                (409), or another version is served by now (412).
+            Refused: there is no such class (404), it is the last one or was kept as sums that do
+                not suffice (409), or another version is served by now (412).
         """
 
         def shrunk(state: State) -> State:
@@ -143,17 +146,17 @@ class Changes:
         return self._change(f"removed {name}", shrunk, expected)
 
     def undo(self, expected: str | None = None) -> Version:
-        """Goes back to the version before.
+        """Returns to the previous version.
 
         Raises:
-            Refused: there is none (409), or another version is served by now (412).
+            Refused: there is no previous version (409), or another version is served by now (412).
         """
         with self._lock:
             self._check_expected(expected)
             number = self.current.number
             if not self.can_undo:
                 raise Refused(409, "there is no change to undo")
-            # What is read first can fail without harm.
+            # Read the previous version first, since nothing has changed yet if this fails.
             before = self._read(number - 1).prepare()
             path = self._path(number)
             path.unlink()
@@ -185,7 +188,7 @@ class Changes:
         checkpoint = read_checkpoint(before)
         checkpoint[SERVED] = {"of": self._base, "id": version.id, "change": version.change}
         try:
-            # The state first: a version is there once its checkpoint is.
+            # Write the state first: a version exists once its checkpoint does.
             sync(write_state(version.state, state_path(path)))
             write_whole(path, with_head(checkpoint, version.head), durable=True)
         except (ImprintError, OSError) as error:
@@ -226,7 +229,7 @@ class Changes:
         return max(self._numbers(), default=0)
 
     def _numbers(self) -> list[int]:
-        """The numbers of the versions beside the checkpoint."""
+        """Returns the numbers of the versions beside the checkpoint."""
         pattern = re.compile(re.escape(self.checkpoint.stem) + r"\.served-([1-9]\d*)\.ckpt")
         names = (pattern.fullmatch(path.name) for path in self.checkpoint.parent.iterdir())
         return sorted(int(found[1]) for found in names if found)

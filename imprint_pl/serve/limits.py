@@ -1,5 +1,5 @@
-"""What the server refuses before it computes anything: foreign hosts and origins, bodies that are
-too large or too slow, and more requests than it can hold.
+"""Refuses requests before anything is computed: foreign hosts and origins, bodies that are too
+large or too slow, and too many requests.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-# Bodies that the server holds at the same time, in units of the largest that is allowed.
+# How many bodies of the largest size the server keeps in memory at the same time.
 HELD = 4
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-# Headers of every answer. A page of somebody else's can neither show these answers nor read them.
+# Headers of every answer. With them, pages of other sites can neither show nor read these answers.
 SAFE_HEADERS = {
     "content-security-policy": "frame-ancestors 'none'",
     "cross-origin-resource-policy": "same-origin",
@@ -50,14 +50,14 @@ class Refused(ImprintError):
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a request may ask for, and how much the server takes on.
+    """The limits of a request, and of the whole server.
 
     Attributes:
-        megabytes: size of a request's body, in units of 10^6 bytes.
-        megapixels: width times height of an image, in units of 10^6.
-        images: in one request.
-        seconds: until a body has arrived, and again until the answer is there.
-        requests: that are under way at the same time.
+        megabytes: largest body of a request, in units of 10^6 bytes.
+        megapixels: largest image, width times height in units of 10^6.
+        images: most images in one request.
+        seconds: longest time until a body has arrived, and again until the answer is ready.
+        requests: most requests at the same time.
 
     Raises:
         ImprintError: one of them is not above 0.
@@ -88,24 +88,24 @@ class Limits:
 
 @dataclass
 class _Body:
-    """What has arrived of a request's body: how many bytes, and whether that is all."""
+    """The received part of a request's body: the number of bytes, and whether it is complete."""
 
     arrived: int = 0
     whole: bool = False
 
 
 class Guard:
-    """Stands around the application and refuses requests by their headers, size and number.
+    """Middleware that refuses requests by their headers, size and number.
 
     Args:
         app: the application.
-        hosts: names by which the server may be addressed, without ports. A page of another site
-            that had its name point to this machine would send that name.
+        hosts: names by which the server may be addressed, without ports. They protect against DNS
+            rebinding: a page of another site whose name points to this machine sends its own name.
         limits: see `Limits`.
 
     Attributes:
         under_way: how many requests are being answered.
-        held: bytes of their bodies.
+        held: bytes of their bodies in memory.
     """
 
     def __init__(self, app: App, hosts: Collection[str], limits: Limits) -> None:
@@ -156,7 +156,7 @@ class Guard:
             raise Refused(400, f"content-length {length!r:.100} is no number")
         if int(length) > self.limits.body:
             raise self._too_large()
-        # Whoever watches over the server must get an answer when it is busy, too.
+        # Monitoring must get an answer even when the server is busy.
         if self.under_way >= self.limits.requests and scope["path"] != "/health":
             raise self._busy()
 
@@ -174,13 +174,13 @@ class Guard:
         )
 
     def _limited(self, receive: Receive, body: _Body) -> Receive:
-        """Counts the bytes that arrive, and the time until all have arrived."""
+        """Wraps `receive` to limit the bytes of the body and the time until it has arrived."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.limits.seconds
 
         async def limited() -> Message:
             if body.whole:
-                # Only the end of the connection can come now.
+                # After the body, only the end of the connection can follow.
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline):
@@ -206,7 +206,7 @@ async def _answer(refused: Refused, send: Send) -> None:
     body = json.dumps({"detail": str(refused)}).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body))}
     if refused.status == 413:
-        # The rest of the body is not read.
+        # Close the connection, since the rest of the body is not read.
         headers["connection"] = "close"
     pairs = [(n.encode(), v.encode()) for n, v in (headers | refused.headers).items()]
     await send({"type": "http.response.start", "status": refused.status, "headers": pairs})
@@ -214,8 +214,8 @@ async def _answer(refused: Refused, send: Send) -> None:
 
 
 def _name_of(host: str) -> str:
-    """The name in a Host header, without its port and without the brackets of IPv6; empty where it
-    cannot be read.
+    """Returns the name in a Host header, without its port and the brackets of IPv6; empty if it is
+    not valid.
 
     >>> _name_of("Localhost:8000"), _name_of("[::1]:80"), _name_of("[::1")
     ('localhost', '::1', '')

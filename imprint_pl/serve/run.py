@@ -1,4 +1,4 @@
-"""Starts the server: loads the classifier, takes the address, and says where the page is."""
+"""Starts the server: loads the classifier, opens the port, and prints the address of the page."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from imprint_pl.serve.changes import Changes
 from imprint_pl.serve.limits import LOOPBACK, Guard, Limits
 from imprint_pl.serve.service import Service
 
-# Where the token may stand instead of a file.
+# Environment variable with the token, instead of a file.
 TOKEN = "IMPRINT_PL_TOKEN"
-# A token that somebody chose must not be guessed.
+# Shortest token, in characters, so that it cannot be guessed.
 SHORTEST_TOKEN = 16
-# Addresses of all networks of this machine, by which nobody can address it.
+# Addresses that listen on all networks of this machine, but that clients cannot use.
 ANY = ("0.0.0.0", "::", "")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `serve` is asked for.
+    """The options of `serve`.
 
     Attributes:
-        checkpoint: what `fit` wrote.
-        host: the address of this machine to listen at.
-        port: 0 takes a free one.
+        checkpoint: a checkpoint of `fit`.
+        host: the address of this machine to listen on.
+        port: the port; 0 takes a free one.
         hosts: further names by which clients may address the server.
-        allow_changes: whether classes may be changed by whoever has the token.
-        token_file: has the token; without it the variable `IMPRINT_PL_TOKEN` has it, or one is
-            drawn and printed.
+        allow_changes: whether clients with the token may change the classes.
+        token_file: a file with the token. Without it the token is in the environment variable
+            `IMPRINT_PL_TOKEN`, or a random one is printed.
         keep_images: folder for the images of added classes.
-        device: of the backbone and the head; a GPU where there is one.
+        device: the device of the backbone and the head; by default a GPU if there is one.
         runtime: as for `load_backbone`.
         limits: see `Limits`.
     """
@@ -62,12 +62,12 @@ class Options:
 
 
 def serve(options: Options) -> None:
-    """Serves a checkpoint until SIGTERM or Ctrl-C, which let it finish what is under way.
+    """Serves a checkpoint until SIGTERM or Ctrl-C; requests that are being answered are finished.
 
     Raises:
-        ImprintError: the checkpoint cannot be served, or the address cannot be had.
+        ImprintError: the checkpoint cannot be served, or the address cannot be used.
     """
-    # It would print a line for every form that a client has cut short.
+    # Otherwise it would print a line for every incomplete form.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     hosts = _hosts(options)
     token, is_drawn = _token(options) if options.allow_changes else (None, False)
@@ -81,10 +81,10 @@ def serve(options: Options) -> None:
                     app,
                     log_level="warning",
                     access_log=False,
-                    # Nothing that a client says of itself is believed.
+                    # Do not trust headers with a client's address.
                     proxy_headers=False,
                     server_header=False,
-                    # Connections without a request count, too.
+                    # This limit also counts connections without a request.
                     limit_concurrency=4 * options.limits.requests,
                     ws="none",
                 )
@@ -96,7 +96,8 @@ def serve(options: Options) -> None:
             bracketed = f"[{name}]" if ":" in name else name
             secret = f"#token={token}" if is_drawn else ""
             print(f"page: http://{bracketed}:{listener.getsockname()[1]}/{secret}", flush=True)
-            # uvicorn sends itself the signal again when it has finished; the command ends as usual.
+            # uvicorn raises the signal again when it has finished. Ignore it then, so that the
+            # command ends normally.
             before = {
                 number: signal.signal(number, lambda *_: None)
                 for number in (signal.SIGTERM, signal.SIGINT)
@@ -132,7 +133,7 @@ def _service(options: Options) -> Service:
 
 
 def _hosts(options: Options) -> list[str]:
-    """The names by which clients may address the server."""
+    """Returns the names by which clients may address the server."""
     if options.host in ANY and not options.hosts:
         raise ImprintError(
             f"host={options.host!r} listens on every network of this machine: name the host as "
@@ -143,7 +144,7 @@ def _hosts(options: Options) -> list[str]:
 
 
 def _token(options: Options) -> tuple[str, bool]:
-    """The token for changes, and whether it was drawn, so that it has to be printed."""
+    """Returns the token for changes, and whether it is random and has to be printed."""
     if options.token_file is not None:
         path = Path(local_path(options.token_file))
         try:

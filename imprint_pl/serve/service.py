@@ -1,4 +1,4 @@
-"""What the routes call: images to predictions, to changes, and to pictures of training images."""
+"""The functions that the routes call: predictions, changes, and pictures of training images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from imprint_pl.serve.version import Prediction, Version
 
 # Longest side of a training image's picture on the page, in pixels.
 SMALL = 192
-# Stands for the number of images that are to come: a server runs long.
+# The expected number of images for `runtime="auto"`, large because a server runs for a long time.
 MANY = 10**9
 
 T = TypeVar("T")
@@ -44,13 +44,13 @@ class Predicted(NamedTuple):
 class Service:
     """A classifier that answers many clients at the same time.
 
-    Images are decoded by a thread for each core, embedded by one thread in batches (`Batcher`), and
-    changes are made by one more.
+    One thread per core decodes images, one thread embeds them in batches (`Batcher`), and one more
+    thread makes changes.
 
     Args:
         changes: the versions of the classifier.
         limits: see `Limits`.
-        keep_images: folder for the images of added classes; their bytes are not kept without it.
+        keep_images: folder for the images of added classes; without it they are not kept.
 
     Raises:
         ImprintError: the classifier takes embeddings.
@@ -77,7 +77,7 @@ class Service:
         self._warm_up()
 
     def close(self) -> None:
-        """Ends the threads, after what they are doing."""
+        """Waits for the work in progress, and ends the threads."""
         self._threads.shutdown()
         self._changing.shutdown()
         self._batcher.close()
@@ -87,9 +87,9 @@ class Service:
         """Predicts the images of a form.
 
         Args:
-            form: of a request.
-            top: how many classes to name, at most.
-            neighbours: how many training images to name, at most.
+            form: the form of a request.
+            top: most classes to name.
+            neighbours: most training images to name.
 
         Raises:
             Refused: an image cannot be read, or it took too long (504).
@@ -98,13 +98,13 @@ class Service:
         files = [upload.name for upload in form.images]
         async with self._in_time():
             x = await self._embedded(form.images)
-            # One version for all images of a request.
+            # Use one version for all images of a request.
             version = self.changes.current
             found = await _in(self._threads, lambda: version.predict(x, files, top, neighbours))
         return Predicted(version, found)
 
     async def add_class(self, form: Form, expected: str | None) -> Version:
-        """Adds a class of a form's images. See `Changes.add_class`."""
+        """Adds a class from the images of a form. See `Changes.add_class`."""
         x, sources = await self._to_add(form)
         step = self.changes.add_class
         return await _in(self._changing, lambda: step(form.name, x, sources, expected))
@@ -124,10 +124,10 @@ class Service:
         return await _in(self._changing, lambda: self.changes.undo(expected))
 
     async def picture(self, key: str) -> bytes:
-        """A training image as a small JPEG file, by the key of `NearImage.picture`.
+        """Returns a training image as a small JPEG file, by the key of `NearImage.picture`.
 
         Raises:
-            Refused: there is none, or it can no longer be read (404).
+            Refused: there is no such image, or it can no longer be read (404).
         """
         source = self.changes.current.picture(key)
         if source is None:
@@ -135,7 +135,7 @@ class Service:
         return await _in(self._threads, lambda: _small(source))
 
     async def _to_add(self, form: Form) -> tuple[Tensor, list[str]]:
-        """Embeddings and sources of the images that a class is to get."""
+        """Returns embeddings and sources of the images to add to a class."""
         async with self._in_time():
             x = (await self._embedded(form.images)).cpu()
             folder = self.keep_images
@@ -154,7 +154,7 @@ class Service:
             ) from None
 
     async def _embedded(self, uploads: list[Upload]) -> Tensor:
-        """Embeddings `(n, d)` of n image files."""
+        """Returns the embeddings `(n, d)` of n image files."""
         preprocess, side, limits = self._preprocess, self.model.max_side, self.limits
         decoding = [
             _in(self._threads, partial(prepared, upload, preprocess, side, limits))
@@ -163,7 +163,7 @@ class Service:
         try:
             images = torch.cat(await asyncio.gather(*decoding))
         finally:
-            # If one image is refused, so is the request: the others need not be decoded.
+            # If one image is refused, the whole request is, so cancel decoding the others.
             for one in decoding:
                 one.cancel()
         return await asyncio.wrap_future(self._batcher.submit(images))
@@ -173,7 +173,8 @@ class Service:
         return self.model.embed(images)
 
     def _warm_up(self) -> None:
-        """Has a runtime build its graph, and torch its kernels, before the first request."""
+        """Embeds an image, so that runtimes build their graph, and torch its kernels, before the
+        first request."""
         grey = torch.zeros(1, *self._preprocess.size, dtype=torch.uint8)
         self._batcher.submit(self._preprocess([grey])).result()
 
@@ -183,7 +184,7 @@ def _in(pool: ThreadPoolExecutor, work: Callable[[], T]) -> asyncio.Future[T]:
 
 
 def _kept(upload: Upload, folder: Path) -> str:
-    """Keeps an image under a name of its content, never of the client's; returns the path."""
+    """Writes an image to a file that is named by its content, not by the client; returns it."""
     path = folder / hashlib.sha256(upload.content).hexdigest()
     if not path.is_file():
         write_whole(path, upload.content)
@@ -195,7 +196,7 @@ def _small(source: str) -> bytes:
         image = read_image(source, SMALL)
     except ImprintError as error:
         raise Refused(404, "this picture can no longer be read") from error
-    # Grey is repeated and alpha dropped, as the backbone sees it.
+    # Repeat grey and drop alpha, as for the backbone.
     colours = image[: 1 if len(image) < 3 else 3].expand(3, -1, -1).permute(1, 2, 0)
     content = io.BytesIO()
     Image.fromarray(colours.contiguous().numpy()).save(content, "JPEG", quality=85)

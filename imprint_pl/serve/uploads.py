@@ -1,4 +1,4 @@
-"""Images out of a request: read from its form, and decoded as `predict` decodes files."""
+"""Reads images from the form of a request, and decodes them as `predict` decodes files."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from imprint_pl.embedding.preprocess import Preprocess
 from imprint_pl.errors import ImprintError, shown
 from imprint_pl.serve.limits import Limits, Refused
 
-# Characters of a file's or a class's name.
+# Most characters of a file's or a class's name.
 LONGEST_NAME = 200
-# The field of the form that has the images, and that of a class's name.
+# The fields of the form with the images and with a class's name.
 IMAGES, NAME = "images", "name"
 
 
 @dataclass(frozen=True)
 class Upload:
-    """An image file that a client has sent: the name that it gave it, and the bytes."""
+    """An image file that a client has sent: the client's name for it, and its bytes."""
 
     name: str
     content: bytes
@@ -29,7 +29,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class Form:
-    """What a request has brought: image files, and the name of a class, empty where none came."""
+    """The form of a request: image files, and the name of a class, which may be empty."""
 
     images: list[Upload]
     name: str
@@ -39,14 +39,14 @@ async def read_form(request: Request, limits: Limits) -> Form:
     """Reads the form of a request.
 
     Raises:
-        Refused: it is no form (415), a field is missing or unknown (422), or there are too many
-            images (413).
+        Refused: the body is not a form (415), a field is missing or unknown (422), or there are too
+            many images (413).
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
         raise Refused(415, f"send a form, multipart/form-data, not {kind or 'nothing'!r:.100}")
     try:
-        # One file more than allowed, so that the parser's limit does not speak first.
+        # Let the parser accept one more file than allowed, so that our own message is shown.
         form = await request.form(max_files=limits.images + 1, max_fields=2)
     except Refused:
         raise
@@ -88,12 +88,12 @@ async def _checked(form: FormData, limits: Limits) -> Form:
 def prepared(
     upload: Upload, preprocess: Preprocess, max_side: int | None, limits: Limits
 ) -> Tensor:
-    """Decodes an image and makes the backbone's input of it, `(1, C, H, W)`.
+    """Decodes an image and turns it into the backbone's input, `(1, C, H, W)`.
 
-    The decoded image, which may be large, is not kept.
+    The decoded image, which may be large, is not kept in memory.
 
     Raises:
-        Refused: it is no image (415), too large (413), or damaged (422).
+        Refused: the file is not an image (415), too large (413), or damaged (422).
     """
     try:
         size = stated_size(upload.content)

@@ -1,5 +1,5 @@
-"""One state of the served classifier: its head, what was kept of its training set, and the training
-images that can be shown. It never changes; a change makes another one.
+"""A version of the served classifier: its head, its kept training set, and the training images that
+can be shown. A version is immutable; a change makes a new one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class NearImage:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the classifier says of an image.
+    """The prediction for an image.
 
     Attributes:
         file: the name that the client gave it.
@@ -81,11 +81,11 @@ class Version:
     """A head and what belongs to it.
 
     Attributes:
-        head: in eval mode, on the device where it predicts.
-        state: what was kept of the training set, if anything.
-        number: how many changes lead to it from the checkpoint.
-        id: differs between any two versions.
-        change: what the last change was; empty for the checkpoint itself.
+        head: the head, in eval mode, on the device for predictions.
+        state: the kept training set, if there is one.
+        number: how many changes were made since the checkpoint.
+        id: a unique id of the version.
+        change: a description of the last change; empty for the checkpoint itself.
     """
 
     head: ImprintedHead
@@ -96,7 +96,7 @@ class Version:
 
     @property
     def classes(self) -> list[ServedClass]:
-        """The classes in the order of their labels."""
+        """Returns the classes in the order of their labels."""
         head = self.head
         counts = [None] * head.num_classes if self.state is None else self.state.counts.tolist()
         return [ServedClass(shown(head.name_of(label)), n) for label, n in enumerate(counts)]
@@ -107,9 +107,9 @@ class Version:
 
         Args:
             x: `(n, d)`, on the head's device.
-            files: n names.
-            top: how many classes to name, at most.
-            neighbours: how many training images to name, at most.
+            files: the n names of the images.
+            top: most classes to name.
+            neighbours: most training images to name.
 
         Raises:
             ImprintError: an embedding is not finite.
@@ -151,7 +151,7 @@ class Version:
         return found
 
     def picture(self, key: str) -> str | None:
-        """The file of a training image, by the key that `NearImage.picture` ends with."""
+        """Returns the file of a training image, by the key at the end of `NearImage.picture`."""
         return self._files.get(key)
 
     @cached_property
@@ -164,7 +164,7 @@ class Version:
         return unit_rows(self.head, self.state.x) if isinstance(self.state, KeptRows) else None
 
     def prepare(self) -> Version:
-        """Computes what predictions need, so that the first one does not wait for it."""
+        """Computes the cached values of predictions, so that the first one need not wait."""
         _ = self._files, self._units
         return self
 

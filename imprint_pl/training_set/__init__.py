@@ -1,1 +1,1 @@
-"""What is kept of the training embeddings: rows, a sample or sums; for an epoch or for ever."""
+"""Stores for the training embeddings: all rows, a sample or sums; for an epoch or permanently."""

@@ -1,9 +1,10 @@
-"""What is kept of the training set beside a head, so that classes and examples can come and go.
+"""The training set as it is kept beside a head, so that classes and examples can be added and
+removed.
 
 `KeptRows` keeps the embeddings, from which every head can be made. `KeptSums` keeps their sums,
-which are smaller and suffice for some recipes. A `State` never changes: each step returns a new
-one, and `head()` gives the head that imprinting the same samples at once would give, whatever the
-order in which they came.
+which are smaller and suffice for some recipes. A `State` is immutable: each step returns a new one.
+`head()` returns the head that imprinting the same samples at once would give; the order in which
+they came does not matter.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ KEEP = ("moments", "embeddings")
 
 
 def check_keep(keep: str, limits: bool) -> None:
-    """Raises where `keep` is none of `KEEP`, or cannot keep the limits of a head right.
+    """Raises if `keep` is not in `KEEP`, or cannot update the limits of a head.
 
     Args:
-        keep: the word that was given.
+        keep: the user's value.
         limits: whether the head has a familiarity or prediction sets.
 
     Raises:
-        ImprintError: an unknown word, or sums beside limits.
+        ImprintError: an unknown value, or sums together with limits.
     """
     if keep not in KEEP:
         raise ImprintError(
@@ -66,16 +67,16 @@ def check_keep(keep: str, limits: bool) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class State(ABC):
-    """What is kept of the training set of a head, on the CPU: `KeptRows` or `KeptSums`.
+    """The kept training set of a head, on the CPU: `KeptRows` or `KeptSums`.
 
     Attributes:
-        keep: the word of `KEEP` for this kind.
+        keep: the value of `KEEP` for this kind.
         settings: the recipe and its keywords, as `resolve` takes them.
         seed: fixes every random choice.
         class_names: C names.
         embedding_dim: d.
         capped: whether `random_projection` has at most half as many features as there are samples.
-            Earlier versions had this rule, and the states that they wrote go on by it.
+            Earlier versions had this rule, and it still holds for the states that they wrote.
         classifier: the backbone's original classifier, where NORM_post is "quantile".
     """
 
@@ -107,7 +108,7 @@ class State(ABC):
             head: gives the recipe, the seed and the class names.
             keep: "moments" or "embeddings".
             sources: see `KeptRows`; sums do not keep them.
-            limits: what was asked of the head beside its classes.
+            limits: the limits that were fitted with the head.
             weibull: see `KeptRows`.
             classifier: see the attributes.
 
@@ -136,7 +137,7 @@ class State(ABC):
                 **shared,
             )._in_order()
         if getattr(_parts_of(shared["settings"]).gen, "needs_rows", False):
-            # No rows are kept to choose λ by anew: it stays, as the temperature does.
+            # Without rows λ cannot be chosen again, so it stays fixed like the temperature.
             shared["settings"]["lam"] = float(head.settings["chosen_lam"])
             shared["settings"].pop("metric", None)
         parts = _parts_of(shared["settings"])
@@ -172,12 +173,12 @@ class State(ABC):
         Args:
             name: the new class.
             x: its embeddings `(n, d)`.
-            place: its label; the last one by default.
+            place: the label of the new class; by default it comes last.
             sources: see `KeptRows`; sums do not keep them.
 
         Raises:
-            ImprintError: the class is there already, there is no sample, d is another one, or sums
-                do not suffice.
+            ImprintError: the class exists already, no sample was given, the embeddings have another
+                width, or sums do not suffice.
         """
         check_name(name)
         if place_of(name, self.class_names) is not None:
@@ -225,8 +226,11 @@ class State(ABC):
 
     @abstractmethod
     def _relabelled(self, names: list[str], places: Tensor) -> Self:
-        """Renames the classes: label c becomes `places[c]`, and −1 leaves class c out, whose
-        samples were removed before. A label that no place names is a class without samples."""
+        """Changes the labels: label c becomes `places[c]`.
+
+        A class with `places[c] == -1` is left out; its samples were removed before. A new label
+        that is not in `places` is a class without samples.
+        """
 
     def _label(self, name: str) -> int:
         label = place_of(name, self.class_names)
@@ -261,11 +265,10 @@ class KeptRows(State):
     """The training embeddings: every head can be made from them, its temperature included.
 
     Attributes:
-        x: `(N, d)` float32 (float16 in files of earlier versions), in an order that depends on the
-            rows alone, so that a file does not depend on the order in which they came.
+        x: `(N, d)` float32 (float16 in files of earlier versions), sorted by content, so that a
+            file does not depend on the order in which the rows came.
         y: `(N,)` int64, their labels.
-        sources: N words that name the samples, such as their files; empty where nobody asked for
-            names.
+        sources: N names of the samples, such as their files; empty if no names were given.
         accept: share of training samples that the threshold lets pass; see `method/threshold.py`.
         coverage: probability that a prediction set holds the truth; see `method/sets.py`.
         most_bytes: see `Limits`.
@@ -316,21 +319,23 @@ class KeptRows(State):
         return self._taking(in_order(self.x, self.y))
 
     def _taking(self, rows: Tensor) -> Self:
-        """Keeps the rows at these places `(n,)`, in this order."""
+        """Keeps the rows at the indices `(n,)`, in this order."""
         sources = tuple(self.sources[row] for row in rows.tolist()) if self.sources else ()
         return replace(self, x=self.x[rows], y=self.y[rows], sources=sources)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeptSums(State):
-    """The sums of the training embeddings after NORM_pre, or before it where NORM_pre learns from
-    sums (`join`): they tell nothing of single samples.
+    """The sums of the training embeddings, from which single samples cannot be recovered.
+
+    They are sums after NORM_pre, or before it if NORM_pre learns from sums (`join`).
 
     Attributes:
         moments: the sums, with a pooled Gram matrix where GEN needs one; see `kept_sums`.
-        temperature, threshold: the head's. Sums cannot fit them anew, so they stay; so does a λ
-            that was chosen by leaving out rows, which `settings` then has as a number.
-        calibrated: whether the temperature was fitted on these very samples.
+        temperature, threshold: those of the head. Sums cannot fit them again, so they never change.
+            The same is true of a λ that was chosen by leaving out rows; `settings` then holds it as
+            a number.
+        calibrated: whether the temperature was fitted on exactly these samples.
     """
 
     keep: ClassVar[str] = "moments"
@@ -360,7 +365,7 @@ class KeptSums(State):
     def _without(self, label: int, x: Tensor | None) -> Self:
         if self.moments.gram is not None:
             return self._changed(self.moments - self._own_sums(label, x))
-        # Counts and sums of a class are its own: `_relabelled` leaves them out.
+        # Counts and sums are stored by class, so `_relabelled` only has to leave them out.
         self._check_features(-int(self.counts[label]))
         return self._changed(self.moments)
 
@@ -369,7 +374,7 @@ class KeptSums(State):
         return replace(self, class_names=names, moments=moments)
 
     def _changed(self, moments: Moments) -> Self:
-        """Takes other sums, and warns that they come without samples to fit a temperature on."""
+        """Replaces the sums, and warns that there are no samples to fit a temperature on."""
         if self.calibrated and len(self.class_names) > 1:
             kept = "temperature" if self.threshold is None else "temperature and the threshold"
             warn(
@@ -380,7 +385,8 @@ class KeptSums(State):
         return replace(self, moments=moments, calibrated=False)
 
     def _own_sums(self, label: int, x: Tensor | None) -> Moments:
-        """The sums of a class, from all its embeddings, which are compared with what is kept."""
+        """Returns the sums of a class from all its embeddings, and checks that they are the samples
+        that were kept."""
         name, count = self.class_names[label], int(self.counts[label])
         if x is None:
             reason = f"gen={self.settings['gen']!r} needs the Gram matrix, which is one"
@@ -403,14 +409,14 @@ class KeptSums(State):
         return own
 
     def _sums(self, x: Tensor, y: Tensor, more: int) -> Moments:
-        """The sums of samples that come (or go, where `more` is negative)."""
+        """Returns the sums of samples that are added, or removed if `more` is negative."""
         self._check_features(more)
         samples = int(self.counts.sum())
         norm_pre, _ = _fresh(self.parts, self.embedding_dim, samples, self.seed)
         return kept_sums(self.parts, norm_pre, x, y, len(self.class_names))
 
     def _check_features(self, more: int) -> None:
-        """Raises where `more` samples would change the number of random features."""
+        """Raises if `more` samples would change the number of random features."""
         before = int(self.counts.sum())
         for step in _projections(self.parts.norm_pre):
             then, now = (step.features(self.embedding_dim, n) for n in (before, before + more))
@@ -423,8 +429,10 @@ class KeptSums(State):
 
 
 def _projections(norm_pre: nn.Module) -> list[RandomProjection]:
-    """The steps that are drawn by the seed, d and N alone: of all that `fit` something, only these
-    need no samples, so that sums suffice."""
+    """Returns the random projections among the steps of NORM_pre.
+
+    They depend only on the seed, d and N, so they can be drawn again without samples.
+    """
     return [step for step in steps_of(norm_pre) if isinstance(step, RandomProjection)]
 
 
@@ -433,14 +441,14 @@ def _parts_of(settings: dict[str, Any], capped: bool = False) -> Recipe:
     if not isinstance(parts, Recipe):
         raise ValueError("the settings of a head name the recipe that auto chose, not auto")
     for step in _projections(parts.norm_pre):
-        # NORM_inf "same" is the same object.
+        # With norm_inf="same" NORM_inf is the same object, so only NORM_pre has to be changed.
         step.capped = capped
     return parts
 
 
 def _fresh(parts: Recipe, dim: int, samples: int, seed: int) -> tuple[nn.Module, ImprintedHead]:
-    """NORM_pre, and an empty head with its NORM_inf, as they are after a fit on `samples` of `dim`
-    numbers, where sums suffice."""
+    """Returns NORM_pre and an empty head with its NORM_inf, as they are after a fit on `samples`
+    embeddings of `dim` numbers. It is for recipes for which sums suffice."""
     norm_pre, head = parts.fresh()
     for step in _projections(norm_pre):
         step.draw(torch.empty(0, dim), samples, seed)
@@ -448,7 +456,7 @@ def _fresh(parts: Recipe, dim: int, samples: int, seed: int) -> tuple[nn.Module,
 
 
 def _refuse_moments(parts: Recipe, weibull: tuple[float, float] | None) -> None:
-    """Raises where sums of the samples do not suffice to make the head of more samples."""
+    """Raises if sums do not suffice to update the head when samples are added."""
     drawn = _projections(parts.norm_pre)
     learned = [
         step.name

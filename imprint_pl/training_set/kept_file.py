@@ -1,5 +1,5 @@
-"""A `State` as a safetensors file beside its checkpoint. It is written whole, and read only where
-its parts fit each other.
+"""Writes and reads a `State` as a safetensors file beside its checkpoint. Files appear only when
+they are complete, and are read only if their parts fit each other.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ TENSORS = ("x", "y", "classifier", "moments")
 PLAIN: dict[type[State], set[str]] = {
     kind: {field.name for field in fields(kind)} - set(TENSORS) for kind in (KeptRows, KeptSums)
 }
-# What stands for fields that files of earlier versions leave out.
+# Values of fields that are missing in files of earlier versions.
 EARLIER = {"calibrated": True, "capped": True, "coverage": None, "most_bytes": MOST_BYTES}
 
 
 def state_path(checkpoint: str | Path) -> Path:
-    """The state's file beside a checkpoint: `imprinted.ckpt` → `imprinted.state.safetensors`."""
+    """Returns a checkpoint's state file: `imprinted.ckpt` → `imprinted.state.safetensors`."""
     return Path(local_path(checkpoint)).with_suffix(".state.safetensors")
 
 
 def write_state(state: State, path: str | Path) -> Path:
-    """Writes a safetensors file, which appears whole or not at all."""
+    """Writes a safetensors file, which appears only when it is complete; returns its path."""
     holder = state.moments if isinstance(state, KeptSums) else state
     tensors = {name: getattr(holder, name, None) for name in ("x", "y", *SUMS)}
     tensors["classifier"] = state.classifier
@@ -52,7 +52,7 @@ def write_state(state: State, path: str | Path) -> Path:
 
 
 def read_state(path: str | Path) -> State:
-    """Reads what `write_state` wrote.
+    """Reads a file of `write_state`.
 
     Raises:
         ImprintError: there is no such file, or it is not a state.
@@ -67,13 +67,13 @@ def read_state(path: str | Path) -> State:
         if metadata.get("format") != FORMAT:
             raise ValueError("not a state")
         state = _state_of(json.loads(metadata["state"]), tensors)
-        # Raises for a recipe that is not ours.
+        # This raises for an unknown recipe.
         _ = state.parts
     return state
 
 
 def _state_of(plain: dict[str, Any], tensors: dict[str, Tensor]) -> State:
-    """Builds a state from what a file holds; raises where its parts do not fit each other."""
+    """Builds a state from the contents of a file; raises if its parts do not fit each other."""
     plain = EARLIER | plain
     if unknown := plain.keys() - set.union(*PLAIN.values()):
         raise ValueError(f"unknown fields: {', '.join(sorted(unknown))}")

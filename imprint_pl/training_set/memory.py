@@ -1,24 +1,27 @@
-"""How much memory and disk an imprint epoch will take, and whether the machine has it: an error
-before the run beats the kernel's in the middle of it.
+"""Estimates the memory and the disk space of an imprint epoch, and raises before the run if the
+machine does not have them. Otherwise the kernel might kill the process in the middle of the run.
 """
 
 from __future__ import annotations
 
 from imprint_pl.numerics.large import COPIES, FILES, check_disk, check_in_memory, fits, in_gib, room
 
-# Less than this is not worth a word.
+# Estimates below this many bytes are not mentioned.
 WORTH_SAYING = 2**30
 
 
 def check_room(samples: int, dim: int, in_memory: str | None = None) -> str | None:
-    """Whether `samples` embeddings of `dim` float32 numbers can be kept and imprinted here: in
-    memory, or in files where they do not fit into the budget.
+    """Checks that embeddings can be kept and imprinted on this machine, in memory or in files.
+
+    Files are used if the embeddings do not fit into the memory budget.
 
     Args:
-        in_memory: why they have to be in memory, where they do.
+        samples: the number of embeddings.
+        dim: the number of float32 values in each.
+        in_memory: why the embeddings have to be in memory; `None` if files will do.
 
     Returns:
-        A sentence with the estimate, where it is above a GiB.
+        A sentence with the estimate if it is above a GiB, otherwise `None`.
 
     Raises:
         ImprintError: the machine has neither the memory nor the disk.

@@ -1,7 +1,8 @@
-"""All rows of all batches, which `partial_fit` keeps for a GEN that has to see them; for the others
-it keeps `TrainingSums`.
+"""The rows of all batches, which `partial_fit` keeps for a GEN that needs them; for other GENs it
+keeps `TrainingSums`.
 
-Below `estimator.py`, which knows scikit-learn and labels of any kind; here they are 0..C−1.
+`estimator.py` uses this file. It handles scikit-learn and labels of any kind; here labels are
+0..C−1.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class TrainingRows:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Adds a batch `(n, d)` with labels `(n,)`, whose values were checked."""
-        # A copy: callers may refill one buffer for every batch.
+        # Copy, since callers may refill one buffer for every batch.
         self.x.append(x.to("cpu", copy=True))
         self.y.append(y)
 

@@ -1,5 +1,5 @@
-"""Samples of bounded number, drawn at random while all go by: `max_per_class` of an imprint epoch,
-and the held-out sample of `sums.py`.
+"""Reservoir sampling: random samples of bounded size from a stream of batches. It serves
+`max_per_class` of an imprint epoch and the held-out sample of `sums.py`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from imprint_pl.numerics.draws import place_in_class, random_keys
 from imprint_pl.ranks import gather_rows, positions_in_dataset
 from imprint_pl.training_set.store import Collector, check_batch, check_labels
 
-# Samples that wait before those which are kept are chosen anew.
+# Number of new samples that are collected before the kept ones are chosen again.
 BLOCK = 2048
 
 _NEVER = torch.iinfo(torch.int64).max
 
 
 class Drawn(NamedTuple):
-    """Embeddings `x (n, d)`, labels `y (n,)`, and what they were drawn by, `positions (n,)`."""
+    """Embeddings `x (n, d)`, labels `y (n,)` and the positions or keys `(n,)` of the draw."""
 
     x: Tensor
     y: Tensor
@@ -28,11 +28,12 @@ class Drawn(NamedTuple):
 
 
 class Reservoir:
-    """Keeps at most `size` samples, or `size` of each class, which come first in a random order.
+    """Keeps the first `size` samples, or the first `size` of each class, in a random order.
 
-    The order is one of all positions in the data set (or of all keys of rows) and follows from the
-    seed: the same samples are kept in any batches and on any number of ranks. Memory is at most 2.5
-    times that of the kept samples and a block. They are kept on the CPU.
+    The order is a random permutation of all positions in the data set (or of all keys of rows)
+    which the seed decides on. The kept samples therefore do not depend on the batches or the number
+    of ranks. They are kept on the CPU; the memory is at most 2.5 times that of the kept samples and
+    a block.
     """
 
     def __init__(self, size: int, seed: int, per_class: bool = False) -> None:
@@ -43,7 +44,8 @@ class Reservoir:
         self._last = torch.full((1,), _NEVER)
 
     def add(self, x: Tensor, y: Tensor, positions: Tensor) -> None:
-        """Embeddings `(B, d)`, labels `(B,)` from 0, positions in the data set `(B,)`."""
+        """Adds embeddings `(B, d)` with labels `(B,)` from 0 and their positions in the data set
+        `(B,)`."""
         if not len(y):
             return
         y = y.cpu()
@@ -55,7 +57,8 @@ class Reservoir:
             self._choose()
 
     def relabel(self, places: Tensor) -> None:
-        """Label c becomes `places[c]`; the kept samples of one draw over all classes stay."""
+        """Changes label c to `places[c]`. Only for one draw over all classes, whose kept samples
+        stay the same."""
         if self.per_class:
             raise ValueError("samples that were drawn for each class keep their labels")
         self._parts = [part._replace(y=places[part.y]) for part in self._parts]
@@ -84,7 +87,8 @@ class Reservoir:
         return self.drawn()
 
     def _group(self, y: Tensor) -> Tensor:
-        """Which samples compete for the same `size` places; makes room for new classes."""
+        """Returns the group `(B,)` of each sample: all its samples compete for the same `size`
+        places. Makes room for new classes."""
         if not self.per_class:
             return torch.zeros_like(y)
         more = int(y.max()) + 1 - len(self._last)
@@ -110,7 +114,7 @@ class EmbeddingReservoir(Collector):
     class, drawn at random.
 
     Args:
-        max_per_class: how many; with as many as the largest class has, all are kept.
+        max_per_class: how many; all are kept if it is at least the size of the largest class.
         seed: fixes the draw.
         num_classes: C, where it is known.
         dealt: as for `EmbeddingSums`.

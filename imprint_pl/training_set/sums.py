@@ -1,6 +1,6 @@
-"""Training embeddings as sums, from which a head with its temperature can be made: memory does not
-grow with the number of images. `store.py` keeps the embeddings, for the recipes that must see them
-all.
+"""Training embeddings as sums, from which a head with its temperature can be made. The memory does
+not grow with the number of images. `store.py` keeps the embeddings themselves, for recipes that
+need them all.
 
 `TrainingSums` serves `partial_fit` and, inside `EmbeddingSums`, an imprint epoch.
 """
@@ -31,25 +31,26 @@ from imprint_pl.ranks import positions_in_dataset, ranks, travelling_device
 from imprint_pl.training_set.reservoir import Reservoir
 from imprint_pl.training_set.store import Collector, check_batch, check_labels
 
-# Rows that are added to the sums at once: a product of a few rows wastes most of its time.
+# Rows that are added to the sums at once, since matrix products of a few rows are inefficient.
 BLOCK = 2048
-# Bytes of the Gram matrices that NC1 may take where the class counts are not known beforehand.
+# Most bytes of the Gram matrices for NC1 if the class counts are not known beforehand.
 LARGEST_GRAMS = 2**30
 
 
 def needs_only_sums(parts: Recipe | Auto, samples: int | None) -> bool:
-    """Whether an epoch can keep sums alone for a recipe; `auto` has to see the embeddings.
+    """Whether an epoch can keep sums alone for a recipe; `auto` needs the embeddings.
 
-    Its GEN takes `Moments`, and its NORM_pre learns nothing from the embeddings, or from their sums
-    alone (`join`): it may draw (`random_projection`). Where there are fewer `samples` than
-    features, the rows are smaller than their Gram matrix, and faster to solve.
+    This is so if its GEN takes `Moments` and its NORM_pre learns nothing, learns from sums alone
+    (`join`), or only draws random numbers (`random_projection`). With fewer `samples` than
+    features the answer is no, since the rows are smaller than their Gram matrix and faster to
+    solve.
     """
     if isinstance(parts, Auto):
         return False
     learned = [step for step in steps_of(parts.norm_pre) if getattr(step, "learns", False)]
     drawn = all(hasattr(step, "draw") for step in learned) or learns_from_sums(parts.norm_pre)
     if getattr(parts.gen, "class_weight", None) is not None:
-        # What a sample weighs is known when the last one has come.
+        # The weight of a sample is only known after the last sample.
         return False
     few = samples is not None and any(samples < step.features(0, samples) for step in learned)
     return parts.gen.from_moments and drawn and not few
@@ -58,11 +59,11 @@ def needs_only_sums(parts: Recipe | Auto, samples: int | None) -> bool:
 class TrainingSums:
     """Sums of NORM_pre(x), and a bounded sample of the rows to hold out for the temperature.
 
-    NORM_pre is fitted on the first batch and stays. Where it learns from sums alone (`join`), the
-    sums are those of x instead, and it is fitted anew for each head, on all samples so far. The
-    sample is drawn by what the rows hold: the same however they are ordered, batched and dealt to
-    ranks. The head is the one that all rows at once would give, but for what NORM_pre learned from
-    the first batch.
+    NORM_pre is fitted on the first batch and then stays as it is. If it learns from sums alone
+    (`join`), the sums are those of x instead, and it is fitted for each head on all samples so far.
+    The sample is drawn by the rows' contents, so it does not depend on the order, the batches or
+    the ranks. The head is the same as from all rows at once, except that NORM_pre may have been
+    fitted on the first batch.
 
     Args:
         parts: of a recipe whose GEN takes sums.
@@ -70,7 +71,7 @@ class TrainingSums:
         y: `(n,)`, its labels, from 0.
         num_classes: C; labels above it make room for more classes.
         seed: fixes every random choice.
-        limits: what else is asked of the head; sums for the familiarity are kept for a threshold.
+        limits: the limits to fit; for a threshold, sums for the familiarity are kept, too.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class TrainingSums:
             self.unit = unit_sums(x[:0], y[:0], num_classes, parts.layer_widths).to(device)
 
     def __len__(self) -> int:
-        """How many samples were added; those of all ranks after `gather`."""
+        """How many samples were added: on this rank before `gather`, on all ranks after it."""
         return int(self.moments.counts.sum())
 
     def add(self, x: Tensor, y: Tensor) -> None:
@@ -126,14 +127,14 @@ class TrainingSums:
                 add_units(self.unit, rows, labels, self.parts.layer_widths)
 
     def relabel(self, places: Tensor, num_classes: int) -> None:
-        """Label c becomes `places[c]`, one of `num_classes` from now on."""
+        """Changes label c to `places[c]`; there are `num_classes` classes from now on."""
         self.moments = self.moments.relabelled(places, num_classes)
         if self.unit is not None:
             self.unit = self.unit.relabelled(places, num_classes)
         self._reservoir.relabel(places)
 
     def gather(self) -> None:
-        """Adds up the sums of all ranks; the sample comes to rank 0, which can make the head."""
+        """Adds up the sums of all ranks; rank 0 gets the sample, too, and can make the head."""
         classes = _most(self.moments.num_classes)
         self.moments = _with_room(self.moments, classes).all_reduce()
         if self.unit is not None:
@@ -141,8 +142,8 @@ class TrainingSums:
         self._reservoir.gather(self.input_dim)
 
     def sample(self) -> tuple[Tensor, Tensor]:
-        """At most `HELD` of the rows, `(n, d)`, and their labels `(n,)`, in the order of
-        `in_order`; on the CPU."""
+        """Returns at most `HELD` of the rows, `(n, d)`, and their labels `(n,)`, in the order of
+        `in_order`, on the CPU."""
         drawn = self._reservoir.drawn()
         if drawn is None:
             return torch.zeros(0, self.input_dim), torch.zeros(0, dtype=torch.int64)
@@ -154,8 +155,8 @@ class TrainingSums:
     ) -> ImprintedHead:
         """Makes the head of all samples so far, with its temperature.
 
-        A class without samples has no proxy. The heads share one NORM_inf, which never changes,
-        unless it learns from sums.
+        A class without samples has no proxy. All heads share one NORM_inf, which never changes,
+        except that one that learns from sums is fitted for each head.
         """
         device = self.moments.sums.device
         x, y = (part.to(device) for part in self.sample())
@@ -164,9 +165,10 @@ class TrainingSums:
         gen = self.parts.gen
         sums = Sums.of_kept(self.norm_pre.to(device), self.norm_inf, self.moments)
         if samples == len(y) and few_for(gen, sums.norm_pre, x):
-            # All rows are there, and are solved faster than a Gram matrix of so many features.
+            # All rows are in the sample, and solving with them is faster than with a Gram matrix.
             sums = Sums.of(sums.norm_pre, sums.norm_inf, gen, x, y, C)
-        # Of more samples these rows are a random part, and near-copies outside it stay unknown.
+        # With more samples than `HELD` these rows are a random part of them, and near-copies
+        # outside it are not found.
         sums = sums.with_rows(gen, x, y, self.seed)
         head = sums.head(self.parts, request)
         calibrate_head(head, x, y, self.parts, request, sums, samples)
@@ -191,8 +193,8 @@ class TrainingSums:
 class UnitSums:
     """Sums of the last layer's unit vectors, for NC1.
 
-    They hold one Gram matrix where the class counts are known beforehand, otherwise one for each
-    class, or none where that would take too much.
+    They hold one Gram matrix if the class counts are known beforehand, otherwise one for each
+    class, or none if these would take too much memory.
 
     Args:
         x: `(n, d)`, the first batch, which is not added yet.
@@ -220,7 +222,7 @@ class UnitSums:
         )
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Adds a batch `(B, d)`, not of unit length yet, with labels `(B,)`."""
+        """Adds a batch `(B, d)` with labels `(B,)`; the rows are scaled to unit length here."""
         self._make_room(int(y.max()) + 1)
         device = self.moments.sums.device
         x = last_columns(x, self.layer_widths).to(device)
@@ -232,7 +234,11 @@ class UnitSums:
         self.moments = self.moments.all_reduce()
 
     def nc1(self) -> float:
-        """NC1 of the unit vectors, macro; NaN for fewer than two classes, or with a warning."""
+        """Returns the macro NC1 of the unit vectors.
+
+        It is NaN for fewer than two classes, and, with a warning, without a Gram matrix that fits
+        the class counts.
+        """
         counts = self.moments.counts
         if (counts > 0).sum() < 2:
             return float("nan")
@@ -263,18 +269,18 @@ class UnitSums:
 
 
 class _Started(NamedTuple):
-    """What `EmbeddingSums` keeps once the first batch has told d."""
+    """The sums of `EmbeddingSums`, which are made when the first batch shows d."""
 
     sums: TrainingSums
     unit: UnitSums
 
 
 class EmbeddingSums(Collector):
-    """Collects rows with labels as `RowStore` does, but keeps sums; `gather` adds up those of
-    all ranks on rank 0, where `imprint` makes the head.
+    """Collects rows with labels like `RowStore`, but keeps only sums.
 
-    It keeps `TrainingSums` for the head and `UnitSums` for NC1. With C classes and embeddings of d
-    numbers NC1 takes 8 d² bytes, or 8 C d² where the class counts are not known.
+    `gather` adds up the sums of all ranks on rank 0, where `imprint` makes the head. It keeps
+    `TrainingSums` for the head and `UnitSums` for NC1. With C classes and embeddings of d numbers
+    NC1 takes 8 d² bytes, or 8 C d² if the class counts are not known.
 
     Args:
         parts: of a recipe for which `needs_only_sums` holds.
@@ -282,7 +288,7 @@ class EmbeddingSums(Collector):
         class_counts: `(C,)`, samples of each class, where the data knows them beforehand.
         samples: how many samples will come; `None` where that is not known.
         dealt: how many samples a `DistributedSampler` deals to the ranks (see `sampler_length`);
-            what it repeats is dropped.
+            repeated samples are dropped.
         seed: fixes NORM_pre's random choices and the held-out sample.
         limits: as for `TrainingSums`.
     """
@@ -302,7 +308,7 @@ class EmbeddingSums(Collector):
         self.parts, self.seed, self.limits = parts, seed, limits
         self.num_classes, self.dealt = num_classes, dealt
         self.class_counts = None
-        # Counts of another number of samples: the epoch is cut short.
+        # Ignore counts that do not add up to the number of samples: the epoch is cut short.
         class_counts = None if class_counts is None else torch.as_tensor(class_counts)
         if class_counts is not None and int(class_counts.sum()) == samples:
             self.num_classes = num_classes or len(class_counts)
@@ -313,7 +319,7 @@ class EmbeddingSums(Collector):
         self._rows: list[tuple[Tensor, Tensor]] = []
 
     def __len__(self) -> int:
-        """Samples in the sums: of this rank before `gather`, of all ranks after it."""
+        """How many samples are in the sums: of this rank before `gather`, of all ranks after it."""
         counted = 0 if self._started is None else len(self._started.sums)
         return counted + sum(len(labels) for _, labels in self._rows)
 
@@ -341,7 +347,7 @@ class EmbeddingSums(Collector):
             self._add_rows()
 
     def gather(self) -> EmbeddingSums | None:
-        """The sums of all ranks on rank 0, `None` on the others."""
+        """Returns the sums of all ranks on rank 0, `None` on the other ranks."""
         self.take_waiting()
         self._add_rows()
         for part in self.kept:
@@ -354,14 +360,14 @@ class EmbeddingSums(Collector):
         classifier: Tensor | None = None,
         allow_empty: bool = False,
     ) -> ImprintedHead:
-        """The head that `imprint_parts` makes of the same embeddings, temperature included.
+        """Returns the head that `imprint_parts` makes of the same embeddings, with its temperature.
 
         Raises:
-            ImprintError: as `imprint_parts`.
+            ImprintError: as for `imprint_parts`.
         """
         counts = self.kept.sums.moments.counts
         seen = (counts > 0).nonzero().flatten()
-        # One sample a class stands for all: C, names and classes without samples are checked.
+        # Check C, the names and classes without samples with one dummy sample per class.
         checked(torch.zeros(len(seen), 1), seen.cpu(), len(counts), class_names, allow_empty)
         return self.kept.sums.head(class_names, classifier)
 
@@ -371,7 +377,7 @@ class EmbeddingSums(Collector):
 
     @property
     def kept(self) -> _Started:
-        """The sums; there are none before the first batch."""
+        """The sums, after the first batch."""
         if self._started is None:
             raise RuntimeError("no batch was added")
         return self._started
@@ -390,7 +396,7 @@ def _gram_bytes(num_classes: int, dim: int) -> int:
 
 
 def _roomy_device(x: Tensor, dim: int) -> torch.device:
-    """The GPU of `x` where it has room for sums of `dim` numbers and for solving, else the CPU."""
+    """Returns the GPU of `x` if it has room for the sums and for solving, else the CPU."""
     room = 6 * _gram_bytes(1, dim)
     if x.device.type == "cuda" and room < torch.cuda.mem_get_info(x.device)[0]:
         return x.device
@@ -402,7 +408,7 @@ def _with_room(moments: Moments, classes: int) -> Moments:
 
 
 def _most(number: int) -> int:
-    """The largest of the numbers of all ranks."""
+    """Returns the largest of the numbers of all ranks."""
     if ranks() == 1:
         return number
     largest = torch.tensor(number, device=travelling_device())

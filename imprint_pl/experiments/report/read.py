@@ -1,7 +1,7 @@
-"""Reads and checks the results that a report is made of: a row for each run.
+"""Reads and checks the results for a report: a row for each run.
 
-A method is a recipe and the keywords in which the row differs from it, as one would type them. A
-group is what methods are compared on: a backbone, a data set and a task.
+A method is a recipe with the keywords in which the row differs from it, written as a user would
+type them. Methods are compared on groups: a group is a backbone, a data set and a task.
 """
 
 from __future__ import annotations
@@ -65,9 +65,12 @@ def find_results(path: str | Path) -> Path:
 def read_results(path: str | Path) -> pd.DataFrame:
     """Returns the rows of a results file, with the columns `method` and `group` added.
 
-    Layers and views, where a row has them, become a part of the backbone's name. Accuracy,
-    balanced accuracy and macro F1 are fractions. A missing column is added empty. Rows without an
-    accuracy are left out.
+    If a row has layers or views, they become a part of the backbone's name. Accuracy, balanced
+    accuracy and macro F1 are fractions. A missing column is added empty. Rows without an accuracy
+    are left out.
+
+    Args:
+        path: the file, or its folder, as for `find_results`.
 
     Raises:
         ImprintError: there is no file, it cannot be read, a needed column is missing, an accuracy
@@ -105,7 +108,7 @@ def read_results(path: str | Path) -> pd.DataFrame:
         named = rows.loc[papers, "task"].str.extract(PAPER_TASK).astype("float64")
         rows.loc[papers, ["d", "num_labels", "task_seed"]] = named.assign(num_labels=10.0)
     for column in keywords:
-        # An empty cell becomes None: pandas has another value for it in each type of column.
+        # Make empty cells None, since pandas has a different value in each type of column.
         if column not in NUMBERS:
             rows[column] = rows[column].astype(object).where(rows[column].notna(), None)
     rows = rows[rows["accuracy"].notna()].reset_index(drop=True)
@@ -120,7 +123,7 @@ def read_results(path: str | Path) -> pd.DataFrame:
     for column in ("backbone", "data", "task", "recipe"):
         rows[column] = rows[column].astype(object).where(rows[column].notna(), "").map(str)
     for column in (name for name in USUAL if name in rows):
-        # A backbone with other layers, or views, is compared as another backbone.
+        # Treat a backbone with other layers or views as another backbone.
         given = rows[column].notna().to_list()
         texts = [
             f" {column}={value}" if there else ""
@@ -138,7 +141,7 @@ def read_results(path: str | Path) -> pd.DataFrame:
 def parameters(rows: pd.DataFrame | None = None) -> list[str]:
     """Returns the keywords of a method.
 
-    Where `rows` have parts of a user's own, named by import paths, all columns that no sweep has
+    If `rows` have a user's own parts, named by import paths, all columns that a sweep does not have
     otherwise are keywords of these parts.
     """
     ours = [*SLOTS, *(name for name in KEYWORDS if name not in SLOTS), "weibull"]
@@ -168,10 +171,10 @@ def method_of(row: dict[Any, Any], keywords: list[str] | None = None) -> str:
     if not recipe:
         own = {name: row[name] for name in SLOTS}
         recipe = "/".join(map(_plain, own.values()))
-    # The engine of k-means changes seconds, not the method.
+    # The engine of k-means only changes the time, so it is not part of the method.
     differing = [
         f"{name}={_plain(row[name])}"
-        # `auto` chooses the parts itself, so that its rows are told apart by their samples alone.
+        # `auto` chooses the parts itself, so its rows differ only in how samples were selected.
         for name in (keywords or parameters() if recipe != "auto" else ["weibull"])
         if name != "engine"
         and _given(row.get(name))

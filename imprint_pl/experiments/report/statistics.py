@@ -19,9 +19,9 @@ ALPHA = 0.05
 def accuracy_by_group(rows: pd.DataFrame) -> pd.DataFrame:
     """Returns the accuracies, groups × methods, of the methods that have every group.
 
-    Seeds are averaged. A method that was run on a part of the groups would be averaged over other
-    tasks than the rest, so that it is left out. Where that leaves fewer than two methods, groups
-    are left out instead.
+    Seeds are averaged. A method that was not run on all groups is left out, since its average would
+    be over other tasks than that of the others. If fewer than two methods remain, groups are left
+    out instead.
     """
     table = rows.pivot_table(index="group", columns="method", values="accuracy", aggfunc="mean")
     complete = table.dropna(axis=1)
@@ -35,7 +35,7 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
         A row for each method, best first: `accuracy` (average, a fraction), `rank` (average, 1 is
         best), `wins`. Methods that tie share the ranks, and each of them has a win.
     """
-    # Rounded, so that accuracies that differ in the last bit are equal.
+    # Round, so that accuracies that differ in the last bit are equal.
     rounded = table.round(9)
     best = rounded.eq(rounded.max(axis=1), axis=0)
     return pd.DataFrame(
@@ -88,19 +88,20 @@ def significance(table: pd.DataFrame) -> Significance | None:
     friedman = None
     if len(methods) > 2:
         friedman = float(friedmanchisquare(*(table[name] for name in methods)).pvalue)
-        # Where all methods have equal accuracies, the statistic is 0 / 0.
+        # If all methods have equal accuracies, the statistic is 0 / 0.
         friedman = 1.0 if np.isnan(friedman) else friedman
-    # Methods are numbered: the library sorts and compares their names, which come from strangers.
+    # Use numbers instead of names, which come from strangers: the library sorts and compares them.
     numbered = table.set_axis(range(len(methods)), axis=1)
     long = numbered.melt(var_name="method", value_name="accuracy")
     long["method"] = long["method"].astype(int)
     with np.errstate(all="ignore"):
         raw = scikit_posthocs.posthoc_wilcoxon(long, val_col="accuracy", group_col="method")
-    # Two equal columns have no differences to rank, and p = NaN.
+    # For two equal columns there are no differences to rank, and p is NaN.
     raw = raw.loc[range(len(methods)), range(len(methods))].fillna(1.0).to_numpy()
     upper = np.triu_indices(len(methods), 1)
     pairs = np.ones_like(raw)
-    # Corrected here: a pair without differences would spoil the library's own correction.
+    # Correct the p-values here, since a pair without differences would break the library's own
+    # correction.
     pairs[upper] = multipletests(raw[upper], method="holm")[1]
     pairs = np.minimum(pairs, pairs.T)
     return Significance(len(table), friedman, pd.DataFrame(pairs, index=methods, columns=methods))

@@ -1,6 +1,6 @@
 """The tables of a report: one function each, from results to a DataFrame.
 
-A column whose name ends in % is in percent. Where the paper published a figure, it is shown beside
+A column whose name ends in % is in percent. If the paper published a figure, it is shown beside
 ours.
 """
 
@@ -16,7 +16,7 @@ from imprint_pl.experiments.report.read import most_samples, whole_tasks
 from imprint_pl.experiments.report.statistics import Significance, accuracy_by_group, compare
 from imprint_pl.method.recipes import RECIPES
 
-# The data sets of the paper's Section 5.1: beside averages over others its own say nothing.
+# The data sets of the paper's Section 5.1. Its averages are shown only beside averages over these.
 PAPERS_DATA = {"mnist", "fashionmnist", "cifar10", "imagenet"}
 PAPER, OURS_MINUS = "paper %", "ours − paper"
 FAMILY = [
@@ -38,14 +38,14 @@ def published(table: str) -> pd.DataFrame:
     """Returns the paper's numbers for a table, in its units (percent; NC1 as it is).
 
     Source: Westerhoff et al. 2025: Tables of Section 5.1, Figures 4 to 6; NC1 by the paper's own
-    formula, which centres classes otherwise than ours.
+    formula, which centres classes differently.
     """
     rows = pd.read_csv(Path(__file__).with_name("published.csv"))
     return rows[rows["table"] == table]
 
 
 def methods(rows: pd.DataFrame) -> pd.DataFrame:
-    """Every method on whole tasks, best first: average accuracy and rank, wins, time of GEN."""
+    """Returns every method on whole tasks, best first: average accuracy, rank, wins, GEN time."""
     rows = whole_tasks(rows)
     if not len(rows):
         return pd.DataFrame()
@@ -75,7 +75,7 @@ def are_papers(rows: pd.DataFrame) -> bool:
 
 
 def recipes(rows: pd.DataFrame) -> pd.DataFrame:
-    """The table `methods` of the named recipes, without changed keywords."""
+    """Returns the table `methods` for the named recipes without changed keywords."""
     rows = rows[rows["method"].isin(named(rows))]
     return methods(rows)
 
@@ -84,12 +84,12 @@ def named(rows: pd.DataFrame) -> list[str]:
     """Returns the methods that are a recipe, or a variant of one in the paper's table."""
     known = [*RECIPES, "auto"]
     own = [m for m in rows["method"].unique() if m in known or m.startswith("knn m=5 ")]
-    # Where every row changes its recipe, all methods are compared.
+    # If every row changes its recipe, compare all methods.
     return own if len(own) >= 2 else list(rows["method"].unique())
 
 
 def groups(rows: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy of the named recipes in each group, seeds averaged."""
+    """Returns the accuracy of the named recipes in each group, averaged over seeds."""
     rows = whole_tasks(rows[rows["method"].isin(named(rows))])
     if not len(rows):
         return pd.DataFrame()
@@ -100,7 +100,7 @@ def groups(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def pairs(tests: Significance | None) -> pd.DataFrame:
-    """The Holm-corrected p of each pair of methods."""
+    """Returns the Holm-corrected p of each pair of methods."""
     if tests is None:
         return pd.DataFrame()
     names = list(tests.pairs.index)
@@ -111,7 +111,7 @@ def pairs(tests: Significance | None) -> pd.DataFrame:
 
 
 def along_k(rows: pd.DataFrame) -> pd.DataFrame:
-    """Returns the rows with a k that have the most frequent other parts: GEN and k alone differ."""
+    """Returns the rows with a k and the most frequent other parts: they differ in GEN and k."""
     rows = rows[rows["k"].notna()]
     if not len(rows):
         return rows
@@ -120,7 +120,7 @@ def along_k(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def k(rows: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy of k-means against k on each whole task, beside the paper's Figure 6."""
+    """Returns the accuracy of k-means against k on each whole task, beside the paper's Figure 6."""
     rows = along_k(whole_tasks(rows))
     rows = rows[rows["gen"] == "kmeans"]
     if not len(rows):
@@ -131,7 +131,7 @@ def k(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def d_in_1(rows: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy of k-means on tasks that merge d classes a label, drawings averaged."""
+    """Returns the accuracy of k-means on d-in-1 tasks, averaged over their draws of classes."""
     rows = along_k(most_samples(rows[rows["d"].notna()]))
     rows = rows[rows["gen"] == "kmeans"] if len(rows) else rows
     if not len(rows):
@@ -145,7 +145,7 @@ def d_in_1(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def shots(rows: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy against shots, a column for each number of shots; seeds are averaged."""
+    """Returns accuracy against shots, a column for each number of shots, averaged over seeds."""
     rows = rows[rows["shots"].notna()]
     if rows["shots"].nunique() < 2:
         return pd.DataFrame()
@@ -157,7 +157,7 @@ def shots(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def nc1(rows: pd.DataFrame) -> pd.DataFrame:
-    """NC1 of each task beside the paper's, whose formula centres classes in another way."""
+    """Returns NC1 of each task beside the paper's, whose formula centres classes differently."""
     rows = whole_tasks(rows)
     rows = rows[rows["nc1"].notna()]
     if not len(rows):
@@ -168,7 +168,7 @@ def nc1(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def gain(rows: pd.DataFrame, more: int = 5) -> pd.DataFrame:
-    """How much k = 5 proxies of k-means gain over one, in points, with the group's NC1."""
+    """Returns the gain of k = 5 proxies of k-means over one, in points, with the group's NC1."""
     rows = along_k(most_samples(rows))
     rows = rows[rows["gen"] == "kmeans"] if len(rows) else rows
     if not len(rows) or not {1, more} <= set(rows["k"]):
@@ -186,7 +186,7 @@ def gain(rows: pd.DataFrame, more: int = 5) -> pd.DataFrame:
 
 
 def runs(rows: pd.DataFrame) -> pd.DataFrame:
-    """Everything: accuracy and time of each method in each group and number of shots."""
+    """Returns accuracy and time of each method in each group and for each number of shots."""
     keys = ["backbone", "data", "task", "num_labels", "shots", "method"]
     grouped = rows.groupby(keys, dropna=False)
     table = pd.DataFrame(
@@ -203,7 +203,7 @@ def runs(rows: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index().dropna(axis=1, how="all")
 
 
-# Name on the command line → title, function.
+# For each name on the command line: the title, and the function.
 TABLES = {
     "recipes": ("Recipes", recipes),
     "methods": ("All settings on whole tasks", methods),

@@ -13,7 +13,7 @@ from imprint_pl.experiments.report.read import find_results, read_results, whole
 from imprint_pl.experiments.report.statistics import accuracy_by_group, compare, significance
 from imprint_pl.files import local_path
 
-# With more methods a diagram cannot be read.
+# Most methods in a critical-difference diagram; with more it cannot be read.
 MOST_IN_DIAGRAM = 15
 
 
@@ -72,7 +72,7 @@ def write_report(
                 drawn[name] = (title, figure)
         for name, (_, figure) in drawn.items():
             for kind in ("png", "svg"):
-                # Without a date: the same results make the same file.
+                # Write no date, so that the same results give the same file.
                 metadata = {"Date": None} if kind == "svg" else {}
                 figure.savefig(folder / f"{name}.{kind}", dpi=160, metadata=metadata)
     made = {name: (title, table) for name, (title, table) in made.items() if len(table)}
@@ -91,7 +91,8 @@ def write_report(
 
 
 def _pictures(places: Sequence[str | Path]) -> list[Path]:
-    """Returns the galleries in folders and the PNGs that are named; the first may have none."""
+    """Returns the named PNGs and the galleries in the named folders. The first folder, that of the
+    results, may have none."""
     pictures: list[Path] = []
     for i, place in enumerate(map(Path, places)):
         found = sorted(place.glob("gallery*.png")) if place.is_dir() else [place]

@@ -1,8 +1,8 @@
-"""Many recipes on many tasks: a grid on one machine, or on several, see `run.py`.
+"""Runs many recipes on many tasks: a grid, on one machine or on several, see `run.py`.
 
-`read.py` and `grid.py` make configurations of a YAML, `plan.py` deals them into units of work, and
-`work.py` does a unit: `samples.py` has its rows, `proxies.py` GEN, `scores.py` NORM_post to AGG,
-`unshared.py` what shares nothing.
+`read.py` and `grid.py` turn a YAML into configurations, and `plan.py` groups them into units of
+work. `work.py` runs a unit, with the rows of `samples.py`, GEN in `proxies.py`, NORM_post to AGG in
+`scores.py`, and configurations that share nothing in `unshared.py`.
 """
 
 from imprint_pl.errors import needs

@@ -1,4 +1,4 @@
-"""What a sweep works on: the embeddings of a data set, once, and where its classes lie in them."""
+"""The embeddings that a sweep works on, and the positions of the classes in them."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ ARRAYS = ("train_embeddings", "train_labels", "test_embeddings", "test_labels")
 
 @dataclass
 class Embeddings:
-    """Embeddings and original labels of both splits, those of the tasks' classes.
+    """Embeddings and original labels of both splits, for the classes of the tasks.
 
-    Numpy arrays, so that joblib shares them among processes instead of copying them.
+    They are NumPy arrays, so that joblib shares them among processes instead of copying them.
 
     Attributes:
         train_x, test_x: float32 `(N, d)`. The training rows are sorted by class, so that a class is
-            a slice; within a class they are as `imprint` takes them, see `in_order`.
+            a slice; within a class they have the order of `in_order`, as in `imprint`.
         train_y, test_y: int64 `(N,)`, indices into `class_names`.
-        order: int64 `(N,)`, the places of the training rows in the data set.
-        rank: int64 `(N,)`, their places in the order in which `imprint` takes them.
-        layer_widths: of the layers side by side in an embedding; `None` where it is one.
-        classifier: `(·, d)`, of the backbone; the reference of NORM_post quantile.
+        order: int64 `(N,)`, the indices of the training rows in the data set.
+        rank: int64 `(N,)`, their positions in the order in which `imprint` processes them.
+        layer_widths: the widths of the layers in an embedding; `None` for one layer.
+        classifier: `(·, d)`, the backbone's original classifier, for NORM_post quantile.
     """
 
     class_names: list[str]
@@ -57,12 +57,12 @@ class Embeddings:
             self.order, self.rank = rows[by_class], by_class
             if not np.array_equal(self.order, np.arange(len(self.order))):
                 self.train_x, self.train_y = self.train_x[self.order], self.train_y[self.order]
-                # What comes from a file is a view of its whole mapping, which would stay in memory.
+                # Copy: an array from a file is a view that would keep the whole file in memory.
                 self.test_x = self.test_x.copy()
 
 
 def load_splits(entry: dict[str, Any]) -> tuple[ImageDataModule | None, Splits]:
-    """A data set before embedding, and its data module (`None` where it is embeddings)."""
+    """Load a data set before embedding, with its data module (`None` for embeddings)."""
     if "embeddings" in entry:
         return None, _from_file(entry)
     arguments = {n: v for n, v in entry.items() if n not in ("name", "label", "split")}
@@ -85,8 +85,8 @@ def load_splits(entry: dict[str, Any]) -> tuple[ImageDataModule | None, Splits]:
 
 
 def _measured_on(splits: Splits, entry: dict[str, Any]) -> Splits:
-    """The splits with the images to measure on as test: `split: val` takes those of a validation
-    split, where there is one."""
+    """Return the splits with the images to measure on as test split: with `split: val` those of the
+    validation split, if there is one."""
     split = entry.get("split", "test")
     if split not in ("test", "val"):
         raise ImprintError(f"data {entry['name']!r}: split={split!r}: give test or val")
@@ -98,8 +98,7 @@ def _measured_on(splits: Splits, entry: dict[str, Any]) -> Splits:
 def load_embeddings(
     source: tuple[dict | None, dict], tasks: list[Task], cache_dir: str | Path
 ) -> Embeddings:
-    """The embeddings of one backbone and one data set, through the cache; only the classes that a
-    task asks for."""
+    """Embed a data set by a backbone, through the cache; only the classes that a task needs."""
     backbone_entry, entry = source
     module, splits = load_splits(entry)
     needed = sorted({c for t in tasks for g in t.groups(splits.class_names) for c in g})
@@ -107,7 +106,7 @@ def load_embeddings(
     if module is not None:
         assert backbone_entry is not None
         arguments = dict(backbone_entry)
-        # Results of the paper's recipes come from torch, unless the grid says otherwise.
+        # Use torch unless the grid says otherwise, as for all results of the paper's recipes.
         arguments.setdefault("runtime", "torch")
         try:
             backbone = load_backbone(arguments.pop("name"), **arguments)

@@ -1,6 +1,6 @@
-"""The grid of a sweep: its single configurations, without those that are the same.
+"""The grid of a sweep: its configurations, without duplicates.
 
-A configuration is a task of a data set, embedded by a backbone, under the parameters of `imprint`.
+A configuration is a task of a data set, embedded by a backbone, with parameters of `imprint`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from imprint_pl.parts.by_name import SLOTS, declared, describe, steps_of
 
 
 class Source(NamedTuple):
-    """The entries of a backbone (`None` where the data are embeddings) and of a data set."""
+    """The entries of a backbone (`None` if the data are embeddings) and of a data set."""
 
     backbone: dict[str, Any] | None
     data: dict[str, Any]
 
     @property
     def wide(self) -> dict[str, str]:
-        """`layers` and `views`, where they are not the last layer and none."""
+        """`layers` and `views`, if they are not "last" and "none"."""
         entry = self.data if self.backbone is None else self.backbone
         return {name: _as_text(entry[name]) for name in USUAL if name in entry}
 
@@ -37,7 +37,7 @@ def _as_text(layers: Any) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """One task: which classes under which labels. `shots` are drawn for each row, by its seed."""
+    """One task: the classes of each label. `shots` are drawn for each row, by its seed."""
 
     name: str
     classes: Any = "all"
@@ -47,7 +47,7 @@ class Task:
     shots: int | None = None
 
     def groups(self, class_names: list[str]) -> list[tuple[int, ...]]:
-        """The original classes of each label."""
+        """Return the original classes of each label."""
         seed = self.task_seed or 0
         return [
             tuple(sorted(group))
@@ -57,7 +57,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Variant:
-    """One entry of the grid: parts, ready to use, and the plain parameters that name them."""
+    """One entry of the grid: parts that are ready to use, and the parameters that name them."""
 
     parts: Recipe | Auto
     parameters: dict[str, Any]
@@ -66,12 +66,12 @@ class Variant:
 
     @property
     def recipe(self) -> Recipe:
-        """The parts, where they are not for `auto` to choose."""
+        """The parts; only for a variant whose recipe is not `auto`."""
         assert isinstance(self.parts, Recipe)
         return self.parts
 
     def on(self, layer_widths: list[int]) -> Variant:
-        """The variant for embeddings of these layers; its parameters stay those of the grid."""
+        """Return the variant for embeddings of these layers, with the parameters of the grid."""
         keywords = {n: v for n, v in self.parameters.items() if n not in ("recipe", "weibull")}
         if isinstance(self.parts, Auto):
             return replace(self, parts=resolve(AUTO, **keywords, layer_widths=layer_widths))
@@ -85,12 +85,12 @@ class Variant:
 
     @cached_property
     def keys(self) -> dict[str, str]:
-        """For each slot what tells its part, with its keywords, from others."""
+        """For each slot, a text that identifies its part with its keywords."""
         return {slot: json.dumps(describe(getattr(self.recipe, slot))) for slot in SLOTS}
 
     @property
     def uses_seed(self) -> bool:
-        """Whether anything but the shots is random."""
+        """Whether anything besides the shots is random."""
         if isinstance(self.parts, Auto):
             return True
         learned = [s for s in steps_of(self.parts.norm_pre) if getattr(s, "learns", False)]
@@ -102,8 +102,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class Configuration:
-    """One row of the results. `seed` is `None` where nothing is random; `wide` is that of the
-    source, as pairs."""
+    """One row of the results. `seed` is `None` if nothing is random; `wide` is that of the source,
+    as pairs."""
 
     backbone: str
     data: str
@@ -132,7 +132,7 @@ class Configuration:
 
 
 def cells(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a recipe as a row has them: text in columns of text."""
+    """Return the parameters of a recipe as cells of a row: text in columns of text."""
     texts = {name for name, kind in COLUMNS.items() if kind == TEXT} | {"weibull"}
     return {
         name: str(value) if name in texts and value is not None else value
@@ -142,11 +142,11 @@ def cells(parameters: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Sweep:
-    """What the YAML says, checked.
+    """The checked content of a sweep's YAML.
 
     Attributes:
         sources: backbones and data sets to combine.
-        full: combinations a source, before pruning.
+        full: the number of combinations for each source, before pruning.
     """
 
     name: str
@@ -160,7 +160,7 @@ class Sweep:
     def configurations(
         self, source: Source, class_names: list[str], num_train: int
     ) -> list[Configuration]:
-        """The configurations of one source, each once, without those that the paper leaves out."""
+        """Return the configurations of one source, each once, without the pruned ones."""
         kept: dict[str, Configuration] = {}
         backbone, data = names_of(source)
         sizes = {task: len(task.groups(class_names)) for task in self.tasks}
@@ -193,7 +193,8 @@ class Sweep:
 
 
 def _left_out(variant: Variant, shots: int | None, labels: int, num_train: int) -> bool:
-    """The paper's rules: what cannot differ from another configuration, or makes no sense."""
+    """Whether the paper's rules leave out a configuration, since it cannot differ from another one
+    or makes no sense."""
     parameters = variant.parameters
     if variant.k is not None and shots is not None and variant.k > shots:
         return True
@@ -205,7 +206,7 @@ def _left_out(variant: Variant, shots: int | None, labels: int, num_train: int) 
 
 
 def names_of(source: Source) -> tuple[str, str]:
-    """The columns `backbone` and `data`."""
+    """Return the values of the columns `backbone` and `data`."""
     backbone, data = source
     if backbone is None:
         return data.get("backbone", "embeddings"), data["name"]

@@ -1,7 +1,8 @@
-"""How a sweep's configurations are dealt into units of work that share what is expensive.
+"""Groups a sweep's configurations into units of work that share expensive results.
 
-A unit is what one process does at a time, and what a kill can cost. It is made of all
-configurations, done or not: its results do not depend on what was done before.
+A process works on one unit at a time; if it is killed, the work on this unit is lost. Units are
+made from all configurations, also from those that are done, so that results do not depend on what
+was done before.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def is_shared(c: Configuration) -> bool:
-    """Whether parts of its work serve other tasks: GEN says how, and NORM_pre and NORM_inf look at
-    one row at a time."""
+    """Whether a part of its work can be used for other tasks. This is so if GEN declares how to
+    share, and NORM_pre and NORM_inf process each row on its own."""
     parts = c.variant.parts
     if isinstance(parts, Auto) or c.variant.weibull is not None:
         return False
     if getattr(parts.gen, "class_weight", None) is not None:
-        # The sums that are shared have no weights.
+        # Shared sums have no sample weights.
         return False
     gen, norms = parts.gen, (*steps_of(parts.norm_pre), *steps_of(parts.norm_inf))
     shares = (
@@ -37,18 +38,18 @@ def is_shared(c: Configuration) -> bool:
 
 
 def is_per_class(c: Configuration) -> bool:
-    """Whether GEN makes the proxies of a class from its samples, or their sum, alone."""
+    """Whether GEN makes the proxies of a class only from its own samples, or their sum."""
     gen = c.variant.recipe.gen
     return bool(declared(gen, "per_class")) and not (gen.from_moments and gen.needs_gram)
 
 
 def first_k(c: Configuration) -> int | None:
-    """How many proxies of those of a larger k are the proxies of a class; `None` means all."""
+    """Return how many of the proxies for a larger k are those of this k; `None` means all."""
     return c.variant.k if declared(c.variant.recipe.gen, "prefix_of_larger_k") else None
 
 
 def generator_key(c: Configuration) -> tuple[Hashable, ...]:
-    """What decides on the proxies before NORM_post, besides the task."""
+    """Return a key of everything that decides on the proxies before NORM_post, besides the task."""
     if isinstance(c.variant.parts, Auto):
         choice = (c.variant.parts.metric, c.variant.parts.class_weight)
         return ("auto", *choice, c.variant.weibull, c.shots, c.seed)
@@ -57,7 +58,7 @@ def generator_key(c: Configuration) -> tuple[Hashable, ...]:
 
 
 def class_key(c: Configuration, any_k: bool = False) -> tuple[Hashable, ...]:
-    """What decides on the work that GEN does on each class; `any_k` leaves out its k."""
+    """Return a key of everything that decides on GEN's work on a class; `any_k` leaves out k."""
     gen = c.variant.recipe.gen
     if declared(gen, "clusters"):
         return ("clusters", gen.k, gen.engine)
@@ -68,7 +69,7 @@ def class_key(c: Configuration, any_k: bool = False) -> tuple[Hashable, ...]:
 
 
 def unit_key(c: Configuration) -> tuple[Hashable, ...]:
-    """What the configurations of a unit have in common."""
+    """Return a key that the configurations of a unit have in common."""
     if not is_shared(c):
         return ("alone", c.task.name, c.task.task_seed, generator_key(c))
     gen = c.variant.recipe.gen
@@ -81,7 +82,7 @@ def unit_key(c: Configuration) -> tuple[Hashable, ...]:
 
 
 def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
-    """Items by key, in the order in which keys first occur."""
+    """Group items by key, in the order in which keys first occur."""
     groups: dict[Key, list[Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -89,12 +90,12 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list
 
 
 def units(configurations: list[Configuration]) -> list[list[Configuration]]:
-    """The configurations, unit by unit."""
+    """Divide the configurations into units."""
     return list(grouped(configurations, unit_key).values())
 
 
 def cost(unit: list[Configuration], train: int, test: int, dim: int) -> float:
-    """Roughly the multiplications of a unit, for an estimate: `train` and `test` rows of `dim`."""
+    """Estimate the multiplications of a unit for `train` and `test` rows of `dim` numbers."""
     total, first = 0.0, unit[0]
     if first.shots:
         train = min(train, 10 * first.shots)  # ten classes, as below

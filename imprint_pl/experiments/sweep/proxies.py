@@ -1,7 +1,7 @@
 """GEN in a sweep: each class is clustered once for all tasks, recipes and k that can share it.
 
-Gram matrices of tasks are sums of those of classes, and the first proxies of some generators are
-those of a smaller k. What comes out is what the generator gives alone.
+The Gram matrix of a task is the sum of those of its classes. For some generators the first proxies
+of a large k are the proxies of a smaller k. The results are the same as without sharing.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Key = tuple[Hashable, ...]
 
 
 class SharedProxies:
-    """What GEN makes of classes, kept for a unit; Gram matrices of classes as long as they fit.
+    """The results of GEN for classes, kept for a unit, and as many Gram matrices as fit.
 
     Args:
-        samples: of one backbone and one data set.
+        samples: the samples of one backbone and one data set.
         chunk_bytes: bounds the kept Gram matrices, and the copies of classes while they are
             clustered.
 
@@ -45,16 +45,17 @@ class SharedProxies:
         self.forget()
 
     def forget(self) -> None:
-        """Drops what belongs to a unit."""
+        """Drops the results of a unit."""
         self.made: dict[Key, Timed[Tensor]] = {}
         self.sums: dict[Key, Timed[Moments]] = {}
         self.clusters: dict[Key, Timed[Moments]] = {}
-        # Of the last task alone.
+        # Holds the Gram matrix of the last task only.
         self.task_grams: dict[Key, Timed[Tensor]] = {}
 
     def prepare(self, unit: list[Configuration]) -> None:
-        """Clusters, or selects from, every class that a unit asks for."""
-        # Whatever is left to do: the proxies shall not depend on it.
+        """Clusters, or selects from, every class of a unit."""
+        # Prepare all configurations, also those that are done, so that the proxies do not depend
+        # on what is left to do.
         for same in grouped(unit, lambda c: self.key((), c)).values():
             gen = same[0].variant.recipe.gen
             tasks = dict.fromkeys(c.task for c in same)
@@ -66,7 +67,7 @@ class SharedProxies:
         self._select([c for c in unit if declared(c.variant.recipe.gen, "selection")])
 
     def of_task(self, groups: list[Group], c: Configuration) -> Timed[Proxies]:
-        """The proxies of a task before NORM_post."""
+        """Returns the proxies of a task before NORM_post."""
         gen = c.variant.recipe.gen
         if is_per_class(c):
             made = [self._of_class(g, c) for g in groups]
@@ -93,7 +94,7 @@ class SharedProxies:
         return Timed(proxies, seconds)
 
     def key(self, group: Group, c: Configuration) -> Key:
-        """What tells the work of GEN on a class, or on the classes of a label, from other work."""
+        """Returns a key of GEN's work on a class, or on the classes of a label."""
         return (*class_key(c), group, c.shots, c.seed)
 
     def _of_class(self, group: Group, c: Configuration) -> Timed[Tensor]:
@@ -101,7 +102,7 @@ class SharedProxies:
         return Timed(weights[: first_k(c)], seconds)
 
     def _make(self, groups: list[Group], c: Configuration, k: int) -> None:
-        """Makes the proxies of classes one by one; where less k is a prefix, those of `k`."""
+        """Makes the proxies of classes one by one, for `k` if those of a smaller k are a prefix."""
         gen = c.variant.recipe.gen
         if first_k(c) is not None:
             plain = {name: getattr(gen, name) for name in parameters_of(type(gen))}
@@ -115,7 +116,7 @@ class SharedProxies:
             self.made[self.key(group, c)] = Timed(weights, time.perf_counter() - start)
 
     def _cluster(self, groups: list[Group], c: Configuration) -> None:
-        """Clusters classes by k-means, as many at once as there is memory for."""
+        """Clusters classes by k-means, as many at a time as fit into memory."""
         gen, missing = c.variant.recipe.gen, list(dict.fromkeys(groups))
         width = 4 * self.samples.x.shape[1]
         batch: list[Group] = []
@@ -134,8 +135,8 @@ class SharedProxies:
                 batch = []
 
     def _select(self, unit: list[Configuration]) -> None:
-        """Selects proxies for all k and seeds by the same work on a class, such as k-medoids by one
-        matrix of distances."""
+        """Selects proxies for all k and seeds with shared work on each class, such as one matrix of
+        distances for k-medoids."""
         ks = [c.variant.recipe.gen.k for c in unit]
         for group in dict.fromkeys(g for c in unit for g in self.samples.groups(c.task)):
             start = time.perf_counter()
@@ -150,7 +151,7 @@ class SharedProxies:
                     self.made[key] = Timed(weights, shared + time.perf_counter() - start)
 
     def _clustered(self, group: Group, c: Configuration) -> Timed[Moments]:
-        """Counts and sums of the clusters of a class."""
+        """Returns counts and sums of the clusters of a class."""
         key = self.key(group, c)
         if key not in self.clusters:
             start = time.perf_counter()
@@ -160,7 +161,7 @@ class SharedProxies:
         return self.clusters[key]
 
     def _left_out(self, groups: list[Group], c: Configuration) -> LeftOut:
-        """The rows that GEN leaves out in turn, as `imprint` draws them from the task's."""
+        """Returns the rows of a task that GEN leaves out in turn, the same as in `imprint`."""
         x, counts = self.samples.together(groups, c.shots, c.seed)
         norm = c.variant.recipe.norm_pre
         return rows_left_out(x, _repeated(counts), lambda rows: norm(x[rows]), c.seed or 0)
@@ -168,7 +169,7 @@ class SharedProxies:
     # Sums
 
     def sum_of(self, group: Group, c: Configuration) -> Timed[Moments]:
-        """Count and sum of a label's training rows after NORM_pre."""
+        """Returns count and sum of a label's training rows after NORM_pre."""
         seed = c.seed if c.shots else None
         return self.sum_after(
             c.variant.recipe.norm_pre, c.variant.keys["norm_pre"], group, c.shots, seed
@@ -182,7 +183,7 @@ class SharedProxies:
         shots: int | None = None,
         seed: int | None = None,
     ) -> Timed[Moments]:
-        """As `sum_of`, after any NORM; `name` tells it from others."""
+        """Returns count and sum of a label's training rows after any NORM, identified by `name`."""
         key = name, group, shots, seed
         if key not in self.sums:
             start = time.perf_counter()
@@ -192,7 +193,7 @@ class SharedProxies:
         return self.sums[key]
 
     def gram_of(self, c: int, norm: nn.Module, name: str) -> Timed[Tensor]:
-        """Σ z zᵀ over a class, `(d, d)` float64; the last ones are kept."""
+        """Returns Σ z zᵀ over a class, `(d, d)` float64; the latest results are kept."""
         key = name, c
         if key not in self.grams:
             start = time.perf_counter()
@@ -223,18 +224,18 @@ class SharedProxies:
 
 
 def _gram(x: Tensor) -> Tensor:
-    """Σ z zᵀ over the rows `(n, d)`, `(d, d)` float64."""
+    """Returns Σ z zᵀ over the rows `(n, d)`, `(d, d)` float64."""
     gram = Moments.of(x, torch.zeros(len(x), dtype=torch.int64), 1).gram
     assert gram is not None
     return gram
 
 
 def _repeated(sizes: list[int]) -> Tensor:
-    """0, 1, …, each as often as its size says."""
+    """Returns 0, 1, …, where i is repeated `sizes[i]` times."""
     return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
 
 
 def _together(sums: list[Moments], gram: Tensor) -> Moments:
-    """The sums of several labels as those of their task."""
+    """Combines the sums of several labels into those of their task."""
     counts, totals = (torch.cat([getattr(m, n) for m in sums]) for n in ("counts", "sums"))
     return Moments(counts, totals, gram)

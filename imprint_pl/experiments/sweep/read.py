@@ -1,4 +1,4 @@
-"""The YAML of a sweep, checked: what it says wrong is an error that names the place and a cure."""
+"""Reads and checks the YAML of a sweep; errors name the place and say what to change."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from imprint_pl.parts.norm.layers import checked_widths
 KEYS = ("name", "backbones", "data", "tasks", "grid", "seeds", "prune")
 TASK_KEYS = ("name", "classes", "d", "num_labels", "task_seed", "shots")
 OF_EMBEDDINGS = ("name", "embeddings", "backbone", "class_names", "layer_widths", *USUAL)
-# What the task's name is made of, at most.
+# Most classes in the name of a task.
 CLASSES_SHOWN = 10
 
 
@@ -51,7 +51,15 @@ def read_sweep(path: str | Path) -> Sweep:
 
 
 def checked_sweep(given: dict[str, Any], place: str = "the sweep") -> Sweep:
-    """As `read_sweep`, from what the YAML holds; `place` is named in errors."""
+    """Checks the content of a sweep's YAML, see `read_sweep`.
+
+    Args:
+        given: the content.
+        place: the name of the file in errors.
+
+    Raises:
+        ImprintError: as for `read_sweep`.
+    """
     _known(given, KEYS, place)
     for key in ("name", "data", "grid"):
         if not given.get(key):
@@ -102,7 +110,7 @@ def checked_sweep(given: dict[str, Any], place: str = "the sweep") -> Sweep:
 
 
 def _tasks(entry: Any, place: str) -> Iterator[Task]:
-    """The tasks of an entry: a subset's name, or keywords, each a value or a list of values."""
+    """Yield the tasks of an entry: a subset's name, or keywords with values or lists of values."""
     if isinstance(entry, str):
         entry = {"classes": entry}
     if not isinstance(entry, dict):
@@ -149,8 +157,8 @@ def _classes_name(classes: Any, place: str) -> str:
 
 
 def _wide(entry: dict[str, Any], place: str) -> Iterator[dict[str, Any]]:
-    """A backbone's entry for each of its `layers` and `views`, which may be lists of several; the
-    usual ones are left out, as in sweeps without."""
+    """Yield a backbone's entry for each combination of its `layers` and `views`, which may be
+    lists. The usual values are left out, so that these entries are the same as without them."""
     values = [_list(entry.get(name, usual)) for name, usual in USUAL.items()]
     for name, given in zip(USUAL, values, strict=True):
         if not given or (name == "views" and set(given) - set(VIEWS)):
@@ -165,7 +173,7 @@ def _wide(entry: dict[str, Any], place: str) -> Iterator[dict[str, Any]]:
 
 
 def _of_layers(data: dict[str, Any], place: str) -> dict[str, Any]:
-    """The entry of embeddings, with `layers` named where they hold several."""
+    """Return the entry of embeddings, with `layers` if they hold several."""
     usual = {name: value for name, value in data.items() if value != USUAL.get(name, ...)}
     widths = data.get("layer_widths")
     if widths is None:
@@ -183,10 +191,10 @@ def _of_layers(data: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def _variants(block: dict[str, Any], place: str, several: bool = False) -> Iterator[Variant | None]:
-    """The product of a block's values; `None` where it holds nothing that another does not.
+    """Yield the product of a block's values; `None` for a combination that is equal to another one.
 
-    Where a source has `several` layers, `join` and `last` may be among the NORMs. Their widths are
-    known when the embeddings are there.
+    If a source has `several` layers, `join` and `last` may be among the NORMs. Their widths are
+    only known when the embeddings have been made.
     """
     widths: dict[str, Any] = {"layer_widths": [1]} if several else {}
     try:
@@ -199,7 +207,7 @@ def _variants(block: dict[str, Any], place: str, several: bool = False) -> Itera
         missing = [slot for slot in SLOTS if slot not in block]
         raise ImprintError(f"{place}: give recipe, or every part (missing: {', '.join(missing)})")
     values_of = {key: _list(value) for key, value in block.items()}
-    # Two numbers are the bounds of one choice of samples.
+    # A list of two numbers is one value, the two bounds.
     if len(values_of.get("weibull", [])) == 2 and not any(
         isinstance(bound, list | tuple | None) for bound in values_of["weibull"]
     ):
@@ -238,7 +246,7 @@ def _variants(block: dict[str, Any], place: str, several: bool = False) -> Itera
             continue
         if recipe is None and not all(slot in given for slot in SLOTS):
             raise ImprintError(f"{place}: without a recipe every part needs a value")
-        # A recipe of which no part is left serves as the frame for five parts.
+        # If all five parts are given, any recipe can serve as the base.
         kept = drop_unused(recipe or "qi", given, kept=set(SLOTS), own=own)
         kept = _without_temperature(recipe, kept)
         used |= set(kept)
@@ -252,18 +260,18 @@ def _variants(block: dict[str, Any], place: str, several: bool = False) -> Itera
             n: v for n, v in parts.parameters.items() if v is not None and n not in widths
         }
         parameters["recipe"] = recipe or _recipe_of(parameters)
-        # The same as without the keywords that were left out: one of them stands for all.
+        # Combinations that differ only in keywords that were left out are equal, and yielded once.
         yield Variant(parts, parameters | chosen, shots, weibull)
     unused = [key for key in block if key not in {*used, "recipe", "shots", "weibull"}]
     if unused:
-        # A keyword without a value is no mistake that `resolve` knows of.
+        # `resolve` does not report a keyword without a value.
         reason = f"; of the first, {refused}" if refused else ": leave it out"
         raise ImprintError(f"{place}: {unused[0]} is not used by any of its combinations{reason}")
 
 
 def _own_keywords(block: dict[str, Any]) -> set[str]:
-    """Imports the parts of a block that are named by import paths, and returns the keywords of all
-    its parts."""
+    """Imports the parts of a block that are named by import paths; returns the keywords of all its
+    parts."""
     named = {
         slot: [step for value in _list(block.get(slot)) for step in step_names(_value(value))]
         for slot in SLOTS
@@ -273,7 +281,7 @@ def _own_keywords(block: dict[str, Any]) -> set[str]:
 
 
 def _refusal(recipe: Any, given: dict[str, Any]) -> str:
-    """What `imprint` says of a combination whose unused keywords are left out here."""
+    """Return the error of `imprint` for a combination whose unused keywords were dropped here."""
     try:
         resolve(recipe, **given)
     except ImprintError as error:
@@ -290,7 +298,7 @@ def _without_temperature(recipe: str | None, given: dict[str, Any]) -> dict[str,
 
 
 def _recipe_of(parameters: dict[str, Any]) -> str | None:
-    """The recipe that has just these parts and parameters."""
+    """Return the recipe that has exactly these parts and parameters, if there is one."""
     plain = {name: value for name, value in parameters.items() if name != "recipe"}
     for name in RECIPES:
         of_recipe = resolve(name).parameters.items()
@@ -310,7 +318,7 @@ def _different(variants: list[Variant]) -> list[Variant]:
 
 
 def _value(value: Any) -> Any:
-    """YAML reads 1e-4 as text, and an inner list is a chain of norms."""
+    """Convert a value of the YAML: text such as 1e-4 to a number, inner lists to NORM chains."""
     if isinstance(value, list):
         return "+".join(map(str, value))
     if isinstance(value, str):

@@ -1,7 +1,7 @@
-"""Many recipes on many tasks: `sweep` runs a grid on one machine, or on several by Dask.
+"""Runs a sweep, a grid of recipes and tasks, on one machine, or on several by Dask.
 
-Embeddings are made once and read from the cache; configurations that share work run together, see
-`work.py`. A sweep may be killed at any moment and goes on where it was.
+Embeddings are made once and read from the cache. Configurations that share work run together, see
+`work.py`. A sweep may be killed at any moment and continues where it stopped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from imprint_pl.experiments.sweep.work import Collapse, Done, Work
 from imprint_pl.files import damaged, digest, local_path, write_whole
 
 SAVE_SECONDS = 30.0
-# Multiplications a second and core, at which `cost` fits two cores of 2024; for the estimate only.
+# Multiplications per second and core for the estimate of `cost`, measured on two cores of 2024.
 SPEED = 5e10
 
 
@@ -46,11 +46,11 @@ def sweep(
     progress: bool = True,
     keep_labels: bool = False,
 ) -> pd.DataFrame:
-    """Runs what is not done yet of a sweep.
+    """Runs the configurations of a sweep that are not done yet.
 
     Args:
-        plan: of `read_sweep` or `checked_sweep`.
-        results_dir: `results.parquet` and `results.csv` go into its folder `plan.name`.
+        plan: the result of `read_sweep` or `checked_sweep`.
+        results_dir: `results.parquet` and `results.csv` are written into its folder `plan.name`.
         cache_dir: the embedding cache.
         n_jobs: processes. One uses all cores by threads; several use one each, share the embeddings
             as a memory map, and hold their own chunks.
@@ -77,7 +77,7 @@ def sweep(
         for task in plan.tasks:
             made_of = digest({"classes": task.classes})
             _check_same(folder, f"task {task.name}", made_of, results.has(task=task.name))
-        # Several layers first: the last one alone is then read from the cache of these.
+        # Embed several layers first: the last layer alone can then be read from their cache.
         for place in sorted(range(len(plan.sources)), key=lambda i: not plan.sources[i].wide):
             source = plan.sources[place]
             facts = _facts(source, loaded)
@@ -113,7 +113,7 @@ def sweep(
 
 
 def _on_layers(configurations: list[Configuration], embeddings: Embeddings) -> list[Configuration]:
-    """The configurations for the layers that the embeddings have."""
+    """Return the configurations with the layer widths of the embeddings."""
     widths = embeddings.layer_widths or [embeddings.train_x.shape[1]]
     variants = {id(c.variant): c.variant for c in configurations}
     on = {
@@ -125,7 +125,7 @@ def _on_layers(configurations: list[Configuration], embeddings: Embeddings) -> l
 
 
 class Shared(NamedTuple):
-    """What all processes work on; `token` tells it from what they had before."""
+    """The data that all processes work on; `token` identifies them."""
 
     token: str
     embeddings: Embeddings
@@ -134,7 +134,7 @@ class Shared(NamedTuple):
 
 
 class UnitDone(NamedTuple):
-    """What became of the unit with a number."""
+    """The results of the unit with this number."""
 
     number: int
     done: Done
@@ -160,7 +160,7 @@ def _run(
     )
     train, test = shared.embeddings.train_x, shared.embeddings.test_x
     costs = [cost(unit, len(train), len(test), train.shape[1]) for unit in pending]
-    # The expensive units first: so no process is left with one at the end.
+    # Run the expensive units first, so that no process is still busy with one at the end.
     ranked = sorted(zip(pending, costs, strict=True), key=lambda pair: -pair[1])
     failed: list[str] = []
     finished, last = 0, time.perf_counter()
@@ -193,7 +193,7 @@ def _run(
     return failed
 
 
-# What a process keeps between units: that of one backbone and data set.
+# The work that a process keeps between units, for the latest backbone and data set.
 _KEPT: dict[str, Work] = {}
 
 
@@ -212,13 +212,13 @@ def _collapse(shared: Shared, task: Task) -> Collapse:
 @torch.no_grad()
 def _unit(shared: Shared, number: int, unit: list[Configuration], todo: set[str]) -> UnitDone:
     done = _work(shared).run(unit, todo)
-    # Of a large sweep they would be much to send from process to process.
+    # Do not send labels that nobody needs: in a large sweep they would be a lot of data.
     return UnitDone(number, done if shared.keep_labels else done._replace(labels={}))
 
 
 class Size(NamedTuple):
-    """Combinations of a sweep, its configurations after pruning, and roughly their seconds, without
-    the embedding."""
+    """The size of a sweep: combinations, configurations after pruning, and an estimate of their
+    seconds without the embedding."""
 
     combinations: int
     configurations: int
@@ -226,7 +226,7 @@ class Size(NamedTuple):
 
 
 def describe(plan: Sweep, n_jobs: int = 1) -> Size:
-    """How large a sweep is: nothing is embedded or run."""
+    """Return the size of a sweep; nothing is embedded or run."""
     kept, seconds = 0, 0.0
     for source in plan.sources:
         module, splits = load_splits(source.data)
@@ -252,7 +252,7 @@ def _check_some(plan: Sweep, kept: int) -> None:
 
 
 class Facts(NamedTuple):
-    """What a source holds; `made_of` tells it from others of its names."""
+    """Facts about a source; `made_of` is a hash of its content."""
 
     class_names: list[str]
     num_train: int
@@ -260,7 +260,7 @@ class Facts(NamedTuple):
 
 
 class DataFacts(NamedTuple):
-    """What a data set holds: `splits` has the fingerprints and labels of train and test."""
+    """Facts about a data set: `splits` has the fingerprints and labels of train and test."""
 
     class_names: list[str]
     num_train: int
@@ -268,7 +268,8 @@ class DataFacts(NamedTuple):
 
 
 def _facts(source: Source, loaded: dict[str, DataFacts]) -> Facts:
-    """Looks at a source; `loaded` keeps what is known of data sets, which several sources share."""
+    """Return the facts about a source; `loaded` keeps those about data sets, which several sources
+    share."""
     key = digest(source.data)
     if key not in loaded:
         loaded[key] = _data_facts(source)
@@ -290,7 +291,8 @@ def _data_facts(source: Source) -> DataFacts:
 
 
 def _check_same(folder: Path, name: str, made_of: str, has_rows: bool) -> None:
-    """Rows are known by names: raises where what a name stands for has changed since."""
+    """Raise if the data or the backbone behind a name have changed since rows were written: rows
+    are only identified by names."""
     path = folder / "sources.json"
     known = {}
     if path.exists():
@@ -326,17 +328,18 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _search_in(path: list[str]) -> None:
-    """In a worker: Python looks for modules in these folders."""
+    """Set in a worker the folders in which Python looks for modules."""
     sys.path[:] = path
 
 
 @contextmanager
 def _where(n_jobs: int, dask: str | None) -> Iterator[None]:
     if dask is None:
-        # Threads of several processes on the same cores would wait for each other.
+        # Use one thread per process: threads of several processes on the same cores would wait for
+        # each other.
         inner = {"inner_max_num_threads": 1} if n_jobs not in (None, 1) else {}
-        # joblib keeps the workers of an earlier sweep, unless what starts them differs. They find
-        # parts of one's own where this process finds them now.
+        # joblib reuses the workers of an earlier sweep unless their initializer differs. This one
+        # lets workers find users' own parts where this process finds them now.
         start = {"initializer": _search_in, "initargs": (list(sys.path),)}
         with parallel_config(backend="loky", **start, **inner):
             yield

@@ -1,4 +1,4 @@
-"""Which rows of the embeddings a task, a label, a draw of shots has."""
+"""Finds the rows of the embeddings that belong to a task, a label or a draw of shots."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Group = tuple[int, ...]
 
 
 class Samples:
-    """Embeddings as tensors, without a copy, and where classes lie in them.
+    """Embeddings as tensors, without a copy, and the positions of classes in them.
 
     Attributes:
         x, test_x: `(N, d)`; the training rows are sorted by class.
-        order, rank: `(N,)`, the places of the training rows in the data set, and in the order in
-            which `imprint` takes them.
-        layer_widths: of the layers in an embedding; `None` where it is one.
+        order, rank: `(N,)`, the positions of the training rows in the data set, and in the order in
+            which `imprint` processes them.
+        layer_widths: the widths of the layers in an embedding; `None` for one layer.
         test_y: `(N_test,)`, original classes.
-        classifier: `(d,)`, the quantiles of the backbone's classifier, all that NORM_post asks of
-            it, or `None`.
+        classifier: `(d,)`, the quantiles of the backbone's classifier, which are all that NORM_post
+            needs, or `None`.
     """
 
     def __init__(self, embeddings: Embeddings) -> None:
@@ -48,25 +48,25 @@ class Samples:
         return task.groups(self.class_names)
 
     def rows(self, group: Group, shots: int | None, seed: int | None) -> slice | Tensor:
-        """The training rows of a label, as `imprint` takes them."""
+        """Returns the training rows of a label, in the order of `imprint`."""
         if len(group) == 1 and shots is None:
             return self.slices[group[0]]
         rows = torch.cat([torch.arange(s.start, s.stop) for s in (self.slices[c] for c in group)])
         if shots is not None:
-            # Shots are drawn by the places in the data set.
+            # Shots are drawn from the rows in the order of the data set.
             rows = rows[self.order[rows].argsort()]
             rows = rows[sample(len(rows), shots, seed or 0)]
         return rows[self.rank[rows].argsort()]
 
     def training(self, group: Group, c: Configuration) -> Tensor:
-        """`(n, d)`, after NORM_pre."""
+        """Returns the training rows of a label after NORM_pre, `(n, d)`."""
         return c.variant.recipe.norm_pre(self.x[self.rows(group, c.shots, c.seed)])
 
     def together(
         self, groups: list[Group], shots: int | None, seed: int | None
     ) -> tuple[Tensor, list[int]]:
-        """The training rows of several labels before NORM_pre, one label after the other, and how
-        many each has. They are copied only where they do not lie together."""
+        """Returns the training rows of several labels before NORM_pre, label by label, and the
+        number of rows of each. The rows are copied only if they are not adjacent."""
         parts = [self.rows(group, shots, seed) for group in groups]
         slices = [part for part in parts if isinstance(part, slice)]
         follows = all(one.stop == other.start for one, other in itertools.pairwise(slices))
@@ -81,7 +81,7 @@ class Samples:
         return n if shots is None else min(n, shots)
 
     def test(self, groups: list[Group]) -> tuple[Tensor, Tensor]:
-        """The task's test rows, ascending, and their labels."""
+        """Returns the task's test rows, ascending, and their labels."""
         label = torch.full((len(self.class_names),), -1)
         for j, group in enumerate(groups):
             label[list(group)] = j

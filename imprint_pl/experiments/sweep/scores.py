@@ -1,7 +1,7 @@
-"""From proxies to labels in a sweep: NORM_post, NORM_inf and AGG, for many configurations at once.
+"""Computes labels from proxies in a sweep: NORM_post, NORM_inf and AGG for many configurations.
 
-A class's scores by inner product serve every task with that class; one matrix of distances serves
-every m and every kind of vote.
+The scores of a class by inner product are used for every task with that class. One matrix of
+distances is used for every m and every kind of vote.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from imprint_pl.parts.by_name import declared
 from imprint_pl.parts.gen import Proxies
 from imprint_pl.parts.norm.base import NoNorm, Norm
 
-# Proxies in a product with test rows, at least.
+# Smallest number of proxies in a matrix product with the test rows.
 COLUMNS = 256
 
 
@@ -37,21 +37,21 @@ class ClassScores(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What is to be known of each class: its proxies, scaled by NORM_post."""
+    """The scores to compute for each class: its proxies, and how NORM_post scales them."""
 
     generator: tuple[Hashable, ...]
     norm_post: str
 
 
 class Scaled(NamedTuple):
-    """How many proxies of a class count (all where `None`), and the NORM_post that scales them."""
+    """How many proxies of a class count (all if `None`), and the NORM_post that scales them."""
 
     k: int | None
     norm_post: Norm
 
 
 def by_class(c: Configuration) -> bool:
-    """Whether a class's score depends on that class alone, by inner products."""
+    """Whether the score of a class is an inner product that depends only on that class."""
     parts = c.variant.recipe
     scaled = declared(parts.norm_post, "row_scale") and declared(parts.norm_inf, "row_scale")
     return is_per_class(c) and bool(scaled) and bool(declared(parts.agg, "best_product"))
@@ -60,9 +60,9 @@ def by_class(c: Configuration) -> bool:
 def class_scores(
     shared: SharedProxies, unit: list[Configuration], chunk_bytes: int
 ) -> dict[tuple[Wanted, Group], ClassScores]:
-    """Scores of classes by inner product, for AGG max.
+    """Compute scores of classes by inner product, for AGG max.
 
-    NORM_post scales columns of the products, NORM_inf their rows, which changes no argmax.
+    NORM_post scales columns of the products. NORM_inf scales rows, which does not change labels.
     """
     scores, test_x = {}, shared.samples.test_x
     alike = grouped(filter(by_class, unit), lambda c: shared.key((), c))
@@ -87,14 +87,14 @@ def class_scores(
 
 
 def wanted_of(c: Configuration) -> Wanted:
-    """What `class_scores` knows the scores for a configuration by."""
+    """Return the key of a configuration's scores in the result of `class_scores`."""
     return Wanted(generator_key(c), c.variant.keys["norm_post"])
 
 
 def _best_products(
     of_groups: list[Tensor], wanted: dict[Wanted, Scaled], test_x: Tensor, chunk_bytes: int
 ) -> dict[Wanted, list[Tensor]]:
-    """For each of `wanted` the largest products with the proxies of each group."""
+    """Compute, for each of `wanted`, the largest products with the proxies of each group."""
     weights = of_groups[0] if len(of_groups) == 1 else torch.cat(of_groups)
     sizes = [len(w) for w in of_groups]
     scales = {
@@ -114,7 +114,8 @@ def _best_products(
 
 
 def _wide_enough(made: dict[Group, Timed[Tensor]]) -> Iterator[list[Group]]:
-    """Groups by `COLUMNS` proxies or more: few columns of a product take as long as many."""
+    """Yield lists of groups with at least `COLUMNS` proxies together, since a matrix product with
+    few columns takes as long as one with many."""
     batch: list[Group] = []
     columns = 0
     for group, (weights, _) in made.items():
@@ -135,8 +136,8 @@ def labels_of(
     num_classes: int,
     chunk_bytes: int,
 ) -> dict[str, Timed[Tensor]]:
-    """Labels of the test rows for configurations that share their proxies: by their ids, for every
-    NORM_post, NORM_inf and AGG."""
+    """Compute the labels of the test rows, by id, for configurations that share their proxies and
+    differ in NORM_post, NORM_inf and AGG."""
     found, biased = {}, bool(proxies.bias.any())
     for of_post in grouped(same, lambda c: c.variant.keys["norm_post"]).values():
         norm_post = of_post[0].variant.recipe.norm_post
@@ -162,15 +163,16 @@ def _labels(
     num_classes: int,
     chunk_bytes: int,
 ) -> list[Timed[Tensor]]:
-    """For configurations that share one matrix of products or distances."""
+    """Compute the labels for configurations that share one matrix of products or distances."""
     aggs: list[Any] = [c.variant.recipe.agg for c in same]
     start = time.perf_counter()
     test_x = samples.test_x
     blocks = rows.split(_block_rows(proxies.weights, aggs[0], chunk_bytes))
     if declared(aggs[0], "by_distance"):
-        # A copy: it may keep what it has computed of these proxies.
+        # Copy the AGG, since it may cache results for these proxies.
         first = copy.copy(aggs[0])
-        # Selected for each m by itself: of proxies that are as far, another number has others.
+        # Select the nearest proxies for each m separately: among equally distant proxies, another
+        # m may select different ones.
         of_m = {agg.m: agg for agg in aggs}
         parts: dict[int, list[tuple[Tensor, Tensor]]] = {m: [] for m in of_m}
         for b in blocks:
@@ -201,15 +203,15 @@ def _block_rows(weights: Tensor, agg: Any, chunk_bytes: int) -> int:
 
 
 class Alike(NamedTuple):
-    """NORM_inf (`None` where it changes no label), and what tells a matrix from others."""
+    """NORM_inf (`None` if it does not change labels), and what else identifies a matrix."""
 
     norm_inf: str | None
     scores: str
 
 
 def _alike(c: Configuration, biased: bool) -> Alike:
-    """Configurations with the same one share a matrix. The argmax of plain inner products does not
-    see the length of a sample."""
+    """Return a key; configurations with the same key share a matrix. NORM_inf is left out of it if
+    it only scales samples, since this does not change the argmax of inner products."""
     parts, norm_inf = c.variant.recipe, c.variant.keys["norm_inf"]
     if declared(parts.agg, "best_product"):
         blind = not biased and declared(parts.norm_inf, "row_scale")

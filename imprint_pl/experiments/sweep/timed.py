@@ -8,7 +8,7 @@ Value = TypeVar("Value")
 
 
 class Timed(NamedTuple, Generic[Value]):
-    """`value`, and the seconds that it would take alone."""
+    """A value, and the seconds that computing it alone would take."""
 
     value: Value
     seconds: float

@@ -1,5 +1,5 @@
-"""What shares nothing in a sweep: NORM_pre that learns, λ by held-out samples, auto, a choice of
-typical samples, parts of one's own."""
+"""Runs the configurations of a sweep that share no work: a NORM_pre that learns, λ by held-out
+samples, auto, a selection of typical samples, and users' own parts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from imprint_pl.method.selection import weibull_typical
 from imprint_pl.parts.gen import Proxies
 from imprint_pl.parts.norm.base import NoNorm
 
-# Entries of a head's settings besides the parameters that `auto` has chosen.
+# Entries of a head's settings that are not parameters chosen by `auto`.
 NOT_CHOSEN = ("recipe", "seed", "chosen_by", "chosen_lam", "layer_widths")
 
 
@@ -43,9 +43,9 @@ def alone(
     rows: Tensor,
     chunk_bytes: int,
 ) -> list[Result]:
-    """Configurations of one task and one GEN, as `imprint` does them.
+    """Runs configurations of one task and one GEN in the same way as `imprint`.
 
-    Further columns are the parameters that `auto` has chosen, and the number of samples.
+    The further columns are the parameters that `auto` chose, and the number of samples.
     """
     drawn = [samples.rows(g, same[0].shots, same[0].seed) for g in groups]
     of_group = [torch.arange(p.start, p.stop) if isinstance(p, slice) else p for p in drawn]
@@ -64,7 +64,7 @@ def alone(
         parts = of_inf[0].variant.parts
         start = time.perf_counter()
         if isinstance(parts, Auto):
-            # Not by `imprint`, which takes a classifier and not its quantiles.
+            # Do not call `imprint`, which needs the classifier itself instead of its quantiles.
             found = choose(x, y, request, parts.layer_widths, parts.metric, parts.class_weight)
             head = make_head(x, y, found.parts, request).head
             gen = time.perf_counter() - start
@@ -102,7 +102,7 @@ def alone(
 
 
 def _norm_inf(c: Configuration) -> str:
-    """What tells NORM_inf of one configuration from that of another."""
+    """Return a text that identifies the NORM_inf of a configuration."""
     if isinstance(c.variant.parts, Auto):
         return AUTO
     return f"{c.variant.parameters['norm_inf']} {c.variant.keys['norm_inf']}"

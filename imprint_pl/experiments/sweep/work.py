@@ -1,6 +1,6 @@
-"""The work of a sweep on one backbone's embeddings of one data set, each piece of it done once.
+"""The work of a sweep on one backbone's embeddings of one data set, without repeated steps.
 
-What comes out is what `pipeline.make_head` gives for each configuration alone.
+The results are the same as those of `pipeline.make_head` for each configuration alone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from imprint_pl.parts.norm.layers import LastLayer
 
 
 class Collapse(NamedTuple):
-    """How collapsed the classes of a task are."""
+    """NC1 and VCI of a task."""
 
     nc1: float
     vci: float
@@ -51,8 +51,8 @@ class Labels(NamedTuple):
 
 
 class Done(NamedTuple):
-    """The rows of a unit, a message for each kind of configuration that failed, and the labels of
-    each row by its id."""
+    """The results of a unit: its rows, a message for each kind of configuration that failed, and
+    the labels of each row by its id."""
 
     rows: list[dict[str, Any]]
     failed: list[str]
@@ -63,10 +63,10 @@ class Work:
     """Runs units of configurations.
 
     Args:
-        embeddings: of one backbone and one data set.
-        chunk_bytes: bounds what is held besides the embeddings: kept Gram matrices, copies of
-            classes while they are clustered, blocks of scores. One class, one Gram matrix and one
-            task's proxies are held in any case.
+        embeddings: the embeddings of one backbone and one data set.
+        chunk_bytes: bounds the memory besides the embeddings: kept Gram matrices, copies of classes
+            while they are clustered, and blocks of scores. One class, one Gram matrix and the
+            proxies of one task are always held.
     """
 
     def __init__(self, embeddings: Embeddings, chunk_bytes: int) -> None:
@@ -74,8 +74,8 @@ class Work:
         self.proxies = SharedProxies(self.samples, chunk_bytes)
 
     def collapse(self, task: Task) -> Collapse:
-        """NC1 and VCI of the task's l2-normalised training embeddings, whatever the shots; of
-        several layers those of the last."""
+        """Compute NC1 and VCI of the task's l2-normalised training embeddings. Shots are ignored;
+        with several layers the last one is used."""
         groups = self.samples.groups(task)
         if len(groups) < 2:
             return Collapse(float("nan"), float("nan"))
@@ -92,7 +92,7 @@ class Work:
         return Collapse(nc1_of(moments), vci_of_moments(moments))
 
     def run(self, unit: list[Configuration], todo: set[str]) -> Done:
-        """Those configurations of a unit whose ids are in `todo`."""
+        """Run those configurations of a unit whose ids are in `todo`."""
         self.proxies.forget()
         rows: list[dict[str, Any]] = []
         failed: list[str] = []
@@ -121,7 +121,7 @@ class Work:
         fast: dict[tuple[Wanted, Group], ClassScores],
         labels_of_rows: dict[str, Labels],
     ) -> list[dict[str, Any]]:
-        """Configurations of one task and one GEN; their labels are added to `labels_of_rows`."""
+        """Run configurations of one task and one GEN; add their labels to `labels_of_rows`."""
         groups = self.samples.groups(task)
         rows, y = self.samples.test(groups)
         size = {"num_classes": len(groups), "num_test": len(rows)}
@@ -161,8 +161,8 @@ class Work:
 
 
 def _measured(labels: Tensor, y: Tensor, num_classes: int) -> dict[str, float]:
-    """Accuracy, balanced accuracy (over the classes with samples) and macro F1, fractions; a class
-    that is neither there nor predicted does not count."""
+    """Compute accuracy, balanced accuracy (over the classes with samples) and macro F1, as
+    fractions. Classes without samples and predictions are left out."""
     confusion = torch.bincount(y * num_classes + labels, minlength=num_classes**2)
     confusion = confusion.reshape(num_classes, num_classes).double()
     right, there = confusion.diagonal(), confusion.sum(1)

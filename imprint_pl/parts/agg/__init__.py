@@ -1,1 +1,1 @@
-"""AGG: from proxies to class scores. A file a method; `table.py` has them by name."""
+"""AGG: turns proxies into class scores, one file for each method; `table.py` has them by name."""

@@ -1,4 +1,4 @@
-"""What every AGG says of itself."""
+"""The base class of all AGGs, with the attributes by which a sweep can share work."""
 
 from __future__ import annotations
 

@@ -2,9 +2,10 @@
 
 A generator is a `Generator` whose constructor takes its own parameters and keeps them under their
 names. With `from_moments = True` it is called with `Moments`, otherwise with embeddings and labels.
-It returns `Proxies`, which hold what it chose by itself, such as λ; it keeps nothing of a fit. To
-add one to this package, write it in a file here and name it in the tuple below. One of your own
-needs no entry: give its import path, as in `gen="my_parts.Trimmed"`.
+It returns `Proxies`, which also hold the parameters that it chose, such as λ; the generator itself
+keeps no fitted state. To add one to this package, write it in a file here and name it in the tuple
+below. A generator of your own needs no entry: give its import path, as in
+`gen="my_parts.Trimmed"`.
 """
 
 from imprint_pl.parts.gen.all import All

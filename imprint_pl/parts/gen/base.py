@@ -1,4 +1,4 @@
-"""What every generator says of itself and returns, and the loop over classes that many share."""
+"""The base classes of generators and the `Proxies` that they return."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from imprint_pl.ranks import OfClasses, share
 
 
 class Proxies(NamedTuple):
-    """What a generator returns.
+    """The proxies that a generator returns.
 
     Attributes:
         weights: `(P, d)`, the proxies.
@@ -37,8 +37,15 @@ BALANCED = "balanced"
 
 
 def checked_balance(class_weight: str | None) -> str | None:
-    """What the classes weigh: `None` (each sample 1) or "balanced" (each class the same in all: a
-    sample of a class of n weighs N / (C n)); else an `ImprintError`."""
+    """Check `class_weight` and return it.
+
+    Args:
+        class_weight: `None` (each sample weighs 1) or "balanced" (all classes weigh the same: a
+            sample of a class of n samples weighs N / (C n)).
+
+    Raises:
+        ImprintError: any other value.
+    """
     if class_weight not in (None, BALANCED):
         raise ImprintError(
             f"class_weight={class_weight!r}: give 'balanced', or leave it out; imprint and "
@@ -48,11 +55,11 @@ def checked_balance(class_weight: str | None) -> str | None:
 
 
 class Generator:
-    """The base of all generators: what they say of themselves, with the answers that are safe.
+    """The base of all generators. Its attributes describe them; the defaults here are always safe.
 
     A sweep reads `per_class` to `every_sample` only where the class states them in its own body
-    (see `parts.by_name.declared`). A subclass inherits none of them: what it overrides may make
-    them untrue, and a sweep would then share work that is not the subclass's.
+    (see `parts.by_name.declared`). A subclass inherits none of them: it may override a method that
+    they describe, and the sweep would then share the base class's results.
 
     Attributes:
         name: what messages and progress bars call it.
@@ -100,15 +107,19 @@ def by_groups(
     progress: bool,
     shared: bool = True,
 ) -> list[Tensor]:
-    """`of_classes(xs, seed, progress)` for all classes: at once, or where their rows do not fit
-    into memory beside each other, for so many classes at a time as do.
+    """Call `of_classes(xs, seed, progress)` for all classes at once, or for groups of classes.
+
+    Groups are used where the rows of all classes together do not fit into memory.
 
     Args:
-        of_classes: gives one tensor `(p, d)` a class, which may not depend on the other classes.
+        of_classes: returns one tensor `(p, d)` per class, which must not depend on other classes.
         x: `(N, d)`, all rows.
-        members: places of the rows of each class.
-        seed, progress: passed on; with several groups the bar counts these.
-        shared: whether the processes of a run take a share of the classes each.
+        members: the row indices of each class.
+        seed, progress: passed on; with several groups the bar counts groups.
+        shared: whether the classes are divided among the processes of a run.
+
+    Returns:
+        One tensor `(p, d)` per class.
     """
     run = partial(share, of_classes) if shared else of_classes
     groups = [range(len(members))]
@@ -129,8 +140,8 @@ class PerClass(Generator):
     has in a task and whatever the other classes are.
     """
 
-    # Whether the processes of a run take a share of the classes each: it pays where a class takes
-    # longer than to send it.
+    # Whether the classes are divided among the processes of a run. This is worth it only where
+    # the work on a class takes longer than sending its rows.
     shared = False
 
     def __call__(

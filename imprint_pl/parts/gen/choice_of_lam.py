@@ -1,5 +1,5 @@
-"""The choice of λ for `ridge`: one factorisation gives the ridge regression for every λ, and the
-rows that are left out of it say which λ foretells them best.
+"""The choice of λ for `ridge`: one factorisation gives the ridge regression for every λ, and rows
+that are left out in turn show which λ predicts them best.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from imprint_pl.numerics.order import keys
 
 # Rows that are left out in turn to choose λ.
 SCORED = 500
-# Standard errors by which they must contradict generalised cross-validation.
+# The choice by left-out rows replaces that of generalised cross-validation only if it is better by
+# this many standard errors.
 ERRORS = 2
-# Mean squared lengths of samples beside which a 1 is neither swamped nor everything.
+# Range of the samples' mean squared length in which an appended 1 keeps a sensible weight.
 SMALL, LARGE = 1e-3, 1e4
 
 
@@ -33,7 +34,7 @@ class LeftOut(NamedTuple):
     Attributes:
         z: `(n, d)`, the rows as they were added up.
         y: `(n,)`, their labels in the sums.
-        scored: how many of them, the first ones, are foretold; the others are their near-copies.
+        scored: the first `scored` rows are predicted; the other rows are their near-copies.
         copies: pairs of near-copies among the n rows.
         weights: `(n,)`, as the sums have them; `None` for ones.
     """
@@ -46,11 +47,11 @@ class LeftOut(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """What left-out rows say of each λ.
+    """The losses of left-out rows for each λ.
 
     Attributes:
         squares: `(L, n)`, w ‖y − ŷ‖² of each row, infinite where λ is too small to be judged.
-        figures: `(L,)`, the metric of the labels.
+        figures: `(L,)`, the metric of the predicted labels.
     """
 
     squares: Tensor
@@ -58,8 +59,10 @@ class Losses(NamedTuple):
 
 
 class Spectrum:
-    """Ridge regression for every λ at once, by one tridiagonalisation G = V T Vᵀ: a third of the
-    time of an eigendecomposition, and (T + λI) is solved in no time.
+    """Ridge regression for every λ at once, by one tridiagonalisation G = V T Vᵀ.
+
+    It takes a third of the time of an eigendecomposition, and solving (T + λI) costs next to
+    nothing.
 
     Args:
         moments: sums with a pooled Gram matrix, unweighted.
@@ -87,20 +90,21 @@ class Spectrum:
         return self.system.turn_back(self.system.solve(lam, self.projected))
 
     def gcv(self, lam: float) -> float:
-        """(1/N) Σ ‖y − Wᵀz‖² / (1 − t/N)², t = Σ_j l_j / (l_j + λ) the degrees of freedom, l_j the
-        eigenvalues of G.
+        """Compute the loss of generalised cross-validation for one λ.
 
-        The sum of squares needs no sample: with P = Vᵀ Q and S = (T + λI)⁻¹ P it is, over N,
+        The loss is (1/N) Σ ‖y − Wᵀz‖² / (1 − t/N)², where t = Σ_j l_j / (l_j + λ) are the degrees
+        of freedom and l_j the eigenvalues of G. The samples are not needed: with P = Vᵀ Q and
+        S = (T + λI)⁻¹ P, the mean square (1/N) Σ ‖y − Wᵀz‖² is
         (1/N) Σ ‖y‖² − ⟨P, S⟩ − λ ⟨S, S⟩, and Σ ‖y‖² = N.
         """
         kept = self.values / (self.values + lam)
         solution = self.system.solve(lam, self.projected)
         explained = (solution * (self.projected + lam * solution)).sum().item()
         residual = 1 - explained
-        # At most N eigenvalues are not 0. Written so, 1 − t/N keeps its digits as t nears N.
+        # At most N eigenvalues are not 0. This form of 1 − t/N stays exact as t approaches N.
         rank = min(int(self.samples), len(kept))
         free = (self.samples - rank + (1 - kept[-rank:]).sum().item()) / self.samples
-        # A residual that is nothing but rounding decides nothing.
+        # Ignore a residual that is only rounding.
         return residual / free**2 if residual > 1e-12 else math.inf
 
     def best_by_gcv(self) -> float:
@@ -108,21 +112,25 @@ class Spectrum:
         return min(self.grid.tolist(), key=self.gcv)
 
     def leave_out(self, left: LeftOut) -> Tensor | None:
-        """Σ `squares` of `losses` over the rows, `(L,)`; `None` where no row can be foretold."""
+        """Sum the `squares` of `losses` over the rows, `(L,)`; `None` if there are no losses."""
         losses = self.losses(left)
         return None if losses is None else losses.squares.sum(1)
 
     def losses(self, left: LeftOut, metric: str = ACCURACY) -> Losses | None:
-        """‖y − ŷ‖² of each scored row for each λ of the grid, `(L, n)`, and the metric of their
-        labels, ŷ by the ridge regression of all samples but the row and its near-copies.
+        """Compute the losses of the scored rows for each λ of the grid.
 
-        With H_GG = Z_G (NG + NλI)⁻¹ Z_Gᵀ of the left-out rows G, the residuals y − ŷ of the
-        regression without them are (I − H_GG)⁻¹ times those of the regression of all; of a row
-        without near-copies, (y − ŷ) / (1 − h). A class that would have no sample left cannot be
-        foretold: its row is not scored. Weights w multiply z, its 1 and y by √w.
+        A row is predicted by the ridge regression of all samples except the row and its
+        near-copies. Let H_GG = Z_G (NG + NλI)⁻¹ Z_Gᵀ for the left-out rows G. The residuals y − ŷ
+        without these rows are (I − H_GG)⁻¹ times the residuals of the regression of all samples;
+        for a row without near-copies this is (y − ŷ) / (1 − h). A row is not scored if its class
+        would have no sample left. Weights w multiply z, its 1 and y by √w.
+
+        Args:
+            left: the rows to leave out.
+            metric: the metric of the predicted labels.
 
         Returns:
-            `None` where no row can be foretold.
+            The losses; `None` if no row can be predicted.
 
         Source: Allen 1974 ("PRESS", one row); Cook & Weisberg 1982, "Residuals and Influence in
         Regression" (several).
@@ -156,32 +164,33 @@ class Spectrum:
                 of_rows.append(torch.cat(of_lam))
             if labels:
                 figures[i] = measured_by(metric, torch.cat(labels), true)
-        # Where rounding is all that is left of a residual, λ is too small to be judged.
+        # λ is too small to be judged where the residual is only rounding.
         known = (1 - hats > 1e-9).all(1)
         if not groups:
             return None
         return Losses(torch.stack(of_rows).where(known[:, None], torch.inf), figures)
 
     def _missed(self, lam: float, turned: Tensor, residuals: Tensor, group: Tensor) -> Tensor:
-        """Residuals `(n, C)` of the first rows of `group (n, g)`, each left out with the others of
-        its line."""
+        """Return the residuals `(n, C)` of the first row of each line of `group (n, g)`; all g rows
+        of the line are left out together."""
         solved = self.system.solve(lam, turned[:, group.flatten()]) / self.samples
         hat = torch.einsum("pgi,pgj->gij", turned[:, group], solved.reshape(-1, *group.shape))
         within = torch.eye(group.shape[1], dtype=hat.dtype) - hat
         return torch.linalg.solve(within, residuals[group])[:, 0]
 
     def best_by_leaving_out(self, left: LeftOut, metric: str = ACCURACY) -> float | None:
-        """The λ of the grid with the least `leave_out`; `None` where no row can be foretold.
+        """Choose the λ of the grid with the smallest `leave_out`; `None` without losses.
 
-        By a metric other than accuracy it is the λ with the best figure; of several, the one with
-        the least sum of squares.
+        With a metric other than accuracy, choose the λ with the best figure; among equal ones, the
+        one with the smallest sum of squares.
 
-        Where the scored rows are but some, "gcv" knows more, as it sums up all of them. Its λ is
-        taken unless the scored rows contradict it: their squares are larger with it by more than
-        two standard errors, as they are where near-copies have fooled it.
+        If only some of the rows are scored, "gcv" has more evidence, since it uses all of them. Its
+        λ is then taken unless the scored rows contradict it: their sum of squares with this λ is
+        larger by more than two standard errors. This happens where near-copies mislead "gcv".
 
-        The sum of squares decides, not the number of errors: over four sets of embeddings, from 100
-        to 1,400 samples, its λ was nearer to the best by test, as errors are few and whole.
+        The sum of squares decides instead of the number of errors, which takes few different
+        values. Over four sets of embeddings, from 100 to 1,400 samples, the λ by squares was
+        closer to the best λ on the test set.
         """
         losses = self.losses(left, metric)
         if losses is None:
@@ -206,12 +215,16 @@ class Spectrum:
         metric: str = ACCURACY,
         weights: Tensor | None = None,
     ) -> float:
-        """The λ of the grid with the fewest errors on held-out `x (n, d)`, or the best figure.
+        """Choose the λ of the grid with the fewest errors on held-out samples, or the best figure.
 
-        Of several, the one with the least sum of squares.
+        Among equal ones, the λ with the smallest sum of squares is taken.
 
-        `targets (n,)` are columns of W, `classes (P,)` the class of each column. Errors and squares
-        have the `weights (n,)`; a metric other than accuracy has none.
+        Args:
+            x: held-out embeddings `(n, d)`.
+            targets: `(n,)`, the column of W for each sample.
+            classes: `(P,)`, the class of each column of W.
+            metric: by which λ is chosen.
+            weights: `(n,)`, of errors and squares; a metric other than accuracy ignores them.
         """
         squares = torch.zeros(len(self.grid), dtype=torch.float64)
         solutions = [self.weights(lam) for lam in self.grid.tolist()]
@@ -246,13 +259,13 @@ def rows_left_out(
 ) -> LeftOut:
     """Draws the rows to leave out, and finds their near-copies.
 
-    The rows are the same whether all samples are there or a bounded sample, drawn while they went
-    by: the first by `random_keys`.
+    The drawn rows are the first by `random_keys`. They are therefore the same for all samples and
+    for the bounded sample that a stream keeps.
 
     Args:
         x: `(n, d)`, embeddings, among which near-copies are looked for.
         y: `(n,)`, their labels in the sums.
-        z: `(n, p)`, the rows as they were added up, or what gives those at some places.
+        z: `(n, p)`, the rows as they were added up, or a function from indices to such rows.
         seed: fixes the draw.
         weights: `(n,)`, as the sums have them.
     """
@@ -266,8 +279,11 @@ def rows_left_out(
 
 
 def _groups(left: LeftOut, counts: Tensor) -> list[Tensor]:
-    """The rows that are left out together, `(n, g)` for each size g: a scored row comes first in
-    its line, then its near-copies. Lines that leave no sample of the row's class are missing."""
+    """Return the rows that are left out together, one tensor `(n, g)` for each group size g.
+
+    Each line holds a scored row and then its near-copies. Lines that would leave no sample of the
+    row's class are dropped.
+    """
     copies, y = left.copies, left.y.cpu()
     members: list[list[int]] = [[i] for i in range(left.scored)]
     for one, other in zip(copies.first.tolist(), copies.second.tolist(), strict=True):
@@ -278,15 +294,22 @@ def _groups(left: LeftOut, counts: Tensor) -> list[Tensor]:
     weights = [1.0] * len(labels) if left.weights is None else left.weights.tolist()
     for line in members:
         of_class = sum(weights[i] for i in line if labels[i] == labels[line[0]])
-        # Sums of weights are known to rounding.
+        # Sums of weights are exact only up to rounding.
         if of_class < (1 - 1e-9) * sizes[labels[line[0]]]:
             by_size.setdefault(len(line), []).append(line)
     return [torch.tensor(lines) for lines in by_size.values()]
 
 
 def held_out(y: Tensor, seed: int, share: float = 0.1) -> Tensor:
-    """A stratified draw from labels `(N,)`: a mask `(N,)` with `share` of each class, at least one
-    sample of it and never its last.
+    """Draw a stratified sample to hold out.
+
+    Args:
+        y: labels `(N,)`.
+        seed: fixes the draw.
+        share: the fraction of each class; at least one sample is drawn, and one always stays.
+
+    Returns:
+        A mask `(N,)` of the held-out samples.
 
     Raises:
         ImprintError: no class has two samples.
@@ -304,7 +327,7 @@ def held_out(y: Tensor, seed: int, share: float = 0.1) -> Tensor:
 
 
 def normal_equations(moments: Moments, intercept: bool) -> tuple[Tensor, Tensor]:
-    """G and Q of `Ridge`, `(p, p)` and `(p, C)`, float64, new memory."""
+    """Return copies of G `(p, p)` and Q `(p, C)` of `Ridge`, float64."""
     samples = double(moments.counts).sum()
     gram, cross = double(moments.pooled_gram) / samples, double(moments.sums).T / samples
     if not intercept:
@@ -317,9 +340,11 @@ def normal_equations(moments: Moments, intercept: bool) -> tuple[Tensor, Tensor]
 
 
 def constant(moments: Moments) -> float:
-    """What is appended to each sample for the intercept: 1, or, where samples are so short or so
-    long that one of the two would be lost beside the other, a number that keeps them in proportion:
-    the labels of a head then do not depend on the scale of its embeddings."""
+    """Return the number that is appended to each sample for the intercept, usually 1.
+
+    For very short or very long samples it is scaled with their length, so that neither is lost to
+    rounding. The labels of a head then do not depend on the scale of its embeddings.
+    """
     length = double(moments.pooled_gram).trace().item() / double(moments.counts).sum().item()
     if not length > 0:
         return 1.0

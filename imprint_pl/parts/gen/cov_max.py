@@ -1,4 +1,4 @@
-"""The samples of each class that go most along with the others."""
+"""The samples of each class that covary most with the other samples of the class."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from imprint_pl.parts.gen.base import PerClass
 
 
 class FarthestPoints(PerClass):
-    """fps: after a random sample, k − 1 times the sample farthest from those chosen so far.
+    """fps: chooses a random sample, then k − 1 times the sample farthest from those chosen so far.
 
     z_{i+1} = argmax_z min_{j ≤ i} ‖z − z_j‖ (Euclidean) over the samples of the class that are not
     chosen yet; a tie goes to the first. Smaller k gives a prefix of larger k.
@@ -42,7 +42,7 @@ class FarthestPoints(PerClass):
         distance = torch.full_like(x[:, 0], torch.inf)
         for _ in range(min(self.k, len(x)) - 1):
             newest = x[chosen[-1:]]
-            # By differences: |a|² − 2ab + |b|² would rank near duplicates by its rounding.
+            # Subtract first: |a|² − 2ab + |b|² would rank near-duplicates by rounding errors.
             distance = torch.minimum(distance, (x - newest).norm(dim=1))
             distance[chosen[-1]] = -1  # never again, even where only its duplicates are left
             chosen = torch.cat([chosen, distance.argmax(0, keepdim=True)])

@@ -16,9 +16,9 @@ from imprint_pl.parts.gen.ls import check_lam, solve
 class KLeastSquares(Generator):
     """kls: the k-means clusters of each class become pseudo-classes of `ls`.
 
-    As `LeastSquares`, with M the means of the pseudo-classes as columns and C their number. A
-    sample belongs to the nearest centroid of its own class; a centroid without samples is dropped.
-    With k = 1 it is `ls`.
+    The proxies are those of `LeastSquares` with the pseudo-classes instead of the classes: the
+    columns of M are their means, and C is their number. A sample belongs to the nearest centroid of
+    its own class; a centroid without samples is dropped. With k = 1 the result is that of `ls`.
 
     Args:
         k: clusters a class; a class with fewer samples has each sample as a cluster.
@@ -43,7 +43,7 @@ class KLeastSquares(Generator):
 
     @property
     def fixed(self) -> bool:
-        """One cluster is the mean."""
+        """Whether the seed changes nothing: the only cluster of k = 1 is the class mean."""
         return self.k == 1
 
     def __call__(
@@ -56,7 +56,8 @@ class KLeastSquares(Generator):
         return self.of_clusters(Moments.of(x, cluster, len(classes)), classes)
 
     def of_clusters(self, moments: Moments, classes: Tensor) -> Proxies:
-        """`Moments` of the clusters, with a pooled Gram matrix, and their classes `(P,)`."""
+        """Make the proxies from the `Moments` of the clusters, with a pooled Gram matrix, and the
+        clusters' classes `(P,)`."""
         weights = solve(moments, self.lam)
         return Proxies(weights, weights.new_zeros(len(weights)), classes)
 
@@ -64,7 +65,7 @@ class KLeastSquares(Generator):
 def pseudo_classes(
     x: Tensor, y: Tensor, num_classes: int, k: int, *, engine: str, seed: int, progress: bool
 ) -> tuple[Tensor, Tensor]:
-    """The k-means clusters of each class, numbered through.
+    """Cluster each class by k-means; the clusters of all classes are numbered consecutively.
 
     Returns:
         The cluster of each sample `(N,)` and the class of each cluster `(P,)`; none is empty.
@@ -82,15 +83,15 @@ def pseudo_classes(
 
 
 def clusters_of(x: Tensor, centroids: Tensor) -> tuple[Tensor, int]:
-    """The cluster of each sample of a class `(n,)`, numbered without the empty ones, and how many
-    clusters there are."""
+    """Return the cluster of each sample of a class `(n,)` and the number of clusters; empty
+    clusters get no number."""
     used, own = torch.unique(_nearest(x, centroids), return_inverse=True)
     return own, len(used)
 
 
 def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
     """The nearest of `(k, d)` for each of `(n, d)`; a tie goes to the first."""
-    # About the centroids' mean, embeddings far from the origin keep their digits.
+    # Subtract the centroids' mean, so that embeddings far from the origin lose no precision.
     centre = centroids.mean(0)
     centroids = centroids - centre
     return torch.cat(

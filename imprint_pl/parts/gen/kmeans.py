@@ -35,7 +35,7 @@ class KMeans(PerClass):
 
     @property
     def fixed(self) -> bool:
-        """One cluster is the mean."""
+        """Whether the seed changes nothing: the only cluster of k = 1 is the class mean."""
         return self.k == 1
 
     def of_classes(self, xs: list[Tensor], seed: int, progress: bool) -> list[Tensor]:

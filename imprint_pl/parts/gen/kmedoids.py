@@ -1,4 +1,4 @@
-"""k-medoids within each class: as k-means, but the centres are samples."""
+"""k-medoids within each class: like k-means, but the centres are samples."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from imprint_pl.numerics.moments import sum_dtype
 from imprint_pl.numerics.values import check_count
 from imprint_pl.parts.gen.base import PerClass
 
-# The matrix of distances in float32 takes 1.6 GB for so many samples.
+# Most samples of a class: their matrix of distances takes 1.6 GB in float32.
 MAX_SAMPLES = 20_000
 MAX_ITERATIONS = 100
-# Rows of the matrix in float64 at a time.
+# The matrix is computed in float64, in blocks of rows of this size.
 BLOCK_BYTES = 64 << 20
 
 
@@ -27,7 +27,7 @@ class Medoids:
 
     Args:
         x: `(n, d)`.
-        smallest, largest: of the k that will be asked for.
+        smallest, largest: bounds of the k for which `choose` will be called.
     """
 
     def __init__(self, x: Tensor, smallest: int, largest: int) -> None:
@@ -60,7 +60,7 @@ class Medoids:
         package = _import_kmedoids()
         start = sample(self.n, k, seed).numpy()
         start = package.alternating(self.matrix, start, max_iter=MAX_ITERATIONS).medoids
-        # One thread and the samples' own order: the same result on every machine.
+        # One thread and a fixed order of samples give the same result on every machine.
         found = package.fasterpam(self.matrix, start, max_iter=MAX_ITERATIONS, n_cpu=1).medoids
         return torch.from_numpy(found.astype(np.int64))
 
@@ -68,11 +68,11 @@ class Medoids:
 class KMedoids(PerClass):
     """kmedoids: the k samples of a class with the least sum of distances to the nearest of them.
 
-    minimise Σ_i min_p ‖z_i − w_p‖ (Euclidean, not squared) over k samples w_p of the class: the
-    exact optimum for k = 1, otherwise a local one. From k random samples the alternating method
-    (assign, take the medoid of each cluster, repeat) goes first, then FasterPAM swaps samples while
-    that helps: never worse than the alternating method alone, about 1 to 4 % better on real
-    embeddings.
+    They minimise Σ_i min_p ‖z_i − w_p‖ (Euclidean, not squared) over k samples w_p of the class:
+    exactly for k = 1, otherwise up to a local optimum. The alternating method (assign, take the
+    medoid of each cluster, repeat) starts from k random samples; then FasterPAM swaps samples while
+    that helps. The result is never worse than that of the alternating method alone, and about 1 to
+    4 % better on real embeddings.
 
     Args:
         k: proxies a class; a class with fewer samples gives all of them.
@@ -100,7 +100,7 @@ class KMedoids(PerClass):
 
     @property
     def fixed(self) -> bool:
-        """One medoid is the best of all samples."""
+        """Whether the seed changes nothing: with k = 1 all samples are tried."""
         return self.k == 1
 
     def of_class(self, x: Tensor, seed: int) -> Tensor:
@@ -109,8 +109,8 @@ class KMedoids(PerClass):
 
 
 def _distances(x: Tensor) -> Iterator[Tensor]:
-    """The Euclidean distances between all samples, in blocks of rows `(·, n)`, float64."""
-    # About the mean, embeddings far from the origin keep their digits.
+    """Yield the Euclidean distances between all samples, in blocks of rows `(·, n)`, float64."""
+    # Subtract the mean, so that embeddings far from the origin lose no precision.
     x = x.to(sum_dtype(x.device))
     x = x - x.mean(0)
     squares = x.square().sum(1)
@@ -122,5 +122,5 @@ def _distances(x: Tensor) -> Iterator[Tensor]:
 
 def _import_kmedoids() -> Any:
     with needs("kmedoids", "gen='kmedoids'", "or choose gen='kmeans'"):
-        import kmedoids  # here, not above: not needed by every recipe
+        import kmedoids  # imported here since most recipes do not need it
     return kmedoids

@@ -14,8 +14,8 @@ from imprint_pl.parts.gen.ridge import checked_lam, fit, solve
 class KRidge(Generator):
     """kridge: the k-means clusters of each class become pseudo-classes of `ridge`.
 
-    As `kls` does with least squares. A sample belongs to the nearest centroid of its own class; a
-    centroid without samples is dropped. With k = 1 it is `ridge`.
+    It is `kls` with ridge regression instead of least squares. A sample belongs to the nearest
+    centroid of its own class; a centroid without samples is dropped. With k = 1 it is `ridge`.
 
     Args:
         k: clusters a class; a class with fewer samples has each sample as a cluster.
@@ -43,7 +43,8 @@ class KRidge(Generator):
 
     @property
     def clusters(self) -> bool:
-        """Samples are held out for λ before they are clustered: no clusters of all would serve."""
+        """Whether a sweep may give it clusters of all samples. With "holdout" it may not, since λ
+        is chosen with clusters of the samples that are not held out."""
         return self.lam != "holdout"
 
     def __call__(
@@ -56,5 +57,6 @@ class KRidge(Generator):
         return fit(x, cluster, classes, self.lam, self.intercept, seed)
 
     def of_clusters(self, moments: Moments, classes: Tensor) -> Proxies:
-        """`Moments` of the clusters, with a pooled Gram matrix, and their classes `(P,)`."""
+        """Make the proxies from the `Moments` of the clusters, with a pooled Gram matrix, and the
+        clusters' classes `(P,)`."""
         return solve(moments, self.lam, self.intercept, classes)

@@ -16,7 +16,8 @@ from imprint_pl.numerics.moments import Moments
 from imprint_pl.parts.gen.base import Generator, Proxies
 
 PRIORS = ("empirical", "uniform")
-# A score of this size in float32 is known to 1/64: less would change labels.
+# Largest part of the scores that all classes may share. A float32 score of this size is exact to
+# 1/64; with larger ones, rounding would change labels.
 LARGEST_SHARED = 2.0**17
 
 
@@ -25,11 +26,12 @@ class LDA(Generator):
 
     w_c = Σ⁻¹ μ_c, b_c = −½ μ_cᵀ Σ⁻¹ μ_c + log π_c, with μ_c `(d,)` the class means and
     Σ = (1−s) Σ_W + s (tr Σ_W / d) I, Σ_W the within-class covariance pooled over all samples.
-    Scores are log posteriors, up to what all classes share. Float64, by Cholesky.
+    Scores are log posteriors up to a term that all classes share. Computed in float64, by Cholesky.
 
-    What they share is of use in telling outsiders, but where the embeddings lie many times their
-    spread from the origin it is all that float32 can hold. There, with μ the mean of all samples,
-    w_c = Σ⁻¹ (μ_c − μ) and b_c = −½ (μ_c + μ)ᵀ w_c + log π_c.
+    The shared term helps to detect samples of unknown classes. But where the embeddings lie many
+    times their spread from the origin, it is so large that float32 cannot hold the differences. The
+    term is then left out: with μ the mean of all samples, w_c = Σ⁻¹ (μ_c − μ) and
+    b_c = −½ (μ_c + μ)ᵀ w_c + log π_c.
 
     Args:
         shrinkage: s, from 0 to 1, or "oas", as for `whiten`.

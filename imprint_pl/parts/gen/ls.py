@@ -19,11 +19,12 @@ class LeastSquares(Generator):
 
     W = (1/C) Mᵀ (Σ_T + μ_G μ_Gᵀ + λI)⁻¹, with M `(d, C)` the class means as columns, Σ_T and μ_G
     `(d,)` the covariance (divided by N) and the mean of all N samples. Σ_T + μ_G μ_Gᵀ is the Gram
-    matrix over N, Σ z zᵀ / N. Float64, by Cholesky; there is no intercept: the bias is 0.
+    matrix over N, Σ z zᵀ / N. Computed in float64, by Cholesky. There is no intercept; the bias
+    is 0.
 
     Args:
         lam: λ ≥ 0, in units of a squared feature. The default serves normalised and raw embeddings
-            alike; 0 asks for more samples than dimensions.
+            alike; 0 needs more samples than dimensions.
         class_weight: "balanced" lets all classes weigh alike in Σ z zᵀ, too; see `checked_balance`.
 
     Raises:

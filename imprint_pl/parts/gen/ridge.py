@@ -23,9 +23,9 @@ from imprint_pl.parts.gen.choice_of_lam import (
 )
 
 CHOICES = ("loo", "gcv", "holdout")
-# Those that see labels of held-out samples, so that any metric can choose by them.
+# The choices of λ that predict labels of held-out samples, so that any metric can be used.
 BY_LABELS = ("loo", "holdout")
-# λ over the trace of G where no class has two samples to choose it by.
+# λ divided by the trace of G, used where every class has only one sample and none can be held out.
 ONE_EACH = 0.1
 
 
@@ -35,26 +35,26 @@ class Ridge(Generator):
     W = (G + λI)⁻¹ Q, with G = (1/N) Σ z zᵀ `(d+1, d+1)` and Q = (1/N) Σ z yᵀ `(d+1, C)`; z is a
     sample with a 1 appended (see `constant`), y its one-hot label, N the samples. The last row of W
     is the bias: the intercept, penalised like any other weight. Every sample weighs alike, unlike
-    in `ls`. Float64, by Cholesky.
+    in `ls`. Computed in float64, by Cholesky.
 
     Args:
-        lam: λ ≥ 0, in units of a squared feature, or how to choose it. "loo", the default: by
-            leaving out samples in turn, each with its near-copies, which cannot vouch for it then
-            (see `Spectrum.leave_out`); at most 500 random samples, and where there are sums alone,
-            near-copies among 2,000. With more samples it is the λ of "gcv" unless those 500
-            contradict it (see `Spectrum.best_by_leaving_out`). "gcv": by generalised
-            cross-validation, from the sums alone (see `Spectrum.gcv`); with some dozens of
-            near-copies it takes a λ that is far too small. "holdout": by the accuracy on a
-            stratified tenth of the samples, at least one a class, drawn by the seed, then refitted
-            on all.
+        lam: λ ≥ 0, in units of a squared feature, or how to choose it. "loo", the default, leaves
+            out samples in turn, each together with its near-copies, which would make it too easy
+            to predict (see `Spectrum.leave_out`). It leaves out at most 500 random samples; if only
+            sums are kept, it looks for near-copies among 2,000. With more samples it takes the λ of
+            "gcv" unless those 500 contradict it (see `Spectrum.best_by_leaving_out`). "gcv" is
+            generalised cross-validation, which needs only the sums (see `Spectrum.gcv`); a few
+            dozen near-copies are enough to make its λ far too small. "holdout" takes the λ with the
+            best accuracy on a stratified tenth of the samples, at least one per class, drawn by the
+            seed, and then refits on all samples.
         intercept: append the 1; without it the bias is 0.
-        metric: "accuracy", "balanced_accuracy" or "macro_f1", by which λ is chosen. By another than
-            accuracy, "loo" and "holdout" take the λ that is best by the labels of the left-out
-            samples, and "gcv", which knows none, is refused.
+        metric: "accuracy", "balanced_accuracy" or "macro_f1", by which λ is chosen. With a metric
+            other than accuracy, "loo" and "holdout" take the λ whose labels of the left-out samples
+            are best by it; "gcv", which predicts no labels, is refused.
         class_weight: "balanced" lets all classes weigh alike, see `checked_balance`.
 
-    Samples may have weights w: G = Σ w z zᵀ / Σ w, Q and the squares of left-out samples alike. A
-    weight of 2 is the sample twice.
+    Samples may have weights w: G = Σ w z zᵀ / Σ w, and Q and the squares of left-out samples are
+    weighted in the same way. A weight of 2 is equal to having the sample twice.
 
     Raises:
         ImprintError: `lam` is none of these, negative or not finite, or too small for the matrix to
@@ -91,7 +91,7 @@ class Ridge(Generator):
 
     @property
     def from_moments(self) -> bool:  # type: ignore[override]
-        """A held-out tenth asks for the embeddings."""
+        """Whether it is called with `Moments`; only "holdout" needs the embeddings."""
         return self.lam != "holdout"
 
     @property
@@ -108,10 +108,10 @@ class Ridge(Generator):
         left: LeftOut | None = None,
         weights: Tensor | None = None,
     ) -> Proxies:
-        """`Moments` with a pooled Gram matrix, or embeddings and labels → C proxies, float32.
+        """Make C proxies, float32, from `Moments` with a pooled Gram matrix or from embeddings.
 
-        The λ that was taken comes with them, as `chosen["lam"]`. For "loo" `Moments` come with
-        some of their rows, `left`; without them it is chosen by "gcv".
+        The λ that was used is returned as `chosen["lam"]`. "loo" needs, beside `Moments`, some of
+        their rows as `left`; without these λ is chosen by "gcv".
 
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> Ridge(lam=0.0, intercept=False)(Moments.of(x, torch.tensor([0, 1]), 2)).weights
@@ -134,18 +134,18 @@ def solve(
     left: LeftOut | None = None,
     metric: str = ACCURACY,
 ) -> Proxies:
-    """The proxies `(P, d)` and their bias, float32, from sums.
+    """Compute the proxies `(P, d)` and their bias, float32, from sums.
 
-    With one sample a class (and not one a cluster) neither choice knows anything: no sample is
-    foretold by others, the largest λ seems best, and with it the longest sample wins. There λ is
-    `ONE_EACH` of the trace: 60 % instead of 43 % on ten digits.
+    With one sample per class (not per cluster) neither choice of λ works: no sample can be
+    predicted from the others, the largest λ seems best, and with it the longest sample wins. λ is
+    then `ONE_EACH` times the trace: 60 % accuracy instead of 43 % on ten digits.
 
     Args:
         moments: of P classes, or clusters of classes, with a pooled Gram matrix.
         lam: a number, "loo" or "gcv".
         intercept: see `Ridge`.
         classes: `(P,)`, the class of each cluster; each is a class of its own by default.
-        left: rows for "loo"; without them it is "gcv".
+        left: rows for "loo"; without them "gcv" chooses.
         metric: by which "loo" chooses.
     """
     if classes is None:
@@ -157,7 +157,7 @@ def solve(
         by_rows = None
         if left is not None and lam == "loo":
             by_rows = spectrum.best_by_leaving_out(left, metric)
-        # Copies of one sample a class are one sample a class.
+        # Copies of a single sample per class count as one sample per class.
         alone |= left is not None and by_rows is None and lam == "loo" and spectrum.trace > 0
         lam = ONE_EACH * spectrum.trace if alone else by_rows or spectrum.best_by_gcv()
         solution = spectrum.weights(lam)
@@ -186,7 +186,13 @@ def fit(
     metric: str = ACCURACY,
     weights: Tensor | None = None,
 ) -> Proxies:
-    """As `solve`, from samples `x (N, d)`; `targets (N,)` are proxies, of the classes `(P,)`."""
+    """Compute the proxies as `solve` does, but from samples.
+
+    Args:
+        x: samples `(N, d)`.
+        targets: `(N,)`, the proxy that each sample belongs to.
+        classes: `(P,)`, the class of each proxy.
+    """
     if lam != "holdout":
         left = rows_left_out(x, targets, x, seed, weights) if lam == "loo" else None
         moments = Moments.of(x, targets, len(classes), weights)
@@ -204,7 +210,10 @@ def fit(
 
 
 def _check_lam_beside(trace: float, lam: float) -> None:
-    """Raises where λ leaves nothing of G: W would be Q / λ, and the class of most samples wins."""
+    """Raise an `ImprintError` if λ is so large that G does not count beside it.
+
+    W would then be Q / λ, and the class with the most samples would always win.
+    """
     if lam > 1e3 * trace > 0:
         raise ImprintError(
             f"lam={lam} is all that counts beside samples of a mean squared length of {trace:.0e}: "
@@ -213,7 +222,10 @@ def _check_lam_beside(trace: float, lam: float) -> None:
 
 
 def checked_lam(lam: float | str, choices: tuple[str, ...] = CHOICES) -> float | str:
-    """A number ≥ 0 (YAML reads 1e-2 as text), or one of the choices; else an `ImprintError`."""
+    """Return `lam` as a number ≥ 0 or one of the choices; raise an `ImprintError` otherwise.
+
+    YAML reads 1e-2 as text, so text that is a number is accepted, too.
+    """
     if lam in choices:
         return lam
     try:

@@ -1,1 +1,1 @@
-"""NORM: what is done to embeddings and proxies. A file a method; `table.py` has them by name."""
+"""NORM: normalisations of embeddings and proxies, one file each; `table.py` has them by name."""

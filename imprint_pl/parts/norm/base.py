@@ -17,7 +17,7 @@ from imprint_pl.numerics.moments import Moments
 
 
 class Norm(nn.Module):
-    """The base of all NORMs: as NORM_pre they may learn, as NORM_post look at the proxies' classes.
+    """The base of all NORMs. A NORM_pre may learn; a NORM_post may use the proxies' classes.
 
     A sweep reads `fixed`, `row_by_row` and `row_scale` only where the class states them in its own
     body (see `parts.by_name.declared`): a subclass inherits none of them.
@@ -42,7 +42,7 @@ class Norm(nn.Module):
     row_by_row = False
     from_moments = False
 
-    # An attribute, so that a NORM of one's own may set it in `fit`; ours compute it.
+    # An attribute, so that a user's own NORM may set it in `fit`; ours compute it.
     input_dim: int | None = None
 
     def fit(self, x: Tensor, y: Tensor, num_classes: int, seed: int = 0) -> Norm:
@@ -84,16 +84,15 @@ class Norm(nn.Module):
         return transform(self, x)
 
     def places(self, samples: int, seed: int) -> Tensor | None:
-        """Return the places `(n,)` of the few rows that it learns from; `None` where it needs all.
+        """Return the indices `(n,)` of the few rows that it learns from; `None` if it needs all.
 
-        It may learn the mean of what it makes of all rows, too. `fit_few` learns from the few rows,
-        and `centred` turns the sums of what it then makes of all into those of what it makes in the
-        end.
+        Such a NORM is fitted in two steps. `fit_few` learns from the few rows. `centred` then takes
+        the sums of the transformed rows, learns their mean, and returns the sums about that mean.
         """
         return None
 
     def fit_few(self, few: Tensor) -> Norm:
-        """Learn from the rows at its `places`, `(n, d)`."""
+        """Learn from the rows `(n, d)` at the indices that `places` returned."""
         raise NotImplementedError
 
     def centred(self, moments: Moments) -> Moments:
@@ -101,11 +100,11 @@ class Norm(nn.Module):
         raise NotImplementedError
 
     def fit_moments(self, moments: Moments) -> Norm:
-        """Learn as `fit` does, from sums with squares: for a NORM with `from_moments`."""
+        """Learn as `fit` does, but from sums with squares; for a NORM with `from_moments`."""
         raise NotImplementedError
 
     def of_moments(self, moments: Moments) -> Moments:
-        """Turn sums of embeddings into sums of what it makes of them, once fitted."""
+        """Turn the sums of embeddings into the sums of the normalised embeddings, once fitted."""
         raise NotImplementedError
 
     def features(self, dim: int, samples: int) -> int:
@@ -120,8 +119,10 @@ class Norm(nn.Module):
         """Forget what was learned."""
 
     def row_scale(self, x: Tensor) -> Tensor | None:
-        """Where a NORM multiplies each row by a positive number: rows `(n, d)` → these numbers
-        `(n,)`, or `None` where all are 1."""
+        """Return the positive numbers `(n,)` by which it multiplies the rows `(n, d)`.
+
+        `None` means that all are 1. Only a NORM that does nothing else than scale rows has this.
+        """
         raise NotImplementedError
 
     def of_proxies(
@@ -180,7 +181,7 @@ class Chain(Norm):
 
     @property
     def norms(self) -> list[Norm]:
-        """The steps, with their type."""
+        """The steps of the chain."""
         return cast(list[Norm], list(self.steps))
 
     @property
@@ -211,10 +212,10 @@ class Chain(Norm):
         first = Chain(others).fit(x, y, num_classes, seed)
         places = last.places(len(x), seed) if isinstance(last, Norm) else None
         if places is not None:
-            # One pass, which keeps nothing of the size of x.
+            # One pass over x, so that nothing as large as x is kept.
             last.fit_few(transform(first, x[places.to(x.device)]))
             return last.centred(sums_of(self, x, y, num_classes, gram, weights))
-        # A NORM of one's own may know nothing of weights.
+        # A user's own NORM may not take weights, so pass them only where there are any.
         more = {} if weights is None else {"weights": weights}
         return last.fit_sums(transform(first, x), y, num_classes, seed, gram, **more)
 
@@ -277,7 +278,8 @@ def sums_of(
 ) -> Moments:
     """Add up `norm(x)` by chunks; `gram` is as in `Moments.zeros`, `weights (N,)` as in `add`.
 
-    A NORM with `from_moments` makes them of the sums of `x`, so that rows give what streams give.
+    A NORM with `from_moments` computes them from the sums of `x`, so that rows in memory give the
+    same result as a stream of batches.
     """
     if getattr(norm, "from_moments", False):
         return cast(Norm, norm).of_moments(Moments.of(x, y, num_classes, weights, gram=gram))

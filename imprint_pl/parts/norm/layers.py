@@ -18,10 +18,10 @@ from imprint_pl.numerics.values import is_count
 from imprint_pl.parts.norm.base import Norm
 from imprint_pl.parts.norm.learned import MOST_FEATURES, Learned
 
-# A feature counts as constant where its deviation is a smaller part of its size: float32 keeps
-# seven digits, so that what varies there is little more than rounding.
+# A feature is constant if its standard deviation is a smaller share of its size than this. float32
+# keeps seven digits, so such a deviation is little more than rounding.
 CONSTANT = 1e-5
-# The inverse of a smaller deviation is out of float32's range.
+# The inverse of a smaller standard deviation is outside the range of float32.
 LEAST_DEVIATION = 1e-30
 
 

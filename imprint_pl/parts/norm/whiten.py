@@ -21,8 +21,9 @@ class Whiten(Learned):
     means, Σ_W `(d, d)` the within-class covariance pooled over all samples. Euclidean distances
     after it are Mahalanobis distances before it. Computed in float64, by Cholesky.
 
-    The mean of all samples would lie beside the mean of a class that has most of them: that class
-    would come to the origin, where unit lengths, as in `whitened`, turn it into noise.
+    μ is not the mean of all samples, since that lies close to the mean of a class that has most of
+    the samples. That class would then be at the origin, where scaling to unit length, as in
+    `whitened`, turns it into noise.
 
     Args:
         shrinkage: s, from 0 (Σ_W unchanged, which needs more samples than dimensions) to 1 (all
