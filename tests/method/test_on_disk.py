@@ -132,6 +132,32 @@ def test_a_mapped_array_with_a_value_that_is_not_finite_is_refused(tmp_path):
         ImprintEstimator("ridge", **ON_DISK).fit(np.load(tmp_path / "x.npy", mmap_mode="r"), y)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_estimator_predicts_mapped_rows_block_by_block(tmp_path, monkeypatch, dtype):
+    x, y = points(n=9000)
+    np.save(tmp_path / "x.npy", x.numpy().astype(dtype))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    estimator = ImprintEstimator("qi", accept=0.9, coverage=0.9).fit(x[:2000].numpy(), y[:2000])
+    outputs = ["predict", "predict_proba", "decision_function", "familiarity", "accepts"]
+    outputs += ["predict_set"]
+    expected = [getattr(estimator, name)(np.array(mapped)) for name in outputs]
+    head, seen = estimator.head_, []
+    scores = head.scores
+    monkeypatch.setattr(head, "scores", lambda x: seen.append(len(x)) or scores(x))
+    for name, values in zip(outputs, expected, strict=True):
+        np.testing.assert_array_equal(getattr(estimator, name)(mapped), values)
+    assert sum(seen) == 6 * 9000 + 1 and max(seen) == large.CHUNK
+
+
+def test_an_estimator_names_the_mapped_row_that_is_not_finite(tmp_path):
+    x, y = points(n=9000)
+    estimator = ImprintEstimator("qi").fit(x.numpy(), y)
+    x[8765, 2] = torch.nan
+    np.save(tmp_path / "x.npy", x.numpy())
+    with pytest.raises(ImprintError, match="not finite.*sample 8765"):
+        estimator.predict(np.load(tmp_path / "x.npy", mmap_mode="r"))
+
+
 def test_auto_leaves_knn_out_above_a_budget_that_was_asked_for(files):
     x, y = points(n=200)
     on_disk = dict(memory_budget=1e-6)
