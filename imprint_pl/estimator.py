@@ -52,8 +52,8 @@ from imprint_pl.training_set.sums import TrainingSums
 DEFAULT_RECIPE = "auto"
 
 AS_TENSOR: dict[str, Any] = {"dtype": np.float32, "order": "C"}
-# A mapped file stays one, and is taken to float32 block by block. scikit-learn's check of its values
-# would take memory of its size; `check_values` does not.
+# A mapped file stays one, and is taken to float32 block by block. scikit-learn's check of its
+# values would take memory of its size; `check_values` does not.
 AS_IT_IS: dict[str, Any] = {
     "dtype": [np.float32, np.float16, np.float64],
     "ensure_all_finite": False,

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from imprint_pl.numerics.passes import blocks, row_sizes
+
 # Rows looked at in float64 at a time: so few stay in the processor's cache.
 CHUNK = 128
 # What an exponent counts for: an odd number without a pattern.
@@ -30,16 +32,17 @@ def keys(x: Tensor) -> Tensor:
     # Filled in: small results, kept one by one between large ones that come and go, would leave
     # holes in the memory that add up to the size of x.
     found = torch.empty(len(x), dtype=torch.int64, device=x.device)
-    for rows, result in zip(x.split(CHUNK), found.split(CHUNK), strict=True):
-        rows = rows.double()
-        largest = rows.abs().amax(1, keepdim=True)
-        fractions = rows / largest.where(largest > 0, 1.0)
-        if single:
-            mantissa, exponent = torch.frexp(largest)
-            fractions = torch.cat([fractions, mantissa], 1)
-        whole = fractions.mul_(2.0**45).round_().long()
-        key = whole.mul_(factors[: whole.shape[1]]).sum(1)
-        result.copy_(key + EXPONENT * exponent.flatten().long() if single else key)
+    for block in blocks(len(x), "putting rows in order"):
+        for rows, result in zip(x[block].split(CHUNK), found[block].split(CHUNK), strict=True):
+            rows = rows.double()
+            largest = rows.abs().amax(1, keepdim=True)
+            fractions = rows / largest.where(largest > 0, 1.0)
+            if single:
+                mantissa, exponent = torch.frexp(largest)
+                fractions = torch.cat([fractions, mantissa], 1)
+            whole = fractions.mul_(2.0**45).round_().long()
+            key = whole.mul_(factors[: whole.shape[1]]).sum(1)
+            result.copy_(key + EXPONENT * exponent.flatten().long() if single else key)
     return found.cpu()
 
 
@@ -47,6 +50,5 @@ def in_order(x: Tensor, y: Tensor) -> Tensor:
     """`(N,)`, the places of the rows `x (N, d)` with labels `y (N,)` in an order that depends on
     the rows alone. Multiples of a row follow each other by size, equal rows by label.
     """
-    sizes = torch.linalg.vector_norm(x.detach(), torch.inf, 1) if len(x) else x.new_zeros(0)
-    columns = (y, sizes, keys(x))
+    columns = (y, row_sizes(x.detach()), keys(x))
     return torch.from_numpy(np.lexsort([c.cpu().numpy() for c in columns])).to(x.device)

@@ -11,7 +11,7 @@ from imprint_pl.data.arrays import ArrayDataset
 from imprint_pl.data.embeddings import EmbeddingDataModule
 from imprint_pl.data.splits import Splits
 from imprint_pl.embedding.row_cache import RowCache
-from imprint_pl.numerics import large
+from imprint_pl.numerics import large, passes
 from imprint_pl.training_set.store import RowStore
 
 # Bytes of rows that fit: 26,843 / 5.5; the rows of two classes.
@@ -146,7 +146,8 @@ def test_an_estimator_predicts_mapped_rows_block_by_block(tmp_path, monkeypatch,
     monkeypatch.setattr(head, "scores", lambda x: seen.append(len(x)) or scores(x))
     for name, values in zip(outputs, expected, strict=True):
         np.testing.assert_array_equal(getattr(estimator, name)(mapped), values)
-    assert sum(seen) == 6 * 9000 + 1 and max(seen) == large.CHUNK
+    assert sum(seen) == 6 * 9000 + 1
+    assert max(seen) == passes.CHUNK
 
 
 def test_an_estimator_names_the_mapped_row_that_is_not_finite(tmp_path):

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from imprint_pl import ImprintError, imprint
 from imprint_pl.method.imprinting import imprint_parts
 from imprint_pl.method.recipes import resolve
-from imprint_pl.numerics.moments import CHUNK, Moments
+from imprint_pl.numerics.moments import Moments
+from imprint_pl.numerics.passes import CHUNK
 from imprint_pl.parts.norm.base import Chain, transform
 from imprint_pl.parts.norm.centre import Centre
 from imprint_pl.parts.norm.l2 import L2

@@ -12,8 +12,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from imprint_pl.numerics.large import CHUNK, blocks, rows_like
+from imprint_pl.numerics.large import rows_like
 from imprint_pl.numerics.moments import Moments
+from imprint_pl.numerics.passes import CHUNK, blocks
 
 
 class Norm(nn.Module):
