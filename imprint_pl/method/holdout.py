@@ -202,8 +202,8 @@ def _without_rows(
     others[rows] = False
     others[hidden] = False
     left, left_x = None if weights is None else weights[others], taken(x, others)
-    # No names in messages of a head that nobody asked for, nor a bar.
-    request = Request(request.num_classes, seed=request.seed, classifier=request.classifier)
+    # No names in messages of a head that nobody asked for.
+    request = replace(request, class_names=None)
     head = with_larger_lam(
         parts, lambda changed: make_head(left_x, y[others], changed, request, left).head
     )

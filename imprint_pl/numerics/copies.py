@@ -101,8 +101,8 @@ class CopyFinder:
         size = int(counts[counts > 0].median()) if len(counts) else 0
         self.neighbours = max(1, min(most, size // 3))
         # In proportion, so that no square is too large or too small.
-        size = largest(self.x) if self.x.numel() else self.x.new_ones(())
-        self.scale = size.clamp_min(1e-30)
+        scale = largest(self.x) if self.x.numel() else self.x.new_ones(())
+        self.scale = scale.clamp_min(1e-30)
         self.short = _projected(self.x, self.x[self.reference].mean(0), self.scale)
         self.squares = self.short.new_empty(len(x))
         for rows, squares in zip(self.short.split(CHUNK), self.squares.split(CHUNK), strict=True):

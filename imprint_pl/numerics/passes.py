@@ -5,10 +5,12 @@ The rows may lie in a file that is larger than memory: each pass then reads the 
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,11 +34,23 @@ def showing_bars(progress: bool = True) -> Iterator[None]:
         _shows_bars.reset(before)
 
 
+def bar(items: Sequence[Item], what: str, unit: str = "it", show: bool = True) -> tqdm[Item]:
+    """A bar on stderr, which comes after two seconds and goes with the last item.
+
+    Where a Trainer shows a bar of rich's, stderr is what rich puts in its place, which waits for
+    the end of a line, and a bar has none: this one goes to the terminal and takes the line of
+    rich's, which draws itself anew afterwards.
+    """
+    more: dict[str, Any] = {}
+    if hasattr(sys.stderr, "rich_proxied_file"):
+        width = shutil.get_terminal_size().columns
+        more = {"file": sys.stderr.rich_proxied_file, "ncols": width}
+    return tqdm(items, what, unit=unit, leave=False, delay=2, disable=not show, **more)
+
+
 def with_bar(items: Sequence[Item], what: str) -> Iterable[Item]:
     """The items of a pass, one after the other, with a bar where bars are shown."""
-    if _shows_bars.get() and len(items) > 1:
-        return tqdm(items, what, leave=False, delay=2)
-    return items
+    return bar(items, what) if _shows_bars.get() and len(items) > 1 else items
 
 
 def blocks(samples: int, what: str) -> Iterator[slice]:
