@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import psutil
@@ -241,8 +241,20 @@ class RowFile:
             return _mapped(file, (self.samples, self.dim), torch.float32)
 
 
-def check_disk(size: int) -> Path:
-    """The folder for files of so many bytes together: the one for temporary files, or `/var/tmp`.
+class Disk(NamedTuple):
+    """Where files go.
+
+    Attributes:
+        folder: that one.
+        passed_over: why none of the folders before it was taken, such as "/tmp is a RAM disk".
+    """
+
+    folder: Path
+    passed_over: str
+
+
+def check_disk(size: int) -> Disk:
+    """Where files of so many bytes together go: to the folder for temporary files, or `/var/tmp`.
 
     Raises:
         ImprintError: neither has room, or each is a RAM disk, whose files take memory.
@@ -255,7 +267,7 @@ def check_disk(size: int) -> Path:
             continue
         free = psutil.disk_usage(folder).free
         if free >= size:
-            return Path(folder)
+            return Disk(Path(folder), ", ".join(found))
         found.append(f"{folder} has {in_gib(free)} left")
     raise ImprintError(
         f"the embeddings do not fit into memory, and need {in_gib(size)} of disk for a while, but "
@@ -282,7 +294,7 @@ def in_gib(size: float) -> str:
 
 def _new_file(size: int, expected: int = 0) -> BinaryIO:
     """An empty file without a name, with disk reserved for so many bytes."""
-    folder = check_disk(max(size, expected))
+    folder = check_disk(max(size, expected)).folder
     try:
         file = tempfile.TemporaryFile(prefix="imprint_pl-", dir=folder)  # noqa: SIM115
         if size and hasattr(os, "posix_fallocate"):

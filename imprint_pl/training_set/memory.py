@@ -27,11 +27,12 @@ def check_room(samples: int, dim: int, in_memory: str | None = None) -> str | No
     if in_memory is not None or fits(embeddings):
         estimate = check_in_memory(samples, dim, in_memory or "they fit into memory_budget")
     else:
-        folder = check_disk(FILES * embeddings)
+        disk = check_disk(FILES * embeddings)
+        reason = f" ({disk.passed_over})" if disk.passed_over else ""
         estimate = (
             f"the embeddings of {samples:,} images take {in_gib(embeddings)}, imprinting them in "
             f"memory some {in_gib(COPIES * embeddings)}, more than memory_budget, "
-            f"{in_gib(COPIES * room())}: they go to files in {folder} of up to "
+            f"{in_gib(COPIES * room())}: they go to files in {disk.folder}{reason} of up to "
             f"{in_gib(FILES * embeddings)}, which vanish with the run"
         )
     return estimate if COPIES * embeddings > WORTH_SAYING else None

@@ -173,6 +173,21 @@ def test_a_chain_is_its_steps_by_hand(blobs):
     assert (chain.name, chain.learns, chain.input_dim) == ("power+whiten+l2+nystrom", True, 5)
 
 
+def test_a_chain_asks_a_kernel_of_ones_own_for_its_sums(blobs):
+    class Twice(Nystrom):
+        def fit_sums(self, x, y, num_classes, seed=0, gram="pooled", weights=None):
+            return (
+                super()
+                .fit_sums(x, y, num_classes, seed, gram, weights)
+                .scaled(torch.full((20,), 2))
+            )
+
+    x, y = blobs
+    expected = Chain([L2(), Nystrom(20)]).fit_sums(x, y, 3)
+    found = Chain([L2(), Twice(20)]).fit_sums(x, y, 3)
+    torch.testing.assert_close(found.sums, 2 * expected.sums)
+
+
 def test_transforming_in_chunks_is_transforming():
     x = torch.randn(2 * CHUNK + 3, 2, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(transform(L2(), x), L2()(x))

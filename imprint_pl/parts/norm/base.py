@@ -89,7 +89,8 @@ class Norm(nn.Module):
 
         It may learn the mean of what it makes of all rows, too. `fit_few` learns from the few rows,
         and `centred` turns the sums of what it then makes of all into those of what it makes in the
-        end.
+        end. A chain calls these three instead of `fit_sums`, unless a subclass inherits `places`:
+        what else it overrides may ask for all rows.
         """
         return None
 
@@ -210,7 +211,8 @@ class Chain(Norm):
         if not last.learns:
             return super().fit_sums(x, y, num_classes, seed, gram, weights)
         first = Chain(others).fit(x, y, num_classes, seed)
-        places = last.places(len(x), seed) if isinstance(last, Norm) else None
+        few = isinstance(last, Norm) and "places" in vars(type(last))
+        places = last.places(len(x), seed) if few else None
         if places is not None:
             # One pass, which keeps nothing of the size of x.
             last.fit_few(transform(first, x[places.to(x.device)]))
