@@ -89,6 +89,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         coverage: probability that a prediction set holds the truth, such as 0.95; see
             `predict_set`; not with `keep="moments"`.
         memory_budget: GiB of memory for `fit`; see `imprint`.
+        progress: show bars on stderr during `fit`.
         seed: an integer that fixes every random choice; what `random_state` is elsewhere, but never
             the global generator.
         device: where to compute, such as "cuda"; the CPU by default. A pickle holds CPU tensors,
@@ -143,6 +144,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         accept: float | None = None,
         coverage: float | None = None,
         memory_budget: float | None = None,
+        progress: bool = False,
         seed: int = 0,
         device: str | torch.device | None = None,
         **own: Any,
@@ -173,6 +175,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         self.accept = accept
         self.coverage = coverage
         self.memory_budget = memory_budget
+        self.progress = progress
         self.seed = seed
         self.device = device
         if own:
@@ -220,8 +223,10 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             keywords["sample_weight"] = torch.from_numpy(
                 _check_sample_weight(sample_weight, X, dtype=np.float64, copy=True)
             )
-        with within_budget(self.memory_budget):
-            self._head = imprint(x, labels, class_names=names, seed=seed, **keywords)
+        with within_budget(self.memory_budget, self.progress):
+            self._head = imprint(
+                x, labels, class_names=names, seed=seed, progress=self.progress, **keywords
+            )
             set_limits(self._head, x, labels, limits)
         self._kept, self.classes_, self._state = None, classes, None
         if self.keep is not None:
@@ -442,7 +447,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
     def _keywords(self) -> dict[str, Any]:
         """What was given of the recipe and its parts; NumPy's scalars, of a grid, as Python's."""
         given = self.get_params(deep=False)
-        for name in ("seed", "device", "keep", "accept", "coverage", "memory_budget"):
+        evaluation = ("keep", "accept", "coverage", "memory_budget", "progress")
+        for name in ("seed", "device", *evaluation):
             del given[name]
         import_parts(given)
         return {

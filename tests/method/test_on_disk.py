@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
 from trainers import quiet_trainer
 
 from imprint_pl import ImprintedClassifier, ImprintError, ImprintEstimator, imprint
@@ -148,6 +149,16 @@ def test_an_estimator_predicts_mapped_rows_block_by_block(tmp_path, monkeypatch,
         np.testing.assert_array_equal(getattr(estimator, name)(mapped), values)
     assert sum(seen) == 6 * 9000 + 1
     assert max(seen) == passes.CHUNK
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_an_estimator_shows_bars_where_they_are_asked_for(monkeypatch, capsys, progress):
+    monkeypatch.setattr(
+        passes, "tqdm", lambda *items, **how: tqdm(*items, **how | {"delay": 0, "mininterval": 0})
+    )
+    x, y = points(n=9000)
+    ImprintEstimator("qi", accept=0.9, progress=progress).fit(x.numpy(), y)
+    assert ("putting rows in order: " in capsys.readouterr().err) == progress
 
 
 def test_an_estimator_names_the_mapped_row_that_is_not_finite(tmp_path):
