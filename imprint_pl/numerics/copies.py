@@ -177,6 +177,11 @@ class CopyFinder:
         return apart.masked_fill_(rows[:, None] == others, torch.inf)
 
 
+def projected_bytes(samples: int, dim: int) -> int:
+    """Bytes that looking for near-copies among so many rows takes beside them."""
+    return 4 * samples * min(dim, PROJECTED)
+
+
 def _projected(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     """(x − mean) / scale `(N, d)` in random directions, `(N, min(d, 64))`, whose distances are on
     average those of the rows."""

@@ -13,6 +13,7 @@ from imprint_pl.data.embeddings import EmbeddingDataModule
 from imprint_pl.data.splits import Splits
 from imprint_pl.embedding.row_cache import RowCache
 from imprint_pl.numerics import large, passes
+from imprint_pl.numerics.copies import CopyFinder, projected_bytes
 from imprint_pl.training_set.store import RowStore
 
 # Bytes of rows that fit: 26,843 / 5.5; the rows of two classes.
@@ -87,6 +88,17 @@ def test_every_recipe_gives_the_head_that_it_gives_in_memory(files, name):
     head = imprint(x, y, **RECIPES[name], **ON_DISK)
     assert max(files) >= 0.7 * x.nbytes
     the_same(head, expected, x[:500])
+
+
+def test_projections_for_near_copies_lie_in_a_file_where_the_rows_do(files):
+    x = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(300) % 3
+    expected = CopyFinder(x, y).find()
+    assert files == []
+    with large.within_budget(large.COPIES * x.nbytes / 2 / 2**30):
+        found = CopyFinder(x, y).find()
+    assert files == [projected_bytes(300, 200)]
+    assert torch.equal(found.first, expected.first)
 
 
 def test_with_weights_those_of_zero_are_left_out(files):

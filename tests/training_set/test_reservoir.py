@@ -189,12 +189,12 @@ def test_an_estimate_above_a_gibibyte_is_told(monkeypatch):
     with large.within_budget(4):
         told = memory.check_room(1_281_167, 1280)
     assert "more than memory_budget, 4.0 GiB: they go to files in" in told
-    assert "of up to 24.4 GiB, which vanish with the run" in told
+    assert "of up to 24.7 GiB, which vanish with the run" in told
     monkeypatch.setattr(large, "is_ram_disk", lambda folder: folder != "/var/tmp")
     with large.within_budget(4):
         told = memory.check_room(1_281_167, 1280)
     assert "they go to files in /var/tmp (/" in told
-    assert " is a RAM disk) of up to 24.4 GiB" in told
+    assert " is a RAM disk) of up to 24.7 GiB" in told
 
 
 def test_the_memory_of_this_machine_is_positive_and_below_that_of_all_machines():
