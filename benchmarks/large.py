@@ -6,10 +6,12 @@ Writes synthetic embeddings once (1,000 classes, ReLU features), and imprints th
 from the mapped file, each in a process of its own. Prints wall and CPU seconds, the peak of the
 process's anonymous memory (RssAnon, for which no file can stand in), what of it was there before,
 and the accuracy on 5,000 others. `--in_memory` reads the rows into memory first, and has a budget
-without end.
+without end. The figures are added to `results.jsonl` in the folder; `--figure FIGURE` draws what is
+there, and measures nothing.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import threading
@@ -79,14 +81,59 @@ def measure(path, samples, recipe, in_memory, budget, **options):
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
     done.set()
     watcher.join()
-    accuracy = (head(torch.from_numpy(held).float()).argmax(1).numpy() == truth).mean()
+    accuracy = float((head(torch.from_numpy(held).float()).argmax(1).numpy() == truth).mean())
+    chosen = head.settings["recipe"]
     print(
         f"{recipe:8} {samples:>9,} x {x.shape[1]:,} {x.dtype} "
         f"{'in memory' if in_memory else 'mapped   '} {wall:7.1f} s, CPU {processor:7.1f} s, "
         f"anonymous {peak[0]:6.0f} MiB ({before:.0f} before), accuracy {accuracy:.4f}, "
-        f"chose {head.settings['recipe']}",
+        f"chose {chosen}",
         flush=True,
     )
+    row = dict(recipe=recipe, samples=samples, dim=x.shape[1], in_memory=in_memory, seconds=wall)
+    row |= dict(processor=processor, before=before, memory=peak[0], accuracy=accuracy)
+    with (path.parent / "results.jsonl").open("a") as file:
+        file.write(json.dumps(row | dict(chosen=chosen)) + "\n")
+
+
+def draw(rows, figure):
+    """Draws processor time and memory by the number of samples, of what was imprinted in files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in rows if not row["in_memory"]]
+    sizes = sorted({row["samples"] for row in rows})
+    recipes = sorted({row["recipe"] for row in rows})
+    lines = [(recipe, dim) for dim in sorted({row["dim"] for row in rows}) for recipe in recipes]
+    shown, axes = plt.subplots(1, 2, figsize=(9, 3.7), layout="constrained")
+    for recipe, dim in lines:
+        of_line = sorted(
+            (row["samples"], row["processor"], row["memory"])
+            for row in rows
+            if row["recipe"] == recipe and row["dim"] == dim
+        )
+        style = dict(
+            color=f"C{recipes.index(recipe)}",
+            marker="osD^"[recipes.index(recipe) % 4],
+            linestyle="-" if dim == lines[0][1] else "--",
+            label=f"{recipe}, d = {dim:,}",
+            markersize=4,
+        )
+        samples, seconds, memory = zip(*of_line, strict=True)
+        axes[0].loglog(samples, seconds, **style)
+        axes[1].semilogx(samples, [mib / 1024 for mib in memory], **style)
+    axes[0].set_ylabel("CPU seconds of imprint")
+    axes[1].set_ylabel("anonymous memory, GiB")
+    axes[1].set_ylim(0)
+    for axis in axes:
+        axis.set_xlabel("samples N")
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    shown.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    shown.savefig(figure, dpi=90)
 
 
 def main():
@@ -100,6 +147,7 @@ def main():
     parser.add_argument("--projection_dim", type=int, help="landmarks of kernel; 2,000 by default")
     parser.add_argument("--in_memory", action="store_true")
     parser.add_argument("--total", type=int, help="samples in the file; the most by default")
+    parser.add_argument("--figure", help="PNG to draw from the results in the folder")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     total = arguments.total or max(arguments.samples)
@@ -109,6 +157,10 @@ def main():
         landmarks = arguments.projection_dim
         options = {} if landmarks is None else {"projection_dim": landmarks}
         measure(path, samples, recipe, arguments.in_memory, arguments.budget, **options)
+        return
+    if arguments.figure:
+        results = (arguments.folder / "results.jsonl").read_text().splitlines()
+        draw([json.loads(row) for row in results], arguments.figure)
         return
     write(path, total, arguments.dim, arguments.dtype)
     for recipe in arguments.recipes:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from imprint_pl.numerics.moments import CHUNK, Moments
+from imprint_pl.numerics.moments import Moments
+from imprint_pl.numerics.passes import blocks
 
 # Smallest eigenvalue that counts, relative to the largest one. The rounding errors of smaller ones
 # would make NC1 explode.
@@ -56,8 +57,10 @@ def nc1(x: Tensor, y: Tensor, *, average: str = "macro", as_published: bool = Fa
     # Only the part of Σ_W inside the span of the class means counts. It needs C numbers per sample
     # instead of d².
     trace = 0.0
-    for rows, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-        centred = (rows.to(projector.dtype) - moments.means[labels]) @ projector
+    means = moments.means
+    for block in blocks(len(x), "NC1"):
+        labels = y[block]
+        centred = (x[block].to(projector.dtype) - means[labels]) @ projector
         trace += (centred.square().sum(1) * weights[labels]).sum().item()
     trace /= (weights * moments.counts).sum().item()
     if as_published:

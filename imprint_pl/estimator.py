@@ -52,7 +52,8 @@ from imprint_pl.training_set.sums import TrainingSums
 DEFAULT_RECIPE = "auto"
 
 AS_TENSOR: dict[str, Any] = {"dtype": np.float32, "order": "C"}
-# A mapped file stays one: `imprint` checks its values, and takes it to float32 block by block.
+# A mapped file stays one, and is taken to float32 block by block. scikit-learn's check of its
+# values would take memory of its size; `check_values` does not.
 AS_IT_IS: dict[str, Any] = {
     "dtype": [np.float32, np.float16, np.float64],
     "ensure_all_finite": False,
@@ -88,6 +89,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         coverage: probability that a prediction set holds the truth, such as 0.95; see
             `predict_set`; not with `keep="moments"`.
         memory_budget: GiB of memory for `fit`; see `imprint`.
+        progress: show bars on stderr during `fit`.
         seed: an integer that fixes every random choice; what `random_state` is elsewhere, but never
             the global generator.
         device: where to compute, such as "cuda"; the CPU by default. A pickle holds CPU tensors,
@@ -142,6 +144,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         accept: float | None = None,
         coverage: float | None = None,
         memory_budget: float | None = None,
+        progress: bool = False,
         seed: int = 0,
         device: str | torch.device | None = None,
         **own: Any,
@@ -172,6 +175,7 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         self.accept = accept
         self.coverage = coverage
         self.memory_budget = memory_budget
+        self.progress = progress
         self.seed = seed
         self.device = device
         if own:
@@ -219,8 +223,10 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             keywords["sample_weight"] = torch.from_numpy(
                 _check_sample_weight(sample_weight, X, dtype=np.float64, copy=True)
             )
-        with within_budget(self.memory_budget):
-            self._head = imprint(x, labels, class_names=names, seed=seed, **keywords)
+        with within_budget(self.memory_budget, self.progress):
+            self._head = imprint(
+                x, labels, class_names=names, seed=seed, progress=self.progress, **keywords
+            )
             set_limits(self._head, x, labels, limits)
         self._kept, self.classes_, self._state = None, classes, None
         if self.keep is not None:
@@ -367,19 +373,18 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
 
         Of two classes their difference `(n,)`, above 0 for `classes_[1]`.
         """
-        logits = self._logits(X)
+        logits = self._of_rows(X, lambda x: self.head_(x).double())
         if logits.shape[1] == 2:
             logits = logits[:, 1] - logits[:, 0]
         return logits.numpy()
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities `(n, C)`."""
-        return self._logits(X).softmax(1).numpy()
+        return self._of_rows(X, lambda x: self.head_(x).double().softmax(1)).numpy()
 
     def predict(self, X: Any) -> np.ndarray:
         """Labels `(n,)`."""
-        # Block by block: the scores of all rows in many classes may take more memory than the rows.
-        best = self._of_rows(X, lambda x: transform(lambda z: self.head_(z).argmax(1), x))
+        best = self._of_rows(X, lambda x: self.head_(x).argmax(1))
         return self.classes_[best.numpy()]
 
     def familiarity(self, X: Any) -> np.ndarray:
@@ -415,20 +420,21 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
         """Accuracy on `X (n, d)`, labels `y (n,)`."""
         return super().score(X, plain_labels(y), sample_weight)
 
-    def _logits(self, X: Any) -> Tensor:
-        return self._of_rows(X, lambda x: transform(self.head_, x)).double()
-
     def _of_rows(self, X: Any, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """What a function of the head makes of rows, on the CPU."""
+        """What a function of the head makes of rows, on the CPU.
+
+        Block by block: scores in many classes may take more memory than the rows.
+        """
         check_is_fitted(self)
-        x = self._tensor(validate_data(self, X, reset=False, **AS_TENSOR))
+        x = self._tensor(validate_data(self, X, reset=False, **_types(X)))
+        if isinstance(X, np.memmap):
+            check_values(x)
         self.head_.to(x.device)
         with torch.no_grad():
-            return function(x).cpu()
+            return transform(lambda rows: function(rows.float()), x).cpu()
 
     def _checked(self, X: Any, y: Any, reset: bool) -> tuple[Tensor, np.ndarray]:
-        how = AS_IT_IS if isinstance(X, np.memmap) else AS_TENSOR
-        X, y = validate_data(self, X, plain_labels(y), reset=reset, **how)
+        X, y = validate_data(self, X, plain_labels(y), reset=reset, **_types(X))
         check_classification_targets(y)
         return self._tensor(X), y
 
@@ -441,7 +447,8 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
     def _keywords(self) -> dict[str, Any]:
         """What was given of the recipe and its parts; NumPy's scalars, of a grid, as Python's."""
         given = self.get_params(deep=False)
-        for name in ("seed", "device", "keep", "accept", "coverage", "memory_budget"):
+        evaluation = ("keep", "accept", "coverage", "memory_budget", "progress")
+        for name in ("seed", "device", *evaluation):
             del given[name]
         import_parts(given)
         return {
@@ -506,6 +513,11 @@ class ImprintEstimator(ClassifierMixin, BaseEstimator):
             for name, part in {"_head": head, "_kept": kept}.items():
                 state[name] = None if part is None else part.cpu()
         return state
+
+
+def _types(X: Any) -> dict[str, Any]:
+    """How scikit-learn is to take rows."""
+    return AS_IT_IS if isinstance(X, np.memmap) else AS_TENSOR
 
 
 def _recipe(keywords: dict[str, Any]) -> Recipe:

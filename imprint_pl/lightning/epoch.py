@@ -4,6 +4,7 @@ head after the last batch. `classifier.py` runs it as a Trainer's training epoch
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -198,7 +199,15 @@ class ImprintEpoch:
             if self.trainer.is_global_zero:
                 needed()
         elif self.batches == 0 and (estimate := on_rank_zero(needed)) is not None:
-            rank_zero_info(estimate)
+            self._say(estimate)
+
+    def _say(self, text: str) -> None:
+        """Says something above the progress bar, where there is one."""
+        shown = self.trainer.progress_bar_callback
+        if shown is not None and getattr(shown, "is_enabled", False):
+            shown.print(text, file=sys.stderr)
+        else:
+            rank_zero_info(text)
 
     @property
     def _in_memory(self) -> str | None:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from imprint_pl.method.calibration import ENOUGH, folds
 from imprint_pl.method.holdout import copies_of, held_out_scores
@@ -20,6 +19,7 @@ from imprint_pl.method.recipes import RECIPES, Recipe, resolve
 from imprint_pl.numerics.draws import place_in_class, sample
 from imprint_pl.numerics.large import chosen_room
 from imprint_pl.numerics.measures import ACCURACY, difference, measured_by
+from imprint_pl.numerics.passes import bar
 from imprint_pl.parts.by_name import class_named, parameters_of
 
 # The candidates for one layer, in order of preference. `kernel` comes first: from two samples per
@@ -131,13 +131,7 @@ def choose(
         | ({} if class_weight is None else {"class_weight": class_weight})
         for one in candidates
     ]
-    shown = tqdm(
-        list(zip(candidates, asked, strict=True)),
-        "auto",
-        leave=False,
-        disable=not request.progress,
-        delay=2,
-    )
+    shown = bar(list(zip(candidates, asked, strict=True)), "auto", show=request.progress)
     for candidate, more in shown if held else []:
         shown.set_postfix_str(candidate["recipe"], refresh=False)
         labelled = _labelled(x, y, candidate | more, request, held, copies, weights)

@@ -205,8 +205,8 @@ def _without_rows(
     others[rows] = False
     others[hidden] = False
     left, left_x = None if weights is None else weights[others], taken(x, others)
-    # This head is internal, so its messages name no classes and it shows no bar.
-    request = Request(request.num_classes, seed=request.seed, classifier=request.classifier)
+    # This head is internal, so its messages name no classes.
+    request = replace(request, class_names=None)
     head = with_larger_lam(
         parts, lambda changed: make_head(left_x, y[others], changed, request, left).head
     )

@@ -20,6 +20,7 @@ from imprint_pl.method.inputs import checked, checked_classifier, checked_weight
 from imprint_pl.method.pipeline import Request, make_head, row_weights
 from imprint_pl.method.recipes import AUTO, Auto, Recipe, RecipeName, resolve
 from imprint_pl.method.selection import checked_bounds, draw_shots, weibull_typical
+from imprint_pl.numerics.copies import projected_bytes
 from imprint_pl.numerics.labels import checked_names
 from imprint_pl.numerics.large import FILES, check_disk, check_in_memory, fits, taken, within_budget
 from imprint_pl.numerics.order import in_order
@@ -153,7 +154,7 @@ def imprint_parts(
         # Before minutes of work: in order and, where GEN sees rows, without held-out samples and
         # normalised.
         of_sums = isinstance(parts, Recipe) and parts.gen.from_moments
-        check_disk(x.nbytes * (1 if of_sums else FILES - 1))
+        check_disk(x.nbytes * (1 if of_sums else FILES - 1) + projected_bytes(*x.shape))
     # Draws and folds then depend on the set of samples alone, not on the order in which they came.
     rows = in_order(x, y)
     x, y = taken(x, rows), y[rows]

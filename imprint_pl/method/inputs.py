@@ -13,6 +13,7 @@ from imprint_pl.errors import ImprintError
 from imprint_pl.numerics.factorisations import double
 from imprint_pl.numerics.labels import plain_labels
 from imprint_pl.numerics.large import as_tensor, floats
+from imprint_pl.numerics.passes import largest
 from imprint_pl.numerics.values import check_classes, check_size, check_values
 
 
@@ -84,7 +85,7 @@ def checked(
         )
     # Check before converting to float32, since float64 can hold values that float32 cannot. The
     # largest value of the whole set is needed even if each batch was checked on its own.
-    check_size(torch.linalg.vector_norm(x, torch.inf).item() if values_checked else check_values(x))
+    check_size(largest(x).item() if values_checked else check_values(x))
     x, y = floats(x), y.long().to(x.device)
     if num_classes is None:
         num_classes = len(class_names) if class_names else int(y.max()) + 1

@@ -18,7 +18,8 @@ from imprint_pl.errors import ImprintError
 from imprint_pl.method.head import ImprintedHead
 from imprint_pl.method.recipes import Recipe
 from imprint_pl.numerics.factorisations import double
-from imprint_pl.numerics.moments import CHUNK, Moments
+from imprint_pl.numerics.moments import Moments
+from imprint_pl.numerics.passes import CHUNK
 from imprint_pl.parts.by_name import steps_of
 from imprint_pl.parts.gen import Proxies
 from imprint_pl.parts.gen.base import BALANCED

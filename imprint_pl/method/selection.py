@@ -14,7 +14,8 @@ from torch import Tensor
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.numerics.draws import rows_by_class, sample
-from imprint_pl.numerics.moments import CHUNK, Moments
+from imprint_pl.numerics.moments import Moments
+from imprint_pl.numerics.passes import blocks
 from imprint_pl.numerics.values import check_count, is_number
 
 # Distances are considered equal if their spread is below this share of the largest one, since they
@@ -85,8 +86,8 @@ def weibull_typical(x: Tensor, y: Tensor, lower: float, upper: float) -> Tensor:
     present, y = torch.unique(y, return_inverse=True)
     means = Moments.of(x, y, len(present), gram="none").means
     distances = means.new_empty(len(x))
-    for rows, labels, norms in zip(*(part.split(CHUNK) for part in (x, y, distances)), strict=True):
-        norms.copy_((rows.to(means.dtype) - means[labels]).norm(dim=1))
+    for block in blocks(len(x), "distances"):
+        distances[block] = (x[block].to(means.dtype) - means[y[block]]).norm(dim=1)
     kept = [rows[_typical(distances[rows], lower, upper)] for rows in rows_by_class(y) if len(rows)]
     return torch.cat(kept).sort().values
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from imprint_pl.numerics.draws import place_in_class
-from imprint_pl.numerics.large import CHUNK, blocks, floats, rows_like
+from imprint_pl.numerics.large import floats, rows_like
+from imprint_pl.numerics.passes import CHUNK, blocks, largest, with_bar
 
 # A near-copy is nearer than this share of the usual distance. Nine of ten mirrored photographs are
 # at 0.24 to 0.39 of it (EfficientNet-Lite0), burst shots at 0.2 to 0.4. One in a hundred other
@@ -100,8 +101,8 @@ class CopyFinder:
         size = int(counts[counts > 0].median()) if len(counts) else 0
         self.neighbours = max(1, min(most, size // 3))
         # Scale the rows, so that squares neither overflow nor underflow.
-        low, high = self.x.aminmax() if self.x.numel() else (self.x.new_ones(()),) * 2
-        self.scale = torch.maximum(-low, high).clamp_min(1e-30)
+        scale = largest(self.x) if self.x.numel() else self.x.new_ones(())
+        self.scale = scale.clamp_min(1e-30)
         self.short = _projected(self.x, self.x[self.reference].mean(0), self.scale)
         self.squares = self.short.new_empty(len(x))
         for rows, squares in zip(self.short.split(CHUNK), self.squares.split(CHUNK), strict=True):
@@ -139,7 +140,8 @@ class CopyFinder:
             # Allow for rounding of the projected distances; candidates are checked in full later.
             bound = (MARGIN * nearer).square() + 1e-6 * self.squares[rows]
             row = other = asked[:0]
-            for others in everything.split(max(1, BLOCK // len(rows))):
+            parts = everything.split(max(1, BLOCK // len(rows)))
+            for others in with_bar(parts, "comparing rows"):
                 some, place = (self._apart(rows, others) < bound[:, None]).nonzero().T
                 row, other = torch.cat([row, some]), torch.cat([other, others[place]])
             exact = torch.cat(
@@ -178,14 +180,19 @@ class CopyFinder:
         return apart.masked_fill_(rows[:, None] == others, torch.inf)
 
 
+def projected_bytes(samples: int, dim: int) -> int:
+    """Bytes that looking for near-copies among so many rows takes beside them."""
+    return 4 * samples * min(dim, PROJECTED)
+
+
 def _projected(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     """Project (x − mean) / scale `(N, d)` to random directions, `(N, min(d, 64))`. Distances stay
     the same on average."""
-    short = rows_like(x[:, :PROJECTED], len(x))
+    short = rows_like(x[:, :PROJECTED], len(x), beside=x.nbytes)
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(x.shape[1], PROJECTED, generator=generator).to(x.device)
     directions /= PROJECTED**0.5 * scale
-    for block in blocks(len(x), "near-copies"):
+    for block in blocks(len(x), "preparing rows to compare"):
         if x.shape[1] <= PROJECTED:
             short[block] = (x[block] - mean) / scale
         else:

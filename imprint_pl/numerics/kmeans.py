@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.numerics import kmeans_torch
 from imprint_pl.numerics.moments import sum_dtype
+from imprint_pl.numerics.passes import bar
 from imprint_pl.numerics.values import is_count
 
 ENGINES = ("auto", "faiss", "torch", "exact")
@@ -72,10 +72,12 @@ def kmeans_classes(
     if k == 1:
         found = [_mean(xs[i]) for i in todo]
     elif _resolved(engine, device) == "faiss":
-        bar = tqdm(todo, desc="k-means", unit="class", disable=not progress, delay=2)
         dims = {xs[i].shape[1] for i in todo}
         indices = {dim: _index(_import_faiss(), dim, device) for dim in dims}
-        found = [_faiss(xs[i], k, seed, indices[xs[i].shape[1]]) for i in bar]
+        found = [
+            _faiss(xs[i], k, seed, indices[xs[i].shape[1]])
+            for i in bar(todo, "k-means", "class", progress)
+        ]
     else:
         classes = [xs[i].detach().to(device, torch.float32) for i in todo]
         exact = engine == "exact"

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from imprint_pl.numerics.draws import sample as draw_rows
 from imprint_pl.numerics.moments import sum_dtype
+from imprint_pl.numerics.passes import bar
 
 # Directions of the projection. Measured on Fashion-MNIST embeddings: more directions are no better.
 # One basis for all classes is no better either, and would make classes depend on each other. Random
@@ -72,8 +72,8 @@ def cluster(
     """
     iterations = EXACT_ITERATIONS if exact else POLISH_ITERATIONS
     centroids = list(xs)
-    bar = tqdm(total=len(xs), desc="k-means", unit="class", disable=not progress, delay=2)
-    with bar, _full_precision(xs[0].device):
+    shown = bar(xs, "k-means", "class", progress)
+    with shown, _full_precision(xs[0].device):
         for members in _batches(xs, k):
             batch = [_aligned(xs[i]) for i in members]
             rows, dim = _padded_rows(len(batch[0])), batch[0].shape[1]
@@ -84,7 +84,7 @@ def cluster(
             with _threads(rows * dim * k):
                 for i, x, of_class in zip(members, batch, labels, strict=True):
                     centroids[i] = _polish(x[None], of_class[None, : len(x)], k, iterations)[0]
-                    bar.update()
+                    shown.update()
     return centroids
 
 

@@ -14,15 +14,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from imprint_pl.errors import ImprintError
+from imprint_pl.numerics.passes import blocks, showing_bars
 from imprint_pl.numerics.values import is_number
 
 # GEN and what surrounds it take so many times the bytes of the embeddings that it sees: themselves,
@@ -36,13 +36,10 @@ SMALL = 2**25
 # Files of the size of the embeddings at a time: the epoch's, in order, without held-out samples,
 # and normalised.
 FILES = 4
-# Rows that are copied, converted or added up at a time.
-CHUNK = 4096
 # File systems in memory.
 RAM_DISKS = ("tmpfs", "ramfs")
 
 _budget: ContextVar[float | None] = ContextVar("budget", default=None)
-_shows_bars = ContextVar("shows_bars", default=False)
 
 
 @contextmanager
@@ -61,11 +58,10 @@ def within_budget(gib: float | None = None, progress: bool = False) -> Iterator[
     """
     check_budget(gib)
     budget = _budget.set(_budget.get() if gib is None else gib * 2**30)
-    bars = _shows_bars.set(progress)
     try:
-        yield
+        with showing_bars(progress):
+            yield
     finally:
-        _shows_bars.reset(bars)
         _budget.reset(budget)
 
 
@@ -136,34 +132,29 @@ def check_in_memory(samples: int, dim: int, reason: str) -> str:
     return estimate
 
 
-def blocks(samples: int, what: str) -> Iterator[slice]:
-    """The rows of a pass, `CHUNK` at a time, with a bar where bars are shown."""
-    starts = range(0, samples, CHUNK)
-    if _shows_bars.get() and len(starts) > 1:
-        starts = tqdm(starts, what, leave=False, delay=2)  # type: ignore[assignment]
-    for start in starts:
-        yield slice(start, start + CHUNK)
-
-
-def empty_rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def empty_rows(*shape: int, dtype: torch.dtype = torch.float32, beside: int = 0) -> Tensor:
     """An uninitialised tensor on the CPU, in a file where it does not fit into the budget.
+
+    Args:
+        shape, dtype: of the tensor.
+        beside: bytes of the rows that it is made of, and that have to fit beside it.
 
     Raises:
         ImprintError: no disk has room for it.
     """
     size = int(np.prod(shape)) * dtype.itemsize
-    if fits(size):
+    if fits(beside + size):
         return torch.empty(shape, dtype=dtype)
     with _new_file(size) as file:
         return _mapped(file, shape, dtype)
 
 
-def rows_like(some: Tensor, samples: int) -> Tensor:
+def rows_like(some: Tensor, samples: int, beside: int = 0) -> Tensor:
     """So many uninitialised rows, of the kind of `some (n, d)` and on its device; in a file where
-    they do not fit."""
+    they do not fit, see `empty_rows`."""
     if some.device.type != "cpu":
         return some.new_empty(samples, *some.shape[1:])
-    return empty_rows(samples, *some.shape[1:], dtype=some.dtype)
+    return empty_rows(samples, *some.shape[1:], dtype=some.dtype, beside=beside)
 
 
 def taken(x: Tensor, rows: Tensor) -> Tensor:
@@ -250,8 +241,20 @@ class RowFile:
             return _mapped(file, (self.samples, self.dim), torch.float32)
 
 
-def check_disk(size: int) -> Path:
-    """The folder for files of so many bytes together: the one for temporary files, or `/var/tmp`.
+class Disk(NamedTuple):
+    """Where files go.
+
+    Attributes:
+        folder: that one.
+        passed_over: why none of the folders before it was taken, such as "/tmp is a RAM disk".
+    """
+
+    folder: Path
+    passed_over: str
+
+
+def check_disk(size: int) -> Disk:
+    """Where files of so many bytes together go: to the folder for temporary files, or `/var/tmp`.
 
     Raises:
         ImprintError: neither has room, or each is a RAM disk, whose files take memory.
@@ -264,7 +267,7 @@ def check_disk(size: int) -> Path:
             continue
         free = psutil.disk_usage(folder).free
         if free >= size:
-            return Path(folder)
+            return Disk(Path(folder), ", ".join(found))
         found.append(f"{folder} has {in_gib(free)} left")
     raise ImprintError(
         f"the embeddings do not fit into memory, and need {in_gib(size)} of disk for a while, but "
@@ -291,7 +294,7 @@ def in_gib(size: float) -> str:
 
 def _new_file(size: int, expected: int = 0) -> BinaryIO:
     """An empty file without a name, with disk reserved for so many bytes."""
-    folder = check_disk(max(size, expected))
+    folder = check_disk(max(size, expected)).folder
     try:
         file = tempfile.TemporaryFile(prefix="imprint_pl-", dir=folder)  # noqa: SIM115
         if size and hasattr(os, "posix_fallocate"):

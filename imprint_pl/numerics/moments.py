@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from imprint_pl.numerics.large import CHUNK, blocks
+from imprint_pl.numerics.passes import blocks
 from imprint_pl.ranks import ranks, travelling_device
 
 # Columns of a Gram matrix computed at a time. The matrix is symmetric, so that blocks of its lower
@@ -221,9 +221,9 @@ class Moments:
     def _add_weighted(self, x: Tensor, y: Tensor, weights: Tensor) -> Moments:
         if self.class_weights is not None or (self.gram is not None and self.gram.ndim == 3):
             raise ValueError("weights of rows ask for one Gram matrix and no class_weights")
-        batches = (x.split(CHUNK), y.split(CHUNK), weights.to(self.sums).split(CHUNK))
-        for rows, labels, of_rows in zip(*batches, strict=True):
-            rows = rows.to(self.sums.dtype)
+        weights = weights.to(self.sums)
+        for block in blocks(len(x), "adding up"):
+            rows, labels, of_rows = x[block].to(self.sums.dtype), y[block], weights[block]
             weighted = rows * of_rows[:, None]
             self.counts.index_add_(0, labels, of_rows)
             self.sums.index_add_(0, labels, weighted)

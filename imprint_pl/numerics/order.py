@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from imprint_pl.numerics.passes import blocks, row_sizes
+
 # Rows that are processed in float64 at a time, few enough for the processor's cache.
 CHUNK = 128
 # Factor for the exponent in the hash, an arbitrary odd number.
@@ -31,16 +33,17 @@ def keys(x: Tensor) -> Tensor:
     # Allocate the result once. Small tensors that stay between large temporary ones would fragment
     # the memory, by up to the size of x.
     found = torch.empty(len(x), dtype=torch.int64, device=x.device)
-    for rows, result in zip(x.split(CHUNK), found.split(CHUNK), strict=True):
-        rows = rows.double()
-        largest = rows.abs().amax(1, keepdim=True)
-        fractions = rows / largest.where(largest > 0, 1.0)
-        if single:
-            mantissa, exponent = torch.frexp(largest)
-            fractions = torch.cat([fractions, mantissa], 1)
-        whole = fractions.mul_(2.0**45).round_().long()
-        key = whole.mul_(factors[: whole.shape[1]]).sum(1)
-        result.copy_(key + EXPONENT * exponent.flatten().long() if single else key)
+    for block in blocks(len(x), "putting rows in order"):
+        for rows, result in zip(x[block].split(CHUNK), found[block].split(CHUNK), strict=True):
+            rows = rows.double()
+            largest = rows.abs().amax(1, keepdim=True)
+            fractions = rows / largest.where(largest > 0, 1.0)
+            if single:
+                mantissa, exponent = torch.frexp(largest)
+                fractions = torch.cat([fractions, mantissa], 1)
+            whole = fractions.mul_(2.0**45).round_().long()
+            key = whole.mul_(factors[: whole.shape[1]]).sum(1)
+            result.copy_(key + EXPONENT * exponent.flatten().long() if single else key)
     return found.cpu()
 
 
@@ -52,6 +55,5 @@ def in_order(x: Tensor, y: Tensor) -> Tensor:
     Returns:
         The indices `(N,)` of the rows in this order.
     """
-    sizes = torch.linalg.vector_norm(x.detach(), torch.inf, 1) if len(x) else x.new_zeros(0)
-    columns = (y, sizes, keys(x))
+    columns = (y, row_sizes(x.detach()), keys(x))
     return torch.from_numpy(np.lexsort([c.cpu().numpy() for c in columns])).to(x.device)

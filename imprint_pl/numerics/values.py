@@ -11,10 +11,10 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from imprint_pl.errors import ImprintError, did_you_mean
+from imprint_pl.numerics.passes import row_sizes
 
 
 def _one_of(keyword: str, value: str, known: Collection[str]) -> str:
@@ -60,7 +60,7 @@ def check_values(x: Tensor, place: str = "") -> float:
         ImprintError: If values are NaN, infinite, or above 1e12; names the first such sample.
     """
     # The maximum of a row with NaN is NaN. Compare in float32: in float16 the bound is infinite.
-    sizes = torch.linalg.vector_norm(x, torch.inf, dim=1).float()
+    sizes = row_sizes(x).float()
     bad = ~(sizes <= LARGEST)
     if not bad.any():
         return sizes.max().item() if len(sizes) else 0.0

@@ -4,6 +4,7 @@ machine does not have them. Otherwise the kernel might kill the process in the m
 
 from __future__ import annotations
 
+from imprint_pl.numerics.copies import projected_bytes
 from imprint_pl.numerics.large import COPIES, FILES, check_disk, check_in_memory, fits, in_gib, room
 
 # Estimates below this many bytes are not mentioned.
@@ -30,11 +31,13 @@ def check_room(samples: int, dim: int, in_memory: str | None = None) -> str | No
     if in_memory is not None or fits(embeddings):
         estimate = check_in_memory(samples, dim, in_memory or "they fit into memory_budget")
     else:
-        folder = check_disk(FILES * embeddings)
+        files = FILES * embeddings + projected_bytes(samples, dim)
+        disk = check_disk(files)
+        reason = f" ({disk.passed_over})" if disk.passed_over else ""
         estimate = (
             f"the embeddings of {samples:,} images take {in_gib(embeddings)}, imprinting them in "
             f"memory some {in_gib(COPIES * embeddings)}, more than memory_budget, "
-            f"{in_gib(COPIES * room())}: they go to files in {folder} of up to "
-            f"{in_gib(FILES * embeddings)}, which vanish with the run"
+            f"{in_gib(COPIES * room())}: they go to files in {disk.folder}{reason} of up to "
+            f"{in_gib(files)}, which vanish with the run"
         )
     return estimate if COPIES * embeddings > WORTH_SAYING else None

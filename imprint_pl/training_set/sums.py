@@ -22,8 +22,9 @@ from imprint_pl.method.inputs import checked
 from imprint_pl.method.pipeline import Request, Sums, few_for, kept_gram, learns_from_sums
 from imprint_pl.method.recipes import Auto, Recipe
 from imprint_pl.method.threshold import Limits, set_limits_of_sums
-from imprint_pl.numerics.moments import CHUNK, Moments
+from imprint_pl.numerics.moments import Moments
 from imprint_pl.numerics.order import in_order, keys
+from imprint_pl.numerics.passes import CHUNK
 from imprint_pl.parts.by_name import steps_of
 from imprint_pl.parts.norm.base import transform
 from imprint_pl.parts.norm.layers import check_width, last_columns

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
 from trainers import quiet_trainer
 
 from imprint_pl import ImprintedClassifier, ImprintError, ImprintEstimator, imprint
@@ -11,7 +12,8 @@ from imprint_pl.data.arrays import ArrayDataset
 from imprint_pl.data.embeddings import EmbeddingDataModule
 from imprint_pl.data.splits import Splits
 from imprint_pl.embedding.row_cache import RowCache
-from imprint_pl.numerics import large
+from imprint_pl.numerics import large, passes
+from imprint_pl.numerics.copies import CopyFinder, projected_bytes
 from imprint_pl.training_set.store import RowStore
 
 # Bytes of rows that fit: 26,843 / 5.5; the rows of two classes.
@@ -88,6 +90,17 @@ def test_every_recipe_gives_the_head_that_it_gives_in_memory(files, name):
     the_same(head, expected, x[:500])
 
 
+def test_projections_for_near_copies_lie_in_a_file_where_the_rows_do(files):
+    x = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(300) % 3
+    expected = CopyFinder(x, y).find()
+    assert files == []
+    with large.within_budget(large.COPIES * x.nbytes / 2 / 2**30):
+        found = CopyFinder(x, y).find()
+    assert files == [projected_bytes(300, 200)]
+    assert torch.equal(found.first, expected.first)
+
+
 def test_with_weights_those_of_zero_are_left_out(files):
     x, y = points()
     weights = torch.arange(4000.0) % 3
@@ -130,6 +143,43 @@ def test_a_mapped_array_with_a_value_that_is_not_finite_is_refused(tmp_path):
     np.save(tmp_path / "x.npy", x.numpy())
     with pytest.raises(ImprintError, match="not finite.*sample 1234"):
         ImprintEstimator("ridge", **ON_DISK).fit(np.load(tmp_path / "x.npy", mmap_mode="r"), y)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_estimator_predicts_mapped_rows_block_by_block(tmp_path, monkeypatch, dtype):
+    x, y = points(n=9000)
+    np.save(tmp_path / "x.npy", x.numpy().astype(dtype))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    estimator = ImprintEstimator("qi", accept=0.9, coverage=0.9).fit(x[:2000].numpy(), y[:2000])
+    outputs = ["predict", "predict_proba", "decision_function", "familiarity", "accepts"]
+    outputs += ["predict_set"]
+    expected = [getattr(estimator, name)(np.array(mapped)) for name in outputs]
+    head, seen = estimator.head_, []
+    scores = head.scores
+    monkeypatch.setattr(head, "scores", lambda x: seen.append(len(x)) or scores(x))
+    for name, values in zip(outputs, expected, strict=True):
+        np.testing.assert_array_equal(getattr(estimator, name)(mapped), values)
+    assert sum(seen) == 6 * 9000 + 1
+    assert max(seen) == passes.CHUNK
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_an_estimator_shows_bars_where_they_are_asked_for(monkeypatch, capsys, progress):
+    monkeypatch.setattr(
+        passes, "tqdm", lambda *items, **how: tqdm(*items, **how | {"delay": 0, "mininterval": 0})
+    )
+    x, y = points(n=9000)
+    ImprintEstimator("qi", accept=0.9, progress=progress).fit(x.numpy(), y)
+    assert ("putting rows in order: " in capsys.readouterr().err) == progress
+
+
+def test_an_estimator_names_the_mapped_row_that_is_not_finite(tmp_path):
+    x, y = points(n=9000)
+    estimator = ImprintEstimator("qi").fit(x.numpy(), y)
+    x[8765, 2] = torch.nan
+    np.save(tmp_path / "x.npy", x.numpy())
+    with pytest.raises(ImprintError, match="not finite.*sample 8765"):
+        estimator.predict(np.load(tmp_path / "x.npy", mmap_mode="r"))
 
 
 def test_auto_leaves_knn_out_above_a_budget_that_was_asked_for(files):

@@ -129,7 +129,7 @@ def test_files_never_go_to_a_ram_disk(monkeypatch, tmp_path):
     (tmp_path / "inside").mkdir()
     assert large.is_ram_disk(str(tmp_path / "inside"))
     assert not large.is_ram_disk(str(tmp_path.parent))
-    assert large.check_disk(1) == Path("/var/tmp")
+    assert large.check_disk(1) == (Path("/var/tmp"), f"{tmp_path / 'inside'} is a RAM disk")
     mounts[0] = Mount("/", "tmpfs")
     with pytest.raises(ImprintError, match="is a RAM disk, /var/tmp is a RAM disk: set TMPDIR"):
         large.check_disk(1)

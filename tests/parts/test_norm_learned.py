@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from imprint_pl import ImprintError, imprint
 from imprint_pl.method.imprinting import imprint_parts
 from imprint_pl.method.recipes import resolve
-from imprint_pl.numerics.moments import CHUNK, Moments
+from imprint_pl.numerics.moments import Moments
+from imprint_pl.numerics.passes import CHUNK
 from imprint_pl.parts.norm.base import Chain, transform
 from imprint_pl.parts.norm.centre import Centre
 from imprint_pl.parts.norm.l2 import L2
@@ -170,6 +171,21 @@ def test_a_chain_is_its_steps_by_hand(blobs):
     chain = Chain([Power(), Whiten(), L2(), Nystrom(projection_dim=15)]).fit(x, y, 3, seed=2)
     torch.testing.assert_close(chain(x), nystrom(z))
     assert (chain.name, chain.learns, chain.input_dim) == ("power+whiten+l2+nystrom", True, 5)
+
+
+def test_a_chain_asks_a_kernel_of_ones_own_for_its_sums(blobs):
+    class Twice(Nystrom):
+        def fit_sums(self, x, y, num_classes, seed=0, gram="pooled", weights=None):
+            return (
+                super()
+                .fit_sums(x, y, num_classes, seed, gram, weights)
+                .scaled(torch.full((20,), 2))
+            )
+
+    x, y = blobs
+    expected = Chain([L2(), Nystrom(20)]).fit_sums(x, y, 3)
+    found = Chain([L2(), Twice(20)]).fit_sums(x, y, 3)
+    torch.testing.assert_close(found.sums, 2 * expected.sums)
 
 
 def test_transforming_in_chunks_is_transforming():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from trainers import quiet_trainer
 
@@ -189,7 +190,22 @@ def test_an_estimate_above_a_gibibyte_is_told(monkeypatch):
     with large.within_budget(4):
         told = memory.check_room(1_281_167, 1280)
     assert "more than memory_budget, 4.0 GiB: they go to files in" in told
-    assert "of up to 24.4 GiB, which vanish with the run" in told
+    assert "of up to 24.7 GiB, which vanish with the run" in told
+    monkeypatch.setattr(large, "is_ram_disk", lambda folder: folder != "/var/tmp")
+    with large.within_budget(4):
+        told = memory.check_room(1_281_167, 1280)
+    assert "they go to files in /var/tmp (/" in told
+    assert " is a RAM disk) of up to 24.7 GiB" in told
+
+
+@pytest.mark.parametrize("kind", [RichProgressBar, TQDMProgressBar])
+def test_the_estimate_is_told_beside_a_progress_bar(monkeypatch, capsys, kind):
+    monkeypatch.setattr(memory, "WORTH_SAYING", 0)
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(TensorDataset(x, torch.arange(60) % 3), 20)
+    trainer = quiet_trainer(enable_progress_bar=True, callbacks=[kind()])
+    trainer.fit(ImprintedClassifier(torch.nn.Identity(), "robust", k=2), loader)
+    assert "the embeddings of 60 images take" in capsys.readouterr().err
 
 
 def test_the_memory_of_this_machine_is_positive_and_below_that_of_all_machines():

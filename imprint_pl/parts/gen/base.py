@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from imprint_pl.errors import ImprintError
 from imprint_pl.numerics.draws import rows_by_class
 from imprint_pl.numerics.large import groups_that_fit
+from imprint_pl.numerics.passes import bar
 from imprint_pl.ranks import OfClasses, share
 
 
@@ -125,10 +125,9 @@ def by_groups(
     groups = [range(len(members))]
     if x.device.type == "cpu":
         groups = groups_that_fit([len(rows) for rows in members], x[:1].nbytes)
-    bar = tqdm(groups, "GEN", unit="group", disable=not progress or len(groups) == 1, delay=2)
     return [
         proxies
-        for group in bar
+        for group in bar(groups, "GEN", "group", progress and len(groups) > 1)
         for proxies in run([x[members[i]] for i in group], seed, progress and len(groups) == 1)
     ]
 
@@ -157,8 +156,8 @@ class PerClass(Generator):
 
     def of_classes(self, xs: list[Tensor], seed: int, progress: bool) -> list[Tensor]:
         """Each class's embeddings `(n, d)` → its proxies `(p, d)`; one after the other."""
-        bar = tqdm(xs, desc=f"GEN {self.name}", unit="class", disable=not progress, delay=2)
-        return [self.of_class(x, seed) for x in bar]
+        shown = bar(xs, f"GEN {self.name}", "class", progress)
+        return [self.of_class(x, seed) for x in shown]
 
     def of_class(self, x: Tensor, seed: int) -> Tensor:
         """One class's embeddings `(n, d)` → its proxies `(p, d)`."""

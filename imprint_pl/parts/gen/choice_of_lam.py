@@ -16,8 +16,9 @@ from imprint_pl.numerics.copies import REFERENCE, Copies, CopyFinder
 from imprint_pl.numerics.draws import place_in_class, random_keys, sample
 from imprint_pl.numerics.factorisations import Tridiagonal, double
 from imprint_pl.numerics.measures import ACCURACY, measured_by
-from imprint_pl.numerics.moments import CHUNK, Moments
+from imprint_pl.numerics.moments import Moments
 from imprint_pl.numerics.order import keys
+from imprint_pl.numerics.passes import CHUNK
 
 # Rows that are left out in turn to choose λ.
 SCORED = 500

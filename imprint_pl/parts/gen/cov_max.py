@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from imprint_pl.numerics.moments import CHUNK, sum_dtype
+from imprint_pl.numerics.moments import sum_dtype
+from imprint_pl.numerics.passes import CHUNK
 from imprint_pl.numerics.values import check_count
 from imprint_pl.parts.gen.base import PerClass
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from imprint_pl.numerics.draws import rows_by_class
 from imprint_pl.numerics.kmeans import check_settings
-from imprint_pl.numerics.moments import CHUNK, Moments
+from imprint_pl.numerics.moments import Moments
+from imprint_pl.numerics.passes import CHUNK
 from imprint_pl.parts.gen.base import Generator, Proxies, by_groups
 from imprint_pl.parts.gen.kmeans import KMeans
 from imprint_pl.parts.gen.ls import check_lam, solve

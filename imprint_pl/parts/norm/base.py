@@ -12,8 +12,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from imprint_pl.numerics.large import CHUNK, blocks, rows_like
+from imprint_pl.numerics.large import rows_like
 from imprint_pl.numerics.moments import Moments
+from imprint_pl.numerics.passes import CHUNK, blocks
 
 
 class Norm(nn.Module):
@@ -87,7 +88,9 @@ class Norm(nn.Module):
         """Return the indices `(n,)` of the few rows that it learns from; `None` if it needs all.
 
         Such a NORM is fitted in two steps. `fit_few` learns from the few rows. `centred` then takes
-        the sums of the transformed rows, learns their mean, and returns the sums about that mean.
+        the sums of the transformed rows, learns their mean, and returns the sums about that mean. A
+        chain calls these instead of `fit_sums` if the NORM's own class defines `places`: a subclass
+        that inherits it may override something that needs all rows.
         """
         return None
 
@@ -210,7 +213,8 @@ class Chain(Norm):
         if not last.learns:
             return super().fit_sums(x, y, num_classes, seed, gram, weights)
         first = Chain(others).fit(x, y, num_classes, seed)
-        places = last.places(len(x), seed) if isinstance(last, Norm) else None
+        few = isinstance(last, Norm) and "places" in vars(type(last))
+        places = last.places(len(x), seed) if few else None
         if places is not None:
             # One pass over x, so that nothing as large as x is kept.
             last.fit_few(transform(first, x[places.to(x.device)]))
