@@ -65,7 +65,9 @@ def main() -> None:
                 seconds(recipe, **(FIXED | {name: value}), repeats=arguments.repeats)
                 for value in values
             ]
-            axis.loglog(values, times, RECIPES[recipe], label=recipe, markersize=4)
+            colour = f"C{list(RECIPES).index(recipe)}"
+            style = dict(color=colour, label=recipe, markersize=4)
+            axis.loglog(values, times, RECIPES[recipe], **style)
             rise = math.log(times[-1] / times[-2]) / math.log(values[-1] / values[-2])
             slopes[recipe].append(f"{rise:.1f}")
         axis.set_xlabel(NAMES[name])
