@@ -115,13 +115,16 @@ def test_thousands_of_samples_with_rare_classes_are_compared_on_all_classes():
 
 
 @pytest.mark.parametrize(
-    ("samples", "trained", "labelled"),
-    [(600, 480, 600), (748, 598, 748), (900, 300, 600), (3000, 1000, 2000), (7000, 2000, 3000)],
+    ("samples", "classes", "trained", "labelled"),
+    [
+        *((600, 3, 480, 600), (748, 3, 598, 748), (900, 3, 300, 600), (3000, 3, 1000, 2000)),
+        *((7000, 3, 2000, 3000), (9000, 300, 3000, 3000), (30000, 300, 6000, 3000)),
+    ],
 )
 def test_a_third_is_imprinted_and_of_few_samples_all_are_labelled_in_turn(
-    samples, trained, labelled
+    samples, classes, trained, labelled
 ):
-    y = torch.arange(samples) % 3
+    y = torch.arange(samples) % classes
     rows, held = auto._comparison(y, seed=0)
     assert abs(len(rows) - len(held[0]) - trained) <= 3  # folds are whole samples of each class
     assert sum(map(len, held)) == labelled
