@@ -112,7 +112,7 @@ class ImprintCallback(Callback):
         overrides: as for `imprint`; `num_classes` is by default the DataModule's, or that of the
             `nn.Linear` that is replaced.
 
-    A line says which recipe was imprinted from how many samples and classes, and how much of the
+    A line says which recipe was imprinted from how many samples and classes, and which share of the
     held-out samples is right. The loggers get it, too, as `imprint/recipe` (a hyperparameter),
     `imprint/samples`, `imprint/classes` and `imprint/held_out_accuracy`.
 
