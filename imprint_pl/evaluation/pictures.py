@@ -24,7 +24,7 @@ from imprint_pl.evaluation.predictions import Predictions
 CLASSES_SHOWN, NUMBERED = 40, 20
 # Most images in `errors.png`, and how many in each row.
 ERRORS_SHOWN, IN_ROW = 24, 6
-# Longest side of a thumbnail in pixels; images up to the second size are not resampled.
+# Longest side of a thumbnail in pixels. Up to the second size it is a PNG, shown without smoothing.
 SIDE, SMALL = 144, 48
 # A function that takes the number of an image and returns its pixels, `(H, W)` or `(H, W, 3)`,
 # uint8, or `None` where the image cannot be read.

@@ -106,9 +106,9 @@ class ImprintCallback(Callback):
             trained. Without it they use the statistics of each batch, as ever, and a warning says
             so where that costs the head more than 5 points of accuracy on training samples.
         backbone_lr: with "fit_start": the largest learning rate of the layers before the head.
-            Where the optimizer's is larger, the head alone is trained with that; the layers before
-            it take the part of each step that this rate would have given them. By default the
-            optimizer's rate holds for all.
+            If the optimizer's is larger, only the head is trained with it. The other layers take
+            the part of each step that `backbone_lr` would have given them; during a step they are
+            in memory twice. By default all layers are trained with the optimizer's rate.
         overrides: as for `imprint`; `num_classes` is by default the DataModule's, or that of the
             `nn.Linear` that is replaced.
 
@@ -155,8 +155,8 @@ class ImprintCallback(Callback):
                 )
         if backbone_lr is not None and not backbone_lr > 0:
             raise ImprintError(
-                f"backbone_lr={backbone_lr:g} trains nothing: give a number above 0, or switch off "
-                "requires_grad of the layers that are to stay as they are"
+                f"backbone_lr={backbone_lr:g} is out of range: give a number above 0. To train the "
+                "head alone, set requires_grad to False in the other layers"
             )
         self.layer = layer
         self.recipe = recipe

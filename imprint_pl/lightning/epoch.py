@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from imprint_pl.collapse import nc1
 from imprint_pl.data.batch import split_batch
@@ -202,10 +203,11 @@ class ImprintEpoch:
             self._say(estimate)
 
     def _say(self, text: str) -> None:
-        """Says something above the progress bar, where there is one."""
+        """Says something above the progress bar, if there is one."""
         shown = self.trainer.progress_bar_callback
         if shown is not None and getattr(shown, "is_enabled", False):
-            shown.print(text, file=sys.stderr)
+            # This leaves bars of tqdm whole, and of rich, which replaces stderr while it draws.
+            tqdm.write(text, file=sys.stderr)
         else:
             rank_zero_info(text)
 

@@ -198,7 +198,12 @@ def test_an_estimate_above_a_gibibyte_is_told(monkeypatch):
     assert " is a RAM disk) of up to 24.7 GiB" in told
 
 
-@pytest.mark.parametrize("kind", [RichProgressBar, TQDMProgressBar])
+class OwnBar(TQDMProgressBar):
+    def print(self, text):  # fewer arguments than Lightning's
+        raise AssertionError(text)
+
+
+@pytest.mark.parametrize("kind", [RichProgressBar, TQDMProgressBar, OwnBar])
 def test_the_estimate_is_told_beside_a_progress_bar(monkeypatch, capsys, kind):
     monkeypatch.setattr(memory, "WORTH_SAYING", 0)
     x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))

@@ -64,7 +64,7 @@ def alone(
         parts = of_inf[0].variant.parts
         start = time.perf_counter()
         if isinstance(parts, Auto):
-            # Do not call `imprint`, which needs the classifier itself instead of its quantiles.
+            # Not by `imprint`: it needs the classifier, and only its quantiles are known here.
             found = choose(x, y, request, parts.layer_widths, parts.metric, parts.class_weight)
             head = make_head(x, y, found.parts, request).head
             gen = time.perf_counter() - start
